@@ -1,7 +1,28 @@
 """Errors, logging, seeds and checkpoint files: what every part needs and no part owns."""
 
+import contextlib
+import errno
+import logging
+import os
+import pickle
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# Tensors that the published networks carry and never use (they are in no forward pass, so ours do not have them).
+UNUSED_PUBLISHED = re.compile(
+    r"(^|\.)(backbone\.resnet\.side4_1\.0\.(weight|bias)|backbone\.pos_encoder\.pe|project\.(weight|bias))$"
+)
+# Prefixes that wrappers put before every name: DistributedDataParallel / DataParallel, torch.compile.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+NAMES_SHOWN = 5
 
 
 class UserError(ValueError):
@@ -16,5 +37,150 @@ def run_command_line(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
         status = 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone; nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     sys.exit(status or 0)
+
+
+def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> None:
+    """Log to stderr and, where `path` is given, append the same lines to that file."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if path is not None:
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    logging.basicConfig(
+        level=level, handlers=handlers, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch on every device. Data draws from generators of its own, one per sample (dataset.py)."""
+    torch.manual_seed(seed)
+
+
+# --- checkpoint files -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path):
+    """Turn a full disk (or quota, or file-size limit) while writing `path` into a `UserError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer reports a failed write as a RuntimeError that no longer holds the errno.
+        code = getattr(error, "errno", None)
+        lost_errno = isinstance(error, RuntimeError) and re.search(r"file write failed|unexpected pos", str(error))
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or lost_errno:
+            raise UserError(f"{path}: no space left to write it; free some disk, older files are whole") from error
+        raise
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """Give `write` a temporary binary file beside `path`, flush it to the disk and rename it: all or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with explain_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_atomically(state: Mapping[str, Any], path: Path) -> None:
+    """`torch.save(state)` to `path`, all or nothing.
+
+    Raises:
+        UserError: the disk is full; what stood at `path` before is untouched.
+    """
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Read a checkpoint file to CPU tensors and plain values; nothing in the file is executed.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything but tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "it holds objects other than tensors and plain values" if "Unsupported" in str(error) else "damaged"
+        raise UserError(f"checkpoint {path} is refused ({reason}); save a state_dict with torch.save") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"checkpoint {path} is damaged or no torch file ({_first_line(error)}); use another") from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a state_dict; save model.state_dict()")
+    return dict(state)
+
+
+def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: ours and the published fastai form keep them under `model`, a plain one at the top."""
+    weights = state.get("model", state)
+    return {_strip_wrappers(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> dict[str, Any]:
+    """Load the weights of `path` into `model`; returns the whole checkpoint (config, charset, ... where it has them).
+
+    Accepts our checkpoints, a plain `state_dict` and the published form `{"model": ..., "opt": ...}`, each with or
+    without a `module.` prefix. Tensors of the published networks that no forward pass uses are dropped.
+
+    Args:
+        strict: every tensor of the model must be in the file with its shape, and no other. Where False, what fits is
+            loaded and the rest is logged.
+    Raises:
+        UserError: as `read_checkpoint`; or the tensors differ and `strict` is set: the message names them.
+    """
+    state = read_checkpoint(path)
+    weights = checkpoint_weights(state)
+    expected = model.state_dict()
+    weights = {k: v for k, v in weights.items() if k in expected or not UNUSED_PUBLISHED.search(k)}
+    differences = _differences(weights, expected)
+    if differences:
+        message = f"checkpoint {path} does not fit the network: " + "; ".join(differences)
+        if strict:
+            raise UserError(f"{message}. Check the config's model section, or allow it with --model_strict false")
+        logger.warning("%s", message)
+    fitting = {k: v for k, v in weights.items() if k in expected and v.shape == expected[k].shape}
+    if not fitting:
+        raise UserError(f"checkpoint {path} has no tensor of the network; it belongs to another model.name")
+    model.load_state_dict(fitting, strict=False)
+    return state
+
+
+def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """What keeps `weights` from being `expected`, one phrase per kind."""
+    missing = [name for name in expected if name not in weights]
+    extra = [name for name in weights if name not in expected]
+    reshaped = [
+        f"{name} is {tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in the network"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    kinds = (("missing", missing), ("not in the network", extra), ("other shapes", reshaped))
+    return [f"{len(names)} {kind}: {_shown(names)}" for kind, names in kinds if names]
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def _strip_wrappers(name: str) -> str:
+    while name.startswith(WRAPPER_PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -1,0 +1,431 @@
+"""Reading and writing LMDB files of words, masks and segmentation pairs.
+
+An LMDB here is a folder with a `data.mdb`. Keys are text (`num-samples`, `image-%09d`, `label-%09d`, `mask-%09d`, counting from 1),
+values are bytes. The writer never shows a half-written LMDB under its final name; the reader opens on first use, so that it can be
+handed to worker processes that are forked or spawned.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from utils import UserError
+
+NUM_SAMPLES = "num-samples"
+DATA_FILE = "data.mdb"
+LOCK_FILE = "lock.mdb"
+PARTIAL_SUFFIX = ".partial"  # what is being written; never taken for an LMDB by find_lmdbs
+
+_IDENTITY_FILE = "identity.txt"
+_WRITER_LOCK_FILE = "writer.lock"
+_FIRST_MAP_SIZE = 64 << 20  # bytes; grows by doubling when LMDB says that it is full
+_COMMIT_BYTES = 32 << 20
+_COMMIT_ENTRIES = 4096
+
+
+def image_key(index: int) -> str:
+    """Key of the encoded picture of sample `index`, counted from 1."""
+    return f"image-{index:09d}"
+
+
+def label_key(index: int) -> str:
+    """Key of the UTF-8 text of sample `index`, counted from 1."""
+    return f"label-{index:09d}"
+
+
+def mask_key(index: int) -> str:
+    """Key of the mask of sample `index` in an LMDB that holds pictures and masks together, counted from 1."""
+    return f"mask-{index:09d}"
+
+
+def is_lmdb(path: str | os.PathLike) -> bool:
+    """Whether `path` is a folder with a finished LMDB in it."""
+    path = Path(path)
+    return not path.name.endswith(PARTIAL_SUFFIX) and (path / DATA_FILE).is_file()
+
+
+def find_lmdbs(root: str | os.PathLike) -> list[Path]:
+    """The LMDBs of `root`: itself if it is one, else every one below it, sorted by path; unfinished ones are left out.
+
+    Raises UserError when `root` does not exist or holds none.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise UserError(f"{root}: no such folder; name an LMDB or a folder of LMDBs")
+    if is_lmdb(root):
+        return [root]
+    found = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.endswith(PARTIAL_SUFFIX))
+        if DATA_FILE in files:
+            found.append(Path(folder))
+            subfolders.clear()
+    if not found or root.name.endswith(PARTIAL_SUFFIX):
+        raise UserError(
+            f"{root}: holds no finished LMDB (a folder with {DATA_FILE}); make one with tools/create_lmdb_dataset.py"
+        )
+    return sorted(found)
+
+
+class LmdbWriter:
+    """Writes an LMDB in batches of transactions to `<path>.partial` and gives it its name when it is whole.
+
+    Used as a context manager. Leaving the block normally commits, flushes to the disk and renames; leaving it by an exception
+    removes the partial folder and leaves whatever was at `path` as it was.
+
+    Args:
+        path: folder to make; its parents are made too.
+        overwrite: replace an LMDB that exists at `path` (in one step, at the end) instead of raising UserError. Anything that is
+            not an LMDB is never replaced. A partial folder of an earlier run is discarded.
+        resumable: keep the partial folder after an interruption, a kill included, and go on with it when the same path is written
+            again: what was committed is found by `get` and `in`, `resumed` tells that there is some. Each commit is flushed to
+            the disk.
+        identity: with `resumable`, a text that names input and settings; a partial folder with another one is refused.
+
+    Raises:
+        UserError: `path` exists, another process writes it, the partial folder is of another run, the disk is full.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, *, overwrite: bool = False, resumable: bool = False, identity: str = ""
+    ) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.overwrite = overwrite
+        self.resumable = resumable
+        self.partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        self.resumed = False
+        self.count = 0  # samples added by `append`
+        self._pending: dict[bytes, bytes] = {}
+        self._pending_bytes = 0
+        self._appended = False
+        self._environment: lmdb.Environment | None = None
+        self._check_target()
+        with self._clear_errors():
+            self._lock = self._claim_partial(identity)
+            try:
+                self._environment = lmdb.open(
+                    str(self.partial),
+                    map_size=_FIRST_MAP_SIZE,
+                    lock=False,
+                    sync=resumable,
+                    metasync=False,
+                    readahead=False,
+                )
+                while self._environment.info()["map_size"] < (self.partial / DATA_FILE).stat().st_size + _COMMIT_BYTES:
+                    self._grow()
+            except (lmdb.Error, OSError):
+                self._abandon()
+                raise
+        stored = self.get(NUM_SAMPLES)
+        self.count = int(stored) if stored else 0
+
+    def __enter__(self) -> "LmdbWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def __contains__(self, key: str) -> bool:
+        return self.get(key) is not None
+
+    def get(self, key: str) -> bytes | None:
+        """The value put under `key` by this run or by the one that it resumes, None when there is none."""
+        name = key.encode()
+        if name in self._pending:
+            return self._pending[name]
+        with self._environment.begin() as transaction:
+            return transaction.get(name)
+
+    def put(self, key: str, value: bytes | str) -> None:
+        """Store `value` (text is encoded as UTF-8) under `key`; a later value replaces an earlier one."""
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        self._pending[key.encode()] = data
+        self._pending_bytes += len(data)
+        if self._pending_bytes >= _COMMIT_BYTES or len(self._pending) >= _COMMIT_ENTRIES:
+            self.commit()
+
+    def append(self, image: bytes, label: bytes | str | None = None, mask: bytes | None = None) -> int:
+        """Store the next sample and return its index, counted from 1; `num-samples` is kept in step at every commit."""
+        self.count += 1
+        self._appended = True
+        self._pending[NUM_SAMPLES.encode()] = str(self.count).encode()
+        self.put(image_key(self.count), image)
+        if mask is not None:
+            self.put(mask_key(self.count), mask)
+        if label is not None:
+            self.put(label_key(self.count), label)
+        return self.count
+
+    def commit(self) -> None:
+        """Write what is pending in one transaction, all of it or nothing."""
+        if not self._pending:
+            return
+        entries = sorted(self._pending.items())  # LMDB writes neighbours faster
+        with self._clear_errors():
+            while True:
+                try:
+                    with self._environment.begin(write=True) as transaction:
+                        for key, value in entries:
+                            transaction.put(key, value)
+                    break
+                except lmdb.MapFullError:
+                    self._grow()
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def close(self) -> None:
+        """Commit, flush to the disk, and give the LMDB its final name."""
+        if self._environment is None:
+            return
+        try:
+            self.commit()
+            with self._clear_errors():
+                self._environment.sync(True)
+                self._close_environment()
+                self._rename()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def abort(self) -> None:
+        """Stop without a result: the partial folder is removed, or committed and kept when `resumable`."""
+        if self._environment is None:
+            return
+        try:
+            if self.resumable:
+                self.commit()
+        finally:
+            self._abandon()
+
+    def _check_target(self) -> None:
+        """Raise UserError unless the result may take the name `path`."""
+        if not self.path.exists() and not self.path.is_symlink():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: exists and is not a folder; choose another output")
+        content = set(os.listdir(self.path))
+        if content - {DATA_FILE, LOCK_FILE}:
+            raise UserError(f"{self.path}: exists and holds other files than an LMDB; choose another output")
+        if content and not self.overwrite:
+            raise UserError(f"{self.path}: exists already; choose another output or replace it with --overwrite")
+
+    def _claim_partial(self, identity: str) -> int:
+        """Make the partial folder, or take the one to resume, and lock it against other processes; returns the lock."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.partial / _WRITER_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(
+                f"{self.path}: another process is writing it; wait for it or choose another output"
+            ) from None
+        identity_file = self.partial / _IDENTITY_FILE
+        data_file = self.partial / DATA_FILE
+        if self.resumable and not self.overwrite and data_file.exists():
+            found = identity_file.read_text(encoding="utf-8") if identity_file.exists() else ""
+            if found != identity:
+                os.close(lock)
+                raise UserError(
+                    f"{self.partial}: was begun with other input or settings ({found or 'none named'}); "
+                    "remove it or start anew with --overwrite"
+                )
+            self.resumed = True
+        else:
+            data_file.unlink(missing_ok=True)
+            identity_file.write_text(identity, encoding="utf-8")
+        return lock
+
+    def _grow(self) -> None:
+        self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+
+    def _close_environment(self) -> None:
+        if self._environment is not None:
+            self._environment.close()
+            self._environment = None
+
+    def _rename(self) -> None:
+        """Give the finished file its name; an existing LMDB is replaced in one step."""
+        if self.path.is_dir():
+            os.replace(self.partial / DATA_FILE, self.path / DATA_FILE)
+            (self.path / LOCK_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.partial)
+        else:
+            (self.partial / _IDENTITY_FILE).unlink()
+            (self.partial / _WRITER_LOCK_FILE).unlink()
+            os.rename(self.partial, self.path)
+        _flush_folder(self.path)
+        _flush_folder(self.path.parent)
+        os.close(self._lock)
+
+    def _abandon(self) -> None:
+        """Close everything; the partial folder stays only when it can be resumed."""
+        self._close_environment()
+        if not self.resumable:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.close(self._lock)
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        """Turn the operating system's and LMDB's write errors into a UserError that names the output and the room left."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(f"{self.path}: {self._full_message()}") from error
+            raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        except lmdb.MapFullError:
+            raise
+        except lmdb.Error as error:
+            raise UserError(f"{self.path}: cannot be written ({error}); {self._full_message()}") from error
+
+    def _full_message(self) -> str:
+        folder = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
+        free = shutil.disk_usage(folder).free / 2**20
+        kept = "what was committed is kept, run again to go on" if self.resumable else "nothing was left behind"
+        return f"the disk is full or a file size limit was met ({free:.0f} MiB free); make room ({kept})"
+
+
+def _flush_folder(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _SharedEnvironment:
+    """One open LMDB of this process; py-lmdb refuses to open the same folder twice, so readers of one path share it."""
+
+    def __init__(self, path: str) -> None:
+        self.process = os.getpid()
+        self.environment = lmdb.open(
+            path, readonly=True, create=False, lock=False, readahead=False, meminit=False, max_spare_txns=16
+        )
+
+
+_shared_environments: "weakref.WeakValueDictionary[str, _SharedEnvironment]" = weakref.WeakValueDictionary()
+
+
+def _close_inherited() -> None:
+    """In a forked child: close what the parent had open, so that the child opens its own."""
+    for shared in list(_shared_environments.values()):
+        shared.environment.close()
+    _shared_environments.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+class LmdbReader:
+    """Reads an LMDB; opened on first use, opened anew in a forked or spawned process, cheap to pickle.
+
+    Any number of readers may read one folder at once; they share one map. Raises UserError on first use when the folder is missing,
+    is no LMDB or was cut short.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self._shared: _SharedEnvironment | None = None
+
+    def __repr__(self) -> str:
+        return f"LmdbReader({str(self.path)!r})"
+
+    def __enter__(self) -> "LmdbReader":
+        return self
+
+    def __exit__(self, *_details: Any) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_shared": None}
+
+    def __len__(self) -> int:
+        """The number stored under `num-samples`."""
+        stored = self.get(NUM_SAMPLES)
+        if stored is None:
+            raise UserError(
+                f"{self.path}: has no {NUM_SAMPLES}; make it again, or mend it with tools/check_lmdb.py --fix"
+            )
+        try:
+            count = int(stored)
+        except ValueError:
+            count = -1
+        if count < 0:
+            raise UserError(
+                f"{self.path}: {NUM_SAMPLES} is {stored[:20]!r}, not a number; mend it with tools/check_lmdb.py --fix"
+            )
+        return count
+
+    def __bool__(self) -> bool:
+        """Always true: a reader is something even where its LMDB has no sample."""
+        return True
+
+    def get(self, key: str) -> bytes | None:
+        """The value of `key`, None when it is not there."""
+        with self.environment.begin() as transaction:
+            return transaction.get(key.encode())
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """Every key that begins with `prefix`, in order; bytes that are not UTF-8 are shown escaped."""
+        start = prefix.encode()
+        with self.environment.begin(buffers=False) as transaction, transaction.cursor() as cursor:
+            if cursor.set_range(start):
+                for key in cursor.iternext(keys=True, values=False):
+                    if not key.startswith(start):
+                        return
+                    yield key.decode(errors="backslashreplace")
+
+    @contextlib.contextmanager
+    def transaction(self, *, buffers: bool = False) -> Iterator[lmdb.Transaction]:
+        """A read transaction for many reads in a row; with `buffers` values are memoryviews, valid inside the block only."""
+        with self.environment.begin(buffers=buffers) as transaction:
+            yield transaction
+
+    @property
+    def environment(self) -> lmdb.Environment:
+        """The open LMDB of this process."""
+        if self._shared is None or self._shared.process != os.getpid():
+            self._shared = self._open()
+        return self._shared.environment
+
+    def close(self) -> None:
+        """Let go of the file; the next use opens it again."""
+        self._shared = None
+
+    def _open(self) -> _SharedEnvironment:
+        name = os.path.realpath(self.path)
+        shared = _shared_environments.get(name)
+        if shared is not None:
+            return shared
+        if not self.path.is_dir() or not (self.path / DATA_FILE).is_file():
+            raise UserError(f"{self.path}: is not an LMDB (a folder with {DATA_FILE}); check the path")
+        try:
+            shared = _SharedEnvironment(name)
+        except lmdb.Error as error:
+            raise UserError(f"{self.path}: cannot be opened as an LMDB ({error}); copy or make it again") from error
+        self._check_size(shared.environment)
+        _shared_environments[name] = shared
+        return shared
+
+    def _check_size(self, environment: lmdb.Environment) -> None:
+        """Refuse a file that was cut short: reading past its end would kill the process with a bus error."""
+        expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        size = (self.path / DATA_FILE).stat().st_size
+        if size < expected:
+            raise UserError(
+                f"{self.path}: {DATA_FILE} has {size} of {expected} bytes, it was cut short; copy or make it again"
+            )

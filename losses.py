@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distributed import batch_mean
 from modules.outputs import RecogniserOutput
+from modules.ssn import SegmentationOutput
 
 
 def sequence_cross_entropy(logits: list[Tensor], labels: Tensor, lengths: Tensor) -> Tensor:
@@ -84,3 +85,67 @@ def with_total(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str,
     if not terms:
         raise ValueError(f"no loss term is left: every weight of {weights} is 0 or its sub-model is missing")
     return terms | {"total": sum(weights[name] * term for name, term in terms.items())}
+
+
+# Text segmentation (DESIGN 5, "SSN", training; TexRNet, section 4).
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels (N, H, W) at another size (N, h, w): the nearest pixel of each cell, corners aligned; ties to even."""
+    rows, columns = (
+        _nearest_aligned(old, new, labels.device) for old, new in zip(labels.shape[-2:], size, strict=True)
+    )
+    return labels[:, rows[:, None], columns]
+
+
+def _nearest_aligned(old: int, new: int, device: torch.device) -> Tensor:
+    step = (old - 1) / (new - 1) if new > 1 else 0.0
+    return (torch.arange(new, device=device, dtype=torch.float64) * step).round().long()
+
+
+def trimap(labels: Tensor, ignore_index: int) -> Tensor:
+    """Pixels at the rim of a class, bool (N, H, W): one of the 4 neighbours has another class, all of them are known.
+
+    A pixel beside an ignored one or at the border of the picture is none.
+    """
+    padded = F.pad(labels, (1, 1, 1, 1), value=ignore_index)
+    neighbours = torch.stack(
+        [padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]]
+    )  # (4, N, H, W)
+    known = (neighbours != ignore_index).all(dim=0) & (labels != ignore_index)
+    return known & (neighbours != labels).any(dim=0)
+
+
+class SegmentationCriterion(nn.Module):
+    """Loss of SSN: both opinions everywhere, and the second one once more at the rims of the letters.
+
+    Args:
+        weights: weight of each term; `semantic`, `refined`, `trimap`.
+        ignore_index: label of the pixels that do not count.
+    """
+
+    def __init__(self, *, weights: dict[str, float] | None = None, ignore_index: int = 255):
+        super().__init__()
+        self.weights = weights or {"semantic": 1.0, "refined": 0.5, "trimap": 0.5}
+        self.ignore_index = ignore_index
+
+    def forward(self, output: SegmentationOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Terms of one batch: `output` of SSN, labels (N, H, W) of any size: 0, 1 or `ignore_index`."""
+        labels = resize_labels(labels, output.refined_logits.shape[-2:])  # (N, h, w)
+        counted = labels != self.ignore_index
+        arguments = {
+            "semantic": (output.semantic_logits, counted),
+            "refined": (output.refined_logits, counted),
+            "trimap": (output.refined_logits, trimap(labels, self.ignore_index)),
+        }
+        terms = {
+            name: self._mean_over(logits, labels, where)
+            for name, (logits, where) in arguments.items()
+            if self.weights.get(name, 0) != 0
+        }
+        return with_total(terms, self.weights)
+
+    def _mean_over(self, logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
+        """Mean cross-entropy over the pixels that `where` names."""
+        each = F.cross_entropy(logits.float(), labels, ignore_index=self.ignore_index, reduction="none")  # (N, h, w)
+        return batch_mean((each * where).sum(), where.sum())

@@ -1,0 +1,232 @@
+"""HRNetV2: keeps a map of high resolution beside ever smaller ones and lets them exchange what they know.
+
+Sun et al., "High-Resolution Representations for Labeling Pixels and Regions" (2019); DESIGN 5, "SSN".
+
+Legend: N images, H x W pixels, E_i channels of branch i (`widths`), E = sum of the E_i, h_i x w_i cells of branch i
+(H / 4, H / 8, H / 16, ... rounded up).
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def resize_aligned(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize (N, C, h, w) to (N, C, *size) bilinearly, the centres of the corner cells falling onto each other."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def _conv3x3(inputs: int, outputs: int, *, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def _conv_norm_relu(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(_conv3x3(inputs, outputs, stride=stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the input added: (N, E, h, w) -> (N, E, h, w)."""
+
+    def __init__(self, *, width: int) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(width, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(maps)), inplace=True)
+        residual = self.bn2(self.conv2(residual))
+        return F.relu(residual + maps, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and the input added: (N, inputs, h, w) -> (N, 4 * width, h, w)."""
+
+    expansion = 4
+
+    def __init__(self, *, inputs: int, width: int) -> None:
+        super().__init__()
+        outputs = width * self.expansion
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(maps)), inplace=True)
+        residual = F.relu(self.bn2(self.conv2(residual)), inplace=True)
+        residual = self.bn3(self.conv3(residual))
+        return F.relu(residual + self.downsample(maps), inplace=True)
+
+
+class FusionModule(nn.Module):
+    """Basic blocks on every branch, then every branch receives the sum of all of them, brought to its size.
+
+    Takes and gives a list of maps (N, E_i, h_i, w_i). A smaller map comes up by a 1x1 convolution and bilinear
+    interpolation with aligned corners, a larger one down by 3x3 convolutions with stride 2; ReLU follows the sum.
+    """
+
+    def __init__(self, *, widths: Sequence[int], num_blocks: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(BasicBlock(width=width) for _ in range(num_blocks))) for width in widths
+        )
+        self.fuse_layers = nn.ModuleList(
+            nn.ModuleList(_fusion_path(widths, source, target) for source in range(len(widths)))
+            for target in range(len(widths))
+        )
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        maps = [branch(each) for branch, each in zip(self.branches, maps, strict=True)]
+        return [self._fuse(maps, target) for target in range(len(maps))]
+
+    def _fuse(self, maps: list[Tensor], target: int) -> Tensor:
+        size = maps[target].shape[-2:]
+        total = maps[target]
+        for source, path in enumerate(self.fuse_layers[target]):
+            if source != target:
+                total = total + resize_aligned(path(maps[source]), size)  # (N, E_target, h_target, w_target)
+        return F.relu(total, inplace=True)
+
+
+def _fusion_path(widths: Sequence[int], source: int, target: int) -> nn.Module:
+    """What a map of branch `source` goes through on its way to branch `target` (before the interpolation)."""
+    if source == target:
+        return nn.Identity()
+    if source > target:
+        return nn.Sequential(nn.Conv2d(widths[source], widths[target], 1, bias=False), nn.BatchNorm2d(widths[target]))
+    width = widths[source]
+    halvings = [_conv_norm_relu(width, width, stride=2) for _ in range(target - source - 1)]
+    last = nn.Sequential(_conv3x3(width, widths[target], stride=2), nn.BatchNorm2d(widths[target]))
+    return nn.Sequential(*halvings, last)
+
+
+class HRNet(nn.Module):
+    """(N, 3, H, W) -> (N, E, h_0, w_0): the maps of all branches at a quarter of the picture's size, mixed.
+
+    Args:
+        widths: channels of the branches, from the highest resolution down; at least two.
+        stem_width: channels of the two strided convolutions at the entrance.
+        num_modules: fusion modules of each stage; stage i works on i + 2 branches, so one number fewer than widths.
+        num_blocks: basic blocks of a branch in each module.
+        bottlenecks: bottleneck blocks between the entrance and the first branching.
+        bottleneck_width: inner channels of these; they give four times as many.
+
+    Raises:
+        ValueError: when `num_modules` does not have one number fewer than `widths`.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int] = (48, 96, 192, 384),
+        stem_width: int = 64,
+        num_modules: Sequence[int] = (1, 4, 3),
+        num_blocks: int = 4,
+        bottlenecks: int = 4,
+        bottleneck_width: int = 64,
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2 or len(num_modules) != len(widths) - 1:
+            raise ValueError(
+                f"num_modules {list(num_modules)} must hold one number fewer than widths {list(widths)}, "
+                "and widths at least two"
+            )
+        self.conv1 = _conv3x3(3, stem_width, stride=2)
+        self.bn1 = nn.BatchNorm2d(stem_width)
+        self.conv2 = _conv3x3(stem_width, stem_width, stride=2)
+        self.bn2 = nn.BatchNorm2d(stem_width)
+        outputs = bottleneck_width * Bottleneck.expansion
+        self.layer1 = nn.Sequential(
+            *(Bottleneck(inputs=outputs if i else stem_width, width=bottleneck_width) for i in range(bottlenecks))
+        )
+        previous = [outputs if bottlenecks else stem_width]
+        self.num_stages = len(num_modules)
+        for stage, modules in enumerate(num_modules):
+            current = list(widths[: stage + 2])
+            # The published names count the entrance as stage 1.
+            self.add_module(f"transition{stage + 1}", _transition(previous, current))
+            self.add_module(
+                f"stage{stage + 2}",
+                nn.Sequential(*(FusionModule(widths=current, num_blocks=num_blocks) for _ in range(modules))),
+            )
+            previous = current
+        self.outputs = sum(widths)
+        self.last_layer = nn.Sequential(
+            nn.Conv2d(self.outputs, self.outputs, 1), nn.BatchNorm2d(self.outputs), nn.ReLU(inplace=True)
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Kaiming normal over the inputs of a convolution: a network this deep does not start to learn with less."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        maps = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, stem, H / 2, W / 2)
+        maps = F.relu(self.bn2(self.conv2(maps)), inplace=True)  # (N, stem, h_0, w_0)
+        branches = [self.layer1(maps)]
+        for stage in range(self.num_stages):
+            branches = self._enter_stage(getattr(self, f"transition{stage + 1}"), branches)
+            branches = getattr(self, f"stage{stage + 2}")(branches)  # (N, E_i, h_i, w_i) for each i
+        return self._mix(branches)
+
+    @staticmethod
+    def _enter_stage(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
+        """One branch more than before: the new one, half as large, starts from the smallest there was."""
+        return [path(branches[min(i, len(branches) - 1)]) for i, path in enumerate(transition)]
+
+    def _mix(self, branches: list[Tensor]) -> Tensor:
+        """Bring all branches to the first one's size, concatenate, mix by `last_layer`: (N, E, h_0, w_0).
+
+        The concatenation is never made: a 1x1 convolution and an interpolation commute, so each branch is convolved
+        with its own columns at its own size, which saves most of the products. Where the sizes nest (each one twice
+        the next less one, as in a picture of 32 k + 1 pixels), rising in steps is exact too: the cells of a small map
+        are among those of the next larger one, and the function between them is bilinear.
+        """
+        mix, norm, activation = self.last_layer
+        columns = mix.weight.split([branch.shape[1] for branch in branches], dim=1)
+        parts = [F.conv2d(branch, column) for branch, column in zip(branches[1:], columns[1:], strict=True)]
+        total = F.conv2d(branches[0], columns[0], mix.bias)  # (N, E, h_0, w_0)
+        if _sizes_nest(branches):
+            while len(parts) > 1:
+                smallest = parts.pop()
+                parts[-1] = parts[-1] + resize_aligned(smallest, parts[-1].shape[-2:])
+        for part in parts:
+            total = total + resize_aligned(part, total.shape[-2:])
+        return activation(norm(total))
+
+
+def _sizes_nest(branches: Sequence[Tensor]) -> bool:
+    """Whether each map's cells, corners aligned, contain those of the next smaller one."""
+    return all(
+        large == 2 * small - 1
+        for larger, smaller in itertools.pairwise(branches)
+        for large, small in zip(larger.shape[-2:], smaller.shape[-2:], strict=True)
+    )
+
+
+def _transition(previous: Sequence[int], current: Sequence[int]) -> nn.ModuleList:
+    """Paths from the branches of one stage to those of the next, which has one more."""
+    paths: list[nn.Module] = []
+    for i, width in enumerate(current):
+        if i >= len(previous):
+            paths.append(nn.Sequential(_conv_norm_relu(previous[-1], width, stride=2)))
+        elif previous[i] != width:
+            paths.append(_conv_norm_relu(previous[i], width))
+        else:
+            paths.append(nn.Identity())
+    return nn.ModuleList(paths)

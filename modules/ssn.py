@@ -1,0 +1,161 @@
+"""SSN, the semantic segmentation network for text: TexRNet's refinement head on HRNet.
+
+Xu et al., "Rethinking Text Segmentation" (CVPR 2021), section 4; BINet section 3.2; DESIGN 5, "SSN".
+
+Legend: N images, H x W pixels, h x w cells (a quarter of the pixels, rounded up), P = h * w, E channels of the
+backbone, C = 2 classes (0 = background, 1 = text).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from modules.hrnet import HRNet, resize_aligned
+
+NUM_CLASSES = 2
+PUBLISHED_AREAS = (385, 513, 641, 769, 897, 1025, 1153, 1281)
+# Cells of the smallest of four maps are 32 pixels apart, so that a size of 32 k + 1 has cells on both borders.
+_SIZE_STEP = 32
+
+
+@dataclass
+class SegmentationOutput:
+    """What SSN says about a batch of images.
+
+    Attributes:
+        semantic_logits: (N, 2, h, w), the first opinion.
+        refined_logits: (N, 2, h, w), the second one, which is the result.
+        attention_key: (N, 2, h, w), how much each cell contributes to the key of each class; 0 or more.
+        attention: (N, 2, h, w), how well each cell fits the key of each class; sums to 1 over classes.
+    """
+
+    semantic_logits: Tensor
+    refined_logits: Tensor
+    attention_key: Tensor
+    attention: Tensor
+
+
+_pytree.register_dataclass(SegmentationOutput)
+
+
+class RefinementHead(nn.Module):
+    """First opinion, a key for each class from the cells that are sure of it, second opinion with the keys' help."""
+
+    def __init__(self, *, inputs: int = 720, width: int = 64) -> None:
+        super().__init__()
+        self.conv_sem = nn.Conv2d(inputs, NUM_CLASSES, 1, bias=False)
+        # The bias belongs to the logits, not to the keys, so it stands beside the convolution.
+        self.bias_sem = nn.Parameter(torch.zeros(NUM_CLASSES))
+        self.conv_ref = nn.Sequential()
+        self.conv_ref.add_module("conv0", nn.Conv2d(3 + inputs + NUM_CLASSES, width, 5, padding=2, bias=False))
+        self.conv_ref.add_module("bn0", nn.BatchNorm2d(width))
+        self.conv_ref.add_module("relu0", nn.ReLU(inplace=True))
+        self.conv_ref.add_module("conv1", nn.Conv2d(width, width, 5, padding=2))
+        self.conv_ref.add_module("bn1", nn.BatchNorm2d(width))
+        self.conv_ref.add_module("relu1", nn.ReLU(inplace=True))
+        self.conv_ref_last = nn.Conv2d(width, NUM_CLASSES, 1)
+
+    def forward(self, features: Tensor, image: Tensor) -> SegmentationOutput:
+        """features (N, E, h, w), image (N, 3, H, W) -> the output of SSN (TexRNet, section 4)."""
+        scores = self.conv_sem(features)  # (N, C, h, w)
+        semantic_logits = scores + self.bias_sem[:, None, None]
+        key_weights, attention = self._attend(features, scores, semantic_logits)
+        small_image = resize_aligned(image, features.shape[-2:])  # (N, 3, h, w)
+        evidence = torch.cat([small_image, features, attention.to(features.dtype)], dim=1)  # (N, 3 + E + C, h, w)
+        refined_logits = self.conv_ref_last(self.conv_ref(evidence))  # (N, C, h, w)
+        return SegmentationOutput(semantic_logits, refined_logits, key_weights, attention)
+
+    @staticmethod
+    def _attend(features: Tensor, scores: Tensor, semantic_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the cells in the class keys and the attention to these keys, both (N, C, h, w) in float32.
+
+        Sums over all cells and exponentials of inner products lose too much in 16 bits, whatever the rest runs in.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            cells = features.flatten(2).float()  # (N, E, P)
+            scores = scores.flatten(2).float()  # (N, C, P)
+            belief = F.normalize(semantic_logits.flatten(2).float().softmax(dim=1), dim=2)  # (N, C, P)
+            overlap = belief @ belief.transpose(1, 2)  # (N, C, C)
+            overlap = torch.exp(overlap * (1 - torch.eye(NUM_CLASSES, device=overlap.device)))
+            weights = torch.exp(scores - scores.amax(dim=1, keepdim=True))  # (N, C, P)
+            weights = weights / (overlap @ weights + 1e-12)
+            keys = weights @ cells.transpose(1, 2) / weights.sum(dim=2, keepdim=True)  # (N, C, E)
+            attention = (keys @ cells).softmax(dim=1)  # (N, C, P)
+        size = features.shape[-2:]
+        return weights.unflatten(2, size), attention.unflatten(2, size)
+
+
+class SSN(nn.Module):
+    """Text segmentation: normalised image (N, 3, H, W) -> `SegmentationOutput` at a quarter of its size.
+
+    The arguments are those of `HRNet`, and `head_width`, the channels inside the refinement head. The defaults are
+    HRNetV2-W48 as published.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int] = (48, 96, 192, 384),
+        stem_width: int = 64,
+        num_modules: Sequence[int] = (1, 4, 3),
+        num_blocks: int = 4,
+        bottlenecks: int = 4,
+        bottleneck_width: int = 64,
+        head_width: int = 64,
+    ) -> None:
+        super().__init__()
+        self.hrnet = HRNet(
+            widths=widths,
+            stem_width=stem_width,
+            num_modules=num_modules,
+            num_blocks=num_blocks,
+            bottlenecks=bottlenecks,
+            bottleneck_width=bottleneck_width,
+        )
+        self.semrfnhead = RefinementHead(inputs=self.hrnet.outputs, width=head_width)
+
+    def forward(self, image: Tensor) -> SegmentationOutput:
+        features = self.hrnet(image)  # (N, E, h, w)
+        return self.semrfnhead(features, image)
+
+    def text_probability(self, image: Tensor, *, areas: Sequence[int] = PUBLISHED_AREAS) -> Tensor:
+        """Probability that a pixel belongs to text, (N, H, W) in [0, 1], float32: the mean over several sizes.
+
+        Args:
+            image: (N, 3, H, W), normalised, at the pictures' own size; all of one size.
+            areas: sides of the squares whose areas the resized image has, in pixels, about.
+
+        Raises:
+            ValueError: when `areas` is empty.
+        """
+        if not areas:
+            raise ValueError("areas must name at least one side in pixels, such as 385")
+        size = image.shape[-2:]
+        total = image.new_zeros((len(image), *size), dtype=torch.float32)
+        for area in areas:
+            resized = resize_aligned(image, network_size(size, area))  # (N, 3, 32 k + 1, 32 l + 1)
+            total = total + resize_aligned(self.probability(resized), size)[:, 0]  # (N, H, W)
+        return total / len(areas)
+
+    def probability(self, image: Tensor) -> Tensor:
+        """Probability of text of a network-sized image, not resized back: (N, 3, H, W) -> (N, 1, h, w), float32."""
+        logits = self(image.to(self.hrnet.conv1.weight.dtype)).refined_logits
+        return logits.float().softmax(dim=1)[:, 1:]
+
+
+def network_size(size: Sequence[int], area: int) -> tuple[int, int]:
+    """Height and width at which a picture of `size` (height, width) enters the network: `area` squared pixels, about.
+
+    The aspect is kept up to the rounding down to 32 k + 1.
+    """
+    height, width = size
+    ratio = math.sqrt(area**2 / (height * width))
+    return (
+        int(height * ratio) // _SIZE_STEP * _SIZE_STEP + 1,
+        int(width * ratio) // _SIZE_STEP * _SIZE_STEP + 1,
+    )

@@ -1,0 +1,69 @@
+"""HRNet: sizes, widths, and the rearranged last layer against the plain one."""
+
+import pytest
+import torch
+from torch import nn
+
+from modules.hrnet import HRNet, resize_aligned
+
+SMALL = {"stem_width": 8, "num_blocks": 1, "bottlenecks": 1, "bottleneck_width": 4}
+
+
+def small_hrnet(widths=(4, 8, 12, 16), num_modules=(1, 2, 1), **changes) -> HRNet:
+    torch.manual_seed(0)
+    return HRNet(widths=widths, num_modules=num_modules, **{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("size", "cells"), [((65, 193), (17, 49)), ((64, 100), (16, 25)), ((1, 33), (1, 9)), ((31, 7), (8, 2))]
+)
+def test_gives_a_quarter_of_the_size_for_any_picture(size, cells):
+    maps = small_hrnet().eval()(torch.randn(2, 3, *size))
+    assert maps.shape == (2, 40, *cells)
+
+
+@pytest.mark.parametrize(("widths", "num_modules"), [((4, 8), (1,)), ((4, 8, 12), (1, 1)), ((16, 8, 8, 4), (1, 1, 1))])
+def test_any_number_of_branches_and_any_widths(widths, num_modules):
+    network = small_hrnet(widths=widths, num_modules=num_modules)
+    assert network(torch.randn(2, 3, 33, 65)).shape == (2, sum(widths), 9, 17)
+
+
+def test_no_bottlenecks_and_no_modules_leave_a_working_network():
+    network = small_hrnet(bottlenecks=0, num_modules=(0, 0, 0))
+    assert network(torch.randn(2, 3, 33, 65)).shape == (2, 40, 9, 17)
+
+
+@pytest.mark.parametrize(("widths", "num_modules"), [((4,), ()), ((4, 8), (1, 1)), ((4, 8, 12, 16), (1, 1))])
+def test_wrong_numbers_of_stages_are_named(widths, num_modules):
+    with pytest.raises(ValueError, match="num_modules"):
+        small_hrnet(widths=widths, num_modules=num_modules)
+
+
+@pytest.mark.parametrize("size", [(65, 193), (64, 100), (97, 80)])
+def test_mixing_branch_by_branch_equals_mixing_the_concatenation(size):
+    network = small_hrnet().eval()
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    mix, *rest = network.last_layer
+    seen = {}
+    network._mix, original = lambda branches: seen.setdefault("branches", branches)[0], network._mix
+    network(torch.randn(2, 3, *size))
+    branches = seen["branches"]
+    together = torch.cat([resize_aligned(branch, branches[0].shape[-2:]) for branch in branches], dim=1)
+    plain = mix(together)
+    for module in rest:
+        plain = module(plain)
+    torch.testing.assert_close(original(branches), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient():
+    network = small_hrnet()
+    network(torch.randn(2, 3, 65, 65)).square().mean().backward()
+    assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
+
+
+def test_resizing_to_the_same_size_changes_nothing():
+    maps = torch.randn(1, 2, 5, 7)
+    assert resize_aligned(maps, (5, 7)) is maps
+    corners = resize_aligned(maps, (9, 13))[..., [0, 0, -1, -1], [0, -1, 0, -1]]
+    torch.testing.assert_close(corners, maps[..., [0, 0, -1, -1], [0, -1, 0, -1]])

@@ -1,0 +1,81 @@
+"""SegmentationCriterion: its terms against plain loops, ignored labels, empty sets."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import SegmentationCriterion, resize_labels, trimap
+from modules.ssn import SegmentationOutput
+
+
+def random_output(size=(9, 13), count=2) -> SegmentationOutput:
+    generator = torch.Generator().manual_seed(0)
+    semantic, refined = (torch.randn(count, 2, *size, generator=generator, requires_grad=True) for _ in range(2))
+    return SegmentationOutput(semantic, refined, torch.zeros(()), torch.zeros(()))
+
+
+def blob_labels(size=(33, 49), count=2) -> torch.Tensor:
+    labels = torch.zeros(count, *size, dtype=torch.int64)
+    labels[:, 8:20, 12:30] = 1
+    labels[1, :, 40:] = 255
+    return labels
+
+
+def test_labels_take_the_nearest_pixel_with_aligned_corners():
+    labels = torch.arange(9 * 13).view(1, 9, 13)
+    assert torch.equal(resize_labels(labels, (3, 4)), labels[:, ::4, ::4])
+    assert torch.equal(resize_labels(labels, (9, 13)), labels)
+    assert resize_labels(labels, (1, 2)).tolist() == [[[0, 12]]]
+    assert resize_labels(labels[:, :1, :1], (3, 3)).eq(0).all()
+
+
+def test_trimap_by_its_definition():
+    labels = torch.randint(0, 2, (2, 12, 15), generator=torch.Generator().manual_seed(1))
+    labels[0, 3:5, 3:9] = 255
+    expected = torch.zeros_like(labels, dtype=torch.bool)
+    for n, y, x in torch.cartesian_prod(torch.arange(2), torch.arange(1, 11), torch.arange(1, 14)).tolist():
+        neighbours = [labels[n, y - 1, x], labels[n, y + 1, x], labels[n, y, x - 1], labels[n, y, x + 1]]
+        known = all(each != 255 for each in [*neighbours, labels[n, y, x]])
+        expected[n, y, x] = known and any(each != labels[n, y, x] for each in neighbours)
+    assert torch.equal(trimap(labels, 255), expected)
+
+
+def test_terms_are_means_over_what_counts_and_the_total_is_weighted():
+    output, labels = random_output(), blob_labels()
+    terms = SegmentationCriterion()(output, labels)
+    small = labels[:, ::4, ::4]
+    semantic = F.cross_entropy(output.semantic_logits, small, ignore_index=255)
+    refined = F.cross_entropy(output.refined_logits, small, ignore_index=255)
+    rim = torch.where(trimap(small, 255), small, 255)
+    edge = F.cross_entropy(output.refined_logits, rim, ignore_index=255)
+    torch.testing.assert_close(terms["semantic"], semantic)
+    torch.testing.assert_close(terms["refined"], refined)
+    torch.testing.assert_close(terms["trimap"], edge)
+    torch.testing.assert_close(terms["total"], semantic + 0.5 * refined + 0.5 * edge)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_empty_sets_count_zero_and_their_gradient_is_zero(value):
+    output = random_output()
+    terms = SegmentationCriterion()(output, torch.full((2, 33, 49), value))
+    assert terms["trimap"] == 0
+    terms["total"].backward()
+    assert output.refined_logits.grad.isfinite().all()
+    if value == 255:
+        assert terms["total"] == 0
+        assert output.refined_logits.grad.eq(0).all()
+
+
+def test_ignored_pixels_get_no_gradient():
+    output = random_output()
+    SegmentationCriterion()(output, blob_labels())["total"].backward()
+    assert output.semantic_logits.grad[1, :, :, 10:].eq(0).all()
+    assert output.semantic_logits.grad[0, :, :, 10:].ne(0).any()
+
+
+def test_a_term_of_weight_zero_is_left_out():
+    terms = SegmentationCriterion(weights={"semantic": 1.0, "refined": 0.0, "trimap": 2.0})(
+        random_output(), blob_labels()
+    )
+    assert set(terms) == {"semantic", "trimap", "total"}
+    torch.testing.assert_close(terms["total"], terms["semantic"] + 2 * terms["trimap"])

@@ -1,8 +1,8 @@
 """Reading and writing LMDB files of words, masks and segmentation pairs.
 
-An LMDB here is a folder with a `data.mdb`. Keys are text (`num-samples`, `image-%09d`, `label-%09d`, `mask-%09d`, counting from 1),
-values are bytes. The writer never shows a half-written LMDB under its final name; the reader opens on first use, so that it can be
-handed to worker processes that are forked or spawned.
+An LMDB here is a folder with a `data.mdb`. Keys are text (`num-samples`, `image-%09d`, `label-%09d`, `mask-%09d`,
+counting from 1), values are bytes. The writer never shows a half-written LMDB under its final name; the reader opens on
+first use, so that it can be handed to worker processes that are forked or spawned.
 """
 
 import contextlib
@@ -78,16 +78,16 @@ def find_lmdbs(root: str | os.PathLike) -> list[Path]:
 class LmdbWriter:
     """Writes an LMDB in batches of transactions to `<path>.partial` and gives it its name when it is whole.
 
-    Used as a context manager. Leaving the block normally commits, flushes to the disk and renames; leaving it by an exception
-    removes the partial folder and leaves whatever was at `path` as it was.
+    Used as a context manager. Leaving the block normally commits, flushes to the disk and renames; leaving it by an
+    exception removes the partial folder and leaves whatever was at `path` as it was.
 
     Args:
         path: folder to make; its parents are made too.
-        overwrite: replace an LMDB that exists at `path` (in one step, at the end) instead of raising UserError. Anything that is
-            not an LMDB is never replaced. A partial folder of an earlier run is discarded.
-        resumable: keep the partial folder after an interruption, a kill included, and go on with it when the same path is written
-            again: what was committed is found by `get` and `in`, `resumed` tells that there is some. Each commit is flushed to
-            the disk.
+        overwrite: replace an LMDB that exists at `path` (in one step, at the end) instead of raising UserError. What
+            is not an LMDB is never replaced. A partial folder of an earlier run is discarded.
+        resumable: keep the partial folder after an interruption, a kill included, and go on with it when the same path
+            is written again: what was committed is found by `get` and `in`, `resumed` tells that there is some. Each
+            commit is flushed to the disk.
         identity: with `resumable`, a text that names input and settings; a partial folder with another one is refused.
 
     Raises:
@@ -109,19 +109,11 @@ class LmdbWriter:
         self._environment: lmdb.Environment | None = None
         self._check_target()
         with self._clear_errors():
-            self._lock = self._claim_partial(identity)
+            self._lock = self._claim_partial()
             try:
-                self._environment = lmdb.open(
-                    str(self.partial),
-                    map_size=_FIRST_MAP_SIZE,
-                    lock=False,
-                    sync=resumable,
-                    metasync=False,
-                    readahead=False,
-                )
-                while self._environment.info()["map_size"] < (self.partial / DATA_FILE).stat().st_size + _COMMIT_BYTES:
-                    self._grow()
-            except (lmdb.Error, OSError):
+                self._prepare_partial(identity)
+                self._environment = self._open_partial()
+            except BaseException:
                 self._abandon()
                 raise
         stored = self.get(NUM_SAMPLES)
@@ -220,7 +212,7 @@ class LmdbWriter:
         if content and not self.overwrite:
             raise UserError(f"{self.path}: exists already; choose another output or replace it with --overwrite")
 
-    def _claim_partial(self, identity: str) -> int:
+    def _claim_partial(self) -> int:
         """Make the partial folder, or take the one to resume, and lock it against other processes; returns the lock."""
         self.partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.partial / _WRITER_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -228,24 +220,38 @@ class LmdbWriter:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise UserError(
-                f"{self.path}: another process is writing it; wait for it or choose another output"
-            ) from None
+            raise UserError(f"{self.path}: another process is writing it; wait or choose another output") from None
+        return lock
+
+    def _prepare_partial(self, identity: str) -> None:
+        """Empty the partial folder, or make sure that it is the one to go on with."""
         identity_file = self.partial / _IDENTITY_FILE
         data_file = self.partial / DATA_FILE
-        if self.resumable and not self.overwrite and data_file.exists():
-            found = identity_file.read_text(encoding="utf-8") if identity_file.exists() else ""
-            if found != identity:
-                os.close(lock)
-                raise UserError(
-                    f"{self.partial}: was begun with other input or settings ({found or 'none named'}); "
-                    "remove it or start anew with --overwrite"
-                )
-            self.resumed = True
-        else:
+        if not (self.resumable and not self.overwrite and data_file.exists()):
             data_file.unlink(missing_ok=True)
             identity_file.write_text(identity, encoding="utf-8")
-        return lock
+            return
+        found = identity_file.read_text(encoding="utf-8") if identity_file.exists() else ""
+        if found != identity:
+            raise UserError(
+                f"{self.partial}: was begun with other input or settings ({found or 'none named'}); "
+                "remove it or start anew with --overwrite"
+            )
+        self.resumed = True
+
+    def _open_partial(self) -> lmdb.Environment:
+        size = (self.partial / DATA_FILE).stat().st_size if self.resumed else 0
+        try:
+            return lmdb.open(
+                str(self.partial),
+                map_size=max(_FIRST_MAP_SIZE, 2 * size),
+                lock=False,
+                sync=self.resumable,
+                metasync=False,
+                readahead=False,
+            )
+        except (lmdb.InvalidError, lmdb.CorruptedError) as error:
+            raise UserError(f"{self.partial}: is damaged ({error}); remove it and run again") from error
 
     def _grow(self) -> None:
         self._environment.set_mapsize(2 * self._environment.info()["map_size"])
@@ -279,7 +285,7 @@ class LmdbWriter:
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Iterator[None]:
-        """Turn the operating system's and LMDB's write errors into a UserError that names the output and the room left."""
+        """Turn write errors of the system and of LMDB into a UserError that names the output and the room left."""
         try:
             yield
         except OSError as error:
@@ -333,8 +339,8 @@ os.register_at_fork(after_in_child=_close_inherited)
 class LmdbReader:
     """Reads an LMDB; opened on first use, opened anew in a forked or spawned process, cheap to pickle.
 
-    Any number of readers may read one folder at once; they share one map. Raises UserError on first use when the folder is missing,
-    is no LMDB or was cut short.
+    Any number of readers may read one folder at once; they share one map. Raises UserError on first use when the folder
+    is missing, is no LMDB or was cut short.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -357,9 +363,7 @@ class LmdbReader:
         """The number stored under `num-samples`."""
         stored = self.get(NUM_SAMPLES)
         if stored is None:
-            raise UserError(
-                f"{self.path}: has no {NUM_SAMPLES}; make it again, or mend it with tools/check_lmdb.py --fix"
-            )
+            raise UserError(f"{self.path}: has no {NUM_SAMPLES}; mend it with tools/check_lmdb.py --fix")
         try:
             count = int(stored)
         except ValueError:
@@ -391,7 +395,7 @@ class LmdbReader:
 
     @contextlib.contextmanager
     def transaction(self, *, buffers: bool = False) -> Iterator[lmdb.Transaction]:
-        """A read transaction for many reads in a row; with `buffers` values are memoryviews, valid inside the block only."""
+        """A read transaction for many reads; with `buffers` values are memoryviews, valid inside the block only."""
         with self.environment.begin(buffers=buffers) as transaction:
             yield transaction
 

@@ -46,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Word:
-    """A word to store (`reason` empty), or an entry to reject: `name` is the path, or the line where no path was found."""
+    """A word to store (`reason` empty) or an entry to reject; `name` is the path, or the line where it has none."""
 
     name: str
     image: bytes = b""
@@ -98,7 +98,8 @@ def _unquote(label: str) -> str:
 
 def find_picture(folder: str, name: str) -> str | None:
     """The path of picture `name`, also when the list writes accents or the folder separator in another way."""
-    for spelling in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+    forms = [] if name.isascii() else [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    for spelling in (name, *forms):
         for candidate in (spelling, spelling.replace("\\", "/")):
             path = inside(folder, candidate) if "\0" not in candidate else None
             if path is not None and os.path.lexists(path):
@@ -117,18 +118,16 @@ def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pix
         return Word(line, reason="no separator", detail="neither tab nor comma between path and label")
     for name, label in pairs:
         path = find_picture(folder, name) if name else None
-        if path is not None:
-            break
-    else:
-        name = pairs[0][0]
-        if "\0" not in name and inside(folder, name) is None:
-            return Word(name, reason="path leaves the folder")
-        return Word(name, reason="no such file")
-    if not label:
-        return Word(name, reason="empty label")
-    if "\t" in label:
-        return Word(name, reason="tab in label", detail=label)
-    return _read_picture(name, path, label, max_pixels)
+        if path is None:
+            continue
+        if not label:
+            return Word(name, reason="empty label")
+        if "\t" in label:
+            return Word(name, reason="tab in label", detail=label)
+        return _read_picture(name, path, label, max_pixels)
+    name = pairs[0][0]
+    climbs = "\0" not in name and inside(folder, name) is None
+    return Word(name, reason="path leaves the folder" if climbs else "no such file")
 
 
 def _read_picture(name: str, path: str, label: str, max_pixels: int) -> Word:
@@ -159,7 +158,8 @@ def create_lmdb(
 ) -> tuple[int, RejectionLog]:
     """Store every usable word of `gt_file` in the LMDB `output`, in the order of the list, pictures as they are.
 
-    Returns the number of words and the log of rejected lines. Raises UserError when nothing is usable, and then writes no LMDB.
+    Returns the number of words and the log of rejected lines. Raises UserError when nothing is usable; then there is no
+    LMDB.
     """
     if not os.path.isdir(image_folder):
         raise UserError(f"{image_folder}: no such folder; IMAGE_FOLDER is where the paths of {gt_file} begin")

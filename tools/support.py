@@ -121,7 +121,7 @@ class RejectionLog:
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._partial, "w", encoding="utf-8", errors="backslashreplace")
+                self._file = self._partial.open("w", encoding="utf-8", errors="backslashreplace")
                 self._file.write("entry\treason\tdetail\n")
             self._file.write(f"{_one_field(entry)}\t{reason}\t{_one_field(detail)}\n")
         except OSError as error:
@@ -177,7 +177,7 @@ def inside(folder: str, name: str) -> str | None:
     Decided by the names alone: links that the user placed inside the folder may lead where they like.
     """
     root = os.path.abspath(folder)
-    path = os.path.abspath(os.path.join(root, name))
+    path = os.path.normpath(os.path.join(root, name))
     return path if path.startswith(root.rstrip(os.sep) + os.sep) else None
 
 
@@ -186,8 +186,8 @@ def map_in_processes(
 ) -> Iterator[Result]:
     """Yield `function(item)` for every item, in order, computed by `workers` processes (one: in this process).
 
-    Only a few chunks are under way at once, so `items` may be endless. `function` must be importable by name (or a partial
-    of such a function). Raises UserError when a worker is killed.
+    Only a few chunks are under way at once, so `items` may be endless. `function` must be importable by name (or a
+    partial of such a function). Raises UserError when a worker is killed.
     """
     if workers == 1:
         yield from map(function, items)

@@ -1,0 +1,84 @@
+"""Contact sheets: many words, with their masks where there are any, on one picture to look at."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_PAPER = (255, 255, 255)
+_INK = (40, 40, 40)
+_GAP = 6
+_CAPTION_SIZE = 12
+_OVERLAY_COLOUR = np.array([255.0, 0.0, 80.0])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One word of a sheet.
+
+    `image` is RGB, uint8, (H, W, 3); `mask` is grey, uint8, (H, W), 255 = text, or None; `caption` is written below.
+    """
+
+    image: np.ndarray
+    caption: str = ""
+    mask: np.ndarray | None = None
+
+
+def make_contact_sheet(
+    cells: Sequence[Cell], *, columns: int = 8, cell_width: int = 160, cell_height: int = 48
+) -> Image.Image:
+    """Draw `cells` row by row; each picture keeps its shape and fits cell_width x cell_height pixels.
+
+    Where any cell has a mask, three pictures stand above one another: the word, the mask, and the word with the mask's
+    pixels coloured.
+    """
+    if not cells:
+        raise ValueError("a contact sheet needs at least one cell")
+    layers = 3 if any(cell.mask is not None for cell in cells) else 1
+    step_x = cell_width + _GAP
+    step_y = layers * (cell_height + 2) + _CAPTION_SIZE + 4 + _GAP
+    columns = min(columns, len(cells))
+    sheet = Image.new("RGB", (columns * step_x + _GAP, math.ceil(len(cells) / columns) * step_y + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(_CAPTION_SIZE)
+    for number, cell in enumerate(cells):
+        left = _GAP + number % columns * step_x
+        top = _GAP + number // columns * step_y
+        for layer, picture in enumerate(_layers(cell)):
+            _paste(sheet, picture, left, top + layer * (cell_height + 2), cell_width, cell_height)
+        caption_top = top + layers * (cell_height + 2)
+        draw.text((left, caption_top), _fitting(cell.caption, font, cell_width), fill=_INK, font=font)
+    return sheet
+
+
+def overlay_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """`image` (H, W, 3) with the pixels of `mask` (H, W) coloured, 60 % where the mask is 255."""
+    share = 0.6 * mask[..., None].astype(np.float32) / 255
+    return np.round(image * (1 - share) + _OVERLAY_COLOUR * share).astype(np.uint8)
+
+
+def _layers(cell: Cell) -> list[np.ndarray]:
+    if cell.mask is None:
+        return [cell.image]
+    if cell.mask.shape != cell.image.shape[:2]:  # shown all the same: the caller decides whether that is a fault
+        return [cell.image, cell.mask]
+    return [cell.image, cell.mask, overlay_mask(cell.image, cell.mask)]
+
+
+def _paste(sheet: Image.Image, picture: np.ndarray, left: int, top: int, width: int, height: int) -> None:
+    scale = min(width / picture.shape[1], height / picture.shape[0])
+    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
+    image = Image.fromarray(picture).convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    sheet.paste(image, (left + (width - size[0]) // 2, top + (height - size[1]) // 2))
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`text` on one line, shortened to `width` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

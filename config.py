@@ -11,15 +11,14 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from rapidfuzz import fuzz, process
-from yaml.constructor import ConstructorError
 
 from utils import UserError
+from yaml_io import Document, dump_yaml, parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ Pair = Field(min_length=2, max_length=2)
 
 
 class Section(BaseModel):
-    """A mapping of the YAML. Strict: no unknown keys and no conversions but int to float. A section left empty is all defaults."""
+    """A mapping of the YAML: no unknown keys, no conversion but int to float; left empty, it is all defaults."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True)
 
@@ -129,7 +128,7 @@ class MasksConfig(Section):
     """Where text masks come from."""
 
     source: Literal["lmdb", "online", "none"] = key(
-        "lmdb", "lmdb: files of tools/create_masks.py; online: SSN in the loop; none (default of mask-free networks)."
+        "lmdb", "lmdb: files; online: SSN in the loop; none (the default of a network without segmentation)."
     )
     root: str | None = key(None, "Folder of mask LMDBs; the masks of <root of images>/X are in <masks.root>/X.")
     cache: bool = key(False, "Keep the online mask of each word in memory for the next epoch.")
@@ -399,7 +398,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back equal."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        return dump_yaml(self.to_dict(), width=120)
 
 
 def _plain(value: Any) -> Any:
@@ -430,7 +429,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file cannot be read, or any key or value of file or overrides is wrong; one line for each.
     """
-    document = _read_document(Path(path))
+    document = read_yaml(Path(path))
     problems: list[str] = []
     origins: dict[str, str] = {}  # dotted key -> the override that set it
     for override in overrides:
@@ -456,7 +455,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     known = [name for name, _ in walk_schema()]
     if dotted not in known and dotted not in DEAD_KEYS:
         raise UserError(f"override {override}: {_unknown_key(dotted)}")
-    return dotted, _parse_yaml(text, f"override {override}").data
+    return dotted, parse_yaml(text, f"override {override}").data
 
 
 def _set(data: Any, names: list[str], value: Any) -> None:
@@ -469,7 +468,7 @@ def _set(data: Any, names: list[str], value: Any) -> None:
     data[names[-1]] = value
 
 
-def _validated(document: "Document", origins: Mapping[str, str], problems: Sequence[str] = ()) -> Config:
+def _validated(document: Document, origins: Mapping[str, str], problems: Sequence[str] = ()) -> Config:
     problems = list(problems)
     _drop_dead_keys(document)
     config = None
@@ -485,7 +484,7 @@ def _validated(document: "Document", origins: Mapping[str, str], problems: Seque
     return config
 
 
-def _drop_dead_keys(document: "Document") -> None:
+def _drop_dead_keys(document: Document) -> None:
     for dotted in DEAD_KEYS:
         section, name = dotted.split(".")
         values = document.data.get(section)
@@ -564,7 +563,7 @@ def _unknown_key(dotted: str) -> str:
 
 
 def _nearest_key(dotted: str) -> str:
-    """A likely slip among the section's own keys, else the same word in another section, else the nearest of the section."""
+    """A likely slip among the section's own keys, else the same word elsewhere, else the section's nearest."""
     known = [name for name, _ in walk_schema()]
     parent, _, leaf = dotted.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
@@ -577,7 +576,7 @@ def _nearest_key(dotted: str) -> str:
     )
 
 
-def _origin(dotted: str, document: "Document", origins: Mapping[str, str]) -> str:
+def _origin(dotted: str, document: Document, origins: Mapping[str, str]) -> str:
     """Where a key was set, for the start of a line: the override itself, or file, line and key."""
     names = re.split(r"[.\[]", dotted)
     for size in range(len(names), 0, -1):
@@ -587,100 +586,6 @@ def _origin(dotted: str, document: "Document", origins: Mapping[str, str]) -> st
         if name in document.lines:
             return f"{document.source}:{document.lines[name]}: {dotted}"
     return f"{document.source}: {dotted}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# YAML
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Document(NamedTuple):
-    """What a YAML file holds, its name, and the line of each dotted key (counted from 1)."""
-
-    data: Any
-    source: str
-    lines: dict[str, int]
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only: of the tags beyond YAML's own, `!!python/tuple` alone is known, and gives a list."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, KeyError, IndexError, AttributeError) as error:
-            # PyYAML's constructors meet a malformed scalar (`!!int x`, a 13th month) with whatever Python raises.
-            raise ConstructorError(None, None, f"not a value of its type: {node.value!r}", node.start_mark) from error
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.value != "<<":
-                if key_node.value in seen:
-                    raise ConstructorError(None, None, f"duplicate key {key_node.value!r}", key_node.start_mark)
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would read as numbers."""
-
-
-def _refuse_tag(loader: _Loader, node: yaml.Node) -> None:
-    tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-    raise ConstructorError(None, None, f"tag {tag} is refused: nothing in a YAML file can run code", node.start_mark)
-
-
-_Loader.add_constructor(None, _refuse_tag)
-_Loader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
-)
-for _resolver in (_Loader, _Dumper):
-    # YAML 1.1 takes 1e-4 for a string, for want of a point.
-    _resolver.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-
-def _read_document(path: Path) -> Document:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the config file ({error.strerror}); check --config") from error
-    document = _parse_yaml(content, str(path))
-    if document.data is None:
-        raise UserError(f"{path}:1: the config file is empty; see configs/template.yaml for the keys")
-    if not isinstance(document.data, dict):
-        raise UserError(f"{path}:1: not a mapping of sections (global, dataset, training, optimizer, model)")
-    return document
-
-
-def _parse_yaml(text: str | bytes, source: str) -> Document:
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        data = None if node is None else loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = source if mark is None or source.startswith("override ") else f"{source}:{mark.line + 1}"
-        raise UserError(f"{place}: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:  # not text at all
-        raise UserError(f"{source}:1: not YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise UserError(f"{source}:1: nested too deeply") from error
-    return Document(data, source, dict(_key_lines(node)))
-
-
-def _key_lines(node: yaml.Node | None, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, int]]:
-    """(dotted key, its line); a node that aliases share is walked once."""
-    seen = set() if seen is None else seen
-    if not isinstance(node, yaml.MappingNode) or id(node) in seen:
-        return
-    seen.add(id(node))
-    for key_node, value_node in node.value:
-        dotted = f"{prefix}{key_node.value}"
-        yield dotted, key_node.start_mark.line + 1
-        yield from _key_lines(value_node, f"{dotted}.", seen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,7 +602,7 @@ def template() -> str:
         if _is_section(field):
             lines += ([""] if level == 0 else []) + [f"{'  ' * level}{name}:  # {field.annotation.__doc__}"]
         else:
-            value = yaml.dump(field.default, Dumper=_Dumper, default_flow_style=True, width=1000).split("\n")[0]
+            value = dump_yaml(field.default, default_flow_style=True, width=1000).split("\n")[0]
             lines.append(f"{'  ' * level}{name}: {value}  # {field.description}")
     return "\n".join(lines) + "\n"
 

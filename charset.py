@@ -1,0 +1,133 @@
+"""Text to class ids and back, and what of a text counts when a reading is scored."""
+
+import string
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from utils import UserError
+
+NULL = 0  # class of the end of a text, and of every step after it
+
+# Characters that each evaluation protocol compares; 36 compares letters without their case.
+PROTOCOLS = {
+    36: string.digits + string.ascii_lowercase,
+    62: string.digits + string.ascii_letters,
+    94: string.digits + string.ascii_letters + string.punctuation,
+}
+
+
+class Charset:
+    """The characters that a network knows, in the order of their classes.
+
+    Class 0 is the null symbol; character i (from 0) is class i + 1. The length of a text, wherever the project speaks of
+    one, counts its end: `len(text) + 1`.
+    """
+
+    def __init__(self, characters: str) -> None:
+        """Take distinct characters in order of their ids.
+
+        Raises:
+            UserError: there are none, or one comes twice.
+        """
+        if not characters:
+            raise UserError("charset: holds no characters")
+        self.characters = characters
+        self._classes = {character: index for index, character in enumerate(characters, start=NULL + 1)}
+        if len(self._classes) != len(characters):
+            twice = sorted({character for character in characters if characters.count(character) > 1})
+            raise UserError(f"charset: {', '.join(map(repr, twice))} comes more than once")
+        self._folds_case = not any(character.isupper() for character in characters)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Charset":
+        """Read a file with `id<TAB>character` per line, ids 0, 1, 2, ... in order.
+
+        Raises:
+            UserError: the file is missing, not UTF-8, empty or damaged; names the line.
+        """
+        try:
+            text = Path(path).read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot read the charset ({error.strerror}); check dataset.charset_path"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: the charset is not UTF-8 text") from error
+        characters: list[str] = []
+        for number, line in enumerate(text.replace("\r\n", "\n").removesuffix("\n").split("\n"), start=1):
+            identifier, tab, character = line.partition("\t")
+            if not tab or len(character) != 1:
+                raise UserError(f"{path}:{number}: {line!r} is not `id<TAB>character` with a single character")
+            if identifier != str(len(characters)):
+                raise UserError(f"{path}:{number}: id {identifier!r} should be {len(characters)}; ids count from 0")
+            if character in characters:
+                first = characters.index(character) + 1
+                raise UserError(f"{path}:{number}: {character!r} is already in line {first}")
+            characters.append(character)
+        return cls("".join(characters))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: the characters and the null symbol."""
+        return len(self.characters) + 1
+
+    @property
+    def has_upper_case(self) -> bool:
+        """Whether the charset tells upper from lower case."""
+        return not self._folds_case
+
+    def normalize(self, text: str) -> str:
+        """What the network can read of a text: lower-cased if the charset has no upper case, the rest dropped.
+
+        This is the published rule (for 36 characters: keep `[0-9a-zA-Z]`, lower-cased). Nothing is folded: an accented
+        letter is dropped, not read as its base letter, and a letter whose lower case is longer than one character
+        never adds characters that the label does not show.
+        """
+        if self._folds_case:
+            text = "".join(character.lower() if character.isascii() else character for character in text)
+        return "".join(character for character in text if character in self._classes)
+
+    def encode(self, text: str) -> list[int]:
+        """The classes of a text's characters, without the end.
+
+        Raises:
+            UserError: a character is not in the charset (normalize first).
+        """
+        try:
+            return [self._classes[character] for character in text]
+        except KeyError as error:
+            raise UserError(f"{text!r} holds {error.args[0]!r}, which is not in the charset") from error
+
+    def decode(self, classes: Iterable[int]) -> str:
+        """The text of a sequence of classes, up to its first null."""
+        characters = []
+        for index in classes:
+            if int(index) == NULL:
+                break
+            characters.append(self.characters[int(index) - 1])
+        return "".join(characters)
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Charset) and self.characters == other.characters
+
+    def __hash__(self) -> int:
+        return hash(self.characters)
+
+    def __repr__(self) -> str:
+        return f"Charset({self.characters!r})"
+
+
+def protocol_normalizer(protocol: int) -> Callable[[str], str]:
+    """The function that a protocol applies to labels and readings alike before it compares them.
+
+    36: lower-cased, `[0-9a-z]` kept. 62: `[0-9a-zA-Z]` kept. 94: the printable ASCII characters kept, spaces dropped.
+
+    Raises:
+        UserError: there is no such protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"dataset.eval_protocol {protocol!r} is unknown; give {', '.join(map(str, PROTOCOLS))} or null")
+    return Charset(PROTOCOLS[protocol]).normalize

@@ -1,0 +1,111 @@
+"""YAML files as plain data: nothing in them can run code, and whatever is wrong is named by file and line."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from utils import UserError
+
+
+class Document(NamedTuple):
+    """What a YAML file holds, its name, and the line of each dotted key (counted from 1)."""
+
+    data: Any
+    source: str
+    lines: dict[str, int]
+
+
+class Loader(yaml.SafeLoader):
+    """Plain data only: of the tags beyond YAML's own, `!!python/tuple` alone is known, and gives a list."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, IndexError, AttributeError) as error:
+            # PyYAML's constructors meet a malformed scalar (`!!int x`, a 13th month) with whatever Python raises.
+            raise ConstructorError(None, None, f"not a value of its type: {node.value!r}", node.start_mark) from error
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value != "<<":
+                if key_node.value in seen:
+                    raise ConstructorError(None, None, f"duplicate key {key_node.value!r}", key_node.start_mark)
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes the strings that `Loader` would read as numbers."""
+
+
+def _refuse_tag(loader: Loader, node: yaml.Node) -> None:
+    tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+    raise ConstructorError(None, None, f"tag {tag} is refused: nothing in a YAML file can run code", node.start_mark)
+
+
+Loader.add_constructor(None, _refuse_tag)
+Loader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
+)
+for _resolver in (Loader, Dumper):
+    # YAML 1.1 takes 1e-4 for a string, for want of a point.
+    _resolver.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def read_yaml(path: Path) -> Document:
+    """Read a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, is empty or holds no mapping; names file and line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the file ({error.strerror})") from error
+    document = parse_yaml(content, str(path))
+    if document.data is None:
+        raise UserError(f"{path}:1: the file is empty; it must hold `key: value` lines")
+    if not isinstance(document.data, dict):
+        raise UserError(f"{path}:1: not a mapping; it must hold `key: value` lines")
+    return document
+
+
+def parse_yaml(text: str | bytes, source: str) -> Document:
+    """Read YAML text; `source` names it in errors (an override of the command line has no lines worth naming)."""
+    try:
+        loader = Loader(text)
+        node = loader.get_single_node()
+        data = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = source if mark is None or source.startswith("override ") else f"{source}:{mark.line + 1}"
+        raise UserError(f"{place}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # not text at all
+        raise UserError(f"{source}:1: not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}:1: nested too deeply") from error
+    return Document(data, source, dict(_key_lines(node)))
+
+
+def _key_lines(node: yaml.Node | None, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, int]]:
+    """(dotted key, its line); a node that aliases share is walked once."""
+    seen = set() if seen is None else seen
+    if not isinstance(node, yaml.MappingNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    for key_node, value_node in node.value:
+        dotted = f"{prefix}{key_node.value}"
+        yield dotted, key_node.start_mark.line + 1
+        yield from _key_lines(value_node, f"{dotted}.", seen)
+
+
+def dump_yaml(data: Any, **options: Any) -> str:
+    """Plain data as YAML that `parse_yaml` reads back equal; keys keep their order."""
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, **options)

@@ -1,0 +1,404 @@
+"""What happens to a picture and its mask between decoding and the batch: augmentation and resizing.
+
+Pictures are RGB, uint8, (H, W, 3); masks are grey, uint8, (H, W), 255 = text, and of the size of their picture. Geometry
+moves both with one matrix and one border rule; everything else touches the picture only. All random decisions come from
+the generator that is passed in, so that a sample depends on nothing but that.
+
+Matrices map points of the source to points of the result, in continuous coordinates: a picture of W x H pixels covers
+[0, W] x [0, H], the middle of its first pixel is (0.5, 0.5).
+"""
+
+import io
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import cv2
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, UnidentifiedImageError
+
+Picture = np.ndarray  # (H, W, 3) uint8, RGB
+Mask = np.ndarray  # (H, W) uint8, 255 = text
+Size = tuple[int, int]  # height, width
+
+MAX_SIDE = 4096  # pixels; larger pictures are brought down to it first (OpenCV's warps end at 32,767)
+
+# EXIF orientation is ignored, as PIL does: masks and boxes of data sets are given for the stored pixels.
+_COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+
+if hasattr(cv2, "setLogLevel"):
+    cv2.setLogLevel(2)  # errors only: a picture that cannot be decoded is reported by the data set, with its name
+
+
+class BrokenPictureError(ValueError):
+    """Bytes that are no whole picture."""
+
+
+def decode_picture(data: bytes | memoryview) -> Picture:
+    """Decode a picture of any depth, colour model and usual format to RGB; raises BrokenPictureError.
+
+    16-bit samples are scaled to 8 bits, grey is repeated, transparency is dropped (the colours below it stay).
+    """
+    return _decode(data, _COLOR, "RGB")
+
+
+def decode_mask(data: bytes | memoryview) -> Mask:
+    """Decode a mask to one 8-bit channel, 255 = text; raises BrokenPictureError."""
+    return _decode(data, _GREY, "L")
+
+
+def _decode(data: bytes | memoryview, flags: int, mode: str) -> np.ndarray:
+    buffer = np.frombuffer(data, dtype=np.uint8)
+    if not buffer.size:
+        raise BrokenPictureError("empty")
+    try:
+        picture = cv2.imdecode(buffer, flags)
+    except cv2.error:
+        picture = None
+    if picture is not None:
+        return picture
+    try:  # formats that OpenCV was built without; PIL also refuses what was cut short
+        with Image.open(io.BytesIO(data)) as opened:
+            return np.ascontiguousarray(opened.convert(mode))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BrokenPictureError(str(error)) from error
+
+
+# --- magnitudes -------------------------------------------------------------------------------------------------------
+
+
+def symmetric(rng: Generator, maximum: float) -> float:
+    """A magnitude in (-maximum, maximum), mostly small: 2 (Beta(4, 4) - 0.5) x maximum."""
+    return 2.0 * (rng.beta(4.0, 4.0) - 0.5) * maximum
+
+
+def one_sided(rng: Generator, maximum: float) -> float:
+    """A magnitude in (0, maximum), mostly small: Beta(1, 4) x maximum."""
+    return rng.beta(1.0, 4.0) * maximum
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
+
+
+def rotation(rng: Generator, size: Size, *, degrees: float = 45.0) -> np.ndarray:
+    """Matrix (3, 3) of a rotation by up to `degrees` either way."""
+    angle = math.radians(symmetric(rng, degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
+
+
+def affine(
+    rng: Generator, size: Size, *, scale: float = 2.0, shear: tuple[float, float] = (45.0, 15.0)
+) -> np.ndarray:
+    """Matrix (3, 3) of a scaling by 1/`scale` to `scale` and shears of up to `shear` degrees along x and y."""
+    factor = scale ** symmetric(rng, 1.0)
+    along_x = math.tan(math.radians(symmetric(rng, shear[0])))
+    along_y = math.tan(math.radians(symmetric(rng, shear[1])))
+    return np.array([[factor, factor * along_x, 0.0], [factor * along_y, factor, 0.0], [0.0, 0.0, 1.0]])
+
+
+def perspective(rng: Generator, size: Size, *, distortion: float = 0.5) -> np.ndarray:
+    """Matrix (3, 3) that moves every corner inwards by up to `distortion` of half a side along x and y."""
+    height, width = size
+    corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=np.float32)
+    inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], dtype=np.float32)
+    moves = rng.beta(1.0, 4.0, (4, 2)).astype(np.float32) * np.float32(distortion / 2) * corners[2]
+    return cv2.getPerspectiveTransform(corners, corners + inwards * moves)
+
+
+def fit_canvas(matrix: np.ndarray, size: Size, *, max_side: int = MAX_SIDE) -> tuple[np.ndarray, Size]:
+    """Move the result of `matrix` to the origin and give the size that holds all of it.
+
+    Args:
+        size: height and width of the source.
+        max_side: a larger result is scaled down to this.
+
+    Returns:
+        The matrix onto the new canvas, and the canvas' height and width.
+    """
+    height, width = size
+    points = matrix @ np.array([[0, width, width, 0], [0, 0, height, height], [1, 1, 1, 1]], dtype=np.float64)
+    points = points[:2] / points[2]
+    left, top = points.min(1)
+    extent_x, extent_y = points.max(1) - (left, top)
+    new_width = min(max(round(extent_x), 1), max_side)
+    new_height = min(max(round(extent_y), 1), max_side)
+    scale_x, scale_y = new_width / extent_x, new_height / extent_y
+    onto = np.array([[scale_x, 0.0, -left * scale_x], [0.0, scale_y, -top * scale_y], [0.0, 0.0, 1.0]])
+    return onto @ matrix, (new_height, new_width)
+
+
+# From continuous coordinates to OpenCV's, where the middle of the first pixel is (0, 0), and back.
+_TO_OPENCV = np.array([[1.0, 0.0, -0.5], [0.0, 1.0, -0.5], [0.0, 0.0, 1.0]])
+_FROM_OPENCV = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+
+
+def warp(picture: np.ndarray, matrix: np.ndarray, size: Size, interpolation: int) -> np.ndarray:
+    """Warp a picture or mask by `matrix` onto a canvas of `size`; what lies outside repeats the border."""
+    matrix = _TO_OPENCV @ matrix @ _FROM_OPENCV
+    canvas = (size[1], size[0])
+    if matrix[2, 0] or matrix[2, 1]:
+        return cv2.warpPerspective(picture, matrix, canvas, flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(picture, matrix[:2], canvas, flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
+
+
+def resize(picture: np.ndarray, size: Size) -> np.ndarray:
+    """Resize bilinearly to height and width, without smoothing first, as the published pipeline does."""
+    if picture.shape[:2] == size:
+        return picture
+    return cv2.resize(picture, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+# --- deterioration ----------------------------------------------------------------------------------------------------
+
+
+def gaussian_noise(picture: Picture, rng: Generator, *, variance: float = 20.0) -> Picture:
+    """Add normal noise of a variance of up to `variance` (grey levels squared), per pixel and channel."""
+    deviation = math.sqrt(one_sided(rng, variance))
+    cv2.setRNGSeed(int(rng.integers(1 << 31)))  # OpenCV draws normal numbers three times as fast as NumPy
+    noise = cv2.randn(np.empty(picture.shape, np.int16), 0.0, deviation)
+    return cv2.add(picture, noise, dtype=cv2.CV_8U)
+
+
+def motion_blur(picture: Picture, rng: Generator, *, length: float = 6.0) -> Picture:
+    """Blur along a line of up to `length` pixels in any direction."""
+    pixels = round(one_sided(rng, length))
+    angle = rng.uniform(0.0, math.pi)
+    if pixels < 2:
+        return picture
+    return cv2.filter2D(picture, -1, line_kernel(pixels, angle), borderType=cv2.BORDER_REPLICATE)
+
+
+def line_kernel(pixels: int, angle: float) -> np.ndarray:
+    """Kernel with sum 1: a centred line of `pixels` length at `angle` (radians)."""
+    radius = pixels // 2 + 1
+    kernel = np.zeros((2 * radius + 1, 2 * radius + 1), np.float32)
+    for offset in np.linspace(-(pixels - 1) / 2, (pixels - 1) / 2, 2 * pixels - 1):
+        x, y = radius + offset * math.cos(angle), radius + offset * math.sin(angle)
+        column, row = int(x), int(y)
+        right, below = x - column, y - row
+        kernel[row : row + 2, column : column + 2] += np.outer((1 - below, below), (1 - right, right))
+    return kernel / kernel.sum()
+
+
+def rescale(picture: Picture, rng: Generator, *, base: Size, steps: float = 4.0) -> Picture:
+    """Lose detail: down to `base` halved up to `steps` times (the levels of a picture pyramid), and back up."""
+    step = round(one_sided(rng, steps))
+    height, width = max(base[0] >> step, 1), max(base[1] >> step, 1)
+    if height >= picture.shape[0] and width >= picture.shape[1]:
+        return picture  # the level is larger than the picture: nothing would be lost
+    small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+    return resize(small, picture.shape[:2])
+
+
+def deteriorate(picture: Picture, rng: Generator, *, base: Size) -> Picture:
+    """Noise, motion blur and loss of detail, in random order; `base` is the lowest level of the pyramid."""
+    kinds: list[Callable[[Picture], Picture]] = [
+        lambda each: gaussian_noise(each, rng),
+        lambda each: motion_blur(each, rng),
+        lambda each: rescale(each, rng, base=base),
+    ]
+    for kind in rng.permutation(3):
+        picture = kinds[kind](picture)
+    return picture
+
+
+# --- colour -----------------------------------------------------------------------------------------------------------
+
+_LEVELS = np.arange(256, dtype=np.float32)
+
+
+def color_jitter(
+    picture: Picture,
+    rng: Generator,
+    *,
+    brightness: float = 0.5,
+    contrast: float = 0.5,
+    saturation: float = 0.5,
+    hue: float = 0.1,
+) -> Picture:
+    """Change brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (turns -x to x), in random order.
+
+    The factors are uniform, as those of torchvision's operation of this name, which the published recipe calls.
+    """
+    factors = 1.0 + rng.uniform(-1.0, 1.0, 3) * (brightness, contrast, saturation)
+    turn = rng.uniform(-hue, hue)
+    for kind in rng.permutation(4):
+        if kind == 0:
+            picture = _stretch(picture, factors[0], 0.0)
+        elif kind == 1:
+            mean = cv2.mean(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))[0]
+            picture = _stretch(picture, factors[1], (1.0 - factors[1]) * mean)
+        elif kind == 2:
+            grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+            picture = cv2.addWeighted(picture, factors[2], grey, 1.0 - factors[2], 0.0)
+        else:
+            picture = _turn_hue(picture, turn)
+    return picture
+
+
+def _stretch(picture: Picture, factor: float, offset: float) -> Picture:
+    """factor x level + offset, within [0, 255]."""
+    return cv2.LUT(picture, np.clip(_LEVELS * factor + (offset + 0.5), 0, 255).astype(np.uint8))
+
+
+def _turn_hue(picture: Picture, turn: float) -> Picture:
+    hsv = cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL)  # hue takes the whole range 0-255, so that uint8 wraps rightly
+    hsv[..., 0] += np.uint8(round(turn * 256) % 256)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+class WordTransform(Protocol):
+    """Makes (height, width) inputs of a picture and its mask."""
+
+    size: Size
+
+    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]: ...
+
+
+class ResizeWord:
+    """Resize to the network's size: what evaluation does, and the end of what training does.
+
+    Args:
+        size: height and width.
+        keep_aspect: scale until one side fits and fill the rest (right or below) with black, not text.
+    """
+
+    def __init__(self, *, size: Size = (32, 128), keep_aspect: bool = False) -> None:
+        self.size = tuple(size)
+        self.keep_aspect = keep_aspect
+
+    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
+        size = self.fitted(picture.shape[:2])
+        return self.pad(resize(picture, size)), None if mask is None else self.pad(resize(mask, size))
+
+    def fitted(self, size: Size) -> Size:
+        """Height and width that a picture of `size` gets before the filling."""
+        if not self.keep_aspect:
+            return self.size
+        scale = min(self.size[0] / size[0], self.size[1] / size[1])
+        return (
+            min(max(round(size[0] * scale), 1), self.size[0]),
+            min(max(round(size[1] * scale), 1), self.size[1]),
+        )
+
+    def pad(self, picture: np.ndarray) -> np.ndarray:
+        """Fill up to the network's size."""
+        below, right = self.size[0] - picture.shape[0], self.size[1] - picture.shape[1]
+        if not below and not right:
+            return picture
+        return cv2.copyMakeBorder(picture, 0, below, 0, right, cv2.BORDER_CONSTANT, value=0)
+
+
+class AugmentWord:
+    """The published training augmentation, then resizing; kinds and magnitudes are drawn for every sample.
+
+    Args:
+        size, keep_aspect: as of ResizeWord.
+        geometry, deterioration, color: probability of each.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: Size = (32, 128),
+        keep_aspect: bool = False,
+        geometry: float = 0.5,
+        deterioration: float = 0.25,
+        color: float = 0.25,
+    ) -> None:
+        self.resize = ResizeWord(size=size, keep_aspect=keep_aspect)
+        self.size = self.resize.size
+        self.geometry = geometry
+        self.deterioration = deterioration
+        self.color = color
+
+    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
+        moved, deteriorated, colored = rng.random(3) < (self.geometry, self.deterioration, self.color)
+        picture, mask = limit_size(picture), None if mask is None else limit_size(mask)
+        if moved:
+            picture, mask = self._move(picture, mask, rng, whole=deteriorated)
+        if deteriorated:
+            picture = deteriorate(picture, rng, base=(4 * self.size[0], 4 * self.size[1]))
+        picture, mask = self.resize(picture, mask, rng)
+        if colored:  # pointwise, so it may as well follow the resizing, where there are fewer pixels
+            picture = color_jitter(picture, rng)
+        return picture, mask
+
+    def _move(self, picture: Picture, mask: Mask | None, rng: Generator, *, whole: bool) -> tuple[Picture, Mask | None]:
+        """One kind of geometry. `whole` asks for the grown canvas at its own size.
+
+        Otherwise a canvas larger than the network's input is never made: resizing it down picks bilinear samples of it
+        without smoothing, so that warping straight to the smaller size takes the same samples and costs far less. A
+        smaller canvas is made: there the warp itself loses detail.
+        """
+        size = picture.shape[:2]
+        kind = (rotation, affine, perspective)[rng.integers(3)]
+        matrix, canvas = fit_canvas(kind(rng, size), size)
+        interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))]
+        final = self.resize.fitted(canvas)
+        if not whole and canvas[0] >= final[0] and canvas[1] >= final[1]:
+            matrix = np.diag((final[1] / canvas[1], final[0] / canvas[0], 1.0)) @ matrix
+            canvas = final
+        picture = warp(picture, matrix, canvas, interpolation)
+        return picture, None if mask is None else warp(mask, matrix, canvas, cv2.INTER_LINEAR)
+
+
+def limit_size(picture: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:
+    """Bring sides over `max_side` down to it, each by itself."""
+    height, width = picture.shape[:2]
+    if height <= max_side and width <= max_side:
+        return picture
+    return cv2.resize(picture, (min(width, max_side), min(height, max_side)), interpolation=cv2.INTER_AREA)
+
+
+# --- segmentation -----------------------------------------------------------------------------------------------------
+
+
+class CropSegmentation:
+    """Training sample of SSN: random scale, random crop of a fixed size, colour. Text is not mirrored.
+
+    Args:
+        size: height and width of the crop.
+        scale_range: smallest and largest factor; drawn log-uniformly.
+        ignore_index: label of what lies outside the picture.
+        color: probability of colour jitter.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: Size = (513, 513),
+        scale_range: tuple[float, float] = (0.5, 2.0),
+        ignore_index: int = 255,
+        color: float = 0.25,
+    ) -> None:
+        self.size = tuple(size)
+        self.scale_range = tuple(scale_range)
+        self.ignore_index = ignore_index
+        self.color = color
+
+    def __call__(self, picture: Picture, labels: np.ndarray, rng: Generator) -> tuple[Picture, np.ndarray]:
+        """Crop a picture and its labels (H, W) uint8; labels keep their values."""
+        scale = math.exp(rng.uniform(*(math.log(each) for each in self.scale_range)))
+        offsets = []
+        for side, crop in zip(picture.shape[:2], self.size, strict=True):
+            room = crop - side * scale  # negative: the picture is larger than the crop, a part of it is taken
+            offsets.append(rng.uniform(min(room, 0.0), max(room, 0.0)))
+        matrix = np.array([[scale, 0.0, offsets[1]], [0.0, scale, offsets[0]], [0.0, 0.0, 1.0]])
+        matrix = (_TO_OPENCV @ matrix @ _FROM_OPENCV)[:2]
+        canvas = (self.size[1], self.size[0])
+        picture = cv2.warpAffine(picture, matrix, canvas, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        labels = cv2.warpAffine(
+            labels, matrix, canvas, flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=self.ignore_index
+        )
+        if rng.random() < self.color:
+            picture = color_jitter(picture, rng)
+        return picture, labels

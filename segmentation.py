@@ -1,0 +1,144 @@
+"""Text masks for pictures of any sizes: SSN over one or several sizes, in batches, in the precision that is fastest.
+
+The procedure is the published one (DESIGN 5, "Masks at test time"; `SSN.text_probability`), with the pictures that
+enter the network at one size sharing a forward pass. A mask holds round(255 * probability): storing it in 8 bits moves
+a probability by at most 1 / 510.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from modules.hrnet import resize_aligned
+from modules.ssn import PUBLISHED_AREAS, SSN, network_size
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.
+BATCH_PIXELS = {"cuda": 1 << 23, "cpu": 1 << 19}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Segmenter:
+    """Gives each picture its text mask; a picture's mask does not depend on those that it is given with.
+
+    Args:
+        ssn: the network; a copy of it is used, so that it may go on learning.
+        areas: sides of the squares whose areas the resized pictures have, in pixels; the mean over them is the mask.
+        device: where the copy runs.
+        precision: of weights and maps: `fp32`, `bf16`, `fp16`; `auto` takes bf16 where the device multiplies it
+            natively, else fp32. Softmaxes, attention and everything at the pictures' own size stay in float32.
+        batch_pixels: network input pixels in one forward pass, more for a single picture that is larger; None chooses.
+        compile: let torch.compile fuse the network: a minute at the start, then about twice as fast on a CPU.
+
+    Raises:
+        ValueError: `areas` is empty or `precision` is none of the above.
+    """
+
+    def __init__(
+        self,
+        ssn: SSN,
+        areas: Sequence[int] = PUBLISHED_AREAS,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "auto",
+        batch_pixels: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        if not areas:
+            raise ValueError("areas must name at least one side in pixels, such as 193")
+        self.areas = tuple(areas)
+        self.device = torch.device(device)
+        self.precision = fastest_precision(self.device) if precision == "auto" else precision
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; it must be auto, {', '.join(PRECISIONS)}")
+        self.batch_pixels = batch_pixels or BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cpu"])
+        self._dtype = PRECISIONS[self.precision]
+        self._mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1) * 255
+        self._std = torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1) * 255
+        network = fold_batch_norms(copy.deepcopy(ssn).eval().requires_grad_(False).float())
+        self._ssn: SSN = network.to(self.device, self._dtype, memory_format=torch.channels_last)
+        if compile:
+            # Words come in dozens of sizes: compile for any size at once, not for each.
+            self._ssn.compile(dynamic=True)
+
+    def __call__(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Masks, uint8 (H, W), 255 = text, of RGB pictures, uint8 (H, W, 3)."""
+        return [to_8_bits(probability) for probability in self.probabilities(pictures)]
+
+    @torch.inference_mode()
+    def probabilities(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Probability of text of every pixel, float32 (H, W), for RGB pictures, uint8 (H, W, 3).
+
+        Raises:
+            ValueError: a picture has another type or shape, or no pixel.
+        """
+        images = [self._to_device(picture, i) for i, picture in enumerate(pictures)]
+        totals = [torch.zeros(image.shape[-2:], device=self.device) for image in images]
+        for area in self.areas:
+            for size, members in self._batches([image.shape[-2:] for image in images], area):
+                maps = self._text_maps([images[i] for i in members], size)  # (len(members), 1, h, w)
+                for i, each in zip(members, maps, strict=True):
+                    totals[i] += resize_aligned(each[None], totals[i].shape)[0, 0]  # (H, W)
+        return [(total / len(self.areas)).cpu().numpy() for total in totals]
+
+    def _to_device(self, picture: np.ndarray, i: int) -> Tensor:
+        """(1, 3, H, W), float32, 0..255."""
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+            raise ValueError(f"picture {i} is {picture.dtype} {picture.shape}; it must be uint8 (H, W, 3), not empty")
+        # Copied: torch cannot wrap an array that is not writable.
+        return torch.from_numpy(picture.copy()).to(self.device).permute(2, 0, 1)[None].float()
+
+    def _batches(self, sizes: Sequence[Sequence[int]], area: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
+        """(network size, indices of pictures) of each forward pass at this area."""
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, size in enumerate(sizes):
+            groups[network_size(size, area)].append(i)
+        for (height, width), members in groups.items():
+            step = max(1, self.batch_pixels // (height * width))
+            for start in range(0, len(members), step):
+                yield (height, width), members[start : start + step]
+
+    def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Probability of text of some images, resized to `size` for the network: (len(images), 1, h, w), float32."""
+        batch = torch.cat([resize_aligned(image, size) for image in images])
+        batch = ((batch - self._mean) / self._std).to(self._dtype, memory_format=torch.channels_last)
+        return self._ssn.probability(batch)
+
+
+def to_8_bits(probability: np.ndarray) -> np.ndarray:
+    """round(255 * probability), uint8."""
+    return np.rint(probability * 255).astype(np.uint8)
+
+
+def fastest_precision(device: torch.device) -> str:
+    """`bf16` where the device has instructions for products of it, else `fp32`.
+
+    A processor without them computes bfloat16 at half the speed of float32.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    native = torch.cpu.get_capabilities()
+    return "bf16" if native.get("amx_bf16") or native.get("avx512_bf16") else "fp32"
+
+
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Fold, in place, each batch norm of a network in eval mode into the convolution that stands before it.
+
+    For networks whose modules are named in the order in which they run, as HRNet and its head; returns the network.
+    """
+    previous = None
+    for name, child in list(network.named_children()):
+        convolution = getattr(network, previous) if previous else None
+        if isinstance(child, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
+            setattr(network, previous, fuse_conv_bn_eval(convolution, child))
+            setattr(network, name, nn.Identity())
+        else:
+            fold_batch_norms(child)
+        previous = name
+    return network

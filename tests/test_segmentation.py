@@ -1,0 +1,131 @@
+"""Segmenter: the published procedure in batches, in every precision, and independence of batch mates."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from modules.ssn import SSN
+from segmentation import Segmenter, fastest_precision, fold_batch_norms, to_8_bits
+
+SMALL = {
+    "widths": (4, 8, 12, 16),
+    "stem_width": 8,
+    "num_modules": (1, 1, 1),
+    "num_blocks": 1,
+    "bottlenecks": 1,
+    "bottleneck_width": 4,
+    "head_width": 8,
+}
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+@pytest.fixture(scope="module")
+def ssn() -> SSN:
+    torch.manual_seed(0)
+    network = SSN(**SMALL)
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.running_mean, -0.2, 0.2)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.2, 0.2)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    sizes = [(20, 60), (21, 62), (32, 100), (20, 60), (8, 5), (40, 41), (1, 1), (64, 193)]
+    return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def published_way(ssn: SSN, picture: np.ndarray, areas: list[int]) -> np.ndarray:
+    image = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - MEAN) / STD
+    with torch.no_grad():
+        return ssn.text_probability(image[None], areas=areas)[0].numpy()
+
+
+@pytest.mark.parametrize("batch_pixels", [1, 9000, None])
+def test_equals_the_published_procedure_one_by_one(ssn, pictures, batch_pixels):
+    segmenter = Segmenter(ssn, [65, 97], precision="fp32", batch_pixels=batch_pixels)
+    for picture, probability in zip(pictures, segmenter.probabilities(pictures), strict=True):
+        assert probability.shape == picture.shape[:2]
+        np.testing.assert_allclose(probability, published_way(ssn, picture, [65, 97]), atol=2e-5)
+
+
+def test_masks_are_the_probabilities_in_8_bits(ssn, pictures):
+    segmenter = Segmenter(ssn, [65], precision="fp32")
+    for mask, probability in zip(segmenter(pictures), segmenter.probabilities(pictures), strict=True):
+        assert mask.dtype == np.uint8
+        assert np.abs(mask / 255.0 - probability).max() <= 1 / 510 + 1e-6
+    assert to_8_bits(np.array([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
+
+
+def test_a_word_does_not_depend_on_its_batch(ssn, pictures):
+    segmenter = Segmenter(ssn, [65], precision="fp32")
+    together = segmenter(pictures)
+    for i, picture in enumerate(pictures):
+        alone = segmenter([picture])[0]
+        assert np.abs(together[i].astype(int) - alone).max() <= 1
+
+
+def test_words_of_one_network_size_share_a_forward_pass(ssn, pictures):
+    segmenter = Segmenter(ssn, [65], precision="fp32")
+    batches = list(segmenter._batches([picture.shape[:2] for picture in pictures], 65))
+    assert any({0, 1, 3} <= set(members) for _, members in batches)  # (20, 60), (21, 62), (20, 60)
+    assert sorted(i for _, members in batches for i in members) == list(range(len(pictures)))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "auto"])
+def test_other_precisions_stay_within_a_few_levels(ssn, pictures, precision):
+    exact = Segmenter(ssn, [65], precision="fp32")(pictures)
+    for mask, expected in zip(Segmenter(ssn, [65], precision=precision)(pictures), exact, strict=True):
+        assert np.abs(mask.astype(int) - expected).mean() < 3
+
+
+def test_the_network_given_is_left_alone(ssn, pictures):
+    before = {name: tensor.clone() for name, tensor in ssn.state_dict().items()}
+    Segmenter(ssn, [65], precision="bf16")(pictures[:1])
+    after = ssn.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_folding_removes_every_batch_norm_and_changes_nothing(ssn):
+    image = torch.randn(1, 3, 65, 97)
+    with torch.no_grad():
+        expected = ssn(image).refined_logits
+        folded = fold_batch_norms(SSN(**SMALL).eval().requires_grad_(False))
+        assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
+        copied = SSN(**SMALL).eval().requires_grad_(False)
+        copied.load_state_dict(ssn.state_dict())
+        torch.testing.assert_close(fold_batch_norms(copied)(image).refined_logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_pictures_give_no_masks(ssn):
+    assert Segmenter(ssn, [65])([]) == []
+
+
+def test_read_only_and_strided_pictures_are_taken(ssn, pictures):
+    picture = pictures[2].copy()
+    picture.setflags(write=False)
+    flipped = picture[:, ::-1]
+    segmenter = Segmenter(ssn, [65], precision="fp32")
+    assert np.array_equal(segmenter([flipped])[0], segmenter([flipped.copy()])[0])
+
+
+@pytest.mark.parametrize(
+    "picture", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)]
+)
+def test_what_is_no_picture_is_named(ssn, picture):
+    with pytest.raises(ValueError, match="picture 0"):
+        Segmenter(ssn, [65])([picture])
+
+
+def test_wrong_settings_are_named(ssn):
+    with pytest.raises(ValueError, match="areas"):
+        Segmenter(ssn, [])
+    with pytest.raises(ValueError, match="precision"):
+        Segmenter(ssn, [65], precision="int8")
+    assert fastest_precision(torch.device("cpu")) in ("fp32", "bf16")

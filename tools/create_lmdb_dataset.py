@@ -2,10 +2,7 @@
 
 import functools
 import os
-import stat
 import sys
-import time
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +11,17 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # lets `python tools/NAME.py` find the repository's modules
 
-from lmdb_io import LmdbWriter
 from tools.support import (
     MAX_PIXELS,
-    RejectionLog,
+    Word,
     add_run_arguments,
-    check_picture,
+    find_picture,
     inside,
     make_parser,
     map_in_processes,
-    positive,
-    print_summary,
     progress,
+    read_picture,
+    store_words,
 )
 from utils import UserError, run_command_line
 
@@ -42,17 +38,6 @@ class Entry:
 
     line: int
     content: bytes
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word to store (`reason` empty) or an entry to reject; `name` is the path, or the line where it has none."""
-
-    name: str
-    image: bytes = b""
-    label: str = ""
-    reason: str = ""
-    detail: str = ""
 
 
 def read_entries(gt_file: str | os.PathLike) -> Iterator[Entry]:
@@ -96,17 +81,6 @@ def _unquote(label: str) -> str:
     return label
 
 
-def find_picture(folder: str, name: str) -> str | None:
-    """The path of picture `name`, also when the list writes accents or the folder separator in another way."""
-    forms = [] if name.isascii() else [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
-    for spelling in (name, *forms):
-        for candidate in (spelling, spelling.replace("\\", "/")):
-            path = inside(folder, candidate) if "\0" not in candidate else None
-            if path is not None and os.path.lexists(path):
-                return path
-    return None
-
-
 def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pixels: int) -> Word:
     """Read and check the picture and label of one line; runs in a worker."""
     try:
@@ -124,60 +98,24 @@ def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pix
             return Word(name, reason="empty label")
         if "\t" in label:
             return Word(name, reason="tab in label", detail=label)
-        return _read_picture(name, path, label, max_pixels)
+        return read_picture(name, path, label, max_pixels)
     name = pairs[0][0]
     climbs = "\0" not in name and inside(folder, name) is None
     return Word(name, reason="path leaves the folder" if climbs else "no such file")
 
 
-def _read_picture(name: str, path: str, label: str, max_pixels: int) -> Word:
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device would never end
-            return Word(name, reason="not a file")
-        if status.st_size > 8 * max_pixels:
-            return Word(name, reason="too large", detail=f"{status.st_size} bytes")
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        return Word(name, reason="cannot be read", detail=str(error.strerror))
-    problem = check_picture(data, max_pixels)
-    return Word(name, reason=problem[0], detail=problem[1]) if problem else Word(name, image=data, label=label)
-
-
-def create_lmdb(
-    image_folder: str,
-    gt_file: str,
-    output: str,
-    *,
-    separator: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-    workers: int = 1,
-    overwrite: bool = False,
-    rejected: str | None = None,
-) -> tuple[int, RejectionLog]:
-    """Store every usable word of `gt_file` in the LMDB `output`, in the order of the list, pictures as they are.
-
-    Returns the number of words and the log of rejected lines. Raises UserError when nothing is usable; then there is no
-    LMDB.
-    """
+def read_words(
+    image_folder: str, gt_file: str, *, separator: str = "auto", max_pixels: int = MAX_PIXELS, workers: int = 1
+) -> Iterator[Word]:
+    """The words of `gt_file` in its order, each read and checked, with a progress bar."""
     if not os.path.isdir(image_folder):
         raise UserError(f"{image_folder}: no such folder; IMAGE_FOLDER is where the paths of {gt_file} begin")
     total = sum(1 for _ in read_entries(gt_file))
     read = functools.partial(
         read_word, folder=os.path.abspath(image_folder), separators=SEPARATORS[separator], max_pixels=max_pixels
     )
-    with LmdbWriter(output, overwrite=overwrite) as writer, RejectionLog.beside(output, rejected) as log:
-        words = map_in_processes(read, read_entries(gt_file), workers=workers, chunk_size=64)
-        for word in progress(words, total=total, unit="word", description="pictures"):
-            if word.reason:
-                log.add(word.name, word.reason, word.detail)
-            else:
-                writer.append(word.image, word.label)
-        if not writer.count:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in log.counts.most_common()) or "it has no lines"
-            raise UserError(f"{gt_file}: no usable word ({reasons}); check IMAGE_FOLDER and the form of the lines")
-    return writer.count, log
+    words = map_in_processes(read, read_entries(gt_file), workers=workers, chunk_size=64)
+    yield from progress(words, total=total, unit="word", description="pictures")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,16 +126,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--separator", choices=SEPARATORS, default="auto", help="between path and label (default: auto)"
     )
-    parser.add_argument(
-        "--max-pixels", type=positive, default=MAX_PIXELS, help="refuse larger pictures (default: %(default)s)"
-    )
     add_run_arguments(parser)
     options = parser.parse_args(arguments)
-    start = time.perf_counter()
-    count, log = create_lmdb(**vars(options))
-    seconds = time.perf_counter() - start
-    rate = (count + log.counts.total()) / seconds
-    print_summary(f"wrote {options.output}", {"words": count, "seconds": seconds, "words a second": round(rate)}, log)
+    words = read_words(
+        options.image_folder,
+        options.gt_file,
+        separator=options.separator,
+        max_pixels=options.max_pixels,
+        workers=options.workers,
+    )
+    store_words(words, options.output, overwrite=options.overwrite, rejected=options.rejected)
     return 0
 
 

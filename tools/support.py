@@ -4,21 +4,27 @@ import argparse
 import itertools
 import multiprocessing
 import os
+import stat
 import struct
 import sys
 import threading
+import time
+import unicodedata
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cv2
 from PIL import Image
 from tqdm import tqdm
 
+from lmdb_io import LmdbWriter
 from utils import UserError
 
 Item = TypeVar("Item")
@@ -69,7 +75,10 @@ def usable_cores() -> int:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--workers`, `--overwrite` and `--rejected`, the same in all tools that write an LMDB."""
+    """Add the arguments that are the same in all tools that write an LMDB of words."""
+    parser.add_argument(
+        "--max-pixels", type=positive, default=MAX_PIXELS, help="refuse larger pictures (default: %(default)s)"
+    )
     parser.add_argument(
         "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
     )
@@ -83,6 +92,21 @@ def progress(items: Iterable[Item], *, total: int | None, unit: str, description
     """`items` with a progress bar on stderr, redrawn rarely where stderr is a file."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(items, total=total, unit=unit, desc=description, mininterval=interval, dynamic_ncols=True)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word to store (`reason` empty) or an entry to reject; `name` says where it is in the input.
+
+    `words` is how many words an entry stands for: a picture that is rejected as a whole takes all of its words with it.
+    """
+
+    name: str
+    image: bytes = b""
+    label: str = ""
+    reason: str = ""
+    detail: str = ""
+    words: int = 1
 
 
 class RejectionLog:
@@ -115,9 +139,9 @@ class RejectionLog:
         elif kind is None:
             self.path.unlink(missing_ok=True)  # of an earlier run
 
-    def add(self, entry: str, reason: str, detail: str = "") -> None:
-        """Note that `entry` was left out."""
-        self.counts[reason] += 1
+    def add(self, entry: str, reason: str, detail: str = "", words: int = 1) -> None:
+        """Note that `entry`, which stands for so many words, was left out."""
+        self.counts[reason] += words
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +205,56 @@ def inside(folder: str, name: str) -> str | None:
     return path if path.startswith(root.rstrip(os.sep) + os.sep) else None
 
 
+def find_picture(folder: str, name: str) -> str | None:
+    """The path of picture `name`, also when the list writes accents or the folder separator in another way."""
+    forms = [] if name.isascii() else [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    for spelling in (name, *forms):
+        for candidate in (spelling, spelling.replace("\\", "/")):
+            path = inside(folder, candidate) if "\0" not in candidate else None
+            if path is not None and os.path.lexists(path):
+                return path
+    return None
+
+
+def read_picture(name: str, path: str, label: str, max_pixels: int) -> Word:
+    """The word with the unchanged bytes of the picture file `path`, checked, or the reason why not."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device would never end
+            return Word(name, reason="not a file")
+        if status.st_size > 8 * max_pixels:
+            return Word(name, reason="too large", detail=f"{status.st_size} bytes")
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        return Word(name, reason="cannot be read", detail=str(error.strerror))
+    problem = check_picture(data, max_pixels)
+    return Word(name, reason=problem[0], detail=problem[1]) if problem else Word(name, image=data, label=label)
+
+
+def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False, rejected: str | None = None) -> int:
+    """Store `words` in the LMDB `output` in their order, list the rejected ones, print the summary; returns the number.
+
+    Nothing is taken from `words` before the output is known to be free. Raises UserError when no word is usable; then
+    there is no LMDB, and the message counts the reasons.
+    """
+    start = time.perf_counter()
+    with LmdbWriter(output, overwrite=overwrite) as writer, RejectionLog.beside(output, rejected) as log:
+        for word in words:
+            if word.reason:
+                log.add(word.name, word.reason, word.detail, word.words)
+            else:
+                writer.append(word.image, word.label)
+        if not writer.count:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in log.counts.most_common())
+            raise UserError(f"{output}: not written, the input has no usable word ({reasons or 'it is empty'})")
+    seconds = time.perf_counter() - start
+    rate = round((writer.count + log.counts.total()) / seconds)
+    counts = {"words": writer.count, "seconds": seconds, "words a second": rate}
+    print_summary(f"wrote {output}", counts, log)
+    return writer.count
+
+
 def map_in_processes(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, chunk_size: int
 ) -> Iterator[Result]:
@@ -193,7 +267,7 @@ def map_in_processes(
         yield from map(function, items)
         return
     remaining = iter(items)
-    executor = ProcessPoolExecutor(workers, initializer=_watch_parent)
+    executor = ProcessPoolExecutor(workers, initializer=_start_worker)
     waiting: deque[Future[list[Result]]] = deque()
     try:
         while True:
@@ -212,8 +286,9 @@ def _map_chunk(function: Callable[[Item], Result], chunk: list[Item]) -> list[Re
     return [function(item) for item in chunk]
 
 
-def _watch_parent() -> None:
+def _start_worker() -> None:
     """End this worker when its parent is gone, even by SIGKILL, so that no orphan holds files or locks."""
+    cv2.setNumThreads(0)  # the processes share the cores already
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

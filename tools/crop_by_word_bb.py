@@ -1,0 +1,262 @@
+"""Make a word LMDB from the archives of SynthText (word boxes in gt.mat) or MJSynth (labels in the file names)."""
+
+import functools
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # lets `python tools/NAME.py` find the repository's modules
+
+from tools.create_lmdb_dataset import read_entries
+from tools.support import (
+    MAX_PIXELS,
+    PICTURE_FORMATS,
+    Word,
+    add_run_arguments,
+    find_picture,
+    inside,
+    make_parser,
+    map_in_processes,
+    progress,
+    read_picture,
+    store_words,
+)
+from utils import UserError, run_command_line
+
+EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
+  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST_upright --rectify
+  python tools/crop_by_word_bb.py mnt/ramdisk/max/90kDICT32px/annotation_train.txt data/training/MJ_train"""
+
+MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
+MIN_VISIBLE = 0.5  # share of a box that must lie inside the picture
+_MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture of SynthText: `boxes` (N, 4, 2) corners x, y from the text's top left on, and N `words`.
+
+    `problem` (reason, detail) is set instead when the annotation cannot be used; `count` is how many words it is about.
+    """
+
+    name: str
+    boxes: np.ndarray
+    words: tuple[str, ...]
+    count: int
+    problem: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """How words are cut out and stored."""
+
+    rectify: bool = False
+    extension: str = ".jpg"
+    quality: int = 95
+    max_pixels: int = MAX_PIXELS
+
+
+def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
+    """The raw (imname, wordBB, txt) of every picture in a gt.mat; the large `charBB` is not read."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    fields = ("imnames", "wordBB", "txt")
+    try:
+        content = loadmat(gt_file, variable_names=fields)
+    except OSError as error:
+        raise UserError(f"{gt_file}: cannot be read ({error.strerror or error}); name SynthText's gt.mat") from error
+    except NotImplementedError as error:
+        raise UserError(f"{gt_file}: is a MATLAB 7.3 file; save it in MATLAB as version 7") from error
+    except (MatReadError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+        raise UserError(f"{gt_file}: is no whole MATLAB file ({error}); copy or unpack it again") from error
+    missing = [field for field in fields if field not in content]
+    if missing:
+        raise UserError(f"{gt_file}: has no {', '.join(missing)}; name SynthText's gt.mat")
+    names, boxes, texts = (content[field].ravel() for field in fields)
+    if not len(names) == len(boxes) == len(texts):
+        raise UserError(f"{gt_file}: imnames, wordBB and txt have {len(names)}, {len(boxes)} and {len(texts)} entries")
+    return list(zip(names, boxes, texts, strict=True))
+
+
+def parse_scene(raw: tuple[Any, Any, Any]) -> Scene:
+    """Make a Scene of one raw entry; a published entry with a single word has boxes of shape 2 x 4."""
+    raw_name, raw_boxes, raw_texts = raw
+    name = str(np.ravel(raw_name)[0]) if np.size(raw_name) else ""
+    words = tuple(word for text in np.ravel(raw_texts) for word in _text(text).split())
+    boxes = np.asarray(raw_boxes)
+    if boxes.ndim == 2:
+        boxes = boxes[..., None]
+    none = np.zeros((0, 4, 2), np.float32)
+    if boxes.size == 0 and not words:
+        return Scene(name, none, (), 0)
+    if boxes.ndim != 3 or boxes.shape[:2] != (2, 4) or boxes.dtype.kind not in "fiu":
+        problem = ("boxes are not 2 x 4 x N", f"shape {np.shape(raw_boxes)} of {boxes.dtype}")
+        return Scene(name, none, (), max(1, len(words)), problem)
+    count = boxes.shape[2]
+    if count != len(words):
+        problem = ("boxes and words differ in number", f"{count} boxes, {len(words)} words")
+        return Scene(name, none, (), max(count, len(words)), problem)
+    return Scene(name, boxes.transpose(2, 1, 0).astype(np.float32), words, count)
+
+
+def _text(value: Any) -> str:
+    """A string of MATLAB, which may be wrapped in arrays of one element."""
+    return " ".join(map(_text, np.ravel(value))) if isinstance(value, np.ndarray) else str(value)
+
+
+def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, settings: CropSettings) -> list[Word]:
+    """Cut every word out of one picture of SynthText; runs in a worker."""
+    scene = parse_scene(raw)
+    if scene.count == 0:
+        return []
+    picture, problem = (None, scene.problem) if scene.problem else _open_scene(folder, scene.name, settings.max_pixels)
+    if picture is None:
+        reason, detail = problem
+        return [Word(scene.name, reason=reason, detail=detail, words=scene.count)]
+    words = zip(scene.boxes, scene.words, strict=True)
+    return [
+        _crop_word(f"{scene.name}#{i}", picture, box, word, settings) for i, (box, word) in enumerate(words, start=1)
+    ]
+
+
+def _open_scene(folder: str, name: str, max_pixels: int) -> tuple[np.ndarray | None, tuple[str, str]]:
+    """The picture as RGB (H, W, 3), or None and (reason, detail)."""
+    if "\0" in name or inside(folder, name) is None:
+        return None, ("path leaves the folder", "")
+    path = find_picture(folder, name)
+    if path is None:
+        return None, ("no such file", "")
+    word = read_picture(name, path, "", max_pixels)
+    if word.reason:
+        return None, (word.reason, word.detail)
+    with Image.open(BytesIO(word.image), formats=PICTURE_FORMATS) as image:
+        return np.asarray(image.convert("RGB")), ("", "")
+
+
+def _crop_word(name: str, picture: np.ndarray, box: np.ndarray, word: str, settings: CropSettings) -> Word:
+    """Cut one word out of `picture` (H, W, 3) by its corners `box` (4, 2)."""
+    problem = check_box(box, picture.shape[1], picture.shape[0])
+    if problem is None and settings.rectify and not cv2.isContourConvex(box):
+        problem = ("crossed box", "")
+    if problem is not None:
+        return Word(name, reason=problem[0], detail=problem[1] or f"corners {np.round(box, 1).tolist()}")
+    crop = crop_rectified(picture, box) if settings.rectify else crop_upright(picture, box)
+    parameters = [cv2.IMWRITE_JPEG_QUALITY, settings.quality] if settings.extension == ".jpg" else []
+    _, encoded = cv2.imencode(settings.extension, np.ascontiguousarray(crop[..., ::-1]), parameters)
+    return Word(name, image=encoded.tobytes(), label=word)
+
+
+def check_box(box: np.ndarray, width: int, height: int) -> tuple[str, str] | None:
+    """Why the corners `box` (4, 2) cannot be cut out of a width x height picture: (reason, detail), or None."""
+    if not np.isfinite(box).all():
+        return "box is not finite", ""
+    low, high = box.min(axis=0), box.max(axis=0)
+    if (high - low).min() < MIN_SIDE or cv2.contourArea(cv2.convexHull(box)) < MIN_SIDE**2:
+        return "degenerate box", ""
+    visible = np.minimum(high, (width, height)) - np.maximum(low, 0)
+    if visible.min() <= 0 or visible.prod() < MIN_VISIBLE * (high - low).prod():
+        return "box outside the picture", ""
+    return None
+
+
+def crop_upright(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The part of `picture` in the upright rectangle around `box`, clipped to the picture."""
+    left, top = np.floor(np.maximum(box.min(axis=0), 0)).astype(int)
+    right, bottom = np.ceil(box.max(axis=0)).astype(int)
+    return picture[top:bottom, left:right]
+
+
+def crop_rectified(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The four-cornered `box` of `picture` warped to a rectangle; its first corner becomes the top left."""
+    sides = np.linalg.norm(box - np.roll(box, -1, axis=0), axis=1)  # top, right, bottom, left
+    width = max(1, round(float(max(sides[0], sides[2]))))
+    height = max(1, round(float(max(sides[1], sides[3]))))
+    target = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+    transform = cv2.getPerspectiveTransform(box.astype(np.float32), target)
+    return cv2.warpPerspective(
+        picture, transform, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+    )
+
+
+def synthtext_words(gt_file: str, folder: str, settings: CropSettings, workers: int) -> Iterator[Word]:
+    """Every word of SynthText in the order of gt.mat, with a progress bar over pictures."""
+    scenes = read_synthtext(gt_file)
+    crop = functools.partial(crop_scene, folder=folder, settings=settings)
+    results = map_in_processes(crop, scenes, workers=workers, chunk_size=8)
+    bar = progress(results, total=len(scenes), unit="picture", description="SynthText")
+    return itertools.chain.from_iterable(bar)
+
+
+def mjsynth_word(content: bytes, *, folder: str, max_pixels: int) -> Word:
+    """Read the word of one annotation line, `./2425/1/115_Lube_45484.jpg 45484`; runs in a worker."""
+    line = content.decode(errors="backslashreplace")
+    name = line.rsplit(maxsplit=1)[0]
+    match = _MJSYNTH_NAME.fullmatch(name.rpartition("/")[2])
+    if match is None:
+        return Word(line, reason="no label in the file name")
+    if "\0" in name or inside(folder, name) is None:
+        return Word(name, reason="path leaves the folder")
+    path = find_picture(folder, name)
+    if path is None:
+        return Word(name, reason="no such file")
+    return read_picture(name, path, match["label"], max_pixels)
+
+
+def mjsynth_words(annotation: str, folder: str, max_pixels: int, workers: int) -> Iterator[Word]:
+    """Every word of an MJSynth annotation file in its order, with a progress bar."""
+    total = sum(1 for _ in read_entries(annotation))
+    read = functools.partial(mjsynth_word, folder=folder, max_pixels=max_pixels)
+    lines = (entry.content for entry in read_entries(annotation))
+    words = map_in_processes(read, lines, workers=workers, chunk_size=64)
+    return progress(words, total=total, unit="word", description="MJSynth")
+
+
+def words_of(options: Any) -> Iterator[Word]:
+    """The words of the archive that the command line names; reading begins with the first one asked for."""
+    folder = os.path.abspath(options.images or os.path.dirname(os.path.abspath(options.annotation)))
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; --images names the folder that the pictures' paths begin in")
+    if options.annotation.endswith(".mat"):
+        settings = CropSettings(options.rectify, f".{options.format}", options.quality, options.max_pixels)
+        yield from synthtext_words(options.annotation, folder, settings, options.workers)
+    elif options.annotation.endswith(".txt"):
+        yield from mjsynth_words(options.annotation, folder, options.max_pixels, options.workers)
+    else:
+        raise UserError(f"{options.annotation}: is neither SynthText's gt.mat nor MJSynth's annotation_*.txt")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
+    parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="where the pictures' paths begin (default: beside ANNOTATION)"
+    )
+    parser.add_argument(
+        "--rectify", action="store_true", help="SynthText: turn each box upright by perspective, not cut around it"
+    )
+    parser.add_argument(
+        "--format", choices=("jpg", "png"), default="jpg", help="SynthText: of the crops (default: jpg)"
+    )
+    parser.add_argument("--quality", type=int, choices=range(1, 101), default=95, metavar="1-100", help="of JPEG (95)")
+    add_run_arguments(parser)
+    options = parser.parse_args(arguments)
+    store_words(words_of(options), options.output, overwrite=options.overwrite, rejected=options.rejected)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command_line(main)

@@ -1,0 +1,37 @@
+"""The whole recogniser: vision, then rounds of language and alignment (ABINet, iterative correction; BINet, recogniser).
+
+Legend: N pictures, T steps, C classes, H x W pixels.
+"""
+
+from torch import Tensor, nn
+
+from modules.model_alignment import AlignmentModel
+from modules.model_language import LanguageModel
+from modules.model_vision import VisionModel
+from modules.outputs import RecogniserOutput, text_lengths
+
+
+class BINet(nn.Module):
+    """BINet, and ABINet when its vision model has no mask branch. `iter_size` is the number of rounds."""
+
+    def __init__(self, *, vision: VisionModel, language: LanguageModel, alignment: AlignmentModel, iter_size: int = 3):
+        super().__init__()
+        if iter_size < 1:
+            raise ValueError(f"iter_size={iter_size} must be at least 1")
+        self.vision = vision
+        self.language = language
+        self.alignment = alignment
+        self.iter_size = iter_size
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> RecogniserOutput:
+        """image (N, 3, H, W), normalised; mask (N, 1, H, W) in [0, 1], 1 = text, for BINet. Every round reads the one before."""
+        vision = self.vision(image, mask).vision
+        output = RecogniserOutput(vision=vision, language=[], alignment=[])
+        logits = vision.logits  # (N, T, C)
+        for _ in range(self.iter_size):
+            language = self.language(logits.softmax(dim=-1), text_lengths(logits)).language[0]
+            alignment = self.alignment(language.feature, vision.feature)
+            output.language.append(language)
+            output.alignment.append(alignment)
+            logits = alignment.logits
+        return output

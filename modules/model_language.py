@@ -1,0 +1,76 @@
+"""Language model BCN, the bidirectional cloze network (ABINet, language model).
+
+Legend: N texts, T steps (end token counted), E features, C classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from modules.outputs import LanguageOutput, RecogniserOutput
+from modules.transformer import PositionalEncoding, TransformerDecoder
+
+# A text shorter than this leaves its only step nothing to attend to.
+SHORTEST_TEXT = 2
+
+
+class LanguageModel(nn.Module):
+    """Predicts every character from the characters on both sides of it.
+
+    Queries are positions alone and memory is the text, so that no step sees its own character, in any layer.
+    `detach` stops gradients into the probabilities; `use_self_attn` adds self-attention among the queries.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 37,
+        num_steps: int = 26,
+        num_layers: int = 4,
+        d_model: int = 512,
+        nhead: int = 8,
+        d_inner: int = 2048,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        detach: bool = True,
+        use_self_attn: bool = False,
+    ):
+        super().__init__()
+        if num_steps < SHORTEST_TEXT:
+            raise ValueError(f"num_steps={num_steps} must be at least {SHORTEST_TEXT}: one character and the end token")
+        self.detach = detach
+        self.proj = nn.Linear(num_classes, d_model, bias=False)
+        self.token_encoder = PositionalEncoding(length=num_steps, d_model=d_model, dropout=dropout)
+        self.pos_encoder = PositionalEncoding(length=num_steps, d_model=d_model, dropout=0.0)
+        self.model = TransformerDecoder(
+            num_layers=num_layers,
+            d_model=d_model,
+            nhead=nhead,
+            d_inner=d_inner,
+            dropout=dropout,
+            activation=activation,
+            use_self_attn=use_self_attn,
+        )
+        self.cls = nn.Linear(d_model, num_classes)
+        self.register_buffer("other_steps", ~torch.eye(num_steps, dtype=torch.bool), persistent=False)  # (T, T)
+
+    def forward(self, probabilities: Tensor, lengths: Tensor) -> RecogniserOutput:
+        """probabilities (N, T, C), each step summing to 1; lengths (N,) with the end token, clamped to [2, T] here.
+
+        Every step attends to all steps but itself and those at or after the length. One round, in `.language[0]`.
+        """
+        if self.detach:
+            probabilities = probabilities.detach()
+        inside = self._inside_text(lengths)  # (N, T)
+        memory = self.token_encoder(self.proj(probabilities))  # (N, T, E)
+        feature = self.model(
+            self.pos_encoder.positions(),
+            memory,
+            memory_mask=(inside[:, None] & self.other_steps)[:, None],  # (N, 1, T, T)
+            query_mask=inside[:, None, None],  # (N, 1, 1, T)
+        )
+        return RecogniserOutput(language=[LanguageOutput(logits=self.cls(feature), feature=feature)])
+
+    def _inside_text(self, lengths: Tensor) -> Tensor:
+        steps = self.other_steps.shape[0]
+        lengths = lengths.clamp(SHORTEST_TEXT, steps)
+        return torch.arange(steps, device=lengths.device) < lengths[:, None]  # (N, T)

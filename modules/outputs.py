@@ -1,0 +1,66 @@
+"""What the networks return, and how long a predicted text is.
+
+Legend: N pictures, T steps (max_length + 1, the end token counted), E features, C classes (charset + 1; class 0 is the null and end
+symbol), H x W pixels, h x w cells of the feature map.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NULL_CLASS = 0
+
+
+@dataclass
+class VisionOutput:
+    """Reading of the vision model.
+
+    `logits` (N, T, C); `feature` (N, T, E), one vector per step; `attention` (N, T, h, w), which sums to 1 over the cells;
+    `refined_mask` (N, 1, H, W), about 1 on text and 0 elsewhere but not confined to that range, None without the mask branch.
+    """
+
+    logits: Tensor
+    feature: Tensor
+    attention: Tensor
+    refined_mask: Tensor | None = None
+
+
+@dataclass
+class LanguageOutput:
+    """Reading of the language model in one round: `logits` (N, T, C) and `feature` (N, T, E)."""
+
+    logits: Tensor
+    feature: Tensor
+
+
+@dataclass
+class AlignmentOutput:
+    """Fused reading of one round: `logits` (N, T, C) and `feature` (N, T, E)."""
+
+    logits: Tensor
+    feature: Tensor
+
+
+@dataclass
+class RecogniserOutput:
+    """Readings of all sub-models; a network without a sub-model has None there.
+
+    `language` and `alignment` are lists with one entry per round, the last one final.
+    """
+
+    vision: VisionOutput | None = None
+    language: list[LanguageOutput] | None = None
+    alignment: list[AlignmentOutput] | None = None
+
+
+# As pytrees the outputs pass through torch.compile, torch.export and DistributedDataParallel like tuples of tensors.
+for _output in (VisionOutput, LanguageOutput, AlignmentOutput, RecogniserOutput):
+    torch.export.register_dataclass(_output, serialized_type_name=f"binet.{_output.__name__}")
+
+
+def text_lengths(logits: Tensor) -> Tensor:
+    """Lengths (N,) int64 of the texts that `logits` (N, T, C) read: index of the first null + 1, T where there is none."""
+    steps = logits.shape[1]
+    nulls_so_far = (logits.argmax(dim=-1) == NULL_CLASS).cumsum(dim=-1)  # (N, T)
+    return ((nulls_so_far == 0).sum(dim=-1) + 1).clamp(max=steps)  # (N,)

@@ -19,8 +19,8 @@ PROTOCOLS = {
 class Charset:
     """The characters that a network knows, in the order of their classes.
 
-    Class 0 is the null symbol; character i (from 0) is class i + 1. The length of a text, wherever the project speaks of
-    one, counts its end: `len(text) + 1`.
+    Class 0 is the null symbol; character i (from 0) is class i + 1. The length of a text, wherever the project speaks
+    of one, counts its end: `len(text) + 1`.
     """
 
     def __init__(self, characters: str) -> None:
@@ -79,13 +79,11 @@ class Charset:
     def normalize(self, text: str) -> str:
         """What the network can read of a text: lower-cased if the charset has no upper case, the rest dropped.
 
-        This is the published rule (for 36 characters: keep `[0-9a-zA-Z]`, lower-cased). Nothing is folded: an accented
-        letter is dropped, not read as its base letter, and a letter whose lower case is longer than one character
-        never adds characters that the label does not show.
+        This is the published rule (for 36 characters: keep `[0-9a-zA-Z]`, lower-cased). Nothing else is folded: an
+        accented letter is dropped, not read as its base letter.
         """
-        if self._folds_case:
-            text = "".join(character.lower() if character.isascii() else character for character in text)
-        return "".join(character for character in text if character in self._classes)
+        characters = map(_lower, text) if self._folds_case else text
+        return "".join(character for character in characters if character in self._classes)
 
     def encode(self, text: str) -> list[int]:
         """The classes of a text's characters, without the end.
@@ -118,6 +116,12 @@ class Charset:
 
     def __repr__(self) -> str:
         return f"Charset({self.characters!r})"
+
+
+def _lower(character: str) -> str:
+    """Lower case that never turns a foreign sign into an ASCII letter, as Python does with the Kelvin sign."""
+    lower = character.lower()
+    return lower if lower.isascii() == character.isascii() else character
 
 
 def protocol_normalizer(protocol: int) -> Callable[[str], str]:

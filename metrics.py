@@ -1,4 +1,4 @@
-"""Scores of readings, of text masks and of confidences: pure functions, defined for empty input (0 where nothing counts)."""
+"""Scores of readings, text masks and confidences: pure functions, 0 where there is nothing to count."""
 
 from collections.abc import Sequence
 

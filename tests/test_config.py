@@ -1,0 +1,345 @@
+"""Config: published YAMLs load, every mistake is named at once, and the template and the recipes follow the schema."""
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+
+import config as config_module
+from config import ABINET, BINET, LANGUAGE, SSN, VISION, Config, load_config, save_config, template, walk_schema
+from utils import UserError
+from yaml_io import read_yaml
+
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "render")
+RECIPES = [path for path in CONFIGS if path.stem != "template"]
+
+PUBLISHED = """
+global:
+  name: train-abinet
+  phase: train
+  stage: train-super
+  workdir: workdir
+  seed: ~
+dataset:
+  train: {
+    roots: ['data/training/MJ/MJ_train/', 'data/training/ST'],
+    batch_size: 384
+  }
+  test: {
+    roots: ['data/evaluation/IIIT5k_3000', 'data/evaluation/SVT'],
+    batch_size: 384
+  }
+  data_aug: True
+  multiscales: False
+  num_workers: 14
+  one_hot_y: True
+training:
+  epochs: 10
+  show_iters: 50
+  eval_iters: 3000
+  save_iters: 3000
+  stats_iters: 100000
+optimizer:
+  type: Adam
+  true_wd: False
+  wd: 0.0
+  bn_wd: False
+  clip_grad: 20
+  lr: 0.0001
+  args: {
+    betas: !!python/tuple [0.9, 0.999], # for default Adam
+  }
+  scheduler: {
+    periods: [6, 4],
+    gamma: 0.1,
+  }
+model:
+  name: 'modules.model_abinet_iter.ABINetIterModel'
+  iter_size: 3
+  ensemble: ''
+  use_vision: False
+  vision: {
+    checkpoint: workdir/pretrain-vision-model/best-pretrain-vision-model.pth,
+    loss_weight: 1.,
+    attention: 'position',
+    backbone: 'transformer',
+    backbone_ln: 3,
+  }
+  language: {
+    checkpoint: workdir/pretrain-language-model/pretrain-language-model.pth,
+    num_layers: 4,
+    loss_weight: 1.,
+    detach: True,
+    use_self_attn: False
+  }
+  alignment: {
+    loss_weight: 1.,
+  }
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_yaml(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write_yaml
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as error:
+        load_config(path, overrides)
+    lines = str(error.value).split("\n")
+    return lines if len(lines) == 1 else [line.strip() for line in lines[1:]]
+
+
+# Values
+
+
+def test_published_yaml_loads_and_dead_keys_are_named_once(write, caplog):
+    with caplog.at_level(logging.WARNING):
+        config = load_config(write(PUBLISHED))
+    assert config.model.kind == "recogniser"
+    assert config.optimizer.args.betas == [0.9, 0.999]
+    assert not config.model.takes_masks
+    for dead in ("dataset.one_hot_y", "training.stats_iters", "model.ensemble", "model.use_vision"):
+        assert sum(dead in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "kind"),
+    [
+        ("vision", VISION, "vision"),
+        ("language", LANGUAGE, "language"),
+        ("abinet", ABINET, "recogniser"),
+        ("binet", BINET, "recogniser"),
+        ("ssn", SSN, "ssn"),
+    ],
+)
+def test_names_and_aliases_mean_the_same(write, alias, name, kind):
+    config = load_config(write(f"model: {{name: {alias}}}"))
+    assert config.model.name == name
+    assert config.model.kind == kind
+    assert config == load_config(write(f"model: {{name: {name}}}"))
+    assert config.dataset.masks.source == ("lmdb" if alias in ("vision", "binet") else "none")
+
+
+def test_abinet_defaults_yield_to_what_is_given(write):
+    vision = load_config(write("model: {name: abinet}")).model.vision
+    assert (vision.attention, vision.positional_encoding, vision.segmentation.enabled) == ("position", True, False)
+    given = "attention: attention, positional_encoding: false, segmentation: {enabled: true}"
+    config = load_config(write(f"model: {{name: abinet, vision: {{{given}}}}}"))
+    vision = config.model.vision
+    assert (vision.attention, vision.positional_encoding, vision.segmentation.enabled) == ("attention", False, True)
+    assert config.dataset.masks.source == "lmdb"
+    config = load_config(write("model: {name: abinet, vision: }"), ["model.vision.attention=attention"])
+    assert (config.model.vision.attention, config.model.vision.positional_encoding) == ("attention", True)
+
+
+def test_overrides_take_yaml_values(write):
+    path = write("model: {vision: {checkpoint: x.pth}}\ndataset: {train: &data {batch_size: 2}, test: *data}")
+    overrides = ["model.vision.checkpoint=null", "dataset.train.roots=[a, b=c]", "optimizer.lr=1e-3"]
+    overrides += [
+        "dataset.masks.root=m",
+        "dataset.train.batch_size=8",
+        "optimizer.args.betas=!!python/tuple [0.8, 0.9]",
+    ]
+    config = load_config(path, [*overrides, "optimizer.lr=2e-3"])
+    assert config.model.vision.checkpoint is None
+    assert config.dataset.train.roots == ["a", "b=c"]
+    assert config.optimizer.lr == 2e-3
+    assert (config.dataset.train.batch_size, config.dataset.test.batch_size) == (8, 2)
+    assert config.optimizer.args.betas == [0.8, 0.9]
+
+
+def test_forgiving_forms(write):
+    config = load_config(
+        write("training:\ndataset: {train: {roots: one}}\noptimizer: {lr: [1, 1], clip_grad: 5}\nmodel: {name: abinet}")
+    )
+    assert config.training == Config().training
+    assert config.dataset.train.roots == ["one"]
+    assert (config.optimizer.lr, config.optimizer.clip_grad) == (1.0, 5.0)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_saved_config_is_read_back_equal(tmp_path, path):
+    config = load_config(path, ["global.name='1e-4'"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_from_dict_reads_tuples_leaves_its_argument_and_names_its_source():
+    mapping = {"optimizer": {"args": {"betas": (0.5, 0.6)}}, "model": {"ensemble": "", "name": "ssn"}}
+    before = copy.deepcopy(mapping)
+    assert Config.from_dict(mapping).optimizer.args.betas == [0.5, 0.6]
+    assert mapping == before
+    with pytest.raises(UserError, match=r"^weights\.pth: training\.epoch: unknown key"):
+        Config.from_dict({"training": {"epoch": 1}}, source="weights.pth")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {epochs: ten}", "training.epochs: must be a valid integer, not 'ten'"),
+        ("training: {epochs: true}", "training.epochs: must be a valid integer, not True"),
+        ("training: {epochs: 1.5}", "training.epochs: must be a valid integer, not 1.5"),
+        ("training: {epochs: 0}", "training.epochs: must be greater than or equal to 1, not 0"),
+        ("training: {compile: 1}", "training.compile: must be a valid boolean, not 1"),
+        ("training: {precision: fp8}", "training.precision: must be fp32, bf16 or fp16, not 'fp8'"),
+        ("training: 3", "training: must be a section of `key: value` lines, not 3"),
+        ("optimizer: {lr: true}", "optimizer.lr: must be a valid number, not True"),
+        ("optimizer: {lr: .nan}", "optimizer.lr: must be a finite number, not nan"),
+        ("optimizer: {lr: [1, 2]}", "optimizer.lr: must be a valid number, not [1, 2]"),
+        ("global: {name: a/b}", "global.name: "),
+        ("model: {name: [1]}", "model.name: must be "),
+        ("dataset: {train: {roots: [a, 1]}}", "dataset.train.roots[1]: must be a valid string, not 1"),
+        ("trainning: {epochs: 1}", "trainning: unknown key; nearest known key: training"),
+        ("training: {epoch: 1}", "training.epoch: unknown key; nearest known key: training.epochs"),
+        ("model: {precision: fp32}", "model.precision: unknown key; nearest known key: training.precision"),
+        ("1: 2", "[1]: "),
+    ],
+)
+def test_one_mistake_is_one_line_with_file_line_and_key(write, text, message):
+    path = write(f"# comment\n{text}\n")
+    [line] = problems(path)
+    assert line.startswith((f"{path}:2: {message}", f"{path}: {message}"))
+
+
+def test_all_mistakes_at_once(write):
+    path = write("training:\n  epochs: ten\n  epoch: 1\nfoo: 1\nmodel: {vision: {nhead: -1}}\n")
+    lines = problems(path, "training.show_iters=x", "training.show_iter=1", "nonsense", "optimizer.lr=[")
+    assert len(lines) == 8
+    assert sum(line.startswith("override ") for line in lines) == 4
+    assert "override training.show_iters=x: must be a valid integer, not 'x'" in lines
+    assert "override training.show_iter=1: unknown key; nearest known key: training.show_iters" in lines
+    assert any(line.startswith("override nonsense: not of the form key=value") for line in lines)
+    assert any(line.startswith(f"{path}:4: foo: unknown key") for line in lines)
+
+
+def test_override_cannot_run_code(write):
+    [line] = problems(write("training: {}"), "global.name=!!python/object/apply:os.getcwd []")
+    assert "refused" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "message"),
+    [
+        ("model: {vision: {d_model: 256}}", "model.vision.d_model", "must equal the last of model.vision.widths, 512"),
+        ("model: {vision: {nhead: 7}}", "model.vision.nhead", "does not divide"),
+        ("model: {language: {nhead: 7}}", "model.language.nhead", "does not divide"),
+        ("model: {language: {d_model: 256}}", "model.language.d_model", "must equal model.vision.d_model 512"),
+        ("model: {alignment: {d_model: 256}}", "model.alignment.d_model", "must equal model.vision.d_model 512"),
+        ("model: {vision: {strides: [1, 1, 2, 1, 1]}}", "model.vision.strides", "product is 2"),
+        ("dataset: {image_width: 130}", "dataset.image_width", "not a multiple of 4"),
+        ("dataset: {segmentation: {scale_range: [2, 1]}}", "dataset.segmentation.scale_range", "larger"),
+        ("dataset: {train: {roots: [a]}}", "dataset.masks.root", "tools/create_masks.py"),
+        ("dataset: {train: {roots: [a]}, masks: {source: online}}", "model.ssn.checkpoint", "weights"),
+    ],
+)
+def test_keys_that_do_not_fit_together(write, text, key, message):
+    matching = [line for line in problems(write(text)) if f" {key}: " in line]
+    assert len(matching) == 1
+    assert message in matching[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {name: binet}",
+        "dataset: {train: {roots: ['render://configs/render.yaml']}}",
+        "{global: {phase: test}, dataset: {train: {roots: [a]}}}",
+        "{dataset: {train: {roots: [a]}}, model: {vision: {segmentation: {enabled: false}}}}",
+        "{dataset: {train: {roots: [a]}}, model: {name: language, language: {d_model: 64}}}",
+        "{dataset: {train: {roots: [a]}, masks: {source: none}}}",
+    ],
+)
+def test_masks_and_widths_are_asked_for_only_where_needed(write, text):
+    load_config(write(text))
+
+
+# Schema, template and recipes
+
+
+def test_every_key_has_a_description_and_a_default():
+    for dotted, field in walk_schema():
+        text = field.annotation.__doc__ if config_module._is_section(field) else field.description
+        assert text, dotted
+        assert text.endswith("."), dotted
+        assert not field.is_required(), dotted
+
+
+def test_template_names_every_key_with_its_default_and_a_comment():
+    text = (FOLDER / "template.yaml").read_text()
+    assert text == template(), "print it anew: python config.py > configs/template.yaml"
+    document = read_yaml(FOLDER / "template.yaml")
+    assert list(document.lines) == [dotted for dotted, _ in walk_schema()]
+    assert Config.from_dict(document.data) == Config()
+    assert all("#" in text.split("\n")[line - 1] for line in document.lines.values())
+
+
+def leaves(data: dict, prefix: tuple[str, ...] = ()):
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_open_with_their_command_and_hold_only_what_differs(path):
+    document = read_yaml(path)
+    opening = path.read_text().split("global:")[0]
+    assert f"python main.py --config=configs/{path.name}" in opening
+    config = load_config(path)
+    said_for_the_reader = {("global", "stage"), ("model", "name"), ("training", "epochs")}
+    for names in set(leaves(document.data)) - said_for_the_reader:
+        data = copy.deepcopy(document.data)
+        section = data
+        for name in names[:-1]:
+            section = section[name]
+        del section[names[-1]]
+        try:
+            without = Config.from_dict(data)
+        except UserError:
+            continue
+        assert without != config, f"{'.'.join(names)} repeats the default"
+
+
+def test_recipes_as_published():
+    train = load_config(FOLDER / "train.yaml")
+    assert (train.model.vision.attention, train.model.iter_size, train.training.epochs) == ("attention", 3, 10)
+    ssn = load_config(FOLDER / "train_ssn.yaml")
+    assert (ssn.optimizer.type, ssn.optimizer.lr, ssn.optimizer.wd, ssn.optimizer.head_lr_factor) == (
+        "SGD",
+        0.01,
+        5e-4,
+        10,
+    )
+    assert (ssn.training.iterations, ssn.optimizer.scheduler.type) == (20500, "poly")
+    assert ssn.model.ssn.widths == [48, 96, 192, 384]
+    language = load_config(FOLDER / "pretrain_language_model.yaml")
+    assert (language.dataset.train.batch_size, language.training.epochs) == (4096, 80)
+
+
+def test_small_recipes_fit_each_other():
+    small, alone = load_config(FOLDER / "small.yaml").model, load_config(FOLDER / "small_pretrain_vision.yaml").model
+    assert alone.vision == small.vision
+    assert load_config(FOLDER / "small_pretrain_language.yaml").model.language == small.language
+    abinet = load_config(FOLDER / "small_abinet.yaml")
+    assert abinet.model.language == small.language
+    assert abinet.model.vision.widths == small.vision.widths
+    assert load_config(FOLDER / "small.yaml").optimizer == abinet.optimizer
+
+
+def test_wrong_assignment_is_refused():
+    config = Config()
+    with pytest.raises(ValueError, match="valid integer"):
+        config.training.epochs = "ten"

@@ -1,0 +1,62 @@
+"""Metrics on cases whose answers can be counted by hand."""
+
+import pytest
+
+from metrics import (
+    character_accuracy,
+    expected_calibration_error,
+    f_score,
+    foreground_iou,
+    normalized_edit_distance,
+    word_accuracy,
+)
+
+TEXT_METRICS = [word_accuracy, character_accuracy, normalized_edit_distance]
+
+
+@pytest.mark.parametrize("metric", TEXT_METRICS)
+def test_bounds_and_empty_input(metric):
+    assert metric([], []) == 0.0
+    assert metric(["a", "bc"], ["a", "bc"]) == 1.0
+    assert metric(["x", "y"], ["a", "bc"]) == 0.0
+    with pytest.raises(ValueError, match="1 predictions for 2 targets"):
+        metric(["a"], ["a", "b"])
+
+
+@pytest.mark.parametrize("metric", TEXT_METRICS)
+def test_order_of_words_does_not_matter(metric):
+    predictions, targets = ["cat", "dgo", "", "bird"], ["cat", "dog", "a", "birds"]
+    assert metric(predictions[::-1], targets[::-1]) == pytest.approx(metric(predictions, targets))
+
+
+def test_word_accuracy():
+    assert word_accuracy(["cat", "Cat", "ca", "cats"], ["cat"] * 4) == 0.25
+
+
+def test_character_accuracy_counts_positions_over_all_targets():
+    # 3 of 3, 0 of 3 (shifted by one), 1 of 1 (what is too much does not count)
+    assert character_accuracy(["cat", "og", "ab"], ["cat", "dog", "a"]) == 4 / 7
+    assert character_accuracy([""], [""]) == 0.0
+
+
+def test_normalized_edit_distance():
+    assert normalized_edit_distance(["og", "cat", ""], ["dog", "cut", "ab"]) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert normalized_edit_distance(["abcd"], ["ab"]) == 0.5  # over the longer of the two
+    assert normalized_edit_distance([""], [""]) == 1.0
+
+
+def test_segmentation_scores():
+    assert foreground_iou(6, 2, 4) == 0.5
+    assert f_score(6, 2, 4) == 2 / 3
+    assert foreground_iou(0, 0, 0) == f_score(0, 0, 0) == 0.0
+
+
+def test_expected_calibration_error():
+    assert expected_calibration_error([], []) == 0.0
+    assert expected_calibration_error([1.0, 1.0], [True, False]) == 0.5
+    assert expected_calibration_error([0.75] * 4, [True, True, True, False], bins=10) == 0.0
+    # bins (0, 0.5] and (0.5, 1]: |0.2 + 0.5 - 1| and |0.9 - 0|, over three words
+    assert expected_calibration_error([0.2, 0.5, 0.9], [True, False, False], bins=2) == pytest.approx(1.2 / 3)
+    assert expected_calibration_error([0.0], [False]) == 0.0
+    with pytest.raises(ValueError, match="1 confidences for 2 words"):
+        expected_calibration_error([0.1], [True, False])

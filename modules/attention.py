@@ -15,11 +15,11 @@ KEY_STRIDES = ((1, 2), (2, 2), (2, 2), (2, 2))
 
 
 class PositionAttention(nn.Module):
-    """Queries are reading positions, keys come from a small U-net on the features (ABINet, vision model, `attention: position`).
+    """Queries are reading positions, keys come from a small U-net on the features (ABINet, position attention).
 
     weights = softmax(q k^T / sqrt(E)) over the cells; values are the features themselves.
-    The U-net resizes to the size of the encoder map that it adds, so any feature map works; training with one picture needs a
-    deepest map of two cells or more (batch norm), that is h > 8 or w > 16.
+    The U-net resizes to the size of the encoder map that it adds, so any feature map works. Training with one picture
+    needs two cells or more in the deepest map (batch norm), that is h > 8 or w > 16.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class PositionAttention(nn.Module):
 class ReadingOrderAttention(nn.Module):
     """Scores from a reading-order embedding and the features (BINet's `attention: attention`).
 
-    weights = softmax over cells of we(tanh(w0(f0_embedding) + wv(feature))); values are the features themselves. `w0` mixes the T
-    embedded positions into one vector per cell, so it fixes the number of cells.
+    weights = softmax over cells of we(tanh(w0(f0_embedding) + wv(feature))); values are the features themselves.
+    `w0` mixes the T embedded positions into one vector per cell, so it fixes the number of cells.
     """
 
     def __init__(self, *, num_steps: int = 26, cells: tuple[int, int] = (8, 32), d_model: int = 512):

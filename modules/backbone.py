@@ -15,8 +15,10 @@ from modules.transformer import PositionalEncoding, TransformerEncoder
 
 
 class BackboneFeatures(NamedTuple):
-    """`feature` (N, E, h, w); for the mask branch `semantic` (N, E, h, w), from which a pixel's likeness to text is judged, and
-    `side` (N, side_channels, h, w), which that likeness then weighs. Both are None without the mask branch.
+    """`feature` (N, E, h, w) is what the text is read from.
+
+    The other two are for the mask branch and None without it: `semantic` (N, E, h, w), from which a pixel's likeness to
+    text is judged, and `side` (N, side_channels, h, w), which that likeness then weighs.
     """
 
     feature: Tensor
@@ -49,8 +51,8 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual network on word pictures: a 3x3 stem at full resolution and one stage per entry of `widths`.
 
-    `strides` are those of each stage's first block. With `mask_branch` the last two stages, `a` and `b`, also feed BINet's side
-    outputs: `cls(b)` and `side5_1(concat(side3_1(a), b))`, so the last stage must keep the size.
+    `strides` are those of each stage's first block. With `mask_branch` the last two stages, `a` and `b`, also feed
+    BINet's side outputs: `cls(b)` and `side5_1(concat(side3_1(a), b))`, so the last stage must keep the size.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class ResNet(nn.Module):
         super().__init__()
         if not len(widths) == len(depths) == len(strides):
             raise ValueError(
-                f"widths {list(widths)}, depths {list(depths)} and strides {list(strides)} must have one entry per stage"
+                f"widths {list(widths)}, depths {list(depths)} and strides {list(strides)} must have one entry for "
+                "each stage"
             )
         if mask_branch and (len(widths) < 2 or strides[-1] != 1):
             raise ValueError(
@@ -127,9 +130,10 @@ def _side_layer(in_channels: int, out_channels: int, *activation: nn.Module) -> 
 
 
 class TransformerBackbone(nn.Module):
-    """ResNet, then transformer encoder over the cells row by row (ABINet, vision model); other outputs of the ResNet pass through.
+    """ResNet, then transformer encoder over the cells row by row (ABINet, vision model).
 
-    ABINet adds sinusoidal positions, with dropout, before the encoder (`positional_encoding`); BINet does not.
+    The ResNet's side outputs pass through. ABINet adds sinusoidal positions, with dropout, before the encoder
+    (`positional_encoding`); BINet does not.
     """
 
     def __init__(

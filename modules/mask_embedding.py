@@ -1,4 +1,4 @@
-"""Mask embedding: spatial feature transform of the features by the refined mask (BINet; "Recovering Realistic Texture", 2018).
+"""Mask embedding: the refined mask modulates the features (BINet; spatial feature transform, Wang et al., CVPR 2018).
 
 Legend: N pictures, H x W pixels, h x w cells, S channels of the modulated features, D channels of the condition.
 """
@@ -12,7 +12,7 @@ MASK_COPIES = 8
 
 
 class ConditionNetwork(nn.Sequential):
-    """Refined mask (N, 1, H, W) -> condition (N, D, h, w): one strided conv to cells, then four 1x1 convs, LeakyReLU between."""
+    """Refined mask (N, 1, H, W) -> condition (N, D, h, w): a strided conv to cells and four 1x1 convs, LeakyReLU between."""
 
     def __init__(self, *, stride: tuple[int, int] = (4, 4), hidden_channels: int = 128, condition_channels: int = 32):
         layers: list[nn.Module] = [nn.Conv2d(MASK_COPIES, hidden_channels, kernel_size=stride, stride=stride)]
@@ -57,7 +57,7 @@ class ModulatedBlock(nn.Module):
 
 
 class ModulatedStack(nn.ModuleList):
-    """`sft_blocks` residual blocks, one more SFT and a 3x3 conv, all under the same condition; the input is added by the caller."""
+    """`sft_blocks` residual blocks, one more SFT and a 3x3 conv, all under one condition; the caller adds the input."""
 
     def __init__(self, *, sft_blocks: int = 16, sft_channels: int = 64, condition_channels: int = 32):
         channels = {"sft_channels": sft_channels, "condition_channels": condition_channels}

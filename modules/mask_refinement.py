@@ -1,11 +1,11 @@
 """Mask refinement: how much each pixel resembles the text under the mask (BINet, refinement of the text mask).
 
-The published way resizes a feature map X (h x w cells) to F (H x W pixels) and works on F. Bilinear resizing is linear and separable,
-F = A X B^T for each channel with A (H, h) and B (W, w), so nothing of F's size is needed:
+The published way resizes a feature map X (h x w cells) to F (H x W pixels) and works on F. Bilinear resizing is linear
+and separable, F = A X B^T for each channel with A (H, h) and B (W, w), so nothing of F's size is needed:
 
-    p = sum_yx M F        = sum_ij (A^T M B)_ij X_ij                  pooling with the mask brought to the cells by the adjoint
-    F . p                 = A (X . p) B^T                             one channel to resize instead of E
-    |F|^2                 = from inner products of neighbouring cells, as a pixel mixes at most 2 x 2 neighbours
+    p = sum_yx M F = sum_ij (A^T M B)_ij X_ij    pooling with the mask brought to the cells by the adjoint
+    F . p = A (X . p) B^T                        one channel to resize instead of E
+    |F|^2                                        from inner products of neighbouring cells: a pixel mixes at most 2 x 2
 
 Legend: N pictures, E features, H x W pixels, h x w cells.
 """
@@ -23,7 +23,7 @@ NORMALIZATIONS = ("sample", "batch")
 
 
 class PrototypeSimilarity(nn.Module):
-    """Cosine between every pixel's feature and the sum of the features under the mask, exact, without the resized feature map."""
+    """Cosine between every pixel's feature and the sum of the features under the mask, without the resized feature map."""
 
     def __init__(self, *, cells: tuple[int, int] = (8, 32), image_size: tuple[int, int] = (32, 128)):
         super().__init__()
@@ -37,9 +37,9 @@ class PrototypeSimilarity(nn.Module):
             self.register_buffer(f"{axis}_squared", squared_matrix(resize), persistent=False)
 
     def forward(self, feature: Tensor, mask: Tensor) -> Tensor:
-        """feature (N, E, h, w) and mask (N, 1, H, W) -> similarity (N, 1, H, W) in [-1, 1], float32 also under autocast.
+        """feature (N, E, h, w) and mask (N, 1, H, W) -> similarity (N, 1, H, W) in [-1, 1].
 
-        0 where the mask is black or the feature is 0.
+        0 where the mask is black or the feature is 0. Always float32, under autocast too.
         """
         with _without_autocast(feature.device):
             feature = feature.float()
@@ -61,7 +61,7 @@ def bilinear_matrix(size_in: int, size_out: int) -> Tensor:
 
 
 def squared_matrix(resize: Tensor) -> Tensor:
-    """(size_out, 2 size_in - 1): brings squares of cells and products of neighbours to the square of what `resize` mixes.
+    """(size_out, 2 size_in - 1): takes squares of cells and products of neighbours to squares of what `resize` mixes.
 
     (u x_i + v x_i+1)^2 = u^2 x_i^2 + v^2 x_i+1^2 + 2 u v x_i x_i+1.
     """
@@ -69,10 +69,11 @@ def squared_matrix(resize: Tensor) -> Tensor:
 
 
 def neighbour_products(feature: Tensor) -> Tensor:
-    """Inner products of cells with themselves and their neighbours, in the layout that `squared_matrix` expects along both axes.
+    """Inner products of cells with themselves and their neighbours, laid out along both axes as `squared_matrix` expects.
 
-    feature (N, E, h, w) -> (N, 2h - 1, 2w - 1) with the blocks: itself (h, w), right neighbour (h, w - 1), lower neighbour (h - 1, w)
-    and the mean of the two diagonals (h - 1, w - 1); a mean because the two axes' factors of 2 make 4 where 2 is due.
+    feature (N, E, h, w) -> (N, 2h - 1, 2w - 1) in four blocks: with itself (h, w), with the right neighbour (h, w - 1),
+    with the lower one (h - 1, w), and the mean over the two diagonals (h - 1, w - 1); a mean because the two axes'
+    factors of 2 make 4 where 2 is due.
     """
     upper, lower = feature[:, :, :-1], feature[:, :, 1:]
     itself = feature.square().sum(dim=1)
@@ -104,6 +105,6 @@ def extent(low: Tensor, high: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """Squares of features lose too much in 16 bits. Nothing is entered without autocast, which keeps exported graphs flat."""
+    """Squares of features lose too much in 16 bits. Without autocast nothing is entered: exported graphs stay flat."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.autocast(device_type=device.type, enabled=False) if enabled else nullcontext()

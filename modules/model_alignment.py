@@ -18,7 +18,7 @@ class AlignmentModel(nn.Module):
         self.cls = nn.Linear(d_model, num_classes)
 
     def forward(self, language: Tensor, vision: Tensor) -> AlignmentOutput:
-        """Features (N, T, E) of the language and of the vision model -> logits (N, T, C) and fused feature (N, T, E)."""
+        """Features (N, T, E) of the language and the vision model -> logits (N, T, C) and fused feature (N, T, E)."""
         gate = self.w_att(torch.cat((language, vision), dim=-1)).sigmoid()
         feature = gate * vision + (1 - gate) * language
         return AlignmentOutput(logits=self.cls(feature), feature=feature)

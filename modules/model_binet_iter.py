@@ -1,4 +1,4 @@
-"""The whole recogniser: vision, then rounds of language and alignment (ABINet, iterative correction; BINet, recogniser).
+"""The whole recogniser: vision, then rounds of language and alignment (ABINet, iterative correction; BINet).
 
 Legend: N pictures, T steps, C classes, H x W pixels.
 """
@@ -24,7 +24,10 @@ class BINet(nn.Module):
         self.iter_size = iter_size
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> RecogniserOutput:
-        """image (N, 3, H, W), normalised; mask (N, 1, H, W) in [0, 1], 1 = text, for BINet. Every round reads the one before."""
+        """image (N, 3, H, W), normalised; mask (N, 1, H, W) in [0, 1], 1 = text, which ABINet does not need.
+
+        The first round corrects the vision model's reading, every later one the reading of the round before.
+        """
         vision = self.vision(image, mask).vision
         output = RecogniserOutput(vision=vision, language=[], alignment=[])
         logits = vision.logits  # (N, T, C)

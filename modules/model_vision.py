@@ -17,7 +17,7 @@ from modules.outputs import RecogniserOutput, VisionOutput
 class VisionModel(nn.Module):
     """backbone -> attention -> classifier (ABINet, vision model).
 
-    `attention.cells` must be the backbone's for `image_size` (H, W), which is the one size of picture that the network takes.
+    `attention.cells` must be the backbone's for `image_size` (H, W), the one size of picture that the network takes.
     """
 
     def __init__(
@@ -33,7 +33,8 @@ class VisionModel(nn.Module):
         self.cells = backbone.output_size(self.image_size)
         if attention.cells != self.cells:
             raise ValueError(
-                f"the backbone makes {self.cells} cells of {self.image_size} pixels but attention is built for {attention.cells}"
+                f"the backbone makes {self.cells} cells of {self.image_size} pixels but attention is built for "
+                f"{attention.cells}"
             )
         self.backbone = backbone
         self.attention = attention
@@ -85,8 +86,8 @@ class MaskedVisionModel(VisionModel):
             raise ValueError(f"normalize={normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
         if any(pixels % cells for pixels, cells in zip(self.image_size, self.cells, strict=True)):
             raise ValueError(
-                f"mask embedding needs an image size that is a multiple of the feature map's, got {self.image_size} pixels "
-                f"and {self.cells} cells"
+                f"mask embedding needs an image size that is a multiple of the feature map's, got {self.image_size} "
+                f"pixels and {self.cells} cells"
             )
         self.normalize = normalize
         side, width = backbone.side_channels, backbone.out_channels
@@ -118,8 +119,8 @@ class MaskedVisionModel(VisionModel):
     def refine(self, features: BackboneFeatures, mask: Tensor) -> Tensor:
         """Refined mask (N, 1, H, W) (BINet, refinement of the text mask).
 
-        s = cosine(F, p), e = exit_layer(classifier_6(S * s)) at every pixel; e' and M' are e and the mask brought to [0, 1];
-        r = rf2(rf(concat(e' + M', M')) + M').
+        s = cosine(F, p) and e = exit_layer(classifier_6(S * s)) at every pixel; e' and M' are e and the mask, brought
+        to [0, 1]; r = rf2(rf(concat(e' + M', M')) + M').
         """
         similarity = self.similarity(features.semantic, mask)  # (N, 1, H, W)
         side = F.interpolate(features.side, size=self.image_size, mode="bilinear", align_corners=False)

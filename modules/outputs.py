@@ -1,7 +1,7 @@
 """What the networks return, and how long a predicted text is.
 
-Legend: N pictures, T steps (max_length + 1, the end token counted), E features, C classes (charset + 1; class 0 is the null and end
-symbol), H x W pixels, h x w cells of the feature map.
+Legend: N pictures, T steps (max_length + 1, the end token counted), E features, C classes (charset + 1; class 0 is the
+null and end symbol), H x W pixels, h x w cells of the feature map.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ NULL_CLASS = 0
 class VisionOutput:
     """Reading of the vision model.
 
-    `logits` (N, T, C); `feature` (N, T, E), one vector per step; `attention` (N, T, h, w), which sums to 1 over the cells;
-    `refined_mask` (N, 1, H, W), about 1 on text and 0 elsewhere but not confined to that range, None without the mask branch.
+    `logits` (N, T, C); `feature` (N, T, E), one vector per step; `attention` (N, T, h, w), which sums to 1 over the
+    cells; `refined_mask` (N, 1, H, W), about 1 on text and 0 elsewhere but not confined to that range, None without the
+    mask branch.
     """
 
     logits: Tensor
@@ -60,7 +61,7 @@ for _output in (VisionOutput, LanguageOutput, AlignmentOutput, RecogniserOutput)
 
 
 def text_lengths(logits: Tensor) -> Tensor:
-    """Lengths (N,) int64 of the texts that `logits` (N, T, C) read: index of the first null + 1, T where there is none."""
+    """Lengths (N,) int64 of what `logits` (N, T, C) read: index of the first null + 1, T where there is none."""
     steps = logits.shape[1]
     nulls_so_far = (logits.argmax(dim=-1) == NULL_CLASS).cumsum(dim=-1)  # (N, T)
     return ((nulls_so_far == 0).sum(dim=-1) + 1).clamp(max=steps)  # (N,)

@@ -1,8 +1,8 @@
 """Post-norm transformer layers and sinusoidal positions ("Attention Is All You Need", 2017), batch first.
 
-torch's own layers are not used: `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` switch to another kernel in eval mode, which
-autocast, `torch.compile(fullgraph=True)` and export do not share, and the language model's decoder layer has no counterpart there.
-Parameter names and initial values are those of torch's layers.
+torch's own layers are not used: `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` switch to another kernel in
+eval mode, which neither autocast nor a compiled or exported graph takes, and the language model's decoder layer, without
+self-attention and with queries that all texts share, has no counterpart there. Parameter names and initial values are those of torch's layers.
 
 Legend: N pictures, L query steps, S memory steps, E features, D features of one head.
 """
@@ -17,7 +17,7 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
-    """Positions (length, d_model): sin(t / 10000^(2i / d_model)) at feature 2i, the cosine of the same angle at 2i + 1."""
+    """Positions (length, d_model): sin(t / 10000^(2i / d_model)) at feature 2i, the cosine of that angle at 2i + 1."""
     if d_model % 2:
         raise ValueError(f"sinusoidal positions need an even number of features, got d_model={d_model}")
     position = torch.arange(length, dtype=torch.float32)[:, None]
@@ -27,7 +27,7 @@ def sinusoids(length: int, d_model: int) -> Tensor:
 
 
 class PositionalEncoding(nn.Module):
-    """Adds sinusoidal positions to a sequence (N, L, E) and applies dropout. `pe` is stored as (length, 1, E), as published."""
+    """Adds sinusoidal positions to a sequence (N, L, E), then dropout. `pe` is stored as (length, 1, E), as published."""
 
     def __init__(self, *, length: int, d_model: int = 512, dropout: float = 0.1):
         super().__init__()
@@ -58,7 +58,10 @@ class MultiheadAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """query (N or 1, L, E), memory (N, S, E) -> (N, L, E). `mask` broadcasts to (N, nhead, L, S), True = may attend."""
+        """query (N or 1, L, E), memory (N, S, E) -> (N, L, E).
+
+        `mask` broadcasts to (N, nhead, L, S); True = may attend.
+        """
         if query is memory:
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
@@ -145,7 +148,8 @@ class TransformerEncoder(nn.Module):
 class TransformerDecoderLayer(_FeedForwardLayer):
     """Post-norm layer that reads a memory; self-attention among the queries only where asked for.
 
-    x = norm1(x + self_attention(x)) if `use_self_attn`; x = norm2(x + attention(x, memory)); x = norm3(x + feed_forward(x)).
+    x = norm1(x + self_attention(x)) if `use_self_attn`; x = norm2(x + attention(x, memory));
+    x = norm3(x + feed_forward(x)).
     """
 
     def __init__(
@@ -170,7 +174,10 @@ class TransformerDecoderLayer(_FeedForwardLayer):
     def forward(
         self, query: Tensor, memory: Tensor, memory_mask: Tensor | None = None, query_mask: Tensor | None = None
     ) -> Tensor:
-        """query (N, L, E), memory (N, S, E) -> (N, L, E); masks as in `MultiheadAttention`, `query_mask` for self-attention."""
+        """query (N or 1, L, E), memory (N, S, E) -> (N, L, E).
+
+        Masks are as in `MultiheadAttention`, `query_mask` that of self-attention.
+        """
         if self.use_self_attn:
             query = self.norm1(query + self.dropout(self.self_attn(query, query, query_mask)))
         query = self.norm2(query + self.dropout(self.multihead_attn(query, memory, memory_mask)))

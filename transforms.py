@@ -1,8 +1,8 @@
 """What happens to a picture and its mask between decoding and the batch: augmentation and resizing.
 
-Pictures are RGB, uint8, (H, W, 3); masks are grey, uint8, (H, W), 255 = text, and of the size of their picture. Geometry
-moves both with one matrix and one border rule; everything else touches the picture only. All random decisions come from
-the generator that is passed in, so that a sample depends on nothing but that.
+Pictures are RGB, uint8, (H, W, 3); masks are grey, uint8, (H, W), 255 = text, and of the size of their picture.
+Geometry moves both with one matrix and one border rule; everything else touches the picture only. All random decisions
+come from the generator that is passed in, so that a sample depends on nothing but that.
 
 Matrices map points of the source to points of the result, in continuous coordinates: a picture of W x H pixels covers
 [0, W] x [0, H], the middle of its first pixel is (0.5, 0.5).
@@ -91,9 +91,7 @@ def rotation(rng: Generator, size: Size, *, degrees: float = 45.0) -> np.ndarray
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
 
-def affine(
-    rng: Generator, size: Size, *, scale: float = 2.0, shear: tuple[float, float] = (45.0, 15.0)
-) -> np.ndarray:
+def affine(rng: Generator, size: Size, *, scale: float = 2.0, shear: tuple[float, float] = (45.0, 15.0)) -> np.ndarray:
     """Matrix (3, 3) of a scaling by 1/`scale` to `scale` and shears of up to `shear` degrees along x and y."""
     factor = scale ** symmetric(rng, 1.0)
     along_x = math.tan(math.radians(symmetric(rng, shear[0])))
@@ -396,9 +394,8 @@ class CropSegmentation:
         matrix = (_TO_OPENCV @ matrix @ _FROM_OPENCV)[:2]
         canvas = (self.size[1], self.size[0])
         picture = cv2.warpAffine(picture, matrix, canvas, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        labels = cv2.warpAffine(
-            labels, matrix, canvas, flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=self.ignore_index
-        )
+        outside = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": self.ignore_index}
+        labels = cv2.warpAffine(labels, matrix, canvas, flags=cv2.INTER_NEAREST, **outside)
         if rng.random() < self.color:
             picture = color_jitter(picture, rng)
         return picture, labels

@@ -1,0 +1,192 @@
+"""Where the masks of words come from: an LMDB that pairs with the pictures', or a segmentation network on the spot."""
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from lmdb_io import DATA_FILE, LmdbReader, find_lmdbs, image_key, is_lmdb, label_key
+from transforms import BrokenPictureError, Mask, Picture, decode_mask, decode_picture
+from utils import UserError
+
+MASK_MISSING = "mask_missing"
+MASK_BROKEN = "mask_broken"
+MASK_SIZE = "mask_size"  # not the size of its picture
+
+PAIRS_CHECKED = 16
+
+Segmenter = Callable[[list[Picture]], Sequence[Mask]]
+
+
+class MaskSource(Protocol):
+    """Gives the masks of the words of one image LMDB."""
+
+    def check(self, images: LmdbReader, numbers: np.ndarray) -> None:
+        """Raise UserError unless masks and pictures belong together; `numbers` are the samples that will be read."""
+
+    def read(self, images: LmdbReader, numbers: Sequence[int], pictures: Sequence[Picture]) -> list[Mask | str]:
+        """The mask of each picture, of its size, or the reason why there is none."""
+
+
+class LmdbMasks:
+    """Masks of a mask LMDB: the keys of the image LMDB, `image-%09d` = 8-bit grey, 255 = text."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.reader = LmdbReader(path)
+
+    def check(self, images: LmdbReader, numbers: np.ndarray) -> None:
+        """Compare the numbers of samples, and presence, size and label of some samples spread over the set."""
+        if len(images) != len(self.reader):
+            raise self._mismatch(images, f"{len(images)} samples against {len(self.reader)}")
+        chosen = np.linspace(0, len(numbers) - 1, min(PAIRS_CHECKED, len(numbers))).astype(int)
+        for number in np.unique(numbers[chosen]).tolist():
+            self._check_pair(images, number)
+
+    def _check_pair(self, images: LmdbReader, number: int) -> None:
+        mask = self.reader.get(image_key(number))
+        if mask is None:
+            raise self._mismatch(images, f"{image_key(number)} has no mask")
+        label, copied = images.get(label_key(number)), self.reader.get(label_key(number))
+        if copied is not None and copied != label:
+            raise self._mismatch(images, f"{label_key(number)} is {label!r} against {copied!r}")
+        try:
+            height, width = decode_picture(images.get(image_key(number))).shape[:2]
+            mask_height, mask_width = decode_mask(mask).shape
+        except BrokenPictureError:
+            return  # counted when it is read
+        if (height, width) != (mask_height, mask_width):
+            difference = f"{image_key(number)} is {width} x {height} pixels, its mask {mask_width} x {mask_height}"
+            raise self._mismatch(images, difference)
+
+    def _mismatch(self, images: LmdbReader, difference: str) -> UserError:
+        return UserError(
+            f"masks {self.reader.path} do not belong to {images.path}: {difference}; "
+            "check dataset.masks.root or make the masks again with tools/create_masks.py"
+        )
+
+    def read(self, images: LmdbReader, numbers: Sequence[int], pictures: Sequence[Picture]) -> list[Mask | str]:
+        """Read and decode masks."""
+        with self.reader.transaction(buffers=True) as transaction:
+            pairs = zip(numbers, pictures, strict=True)
+            return [_decoded(transaction.get(image_key(number).encode()), picture) for number, picture in pairs]
+
+
+def _decoded(data: memoryview | None, picture: Picture) -> Mask | str:
+    """A mask of the size of its picture, or the reason why there is none."""
+    if data is None:
+        return MASK_MISSING
+    try:
+        mask = decode_mask(data)
+    except BrokenPictureError:
+        return MASK_BROKEN
+    return mask if mask.shape == picture.shape[:2] else MASK_SIZE
+
+
+class OnlineMasks:
+    """Masks that a segmentation network makes when a word is read, of the picture as stored.
+
+    Args:
+        segmenter: pictures -> their masks, 8 bits, of the same sizes; it is called once for the words of a batch.
+        cache_dir: folder of a file that keeps each mask as PNG, shared by all worker processes and by later runs;
+            None makes every mask anew.
+        fingerprint: what the masks depend on beside the picture (weights, areas); names the file.
+    """
+
+    def __init__(self, segmenter: Segmenter, *, cache_dir: str | Path | None = None, fingerprint: str = "") -> None:
+        if cache_dir is not None and not fingerprint:
+            raise ValueError("masks are only kept with a fingerprint of the network that makes them")
+        self.segmenter = segmenter
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.fingerprint = fingerprint
+        self._stores: dict[Path, MaskStore] = {}
+
+    def check(self, images: LmdbReader, numbers: np.ndarray) -> None:
+        """Nothing to compare: the masks are made of the pictures."""
+
+    def read(self, images: LmdbReader, numbers: Sequence[int], pictures: Sequence[Picture]) -> list[Mask | str]:
+        """Look masks up, make those that are not there in one call, and keep them."""
+        store = self._store(images)
+        masks: dict[int, Mask | str] = {}
+        for number, data in (store.get(numbers) if store else {}).items():
+            masks[number] = _decoded(memoryview(data), pictures[numbers.index(number)])
+        wanted = [place for place, number in enumerate(numbers) if not isinstance(masks.get(number), np.ndarray)]
+        if wanted:
+            made = self.segmenter([pictures[place] for place in wanted])
+            fresh = {numbers[place]: mask for place, mask in zip(wanted, made, strict=True)}
+            if store:
+                store.put({number: cv2.imencode(".png", mask)[1].tobytes() for number, mask in fresh.items()})
+            masks.update(fresh)
+        return [masks[number] for number in numbers]
+
+    def _store(self, images: LmdbReader) -> "MaskStore | None":
+        if self.cache_dir is None:
+            return None
+        if images.path not in self._stores:
+            data = (images.path / DATA_FILE).resolve()
+            status = data.stat()
+            parts = [str(data), status.st_size, status.st_mtime_ns, self.fingerprint]
+            digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+            self._stores[images.path] = MaskStore(self.cache_dir / f"masks-{images.path.name}-{digest}.sqlite")
+        return self._stores[images.path]
+
+
+class MaskStore:
+    """Number of a word -> PNG of its mask, in a file that many processes share; each opens it on first use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._process = -1
+        self._connection: sqlite3.Connection | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "_process": -1, "_connection": None}
+
+    def get(self, numbers: Sequence[int]) -> dict[int, bytes]:
+        """What is kept of some numbers."""
+        places = ",".join("?" * len(numbers))
+        rows = self._open().execute(f"SELECT number, png FROM masks WHERE number IN ({places})", list(numbers))
+        return dict(rows.fetchall())
+
+    def put(self, masks: dict[int, bytes]) -> None:
+        """Keep some masks, in one transaction."""
+        with self._open() as connection:
+            connection.executemany("INSERT OR REPLACE INTO masks VALUES (?, ?)", masks.items())
+
+    def _open(self) -> sqlite3.Connection:
+        if self._process != os.getpid():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(self.path, timeout=60)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=OFF")  # a lost mask is made again
+            self._connection.execute("CREATE TABLE IF NOT EXISTS masks (number INTEGER PRIMARY KEY, png BLOB)")
+            self._process = os.getpid()
+        return self._connection
+
+
+def find_mask_lmdb(mask_root: str | Path, image_root: str | Path, image_lmdb: str | Path) -> Path:
+    """The mask LMDB of an image LMDB that was found below `image_root`: `<mask_root>/X` for `<root of images>/X`.
+
+    The root of images is `image_root`, or its parent (`image_root` is then itself the set, or a folder of a larger
+    tree). A `mask_root` that is itself an LMDB serves the only image LMDB.
+
+    Raises:
+        UserError: none of these is there; names the first place.
+    """
+    mask_root, image_root, image_lmdb = Path(mask_root), Path(image_root), Path(image_lmdb)
+    relative = image_lmdb.relative_to(image_root)
+    named = Path(Path(os.path.abspath(image_root)).name) / relative
+    candidates = [mask_root / named] if image_lmdb == image_root else [mask_root / relative, mask_root / named]
+    if len(find_lmdbs(image_root)) == 1:
+        candidates.append(mask_root)
+    for candidate in candidates:
+        if is_lmdb(candidate):
+            return candidate
+    raise UserError(
+        f"{candidates[0]}: no mask LMDB for {image_lmdb}; make it with tools/create_masks.py or set dataset.masks.root"
+    )

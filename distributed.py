@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # the first evaluation of a large set may keep the other ranks waiting
 
@@ -28,7 +28,7 @@ class Process:
 
 def start(device_type: str) -> Process:
     """Join the process group that `torchrun` describes in the environment: NCCL on GPUs, Gloo on CPUs."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1 and "MASTER_ADDR" not in os.environ:
+    if "RANK" not in os.environ or (int(os.environ.get("WORLD_SIZE", "1")) == 1 and "MASTER_ADDR" not in os.environ):
         return Process()
     if not dist.is_initialized():
         # Gloo always, for objects and flags that live on the host; NCCL for the tensors of a GPU.
@@ -45,6 +45,16 @@ def stop() -> None:
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files."""
+    return not is_distributed() or dist.get_rank() == 0
+
+
+def synchronized(model: nn.Module, wanted: bool) -> nn.Module:
+    """The network with batch norms that take their statistics over all processes, where that is wanted."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if wanted and is_distributed() else model
 
 
 def batch_mean(total: Tensor, count: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
 
 
 def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: ours and the published fastai form keep them under `model`, a plain one at the top."""
+    """The tensors of a checkpoint: ours and the published form keep them under `model`, a plain one at the top."""
     weights = state.get("model", state)
     return {_strip_wrappers(name): value for name, value in weights.items() if isinstance(value, Tensor)}
 

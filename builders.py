@@ -1,0 +1,400 @@
+"""From a config to the parts it names. Nothing else sees both: classes take named values, configs hold only values."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from charset import PROTOCOLS, Charset
+from config import Config
+from dataset import (
+    EqualSizeBatchSampler,
+    JoinedDataset,
+    LabelRule,
+    LanguageCollate,
+    LanguageDataset,
+    OnlineMasks,
+    ResumableBatchSampler,
+    SegmentationCollate,
+    ShardedSampler,
+    WordCollate,
+    default_cache_dir,
+    make_loader,
+    open_segmentation_datasets,
+    open_word_datasets,
+)
+from distributed import Process
+from evaluation import Evaluator, SegmentationEvaluator, WordEvaluator
+from losses import RecogniserCriterion, SegmentationCriterion
+from modules.attention import PositionAttention, ReadingOrderAttention
+from modules.backbone import ResNet, TransformerBackbone
+from modules.model_alignment import AlignmentModel
+from modules.model_binet_iter import BINet
+from modules.model_language import LanguageModel
+from modules.model_vision import MaskedVisionModel, VisionModel
+from modules.ssn import SSN
+from optimization import (
+    Schedule,
+    make_optimizer,
+    one_cycle_schedule,
+    parameter_groups,
+    poly_schedule,
+    step_schedule,
+    with_warmup,
+)
+from segmentation import Segmenter
+from transforms import AugmentWord, CropSegmentation, ResizeWord
+from utils import UserError, load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# --- networks and losses ------------------------------------------------------------------------------------------------
+
+
+def build_model(config: Config) -> nn.Module:
+    """The network that `model.name` names, with the checkpoints that the config names loaded.
+
+    Raises:
+        UserError: a checkpoint is missing or does not fit.
+    """
+    builders = {
+        "vision": build_vision_model,
+        "language": build_language_model,
+        "recogniser": build_recogniser,
+        "ssn": build_ssn,
+    }
+    return _with_checkpoint(builders[config.model.kind](config), config.model.checkpoint, config)
+
+
+def build_recogniser(config: Config) -> nn.Module:
+    """Vision, language and alignment in `iter_size` rounds (BINet; ABINet without its masks)."""
+    return BINet(
+        vision=build_vision_model(config),
+        language=build_language_model(config),
+        alignment=build_alignment_model(config),
+        iter_size=config.model.iter_size,
+    )
+
+
+def build_vision_model(config: Config) -> nn.Module:
+    """Backbone, mask branch where `model.vision.segmentation` is enabled, attention and classifier."""
+    vision, size = config.model.vision, image_size(config)
+    backbone = ResNet(
+        stem_width=vision.stem_width,
+        widths=vision.widths,
+        depths=vision.depths,
+        strides=vision.strides,
+        mask_branch=vision.segmentation.enabled,
+        side_channels=vision.segmentation.side_channels,
+    )
+    if vision.backbone == "transformer":
+        backbone = TransformerBackbone(
+            resnet=backbone,
+            image_size=size,
+            num_layers=vision.backbone_ln,
+            nhead=vision.nhead,
+            d_inner=vision.d_inner,
+            dropout=vision.dropout,
+            activation=vision.activation,
+            positional_encoding=vision.positional_encoding,
+        )
+    common = {
+        "backbone": backbone,
+        "attention": build_attention(config, cells=backbone.output_size(size)),
+        "num_classes": build_charset(config).num_classes,
+        "image_size": size,
+    }
+    if not vision.segmentation.enabled:
+        model = VisionModel(**common)
+    else:
+        blocks = ("normalize", "sft_blocks", "sft_channels", "condition_channels", "hidden_channels")
+        model = MaskedVisionModel(**common, **{name: getattr(vision.segmentation, name) for name in blocks})
+    return _with_checkpoint(model, vision.checkpoint, config)
+
+
+def build_attention(config: Config, *, cells: tuple[int, int]) -> nn.Module:
+    """Attention over the cells (h, w) of the feature map, one map for each step of a text."""
+    vision, steps = config.model.vision, config.dataset.max_length + 1
+    if vision.attention == "attention":
+        return ReadingOrderAttention(num_steps=steps, cells=cells, d_model=vision.d_model)
+    return PositionAttention(
+        num_steps=steps,
+        cells=cells,
+        d_model=vision.d_model,
+        attention_channels=vision.attention_channels,
+        attention_mode=vision.attention_mode,
+    )
+
+
+def build_language_model(config: Config) -> nn.Module:
+    """The bidirectional cloze network (ABINet)."""
+    language = config.model.language
+    options = language.model_dump(exclude={"checkpoint", "loss_weight"})
+    model = LanguageModel(
+        num_classes=build_charset(config).num_classes, num_steps=config.dataset.max_length + 1, **options
+    )
+    return _with_checkpoint(model, language.checkpoint, config)
+
+
+def build_alignment_model(config: Config) -> nn.Module:
+    """The gate between vision and language."""
+    return AlignmentModel(num_classes=build_charset(config).num_classes, d_model=config.model.alignment.d_model)
+
+
+def build_ssn(config: Config) -> SSN:
+    """The text segmentation network, with `model.ssn.checkpoint`."""
+    options = config.model.ssn.model_dump(exclude={"checkpoint", "areas", "loss_weights"})
+    return _with_checkpoint(SSN(**options), config.model.ssn.checkpoint, config)
+
+
+def build_charset(config: Config) -> Charset:
+    """The characters that the network reads."""
+    return Charset.from_file(config.dataset.charset_path)
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """Height and width of the network's input, pixels."""
+    return config.dataset.image_height, config.dataset.image_width
+
+
+def _with_checkpoint(model: nn.Module, path: str | None, config: Config) -> nn.Module:
+    if path is not None:
+        load_checkpoint(model, path, strict=config.model.strict)
+    return model
+
+
+def build_criterion(config: Config) -> nn.Module:
+    """The loss of the network that `model.name` names: `criterion(output, *batch.targets())` gives named terms."""
+    if config.model.kind == "ssn":
+        weights = config.model.ssn.loss_weights.model_dump()
+        return SegmentationCriterion(weights=weights, ignore_index=config.dataset.segmentation.ignore_index)
+    vision = config.model.vision
+    return RecogniserCriterion(
+        weights={
+            "vision": vision.loss_weight,
+            "language": config.model.language.loss_weight,
+            "alignment": config.model.alignment.loss_weight,
+            "refinement": vision.segmentation.loss_weight,
+        },
+        refinement_threshold=vision.segmentation.threshold,
+    )
+
+
+# --- optimisation -----------------------------------------------------------------------------------------------------
+
+
+def build_schedule(config: Config, *, batches_per_epoch: int, iterations: int) -> Schedule:
+    """Factor of the learning rate at each iteration."""
+    scheduler = config.optimizer.scheduler
+    if scheduler.type == "one_cycle":
+        return one_cycle_schedule(iterations, scheduler.pct_start)
+    if scheduler.type == "poly":
+        schedule = poly_schedule(max(iterations - scheduler.warmup_iters, 1), scheduler.power)
+    else:
+        ends = [sum(scheduler.periods[: i + 1]) * batches_per_epoch for i in range(len(scheduler.periods) - 1)]
+        schedule = step_schedule(ends, scheduler.gamma)
+    return with_warmup(schedule, scheduler.warmup_iters)
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser over all parameters that learn."""
+    settings = config.optimizer
+    groups = parameter_groups(
+        model,
+        lr=settings.lr,
+        weight_decay=settings.wd,
+        decay_norms=settings.bn_wd,
+        head_lr_factor=settings.head_lr_factor,
+    )
+    return make_optimizer(
+        settings.type, groups, decoupled_decay=settings.true_wd and settings.wd > 0, **settings.args.model_dump()
+    )
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------
+
+
+def build_label_rule(config: Config, *, case_sensitive: bool) -> LabelRule:
+    """What the network is taught of a label."""
+    return LabelRule(build_charset(config), max_length=config.dataset.max_length, case_sensitive=case_sensitive)
+
+
+def build_training_data(config: Config, *, device: torch.device, process: Process) -> DataLoader:
+    """Endless, resumable batches of the training roots.
+
+    Raises:
+        UserError: there are no roots, a root is missing, or images and masks do not belong together.
+    """
+    roots = config.dataset.train.roots
+    if not roots:
+        raise UserError("dataset.train.roots is empty; name the LMDBs to train on")
+    open_sets = {"language": _open_language, "ssn": _open_segmentation}.get(config.model.kind, _open_words)
+    datasets, collate = open_sets(config, roots, training=True, device=device)
+    dataset = JoinedDataset(datasets)
+    if not len(dataset):
+        raise UserError(f"dataset.train.roots {roots} hold no usable sample; see the counts above")
+    sampler = ResumableBatchSampler(
+        len(dataset),
+        config.dataset.train.batch_size,
+        seed=config.global_.seed or 0,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+    return make_loader(dataset, collate, batch_sampler=sampler, **_loading(config))
+
+
+def build_evaluator(
+    config: Config, *, device: torch.device, process: Process, model_eval: str, precision: str = "fp32"
+) -> Evaluator:
+    """Scores of the network on `dataset.test.roots`, each word once over all processes."""
+    roots = config.dataset.test.roots
+    if not roots:
+        raise UserError("dataset.test.roots is empty; name the LMDBs to test on, or give --test_root")
+    if config.model.kind == "ssn":
+        return _build_segmentation_evaluator(config, device=device, process=process, precision=precision)
+    open_sets = _open_language if config.model.kind == "language" else _open_words
+    datasets, collate = open_sets(config, roots, training=False, device=device)
+    loaders = {}
+    for dataset in datasets:
+        sampler = ShardedSampler(len(dataset), rank=process.rank, world_size=process.world_size)
+        batch_size = config.dataset.test.batch_size
+        loaders[dataset.name] = make_loader(
+            dataset, collate, sampler=sampler, batch_size=batch_size, **_loading(config)
+        )
+    return WordEvaluator(
+        loaders=loaders,
+        filtered={dataset.name: dataset.filtered for dataset in datasets},
+        charset=build_charset(config),
+        protocol=evaluation_protocol(config),
+        model_eval=model_eval,
+        device=device,
+        precision=precision,
+    )
+
+
+def _build_segmentation_evaluator(
+    config: Config, *, device: torch.device, process: Process, precision: str
+) -> SegmentationEvaluator:
+    datasets, collate = _open_segmentation(config, config.dataset.test.roots, training=False, device=device)
+    loaders = {}
+    for dataset in datasets:
+        batches = EqualSizeBatchSampler(
+            dataset.sizes(), config.dataset.test.batch_size, rank=process.rank, world_size=process.world_size
+        )
+        loaders[dataset.name] = make_loader(dataset, collate, batch_sampler=batches, **_loading(config))
+    return SegmentationEvaluator(
+        loaders=loaders,
+        filtered={dataset.name: dataset.filtered for dataset in datasets},
+        areas=config.model.ssn.areas,
+        device=device,
+        ignore_index=config.dataset.segmentation.ignore_index,
+        precision=precision,
+    )
+
+
+def build_segmenter(config: Config, *, device: torch.device | str, precision: str = "auto") -> Segmenter:
+    """SSN with its weights, ready to make masks of pictures of any size."""
+    if config.model.ssn.checkpoint is None:
+        raise UserError("model.ssn.checkpoint is not set; name the weights of the network that makes the masks")
+    return Segmenter(build_ssn(config), config.model.ssn.areas, device=device, precision=precision)
+
+
+def evaluation_protocol(config: Config) -> int:
+    """Characters that a score is about: `dataset.eval_protocol`, else the charset's own where case counts, else 36."""
+    if config.dataset.eval_protocol is not None:
+        return config.dataset.eval_protocol
+    size = len(build_charset(config))
+    return size if config.dataset.eval_case_sensitive and size in PROTOCOLS else 36
+
+
+def _open_words(config: Config, roots: list[str], *, training: bool, device: torch.device) -> tuple[list, Callable]:
+    data, size = config.dataset, image_size(config)
+    labels = build_label_rule(config, case_sensitive=data.case_sensitive if training else data.eval_case_sensitive)
+    transform = AugmentWord if training and data.data_aug else ResizeWord
+    datasets = open_word_datasets(
+        roots,
+        labels=labels,
+        transform=transform(size=size, keep_aspect=data.multiscales),
+        masks=_mask_source(config, device=device),
+        seed=config.global_.seed or 0,
+        cache_dir=(data.cache_dir or default_cache_dir()) if data.cache_index else None,
+        length=data.train.length,
+    )
+    return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
+
+
+def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks | None:
+    """Where masks come from, None for a network without."""
+    masks = config.dataset.masks
+    if not config.model.takes_masks:
+        return None
+    if masks.source == "online":
+        # Worker processes have no share in the GPU: with workers SSN runs on their cores.
+        segmenter = build_segmenter(config, device="cpu" if config.dataset.num_workers else device)
+        if not masks.cache:
+            return OnlineMasks(segmenter)
+        folder = Path(config.dataset.cache_dir or default_cache_dir()) / "masks"
+        return OnlineMasks(segmenter, cache_dir=folder, fingerprint=_mask_fingerprint(config))
+    only_rendered = all(root.startswith("render://") for root in config.dataset.train.roots)
+    if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.global_.phase == "train"):
+        raise UserError(
+            "the network reads with masks and dataset.masks.root is not set; name the folder of mask LMDBs "
+            "(tools/create_masks.py), or set dataset.masks.source=online and model.ssn.checkpoint"
+        )
+    if masks.source == "none":
+        raise UserError("dataset.masks.source is none, but the network reads with masks; set lmdb or online")
+    return masks.root or ""
+
+
+def _mask_fingerprint(config: Config) -> str:
+    """What online masks depend on beside the picture: weights and areas."""
+    weights = Path(config.model.ssn.checkpoint).read_bytes()
+    return hashlib.sha256(weights + str(config.model.ssn.areas).encode()).hexdigest()[:16]
+
+
+def _open_language(config: Config, roots: list[str], *, training: bool, device: torch.device) -> tuple[list, Callable]:
+    data = config.dataset
+    labels = build_label_rule(config, case_sensitive=data.case_sensitive)
+    datasets = [
+        LanguageDataset(
+            root,
+            labels=labels,
+            use_sm=data.use_sm and training,
+            smooth_label=data.smooth_label and training,
+            smooth_factor=data.smooth_factor,
+            seed=config.global_.seed or 0,
+            stream=stream,
+        )
+        for stream, root in enumerate(roots)
+    ]
+    return datasets, LanguageCollate(labels)
+
+
+def _open_segmentation(
+    config: Config, roots: list[str], *, training: bool, device: torch.device
+) -> tuple[list, Callable]:
+    settings = config.dataset.segmentation
+    crop = CropSegmentation(
+        size=tuple(settings.crop_size), scale_range=tuple(settings.scale_range), ignore_index=settings.ignore_index
+    )
+    datasets = open_segmentation_datasets(
+        roots,
+        transform=crop if training else None,
+        mask_root=config.dataset.masks.root,
+        ignore_index=settings.ignore_index,
+        seed=config.global_.seed or 0,
+    )
+    return datasets, SegmentationCollate(size=tuple(settings.crop_size))
+
+
+def _loading(config: Config) -> dict:
+    data = config.dataset
+    return {
+        "num_workers": data.num_workers,
+        "multiprocessing_context": data.multiprocessing_context,
+        "pin_memory": data.pin_memory,
+    }

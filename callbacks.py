@@ -1,0 +1,449 @@
+"""Callbacks: what happens beside the training loop, one concern each.
+
+`Callback` names the hooks; a callback fills the few that it needs. Hooks run on every process in the same order, so a
+callback that writes checks `trainer.process.is_main` itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import distributed
+from pictures import reading_picture, to_pictures
+from utils import UserError, explain_full_disk, read_checkpoint, save_atomically, write_atomically
+
+if TYPE_CHECKING:
+    from evaluation import Evaluator, Reading
+    from modules.outputs import RecogniserOutput
+    from trainer import Step, Trainer
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_LIST = "checkpoint.yaml"
+
+
+class Callback:
+    """Base of all callbacks. Each hook is given the trainer; the ones here do nothing."""
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Before the first step, after a resume."""
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        """After step number `trainer.iteration` (counted from 1)."""
+
+    def on_step_skipped(self, trainer: Trainer, batch: Any, iteration: int) -> None:
+        """After a step whose loss or gradient was not finite: the weights are as before it."""
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """After the last step of an epoch; `trainer.epoch` counts it already."""
+
+    def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
+        """After an evaluation; `scores` is what `metrics.json` holds."""
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """After the last step, or after a stop signal."""
+
+    def on_fit_failed(self, trainer: Trainer) -> None:
+        """An exception ends the run: release what is open."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that a resume needs, of tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave; an empty dict where the checkpoint has none."""
+
+
+class Progress(Callback):
+    """A tqdm bar with loss, rate and time left on a terminal, a plain line each `interval` iterations elsewhere."""
+
+    def __init__(self, *, interval: int):
+        self.interval = interval
+        self._bar: tqdm | None = None
+        self._samples = 0
+        self._since = 0.0
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        self._since, self._samples = time.perf_counter(), 0
+        if trainer.process.is_main and sys.stderr.isatty():
+            self._bar = tqdm(total=trainer.iterations, initial=trainer.iteration, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        if not trainer.process.is_main:
+            return
+        self._samples += step.samples
+        if self._bar is not None:
+            self._bar.update()
+        if trainer.iteration % self.interval == 0 or trainer.iteration == trainer.iterations:
+            self._show(trainer, step)
+
+    def _show(self, trainer: Trainer, step: Step) -> None:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        rate = self._samples / seconds
+        loss = float(step.terms["total"])
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.4f}", rate=f"{rate:.0f}/s", epoch=trainer.epoch)
+        else:
+            left = (trainer.iterations - trainer.iteration) * step.samples / max(rate, 1e-9)
+            terms = "  ".join(f"{k} {float(v):.4f}" for k, v in step.terms.items() if k != "total")
+            logger.info(
+                "epoch %d  iteration %d/%d  loss %.4f  %s  lr %.2e  %.0f samples/s  %s left",
+                trainer.epoch,
+                trainer.iteration,
+                trainer.iterations,
+                loss,
+                terms,
+                step.learning_rate,
+                rate,
+                tqdm.format_interval(left),
+            )
+        self._since, self._samples = time.perf_counter(), 0
+
+    def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
+        self._since, self._samples = time.perf_counter(), 0  # evaluation time is no training time
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    on_fit_failed = on_fit_end
+
+
+class History(Callback):
+    """`history.jsonl`: one JSON object per logged iteration, each iteration once, also after a resume."""
+
+    def __init__(self, *, path: Path, interval: int):
+        self.path = path
+        self.interval = interval
+        self._file: Any = None
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if not trainer.process.is_main:
+            return
+        kept = self._lines_up_to(trainer.iteration)
+        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)
+
+    def _lines_up_to(self, iteration: int) -> list[str]:
+        """Whole lines of iterations that a resumed run does not repeat."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                if json.loads(line)["iteration"] <= iteration:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                logger.warning("%s: a line cut off by a kill is dropped", self.path)
+        return kept
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        if self._file is None or (trainer.iteration % self.interval and trainer.iteration != trainer.iterations):
+            return
+        terms = {name: _json_number(term) for name, term in step.terms.items()}
+        entry = {"iteration": trainer.iteration, "epoch": trainer.epoch, "loss": terms.pop("total"), **terms}
+        with explain_full_disk(self.path):
+            self._file.write(json.dumps(entry | {"lr": step.learning_rate}) + "\n")
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    on_fit_failed = on_fit_end
+
+
+class TensorBoard(Callback):
+    """Events: loss terms, learning rate, gradient norm, speed, share of time spent waiting for data, scores, pictures.
+
+    It is an observer of evaluations as well: the first `most_pictures` words of each are shown.
+    """
+
+    def __init__(self, *, folder: Path, interval: int, most_pictures: int = 8):
+        self.folder = folder
+        self.interval = interval
+        self.most_pictures = most_pictures
+        self._pictures: list[np.ndarray] = []
+        self._writer: SummaryWriter | None = None
+        self._waited = self._seconds = 0.0
+        self._samples = 0
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if trainer.process.is_main:
+            purge = trainer.iteration + 1 if trainer.iteration else None
+            self._writer = SummaryWriter(str(self.folder), purge_step=purge)
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        if self._writer is None:
+            return
+        self._waited += step.data_wait
+        self._seconds += step.duration
+        self._samples += step.samples
+        if trainer.iteration % self.interval:
+            return
+        scalars = {f"loss/{name}": float(term) for name, term in step.terms.items()}
+        scalars |= {
+            "optimizer/learning_rate": step.learning_rate,
+            "optimizer/gradient_norm": float(step.gradient_norm),
+            "speed/samples_per_second": self._samples / max(self._seconds, 1e-9),
+            "speed/data_wait_share": self._waited / max(self._seconds, 1e-9),
+        }
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, trainer.iteration)
+        self._waited = self._seconds = 0.0
+        self._samples = 0
+
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> None:
+        if self._writer is not None and output.vision is not None:
+            missing = self.most_pictures - len(self._pictures)
+            self._pictures.extend(itertools.islice(evaluation_pictures(batch, output, readings), missing))
+
+    def on_end(self, scores: Mapping[str, Any]) -> None:
+        """Pictures are written with the scores."""
+
+    def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        for name, entry in {**scores["datasets"], "weighted": scores["weighted"], "mean": scores["mean"]}.items():
+            for metric, value in entry.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(f"{name}/{metric}", value, trainer.iteration)
+        if self._pictures:
+            self._writer.add_image("words", grid(self._pictures, columns=2), trainer.iteration, dataformats="HWC")
+        self._pictures = []
+        self._writer.flush()
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    on_fit_failed = on_fit_end
+
+
+class Evaluation(Callback):
+    """Evaluate each `interval` iterations and at the end; keep the best weights as `best-<name>.pth`.
+
+    Args:
+        start: first iteration that is evaluated.
+        observers: what looks at every evaluated batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        evaluator: Evaluator,
+        interval: int,
+        folder: Path,
+        name: str,
+        start: int = 0,
+        observers: Sequence[Any] = (),
+    ):
+        self.evaluator = evaluator
+        self.observers = list(observers)
+        self.interval = interval
+        self.start = start
+        self.best_path = folder / f"best-{name}.pth"
+        self.best = -math.inf
+        self.last_iteration = -1
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        if trainer.iteration % self.interval == 0 and trainer.iteration >= self.start:
+            self._evaluate(trainer)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        if trainer.iteration >= trainer.iterations and self.last_iteration != trainer.iteration:
+            self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        self.last_iteration = trainer.iteration
+        scores = self.evaluator.evaluate(trainer.evaluation_model, self.observers)
+        value = scores["weighted"][self.evaluator.headline]
+        logger.info("iteration %d\n%s", trainer.iteration, self.evaluator.table(scores))
+        if value > self.best:
+            self.best = value
+            if trainer.process.is_main:
+                weights = {"model": trainer.evaluation_model.state_dict(), **trainer.extra_state}
+                save_atomically(weights | {"iteration": trainer.iteration, "scores": scores}, self.best_path)
+        trainer.call("on_evaluation_end", scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "last_iteration": self.last_iteration}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state.get("best", self.best)
+        self.last_iteration = state.get("last_iteration", self.last_iteration)
+
+
+class Checkpoints(Callback):
+    """`<name>_<epoch>_<iteration>.pth` each `interval` iterations, at a stop signal and at the end; the last `keep` stay.
+
+    `checkpoint.yaml` lists them, newest last. Put this callback last, so that what it saves is what the others did.
+    """
+
+    def __init__(self, *, folder: Path, name: str, interval: int, keep: int, start: int = 0):
+        self.folder = folder
+        self.name = name
+        self.interval = interval
+        self.keep = keep
+        self.start = start
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        due = trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
+        if due and trainer.iteration != trainer.iterations:  # the last one is saved at the end
+            self.save(trainer)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        state = trainer.state_dict()  # on every process: it gathers
+        if not trainer.process.is_main:
+            return
+        path = self.folder / f"{self.name}_{trainer.epoch}_{trainer.iteration}.pth"
+        save_atomically(state, path)
+        names = [each for each in listed_checkpoints(self.folder) if each != path.name] + [path.name]
+        self._write_list(names[-self.keep :])
+        for old in names[: -self.keep]:
+            (self.folder / old).unlink(missing_ok=True)
+
+    def _write_list(self, names: list[str]) -> None:
+        content = yaml.safe_dump({"latest": names[-1], "checkpoints": names})
+        write_atomically(self.folder / CHECKPOINT_LIST, lambda file: file.write(content.encode()))
+
+
+class NotFiniteBatches(Callback):
+    """Saves the batch of a skipped step for study, as `not-finite-<iteration>.pth`; the first few of a run."""
+
+    def __init__(self, *, folder: Path, most: int = 3):
+        self.folder = folder
+        self.most = most
+        self._saved = 0
+
+    def on_step_skipped(self, trainer: Trainer, batch: Any, iteration: int) -> None:
+        if self._saved < self.most:
+            self._saved += 1
+            path = self.folder / f"not-finite-{iteration}-rank{trainer.process.rank}.pth"
+            save_atomically({"batch": batch.state_dict(), "iteration": iteration}, path)
+
+
+# --- dumps of an evaluation: observers that an evaluator calls ---------------------------------------------------------
+
+
+class PredictionFiles:
+    """`<dataset>-<model_eval>/<model_eval>.txt` with every `gt<TAB>prediction`, and `-false.txt` with the wrong ones.
+
+    Args:
+        normalize: what the evaluation's protocol compares of a text.
+    """
+
+    def __init__(self, *, folder: Path, model_eval: str, normalize: Callable[[str], str]):
+        self.folder = folder
+        self.model_eval = model_eval
+        self.normalize = normalize
+        self._readings: dict[str, list[Reading]] = {}
+
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> None:
+        self._readings.setdefault(dataset, []).extend(readings)
+
+    def on_end(self, scores: Mapping[str, Any]) -> None:
+        for dataset in scores["datasets"]:
+            readings = distributed.gather(self._readings.get(dataset, []))
+            if distributed.is_main():
+                self._write(dataset, sorted(readings, key=lambda reading: reading.index))
+        self._readings.clear()
+
+    def _write(self, dataset: str, readings: Sequence[Reading]) -> None:
+        folder = self.folder / f"{dataset}-{self.model_eval}"
+        folder.mkdir(parents=True, exist_ok=True)
+        wrong = [each for each in readings if self.normalize(each.text) != self.normalize(each.label)]
+        for name, listed in ((self.model_eval, readings), (f"{self.model_eval}-false", wrong)):
+            lines = "".join(f"{each.label}\t{each.text}\n" for each in listed)
+            (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
+
+
+class AttentionPictures:
+    """`<dataset>-<model_eval>/attn/<index>.jpg`: each word with mask, refined mask and the attention of each character."""
+
+    def __init__(self, *, folder: Path, model_eval: str):
+        self.folder = folder
+        self.model_eval = model_eval
+
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> None:
+        if output.vision is None:
+            return
+        folder = self.folder / f"{dataset}-{self.model_eval}" / "attn"
+        folder.mkdir(parents=True, exist_ok=True)
+        for reading, picture in zip(readings, evaluation_pictures(batch, output, readings), strict=True):
+            cv2.imwrite(str(folder / f"{reading.index:06d}.jpg"), picture[..., ::-1])
+
+    def on_end(self, scores: Mapping[str, Any]) -> None:
+        """Every picture is written already."""
+
+
+def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> Iterator[np.ndarray]:
+    """One picture for each word of a batch: word, masks, attention and reading."""
+    attention = output.vision.attention.float().cpu().numpy()
+    refined = output.vision.refined_mask
+    masks = None if batch.masks is None else batch.masks[:, 0].float().cpu().numpy()
+    refined = None if refined is None else refined[:, 0].float().cpu().numpy()
+    for row, (reading, picture) in enumerate(zip(readings, to_pictures(batch.images), strict=True)):
+        yield reading_picture(
+            picture,
+            text=reading.text,
+            label=reading.label,
+            attention=attention[row],
+            mask=None if masks is None else masks[row],
+            refined_mask=None if refined is None else refined[row],
+        )
+
+
+# --- checkpoints of a work folder ---------------------------------------------------------------------------------------
+
+
+def listed_checkpoints(folder: Path) -> list[str]:
+    """Names in `checkpoint.yaml` whose files exist, oldest first; else the files of that form by age."""
+    listing = folder / CHECKPOINT_LIST
+    names: list[str] = []
+    if listing.exists():
+        try:
+            names = list(yaml.safe_load(listing.read_text(encoding="utf-8"))["checkpoints"])
+        except (yaml.YAMLError, KeyError, TypeError):
+            logger.warning("%s is damaged; looking at the files themselves", listing)
+    found = sorted(folder.glob("*_*_*.pth"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    newer = [path.name for path in found if path.name not in names]  # written, but killed before it was listed
+    return [name for name in names if (folder / name).exists()] + newer
+
+
+def newest_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of a work folder that can be read; a damaged one is named and the one before it is used.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in reversed(listed_checkpoints(folder)):
+        try:
+            state = read_checkpoint(folder / name)
+        except UserError as error:
+            logger.warning("%s; trying the one before it", error)
+            continue
+        if "training" in state:
+            return folder / name, state
+    raise UserError(f"{folder} has no whole checkpoint to resume from; start without --resume")
+
+
+def _json_number(value: torch.Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,247 @@
+"""Evaluation: run a network over test sets, read its outputs, score them. It serves training, test and the reader.
+
+An evaluator gives the mapping that `metrics.json` holds: one entry per data set, their mean weighted by words, and their
+plain mean. Words are sharded over the processes and every word counts once.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import distributed
+import metrics
+from charset import Charset, protocol_normalizer
+from modules.outputs import RecogniserOutput
+from trainer import AUTOCAST
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One word as it was read."""
+
+    index: int  # position in its data set: sample `index` of the LMDB's filtered list
+    label: str  # as stored
+    text: str
+    confidence: float  # product of the probabilities of its characters and of the end token, in [0, 1]
+
+
+class Observer(Protocol):
+    """Something that looks at every evaluated batch: prediction files, attention pictures, a report."""
+
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> None:
+        """One batch of one data set."""
+
+    def on_end(self, scores: Mapping[str, Any]) -> None:
+        """All data sets are done."""
+
+
+class Evaluator(Protocol):
+    """What training and test ask of an evaluator."""
+
+    headline: str  # the score that decides which weights are best
+
+    def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
+        """Scores of the network in the form of `metrics.json`."""
+
+    def table(self, scores: Mapping[str, Any]) -> str:
+        """The scores as a table for people."""
+
+
+@torch.no_grad()
+def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float]]:
+    """Greedy reading of logits (N, T, C): texts up to the first end token, and their confidences.
+
+    Everything is computed on the device; the host gets two small tensors for the whole batch.
+    """
+    probabilities, ids = logits.float().softmax(-1).max(-1)  # (N, T)
+    after_end = ((ids == 0).cumsum(1) - (ids == 0).long()) > 0  # steps behind the first end token
+    confidences = probabilities.masked_fill(after_end, 1.0).prod(1)
+    return [charset.decode(row) for row in ids.tolist()], confidences.tolist()
+
+
+def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
+    """Logits (N, T, C) of the sub-model to score: vision, or the last round of language or alignment."""
+    part = getattr(output, model_eval)
+    if part is None:
+        raise ValueError(f"the network has no {model_eval} model")
+    return part.logits if model_eval == "vision" else part[-1].logits
+
+
+def score_words(readings: Sequence[Reading], normalize: Callable[[str], str]) -> dict[str, float]:
+    """Word accuracy, character accuracy, 1 - normalised edit distance and calibration error of some readings.
+
+    Args:
+        normalize: what the protocol compares of a text (36: case and punctuation do not count).
+    """
+    predictions = [normalize(reading.text) for reading in readings]
+    targets = [normalize(reading.label) for reading in readings]
+    correct = [prediction == target for prediction, target in zip(predictions, targets, strict=True)]
+    return {
+        "accuracy": metrics.word_accuracy(predictions, targets),
+        "ccr": metrics.character_accuracy(predictions, targets),
+        "ned": metrics.normalized_edit_distance(predictions, targets),
+        "ece": metrics.expected_calibration_error([reading.confidence for reading in readings], correct),
+    }
+
+
+@dataclass
+class WordEvaluator:
+    """Scores a recogniser, or one of its stages, on sets of words.
+
+    Args:
+        loaders: name of a data set -> this process's share of its batches.
+        protocol: charset of the comparison, 36, 62 or 94.
+        filtered: name -> reason -> words that are not read at all.
+        precision: fp32, bf16 or fp16 (autocast).
+    """
+
+    loaders: Mapping[str, DataLoader]
+    filtered: Mapping[str, Mapping[str, int]]
+    charset: Charset
+    protocol: int
+    model_eval: str
+    device: torch.device
+    precision: str = "fp32"
+    headline: str = field(default="accuracy", init=False)
+
+    def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
+        """Read every word; a word that cannot be read is counted in `skipped` under its reason."""
+        normalize = protocol_normalizer(self.protocol)
+        was_training = model.training
+        model.eval()
+        datasets = {}
+        for name, loader in self.loaders.items():
+            readings, unreadable = self._read(model, name, loader, observers)
+            scores = score_words(readings, normalize)
+            skipped = Counter(self.filtered[name]) + unreadable
+            datasets[name] = {"samples": len(readings), "skipped": dict(skipped), **scores}
+        model.train(was_training)
+        scores = {"model_eval": self.model_eval, "protocol": self.protocol, **summarise(datasets)}
+        for observer in observers:
+            observer.on_end(scores)
+        return scores
+
+    @torch.inference_mode()
+    def _read(
+        self, model: nn.Module, name: str, loader: DataLoader, observers: Sequence[Observer]
+    ) -> tuple[list[Reading], Counter]:
+        """All readings of one data set in the order of its samples, and what could not be read."""
+        dtype = AUTOCAST[self.precision]
+        readings: list[Reading] = []
+        unreadable: Counter = Counter()
+        for batch in loader:
+            unreadable.update(batch.skipped.values())
+            if not len(batch):
+                continue
+            batch = batch.to(self.device)
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                output = model(*batch.inputs())
+            texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
+            rows = zip(batch.indices.tolist(), batch.texts, texts, confidences, strict=True)
+            read = [Reading(*row) for row in rows]
+            readings += read
+            for observer in observers:
+                observer.on_batch(name, batch, output, read)
+        readings = sorted(distributed.gather(readings), key=lambda reading: reading.index)
+        return readings, sum((Counter(each) for each in distributed.gather([dict(unreadable)])), Counter())
+
+    def table(self, scores: Mapping[str, Any]) -> str:
+        """One row per data set, weighted and mean; accuracies in per cent."""
+        return score_table(scores, ("accuracy", "ccr", "ned"))
+
+
+@dataclass
+class SegmentationEvaluator:
+    """Scores a segmentation network: foreground IoU and F-score over all pixels of a data set."""
+
+    loaders: Mapping[str, DataLoader]
+    filtered: Mapping[str, Mapping[str, int]]
+    areas: Sequence[int]
+    device: torch.device
+    ignore_index: int = 255
+    precision: str = "fp32"
+    headline: str = field(default="iou", init=False)
+
+    def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
+        """Segment every picture at its own size and compare with its labels."""
+        was_training = model.training
+        model.eval()
+        datasets = {}
+        for name, loader in self.loaders.items():
+            counts, samples, unreadable = self._count(model, loader)
+            true_positive, false_positive, false_negative = counts
+            skipped = Counter(self.filtered[name]) + unreadable
+            datasets[name] = {
+                "samples": samples,
+                "skipped": dict(skipped),
+                "iou": metrics.foreground_iou(true_positive, false_positive, false_negative),
+                "f_score": metrics.f_score(true_positive, false_positive, false_negative),
+            }
+        model.train(was_training)
+        return {"model_eval": "ssn", **summarise(datasets)}
+
+    @torch.inference_mode()
+    def _count(self, model: nn.Module, loader: DataLoader) -> tuple[list[int], int, Counter]:
+        """True positives, false positives, false negatives; pictures; what could not be read."""
+        dtype = AUTOCAST[self.precision]
+        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        samples, unreadable = 0, Counter()
+        for batch in loader:
+            unreadable.update(batch.skipped.values())
+            if not len(batch):
+                continue
+            batch = batch.to(self.device)
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                probability = model.text_probability(batch.images, areas=self.areas)  # (N, H, W)
+            counted = batch.labels != self.ignore_index
+            text, predicted = (batch.labels == 1) & counted, (probability > 0.5) & counted
+            counts += torch.stack([(text & predicted).sum(), (~text & predicted).sum(), (text & ~predicted).sum()])
+            samples += len(batch)
+        shares = distributed.gather([(counts.tolist(), samples, dict(unreadable))])
+        totals = [sum(column) for column in zip(*(share[0] for share in shares), strict=True)]
+        skipped = sum((Counter(share[2]) for share in shares), Counter())
+        return totals, sum(share[1] for share in shares), skipped
+
+    def table(self, scores: Mapping[str, Any]) -> str:
+        """One row per data set, weighted and mean; in per cent."""
+        return score_table(scores, ("iou", "f_score"))
+
+
+def summarise(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The data sets' scores with their mean weighted by samples and their plain mean; empty sets do not count."""
+    read = [entry for entry in datasets.values() if entry["samples"]]
+    names = [name for name in next(iter(datasets.values()), {}) if name not in ("samples", "skipped")]
+    total = sum(entry["samples"] for entry in read)
+    weighted = {name: sum(e[name] * e["samples"] for e in read) / max(total, 1) for name in names}
+    mean = {name: sum(e[name] for e in read) / max(len(read), 1) for name in names}
+    return {"datasets": dict(datasets), "weighted": {"samples": total, **weighted}, "mean": mean}
+
+
+def score_table(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """Scores as a Markdown table: one row per data set, then weighted and mean."""
+    header = ["data set", "samples", "skipped", *(f"{column} %" for column in columns)]
+    rows = [
+        [name, str(entry["samples"]), str(sum(entry["skipped"].values())), *_per_cent(entry, columns)]
+        for name, entry in scores["datasets"].items()
+    ]
+    rows.append(["weighted", str(scores["weighted"]["samples"]), "", *_per_cent(scores["weighted"], columns)])
+    rows.append(["mean", "", "", *_per_cent(scores["mean"], columns)])
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    rule = ["-" * width for width in widths[:1]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    aligned = [
+        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows
+    ]
+    head = [header[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(header[1:], widths[1:], strict=True))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *aligned])
+
+
+def _per_cent(entry: Mapping[str, float], columns: Sequence[str]) -> list[str]:
+    return [f"{100 * entry[column]:.2f}" for column in columns]

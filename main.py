@@ -1,0 +1,354 @@
+"""Train and test: command line -> config -> build_* -> Trainer.fit / evaluate.
+
+Examples:
+    python main.py --config=configs/train.yaml
+    python main.py --config=configs/train.yaml training.epochs=1 optimizer.lr=3e-4
+    python main.py --config=configs/train.yaml --resume
+    python main.py --config=configs/train.yaml --phase test --checkpoint weights.pth --test_root data/evaluation
+    torchrun --nproc_per_node=8 main.py --config=configs/train.yaml
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import distributed
+from builders import (
+    build_charset,
+    build_criterion,
+    build_evaluator,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    build_training_data,
+    evaluation_protocol,
+)
+from callbacks import (
+    AttentionPictures,
+    Callback,
+    Checkpoints,
+    Evaluation,
+    History,
+    NotFiniteBatches,
+    PredictionFiles,
+    Progress,
+    TensorBoard,
+    newest_whole_checkpoint,
+)
+from charset import protocol_normalizer
+from config import Config, load_config, save_config
+from distributed import Process
+from inference import prepare_for_inference
+from trainer import Trainer
+from utils import (
+    UserError,
+    read_checkpoint,
+    run_command_line,
+    seed_everything,
+    setup_logging,
+    write_atomically,
+)
+
+__all__ = ["build_criterion", "build_model", "main", "prepare_for_inference"]
+
+logger = logging.getLogger("main")
+
+SUB_MODELS = ("alignment", "vision", "language")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    options = parse_arguments(arguments)
+    config = load_config(options.config, overrides_of(options))
+    device = pick_device(options.local_rank)
+    process = distributed.start(device.type)
+    folder = work_folder(config)
+    try:
+        if config.global_.phase == "test":
+            test(config, device=device, process=process, model_eval=options.model_eval, image_only=options.image_only)
+        else:
+            with claimed(folder, process, keep=options.resume is not None):
+                train(config, device=device, process=process, resume=options.resume, debug=options.debug)
+    finally:
+        distributed.stop()
+    return 0
+
+
+def train(config: Config, *, device: torch.device, process: Process, resume: str | None = None, debug: bool = False):
+    """Train what the config describes in its work folder; `resume` is a checkpoint, or "" for the newest one."""
+    folder = work_folder(config)
+    log_to(folder, process, debug=debug)
+    seed_everything(config.global_.seed or 0)
+    torch.autograd.set_detect_anomaly(debug)
+    state = resume_state(folder, resume) if resume is not None else None
+    if state is not None:  # its weights replace whatever a checkpoint would give
+        config = with_checkpoint(config, None)
+    trainer = build_trainer(config, device=device, process=process)
+    if process.is_main:
+        save_config(config, folder / "config.yaml")
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        logger.info(
+            "%s: %.2f M parameters, %d iterations, %s", config.model.name, parameters / 1e6, trainer.iterations, device
+        )
+    if state is not None:
+        trainer.load_state_dict(state)
+        logger.info("resumed after iteration %d", trainer.iteration)
+    trainer.fit()
+
+
+def test(
+    config: Config, *, device: torch.device, process: Process, model_eval: str | None, image_only: bool
+) -> dict[str, Any]:
+    """Evaluate on every test set: `metrics.json`, prediction files and attention pictures in the work folder."""
+    folder = work_folder(config)
+    log_to(folder, process)
+    model_eval = checked_model_eval(config, model_eval)
+    model = build_trained_model(config).to(device)
+    evaluator = build_evaluator(config, device=device, process=process, model_eval=model_eval)
+    observers = []
+    if config.model.kind != "ssn":
+        normalize = protocol_normalizer(evaluation_protocol(config))
+        observers.append(PredictionFiles(folder=folder, model_eval=model_eval, normalize=normalize))
+        if not image_only:
+            observers.append(AttentionPictures(folder=folder, model_eval=model_eval))
+    scores = evaluator.evaluate(model, observers)
+    if process.is_main:
+        content = json.dumps(scores, indent=2, ensure_ascii=False)
+        write_atomically(folder / "metrics.json", lambda file: file.write(content.encode()))
+        print(evaluator.table(scores))
+        logger.info("scores, predictions and pictures are in %s", folder)
+    return scores
+
+
+def build_trainer(config: Config, *, device: torch.device, process: Process) -> Trainer:
+    """Everything that training needs, from data to callbacks."""
+    data = build_training_data(config, device=device, process=process)
+    model = distributed.synchronized(build_model(config), config.training.sync_batchnorm).to(device)
+    batches = len(data.batch_sampler)
+    iterations = config.training.iterations or config.training.epochs * batches
+    training = config.training
+    return Trainer(
+        model=model,
+        criterion=build_criterion(config),
+        optimizer=build_optimizer(config, model),
+        learning_rate_factor=build_schedule(config, batches_per_epoch=batches, iterations=iterations),
+        data=data,
+        batches_per_epoch=batches,
+        iterations=iterations,
+        device=device,
+        process=process,
+        callbacks=build_callbacks(config, device=device, process=process),
+        precision=training.precision,
+        accumulation=training.accumulation,
+        clip_grad=config.optimizer.clip_grad,
+        ema_decay=training.ema,
+        compile_model=training.compile,
+        max_skipped_steps=training.max_skipped_steps,
+        extra_state={"config": config.to_dict(), "charset": build_charset(config).characters},
+    )
+
+
+def build_callbacks(config: Config, *, device: torch.device, process: Process) -> list[Callback]:
+    """What happens beside the loop, in the order in which it happens."""
+    folder, name, training = work_folder(config), config.global_.name, config.training
+    tensorboard = TensorBoard(
+        folder=folder / "tensorboard", interval=training.show_iters, most_pictures=training.log_images
+    )
+    callbacks = [
+        Progress(interval=training.show_iters),
+        History(path=folder / "history.jsonl", interval=training.show_iters),
+        NotFiniteBatches(folder=folder),
+        tensorboard,
+    ]
+    if config.dataset.test.roots:
+        evaluator = build_evaluator(
+            config,
+            device=device,
+            process=process,
+            model_eval=checked_model_eval(config, None),
+            precision=training.precision,
+        )
+        callbacks.append(
+            Evaluation(
+                evaluator=evaluator,
+                interval=training.eval_iters,
+                start=training.start_iters,
+                folder=folder,
+                name=name,
+                observers=[tensorboard],
+            )
+        )
+    rhythm = {"interval": training.save_iters, "start": training.start_iters, "keep": training.keep_checkpoints}
+    return [*callbacks, Checkpoints(folder=folder, name=name, **rhythm)]
+
+
+def build_trained_model(config: Config) -> nn.Module:
+    """The network with the weights to test: `model.checkpoint`, else the best of the run's work folder."""
+    best = work_folder(config) / f"best-{config.global_.name}.pth"
+    checkpoint = config.model.checkpoint
+    if checkpoint is None and best.is_file():
+        logger.info("testing %s", best)
+        checkpoint = str(best)
+    if checkpoint is None:
+        raise UserError(f"there are no weights to test: give --checkpoint, or train first ({best} does not exist)")
+    return build_model(with_checkpoint(config, checkpoint))
+
+
+def with_checkpoint(config: Config, checkpoint: str | None) -> Config:
+    """The config with these weights for the whole network and none for its sub-models."""
+    config = config.model_copy(deep=True)
+    config.model.checkpoint = checkpoint
+    config.model.vision.checkpoint = config.model.language.checkpoint = None
+    if config.model.kind == "ssn":
+        config.model.ssn.checkpoint = None
+    return config
+
+
+def checked_model_eval(config: Config, wanted: str | None) -> str:
+    """The sub-model to score: the one that was asked for, else the last one that the network has."""
+    available = {"recogniser": SUB_MODELS, "ssn": ("ssn",)}.get(config.model.kind, (config.model.kind,))
+    if wanted is not None and wanted not in available:
+        raise UserError(f"--model_eval {wanted}: {config.model.name} has only {', '.join(available)}")
+    return wanted or available[0]
+
+
+# --- the run's folder -------------------------------------------------------------------------------------------------
+
+
+def work_folder(config: Config) -> Path:
+    """Where everything of a run goes."""
+    return Path(config.global_.workdir) / config.global_.name
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
+    """Hold the work folder for this run; unless it is to be kept, an earlier run's folder is moved out of the way.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if not process.is_main:
+        distributed.barrier()
+        yield
+        return
+    with _open_lock(folder) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder} is in use by another run; give this one another --name") from error
+        if not keep and (folder / "history.jsonl").exists():
+            _move_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        yield
+
+
+def _open_lock(folder: Path):
+    """The lock stands beside the folder, so that it stays when the folder moves."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return open(folder.parent / f".{folder.name}.lock", "w")
+    except OSError as error:
+        raise UserError(f"{folder.parent} cannot be written ({error.strerror}); set global.workdir") from error
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (moved := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(moved)
+    print(f"an earlier run was in {folder}; it is now {moved} (to go on with it, use --resume)")
+
+
+def resume_state(folder: Path, resume: str) -> dict[str, Any] | None:
+    """Training state to go on from: of a file, or of the newest whole checkpoint of the folder, None where it has none."""
+    if resume:
+        state = read_checkpoint(resume)
+        if "training" not in state:
+            raise UserError(f"--resume {resume}: holds weights only; start from them with --checkpoint")
+        return state
+    if not any(folder.glob("*_*_*.pth")):
+        logger.warning("%s has no checkpoint to resume from: starting from the beginning", folder)
+        return None
+    path, state = newest_whole_checkpoint(folder)
+    logger.info("resuming from %s", path)
+    return state
+
+
+def log_to(folder: Path, process: Process, *, debug: bool = False) -> None:
+    """Log to the terminal and `log.txt`; processes other than the main one only warn."""
+    if process.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        setup_logging(folder / "log.txt", level=logging.DEBUG if debug else logging.INFO)
+    else:
+        setup_logging(level=logging.WARNING)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The published flags and ours; see `--help`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="what to build and how (configs/)")
+    parser.add_argument("--phase", choices=("train", "test"), help="train, or evaluate only")
+    parser.add_argument("--name", help="name of the run: its folder below global.workdir")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights of the whole network to start from or to test")
+    parser.add_argument("--test_root", action="append", metavar="LMDB", help="test set, or folder of them; repeatable")
+    parser.add_argument("--local_rank", type=int, help="accepted for the old launcher; torchrun is the way")
+    parser.add_argument("--debug", action="store_true", help="no workers, anomaly detection, verbose log")
+    parser.add_argument("--image_only", action="store_true", help="test: write no attention pictures")
+    parser.add_argument(
+        "--model_strict",
+        nargs="?",
+        const="false",
+        choices=("true", "false"),
+        help="false (or no value): load what fits of a checkpoint",
+    )
+    parser.add_argument("--model_eval", choices=SUB_MODELS, help="sub-model to score")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="FILE", help="go on from FILE or the newest checkpoint"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, YAML values")
+    options = parser.parse_args(arguments)
+    if options.resume and "=" in options.resume and not Path(options.resume).exists():
+        options.overrides.append(options.resume)  # `--resume key=value`: the newest checkpoint and an override
+        options.resume = ""
+    return options
+
+
+def overrides_of(options: argparse.Namespace) -> list[str]:
+    """The flags as overrides of config keys, before those that are given as such."""
+    flags = {
+        "global.phase": options.phase,
+        "global.name": options.name,
+        "dataset.test.roots": options.test_root,
+        "model.checkpoint": options.checkpoint,
+        "model.strict": {"true": True, "false": False}.get(options.model_strict),
+        "dataset.num_workers": 0 if options.debug else None,
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None] + options.overrides
+
+
+def pick_device(local_rank: int | None) -> torch.device:
+    """This process's GPU where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+if __name__ == "__main__":
+    run_command_line(main)

@@ -1,0 +1,237 @@
+"""The loop: exact resume, skipped steps, accumulation, averaging, stopping. A toy network stands for any other."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from callbacks import Callback, Checkpoints, History, NotFiniteBatches, Progress, newest_whole_checkpoint
+from dataset import ResumableBatchSampler
+from distributed import Process
+from optimization import make_optimizer, parameter_groups, poly_schedule
+from trainer import Trainer
+from utils import UserError
+
+SAMPLES, BATCH, ITERATIONS = 40, 8, 12
+
+
+@dataclass
+class ToyBatch:
+    x: Tensor
+    y: Tensor
+    indices: Tensor
+
+    def __len__(self):
+        return len(self.x)
+
+    def inputs(self):
+        return (self.x,)
+
+    def targets(self):
+        return (self.y,)
+
+    def to(self, device, non_blocking=True):
+        return self
+
+    def split(self, parts):
+        columns = zip(self.x.chunk(parts), self.y.chunk(parts), self.indices.chunk(parts), strict=True)
+        return [ToyBatch(*each) for each in columns]
+
+    def state_dict(self):
+        return {"x": self.x, "y": self.y, "indices": self.indices}
+
+
+class ToyData(Dataset):
+    def __init__(self, bad=()):
+        self.bad = set(bad)
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(SAMPLES, 5, generator=generator)
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, key):
+        x = self.x[key.index].clone()
+        if (key.epoch, key.index) in self.bad or "all" in self.bad:
+            x[0] = float("nan")
+        return x, x.sum(), key.index
+
+
+def collate(samples):
+    x, y, indices = zip(*samples, strict=True)
+    return ToyBatch(torch.stack(x), torch.stack(y)[:, None], torch.tensor(indices))
+
+
+class ToyCriterion(nn.Module):
+    def forward(self, output, target):
+        error = (output - target).square().mean()
+        return {"error": error, "total": error}
+
+
+class Recorder(Callback):
+    def __init__(self, stop_at=None):
+        self.losses = []
+        self.skipped = []
+        self.stop_at = stop_at
+
+    def on_step_end(self, trainer, step):
+        self.losses.append(float(step.terms["total"]))
+        if trainer.iteration == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_step_skipped(self, trainer, batch, iteration):
+        self.skipped.append(iteration)
+
+
+def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIONS, **options):
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 1))
+    sampler = ResumableBatchSampler(SAMPLES, BATCH, seed=1, shuffle=True, drop_last=True)
+    data = DataLoader(
+        ToyData(bad), batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=torch.Generator()
+    )
+    optimizer = make_optimizer("Adam", parameter_groups(network, lr=0.01, weight_decay=0.0))
+    return Trainer(
+        model=network,
+        criterion=ToyCriterion(),
+        optimizer=optimizer,
+        learning_rate_factor=poly_schedule(iterations, 0.9),
+        data=data,
+        batches_per_epoch=SAMPLES // BATCH,
+        iterations=iterations,
+        device=torch.device("cpu"),
+        process=Process(),
+        callbacks=[
+            *callbacks,
+            History(path=folder / "history.jsonl", interval=1),
+            Checkpoints(folder=folder, name="toy", interval=5, keep=2),
+        ],
+        **options,
+    )
+
+
+def history(folder):
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop_at", [3, 5, 9])
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"precision": "fp16"}], ids=["plain", "ema", "fp16"])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, workers, stop_at, options):
+    (tmp_path / "whole").mkdir()
+    whole = make_trainer(tmp_path / "whole", workers=workers, **options)
+    whole.fit()
+    (tmp_path / "cut").mkdir()
+    make_trainer(tmp_path / "cut", callbacks=[Recorder(stop_at)], workers=workers, **options).fit()
+    assert len(history(tmp_path / "cut")) == stop_at
+    resumed = make_trainer(tmp_path / "cut", workers=workers, **options)
+    path, state = newest_whole_checkpoint(tmp_path / "cut")
+    assert path.name == f"toy_{stop_at // 5}_{stop_at}.pth"
+    resumed.load_state_dict(state)
+    resumed.fit()
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    for name, tensor in whole.evaluation_model.state_dict().items():
+        assert torch.equal(tensor, resumed.evaluation_model.state_dict()[name]), name
+
+
+def test_history_has_each_iteration_once_when_a_kill_lost_the_newest_steps(tmp_path):
+    make_trainer(tmp_path, iterations=10).fit()
+    whole = history(tmp_path)
+    with open(tmp_path / "history.jsonl", "a") as file:
+        file.write('{"iteration": 11, "lo')
+    next(tmp_path.glob("toy_*_10.pth")).unlink()
+    resumed = make_trainer(tmp_path, iterations=10)
+    resumed.load_state_dict(newest_whole_checkpoint(tmp_path)[1])
+    resumed.fit()
+    assert history(tmp_path) == whole
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):
+    make_trainer(tmp_path).fit()
+    newest = tmp_path / "toy_2_12.pth"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    path, _ = newest_whole_checkpoint(tmp_path)
+    assert path.name == "toy_1_10.pth"
+    assert "toy_2_12.pth" in caplog.text
+
+
+def test_the_last_k_checkpoints_stay(tmp_path):
+    make_trainer(tmp_path, iterations=20).fit()
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["toy_2_15.pth", "toy_4_20.pth"]
+
+
+def test_a_bad_batch_changes_nothing_and_is_named(tmp_path, caplog):
+    recorder = Recorder()
+    bad = [(0, 7)]
+    trainer = make_trainer(tmp_path, callbacks=[recorder, NotFiniteBatches(folder=tmp_path)], bad=bad, iterations=5)
+    trainer.fit()
+    (iteration,) = recorder.skipped
+    assert "error, total not finite" in caplog.text
+    assert history(tmp_path)[iteration - 1]["loss"] is None
+    saved = torch.load(tmp_path / f"not-finite-{iteration}-rank0.pth", weights_only=True)
+    assert 7 in saved["batch"]["indices"]
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.isfinite(tensor).all(), name
+
+
+def test_bad_batches_in_a_row_stop_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, bad=["all"], max_skipped_steps=3)
+    before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
+    with pytest.raises(UserError, match="3 steps in a row were not finite"):
+        trainer.fit()
+    assert trainer.iteration == 3
+    for name, tensor in trainer.model.named_parameters():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_accumulated_parts_are_one_step(tmp_path):
+    def first_update(accumulation):
+        trainer = make_trainer(tmp_path, accumulation=accumulation, iterations=1)
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(module, nn.BatchNorm1d):  # statistics are those of a part, by nature
+                module.momentum = 0.0
+                module.track_running_stats = True
+                module.eval()
+                module.train = lambda mode=True: None
+        trainer.fit()
+        return trainer.model[0].weight.detach().clone()
+
+    torch.testing.assert_close(first_update(1), first_update(4), rtol=1e-5, atol=1e-7)
+
+
+def test_averaged_weights_are_those_that_are_saved(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=0.5)
+    trainer.fit()
+    _, state = newest_whole_checkpoint(tmp_path)
+    assert not torch.equal(state["model"]["0.weight"], trainer.model[0].weight)
+    assert torch.equal(state["model"]["0.weight"], trainer.ema.module[0].weight)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains_nearly_the_same(tmp_path, precision):
+    for name in ("fp32", precision):
+        (tmp_path / name).mkdir()
+        make_trainer(tmp_path / name, precision=name).fit()
+    full, low = (torch.tensor([e["loss"] for e in history(tmp_path / name)]) for name in ("fp32", precision))
+    torch.testing.assert_close(low, full, rtol=0.02, atol=0.02)
+
+
+def test_the_learning_rate_follows_the_schedule(tmp_path):
+    make_trainer(tmp_path).fit()
+    expected = [0.01 * (1 - i / ITERATIONS) ** 0.9 for i in range(ITERATIONS)]
+    assert [entry["lr"] for entry in history(tmp_path)] == pytest.approx(expected)
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, caplog):
+    caplog.set_level("INFO")
+    make_trainer(tmp_path, callbacks=[Progress(interval=4)]).fit()
+    lines = [record.getMessage() for record in caplog.records if "iteration" in record.getMessage()]
+    assert len(lines) == 3
+    assert "12/12" in lines[-1]

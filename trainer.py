@@ -1,0 +1,384 @@
+"""The training loop: batches, steps, devices, precision, hooks, resume. It knows nothing about text.
+
+A batch offers `inputs()` for the network, `targets()` for the criterion, `to(device)` and `split(parts)`; all else about
+it is the data set's business (dataset.py).
+"""
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+import distributed
+from callbacks import Callback
+from distributed import Process
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+RUNNING_STATISTICS = {"running_mean", "running_var"}
+STOP_CHECK_ITERATIONS = 10  # with several processes they agree on a stop signal this often, as agreeing costs a message
+LOSS_SCALE = 2.0**10  # of fp16 at the start; torch doubles it every 2,000 good steps
+WORKER_RESTARTS = 3  # a loader worker that dies (out of memory, killed) is replaced this many times in a run
+
+
+@dataclass
+class Step:
+    """What one optimisation step left behind; the tensors are detached scalars on the device."""
+
+    terms: dict[str, Tensor]  # every loss term, and `total`
+    gradient_norm: Tensor  # before clipping
+    finite: Tensor  # whether all of them were; if not, the weights did not change
+    learning_rate: float  # of this step, of the first parameter group
+    samples: int  # of the global batch
+    data_wait: float  # seconds that this step waited for its batch
+    duration: float  # seconds since the step before ended
+
+
+class Trainer:
+    """Fits a network; everything optional is a callback.
+
+    Args:
+        model: on `device`; the trainer wraps it (data parallelism, compilation), `self.model` stays the plain network.
+        criterion: called `(output, *targets)`, gives named terms and `total`.
+        optimizer: a fused one: its step is skipped on the device when a gradient is not finite.
+        learning_rate_factor: iteration (from 0) -> factor of the configured learning rate.
+        data: endless batches; iterating over it starts at `data.batch_sampler.set_position(epoch, batch)`.
+        batches_per_epoch: batches until the epoch counts one more.
+        iterations: steps of the whole run.
+        precision: fp32, bf16 (autocast) or fp16 (autocast and gradient scaling).
+        accumulation: parts that a batch is worked through in; their gradients add up to one step.
+        clip_grad: largest gradient norm; None leaves it.
+        ema_decay: decay of the averaged weights that are evaluated and saved; None for none.
+        max_skipped_steps: steps in a row that are not finite and stop the run.
+        extra_state: values that every checkpoint carries (config, charset).
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: Optimizer,
+        learning_rate_factor: Callable[[int], float],
+        data: DataLoader,
+        batches_per_epoch: int,
+        iterations: int,
+        device: torch.device,
+        process: Process,
+        callbacks: Sequence[Callback] = (),
+        precision: str = "fp32",
+        accumulation: int = 1,
+        clip_grad: float | None = 20.0,
+        ema_decay: float | None = None,
+        compile_model: bool = False,
+        max_skipped_steps: int = 10,
+        extra_state: dict[str, Any] | None = None,
+    ):
+        self.model = model
+        self.criterion = criterion
+        self.optimizer = optimizer
+        self.learning_rate_factor = learning_rate_factor
+        self.data = data
+        self.batches_per_epoch = batches_per_epoch
+        self.iterations = iterations
+        self.device = device
+        self.process = process
+        self.callbacks = list(callbacks)
+        self.precision = precision
+        self.accumulation = accumulation
+        self.clip_grad = clip_grad
+        self.max_skipped_steps = max_skipped_steps
+        self.extra_state = extra_state or {}
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=precision == "fp16")
+        self.ema = (
+            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
+        )
+        self.iteration = 0  # steps done
+        self.epoch = 0
+        self.batch_in_epoch = 0  # batches of this epoch done
+        self.stop_signal: str | None = None
+        self._watch = FiniteWatch(max_in_a_row=max_skipped_steps, on_failure=self._report_not_finite)
+        self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._statistics = [
+            buffer for name, buffer in model.named_buffers() if name.split(".")[-1] in RUNNING_STATISTICS
+        ]
+        self._network = self._wrap(compile_model)
+
+    @property
+    def evaluation_model(self) -> nn.Module:
+        """The network to evaluate and save: the averaged one where there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def fit(self) -> None:
+        """Train from the current position to the last iteration, a stop signal or a failure."""
+        with self._stop_signals():
+            self.call("on_fit_start")
+            try:
+                for batch, waited in self._batches():
+                    self._advance(batch, waited)
+                    if self.iteration >= self.iterations or self._should_stop():
+                        break
+                self._watch.flush()
+            except BaseException:
+                self.call("on_fit_failed")
+                raise
+            if self.stop_signal:
+                logger.info("stopped by %s after iteration %d; go on with --resume", self.stop_signal, self.iteration)
+            self.call("on_fit_end")
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def _advance(self, batch: Any, waited: float) -> None:
+        """One step and its place in the run."""
+        started = time.perf_counter()
+        step = self._step(batch, waited)
+        self.iteration += 1
+        self.batch_in_epoch += 1
+        step.duration = waited + time.perf_counter() - started
+        self._watch.check(step, batch, self.iteration)
+        self.call("on_step_end", step)
+        if self.batch_in_epoch == self.batches_per_epoch:
+            self.epoch, self.batch_in_epoch = self.epoch + 1, 0
+            self.call("on_epoch_end")
+
+    def _step(self, batch: Any, waited: float) -> Step:
+        """Forward, backward and update; the update is left out on the device where anything is not finite."""
+        self.model.train()
+        rate = self._set_learning_rate()
+        statistics = [buffer.clone() for buffer in self._statistics]
+        terms = self._forward_backward(batch.to(self.device))
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.clip_grad or math.inf, foreach=True)
+        finite = torch.isfinite(torch.stack([*terms.values(), norm])).all()
+        self._update(finite)
+        for buffer, before in zip(self._statistics, statistics, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))  # a bad batch spoils the running statistics as well
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        samples = len(batch) * self.process.world_size
+        return Step(terms, norm.detach(), finite, rate, samples, data_wait=waited, duration=0.0)
+
+    def _forward_backward(self, batch: Any) -> dict[str, Tensor]:
+        """Accumulate the gradients of the batch's parts; returns its loss terms, averaged over parts and processes."""
+        parts = batch.split(self.accumulation)
+        collected: list[dict[str, Tensor]] = []
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            sync = contextlib.nullcontext() if last or not distributed.is_distributed() else self._network.no_sync()
+            with sync:
+                with self._autocast():
+                    output = self._network(*part.inputs())
+                    terms = self.criterion(output, *part.targets())
+                self.scaler.scale(terms["total"] / len(parts)).backward()
+            collected.append({name: term.detach() for name, term in terms.items()})
+        names = list(collected[0])
+        stacked = torch.stack([torch.stack([terms[name].float() for name in names]) for terms in collected]).mean(0)
+        return dict(zip(names, distributed.average(stacked).unbind(), strict=True))
+
+    def _update(self, finite: Tensor) -> None:
+        """Step the optimiser where the gradients are finite; the decision stays on the device."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # Fused optimisers leave weights and state untouched where this flag is set: what GradScaler relies on, too.
+            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.step()
+            del self.optimizer.found_inf
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _set_learning_rate(self) -> float:
+        factor = self.learning_rate_factor(self.iteration)
+        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * factor
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _autocast(self):
+        dtype = AUTOCAST[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _wrap(self, compile_model: bool) -> Callable:
+        """The network as the loop calls it."""
+        network: Any = self.model
+        if distributed.is_distributed():
+            devices = [self.device] if self.device.type == "cuda" else None
+            # Running statistics are equal by construction (each rank restores its own), so they are not broadcast.
+            network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        return torch.compile(network) if compile_model else network
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[tuple[Any, float]]:
+        """Batches from the current position on, each with the seconds that it was waited for."""
+        restarts = 0
+        while True:
+            self.data.batch_sampler.set_position(self.epoch, self.batch_in_epoch)
+            try:
+                iterator = iter(self.data)
+                while True:
+                    started = time.perf_counter()
+                    batch = next(iterator)
+                    yield batch, time.perf_counter() - started
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                restarts += 1
+                if restarts > WORKER_RESTARTS:
+                    raise UserError(
+                        f"loader workers died {restarts} times ({str(error).splitlines()[0]}); "
+                        "free memory or lower dataset.num_workers, then --resume"
+                    ) from error
+                logger.warning("a loader worker died; going on from iteration %d with new ones", self.iteration)
+
+    # --- stopping ----------------------------------------------------------------------------------------------------
+
+    def _should_stop(self) -> bool:
+        if not distributed.is_distributed():
+            return self.stop_signal is not None
+        if self.iteration % STOP_CHECK_ITERATIONS:
+            return False
+        stop = distributed.any_process(self.stop_signal is not None)
+        if stop and self.stop_signal is None:
+            self.stop_signal = "another process's signal"
+        return stop
+
+    @contextlib.contextmanager
+    def _stop_signals(self):
+        """SIGTERM and Ctrl-C end the run after the current step; a second Ctrl-C ends it at once."""
+
+        def remember(number, frame):
+            if self.stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = signal.Signals(number).name
+
+        handled = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(number, remember) for number in handled]
+        try:
+            yield
+        finally:
+            for number, handler in zip(handled, before, strict=True):
+                signal.signal(number, handler)
+
+    def _report_not_finite(self, step: Step, batch: Any, iteration: int, in_a_row: int) -> None:
+        names = [name for name, term in step.terms.items() if not bool(torch.isfinite(term))] or ["gradient"]
+        words = batch.indices.tolist()
+        logger.warning(
+            "iteration %d skipped: %s not finite, %d in a row; words %s", iteration, ", ".join(names), in_a_row, words
+        )
+        self.call("on_step_skipped", batch, iteration)
+        if in_a_row >= self.max_skipped_steps:
+            raise UserError(
+                f"{in_a_row} steps in a row were not finite ({', '.join(names)}; words {words[:8]}...); the batch is "
+                "saved in the work folder. Lower optimizer.lr, or use training.precision=fp32"
+            )
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact resume needs; `model` are the weights to read with. Every process must call it."""
+        self._watch.flush()
+        training = {
+            "iteration": self.iteration,
+            "epoch": self.epoch,
+            "batch_in_epoch": self.batch_in_epoch,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": distributed.gather([self._random_state()]),
+            "callbacks": {type(each).__name__: each.state_dict() for each in self.callbacks},
+        }
+        if self.ema is not None:
+            training |= {"model": self.model.state_dict(), "ema_steps": self.ema.n_averaged}
+        return {"model": self.evaluation_model.state_dict(), "training": training, **self.extra_state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
+        training = state["training"]
+        self.model.load_state_dict(training.get("model", state["model"]))
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["model"])
+            if "ema_steps" in training:
+                self.ema.n_averaged.copy_(training["ema_steps"])
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
+        self.iteration, self.epoch = training["iteration"], training["epoch"]
+        self.batch_in_epoch = training["batch_in_epoch"]
+        for callback in self.callbacks:
+            callback.load_state_dict(training["callbacks"].get(type(callback).__name__, {}))
+        if len(training["random"]) == self.process.world_size:
+            self._set_random_state(training["random"][self.process.rank])
+        else:
+            logger.warning(
+                "resumed with %d processes after %d: dropout draws other numbers than it would have",
+                self.process.world_size,
+                len(training["random"]),
+            )
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _set_random_state(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Run one hook of every callback, in order."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+
+class FiniteWatch:
+    """Notices steps that were not finite without stalling the device.
+
+    On a GPU the flag of a step is copied in the background and read after the next step; on a CPU it is read at once.
+    """
+
+    def __init__(self, *, max_in_a_row: int, on_failure: Callable[[Step, Any, int, int], None]):
+        self.max_in_a_row = max_in_a_row
+        self.on_failure = on_failure
+        self.in_a_row = 0
+        self._waiting: tuple[Step, Any, int, Tensor, Any] | None = None
+
+    def check(self, step: Step, batch: Any, iteration: int) -> None:
+        """Take in a step; report it now (CPU) or the one before it (GPU)."""
+        self.flush()
+        if step.finite.device.type == "cuda":
+            flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            flag.copy_(step.finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._waiting = (step, batch, iteration, flag, event)
+        else:
+            self._judge(step, batch, iteration, step.finite)
+
+    def flush(self) -> None:
+        """Report the step that is still waiting, if any."""
+        if self._waiting is not None:
+            step, batch, iteration, flag, event = self._waiting
+            self._waiting = None
+            event.synchronize()
+            self._judge(step, batch, iteration, flag)
+
+    def _judge(self, step: Step, batch: Any, iteration: int, flag: Tensor) -> None:
+        if bool(flag):
+            self.in_a_row = 0
+        else:
+            self.in_a_row += 1
+            self.on_failure(step, batch, iteration, self.in_a_row)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pictures import overlay
+
 _PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
 _GAP = 6
 _CAPTION_SIZE = 12
-_OVERLAY_COLOUR = np.array([255.0, 0.0, 80.0])
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,12 @@ def make_contact_sheet(
     return sheet
 
 
-def overlay_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`image` (H, W, 3) with the pixels of `mask` (H, W) coloured, 60 % where the mask is 255."""
-    share = 0.6 * mask[..., None].astype(np.float32) / 255
-    return np.round(image * (1 - share) + _OVERLAY_COLOUR * share).astype(np.uint8)
-
-
 def _layers(cell: Cell) -> list[np.ndarray]:
     if cell.mask is None:
         return [cell.image]
     if cell.mask.shape != cell.image.shape[:2]:  # shown all the same: the caller decides whether that is a fault
         return [cell.image, cell.mask]
-    return [cell.image, cell.mask, overlay_mask(cell.image, cell.mask)]
+    return [cell.image, cell.mask, overlay(cell.image, cell.mask / 255)]
 
 
 def _paste(sheet: Image.Image, picture: np.ndarray, left: int, top: int, width: int, height: int) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from contact_sheet import Cell, make_contact_sheet, overlay_mask
+from contact_sheet import Cell, make_contact_sheet
 
 
 def _picture(value: int, height: int = 20, width: int = 60) -> np.ndarray:
@@ -37,12 +37,3 @@ def test_odd_shapes_and_captions_are_no_error():
 def test_no_cell_is_an_error():
     with pytest.raises(ValueError, match="at least one"):
         make_contact_sheet([])
-
-
-def test_overlay_changes_mask_pixels_only():
-    mask = np.zeros((4, 4), np.uint8)
-    mask[1, 2] = 255
-    image = _picture(100, 4, 4)
-    changed = (overlay_mask(image, mask) != image).any(axis=-1)
-    assert changed.sum() == 1
-    assert changed[1, 2]

@@ -132,8 +132,8 @@ def _lines(path: Path, bar: tqdm) -> Iterator[bytes]:
 def frequency_list(language: str, seed: int) -> dict[str, float]:
     """Words of the installed word-frequency list with their frequencies.
 
-    The list knows long numbers by their shape only (`0000` stands for all of four digits); a shape is filled with random
-    digits here, NUMBERS_PER_SHAPE times if it has digits only, else once.
+    The list knows long numbers by their shape only (`0000` stands for all of four digits); a shape is filled with
+    random digits here, NUMBERS_PER_SHAPE times if it has digits only, else once.
     """
     try:
         import wordfreq

@@ -74,8 +74,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that are the same in all tools that write an LMDB of words."""
+def add_run_arguments(parser: argparse.ArgumentParser, *, log: str = "OUTPUT-rejected.tsv") -> None:
+    """Add the arguments that all tools on LMDBs of words share; `log` is where rejected entries go by default."""
     parser.add_argument(
         "--max-pixels", type=positive, default=MAX_PIXELS, help="refuse larger pictures (default: %(default)s)"
     )
@@ -83,9 +83,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
-    parser.add_argument(
-        "--rejected", metavar="FILE", help="where to list what was left out and why (default: OUTPUT-rejected.tsv)"
-    )
+    parser.add_argument("--rejected", metavar="FILE", help=f"where to list what was left out and why (default: {log})")
 
 
 def progress(items: Iterable[Item], *, total: int | None, unit: str, description: str) -> Iterator[Item]:
@@ -112,13 +110,12 @@ class Word:
 class RejectionLog:
     """Counts what a tool leaves out, by reason, and lists every entry in a tab-separated file (entry, reason, detail).
 
-    A context manager: the file takes its name at the end; when nothing was left out there is none.
+    A context manager: the file takes its name at the end; there is none when nothing was left out or `path` is None.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike | None) -> None:
+        self.path = None if path is None else Path(path)
         self.counts: Counter[str] = Counter()
-        self._partial = self.path.with_name(self.path.name + ".partial")
         self._file: Any = None
 
     @classmethod
@@ -136,12 +133,18 @@ class RejectionLog:
                 os.replace(self._partial, self.path)
             else:
                 self._partial.unlink()
-        elif kind is None:
+        elif kind is None and self.path is not None:
             self.path.unlink(missing_ok=True)  # of an earlier run
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")
 
     def add(self, entry: str, reason: str, detail: str = "", words: int = 1) -> None:
         """Note that `entry`, which stands for so many words, was left out."""
         self.counts[reason] += words
+        if self.path is None:
+            return
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +170,7 @@ def print_summary(heading: str, counts: dict[str, Any], log: RejectionLog | None
     print(heading)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
-    if log is not None and log.counts:
+    if log is not None and log.counts and log.path is not None:
         print(f"  each one is listed in {log.path}")
 
 

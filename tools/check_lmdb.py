@@ -1,0 +1,459 @@
+"""Check word LMDBs: broken entries, label and size statistics, masks, words shared with another LMDB."""
+
+import functools
+import hashlib
+import itertools
+import json
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # lets `python tools/NAME.py` find the repository's modules
+
+from charset import Charset
+from contact_sheet import Cell, make_contact_sheet
+from lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
+from tools.support import (
+    MAX_PIXELS,
+    PICTURE_FORMATS,
+    RejectionLog,
+    add_run_arguments,
+    check_picture,
+    make_parser,
+    map_in_processes,
+    positive,
+    print_summary,
+    progress,
+)
+from utils import UserError, run_command_line
+
+EXAMPLE = """  python tools/check_lmdb.py data/training --charset data/charset_36.txt
+  python tools/check_lmdb.py data/training/IIIT5k --against data/evaluation --contact-sheet sheet.png
+  python tools/check_lmdb.py data/training/IIIT5k --masks data/masks/IIIT5k --fix clean
+
+exit status: 0 clean, 1 problems found, 2 cannot be checked"""
+
+HEIGHT_EDGES = (8, 16, 32, 64, 128)  # pixels
+ASPECT_EDGES = (1, 2, 4, 8)  # width / height
+FINGERPRINT_SIDE = 16  # a fingerprint has this squared bits
+NEAR_BITS = 10  # fingerprints of re-encoded copies of a word differ by less
+SHARED = "picture is in the other LMDB too"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was found at one index: `reason` is empty when it is whole.
+
+    `digest` (16 bytes) is equal for equal pixels; `fingerprint` (32 bytes) is alike for pictures that look alike.
+    """
+
+    index: int
+    reason: str = ""
+    detail: str = ""
+    label: str = ""
+    format: str = ""
+    width: int = 0
+    height: int = 0
+    digest: bytes = b""
+    fingerprint: bytes = b""
+    mask_empty: bool = False
+
+
+@dataclass
+class Report:
+    """The findings about one LMDB; `problems` counts entries by reason and is empty when it is clean."""
+
+    path: str
+    num_samples: int | None
+    samples: int = 0
+    whole: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    heights: Counter[str] = field(default_factory=Counter)
+    aspects: Counter[str] = field(default_factory=Counter)
+    foreign_characters: Counter[str] = field(default_factory=Counter)
+    good: array = field(default_factory=lambda: array("q"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: everything but the list of good indices."""
+        return {name: value for name, value in vars(self).items() if name != "good"}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The indices for which an LMDB has a picture or a label, sorted, and the number of keys that are neither."""
+
+    indices: np.ndarray
+    others: int
+
+
+def scan_keys(reader: LmdbReader) -> Keys:
+    """Look through all keys, whatever `num-samples` says."""
+    known = {"image": array("q"), "label": array("q"), "mask": array("q")}  # small: there may be millions
+    others = 0
+    for key in reader.keys():  # noqa: SIM118 (no dict)
+        kind, _, number = key.partition("-")
+        if kind in known and len(number) == 9 and number.isdecimal() and int(number):
+            known[kind].append(int(number))
+        elif key != NUM_SAMPLES:
+            others += 1
+    return Keys(np.union1d(known["image"], known["label"]).astype(np.int64), others)
+
+
+def check_sample(
+    index: int, *, reader: LmdbReader, masks: LmdbReader | None, segmentation: bool, max_pixels: int
+) -> Sample:
+    """Read and decode everything at `index`; runs in a worker."""
+    image = reader.get(image_key(index))
+    if image is None:
+        return Sample(index, "image missing")
+    label = "" if segmentation else _check_label(reader.get(label_key(index)))
+    if isinstance(label, tuple):
+        return Sample(index, *label)
+    problem = check_picture(image, max_pixels)
+    if problem:
+        return Sample(index, *problem, label=label)
+    with Image.open(BytesIO(image), formats=PICTURE_FORMATS) as picture:
+        kind, size = picture.format or "", picture.size
+        pixels = picture.convert("RGB")
+    mask_empty = False
+    if segmentation or masks is not None:
+        mask = reader.get(mask_key(index)) if segmentation else masks.get(image_key(index))
+        problem, mask_empty = check_mask(mask, size, max_pixels)
+        if not problem and not segmentation and masks.get(label_key(index)) != label.encode():
+            problem = ("mask of another word", f"its label is {masks.get(label_key(index))!r}")
+        if problem:
+            return Sample(index, *problem, label=label)
+    digest = hashlib.blake2b(repr(size).encode() + pixels.tobytes(), digest_size=16).digest()
+    return Sample(index, "", "", label, kind, *size, digest, fingerprint(pixels), mask_empty)
+
+
+def _check_label(data: bytes | None) -> str | tuple[str, str]:
+    """The label as text, or (reason, detail)."""
+    if data is None:
+        return "label missing", ""
+    try:
+        label = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "label is not UTF-8", repr(data[:60])
+    return label or ("label empty", "")
+
+
+def check_mask(data: bytes | None, size: tuple[int, int], max_pixels: int) -> tuple[tuple[str, str] | None, bool]:
+    """(reason, detail) or None for an encoded mask that belongs to a picture of `size`, and whether it is all black."""
+    if data is None:
+        return ("mask missing", ""), False
+    problem = check_picture(data, max_pixels)
+    if problem:
+        return ("mask: " + problem[0], problem[1]), False
+    with Image.open(BytesIO(data), formats=PICTURE_FORMATS) as mask:
+        if mask.size != size:
+            return ("mask of another size", f"{mask.size} for a picture of {size}"), False
+        if mask.mode not in ("L", "1"):
+            return ("mask is not 8-bit grey", f"mode {mask.mode}"), False
+        return None, mask.getextrema()[1] == 0
+
+
+def fingerprint(picture: Image.Image) -> bytes:
+    """A difference hash: for each cell of a small grey copy, whether it is brighter than its left neighbour."""
+    side = FINGERPRINT_SIDE
+    grey = np.asarray(picture.convert("L").resize((side + 1, side), Image.Resampling.BOX))
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
+
+
+class PictureSet:
+    """The pictures of other LMDBs, to ask whether one is among them, exactly or nearly."""
+
+    def __init__(self, *, near: bool) -> None:
+        self._near = near
+        self._digests: set[bytes] = set()
+        self._fingerprints = bytearray()
+
+    def add(self, sample: Sample) -> None:
+        self._digests.add(sample.digest)
+        self._fingerprints += sample.fingerprint
+
+    def holds(self, sample: Sample) -> bool:
+        """Whether a picture with the same pixels, or with `near` one that looks the same, was added."""
+        if sample.digest in self._digests:
+            return True
+        if not self._near or not self._fingerprints:
+            return False
+        bits = np.frombuffer(bytes(self._fingerprints), np.uint64).reshape(-1, FINGERPRINT_SIDE**2 // 64)
+        distances = np.bitwise_count(bits ^ np.frombuffer(sample.fingerprint, np.uint64)).sum(axis=1)
+        return bool(distances.min() <= NEAR_BITS)
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Checks LMDBs with the same settings: `charset` and `max_length` as in training; `other` may be None."""
+
+    charset: Charset | None = None
+    max_length: int = 25
+    max_pixels: int = MAX_PIXELS
+    workers: int = 1
+    other: PictureSet | None = None
+
+    def samples(self, reader: LmdbReader, masks: LmdbReader | None, indices: np.ndarray) -> Iterator[Sample]:
+        """Check the samples of `indices` in order, with a progress bar."""
+        segmentation = is_segmentation(reader)
+        check = functools.partial(
+            check_sample, reader=reader, masks=masks, segmentation=segmentation, max_pixels=self.max_pixels
+        )
+        results = map_in_processes(check, map(int, indices), workers=self.workers, chunk_size=64)
+        return progress(results, total=len(indices), unit="word", description=reader.path.name)
+
+    def check(self, path: Path, mask_path: Path | None, log: RejectionLog) -> Report:
+        """Check one LMDB, with its masks when `mask_path` is given."""
+        reader = LmdbReader(path)
+        masks = None if mask_path is None else LmdbReader(mask_path)
+        if masks is not None:
+            len(masks)  # a mask LMDB that is none is named before the work begins
+        keys = scan_keys(reader)
+        report = Report(str(path), _stored_count(reader))
+        for reason, count, detail in _count_problems(report.num_samples, keys.indices):
+            report.problems[reason] += count
+            log.add(str(path), reason, detail, count)
+        if keys.others:
+            report.notes["keys that nothing reads"] = keys.others
+        digests = bytearray()
+        for sample in self.samples(reader, masks, keys.indices):
+            report.samples += 1
+            if not sample.reason and self.other is not None and self.other.holds(sample):
+                sample = Sample(sample.index, SHARED, sample.label)
+            if sample.reason:
+                report.problems[sample.reason] += 1
+                log.add(f"{path}:{sample.index}", sample.reason, sample.detail)
+            else:
+                self._describe(sample, report)
+                digests += sample.digest[:8]
+        distinct = np.unique(np.frombuffer(digests, np.uint64))
+        report.notes["pictures that come again within"] = report.whole - len(distinct)
+        report.notes = +report.notes
+        return report
+
+    def _describe(self, sample: Sample, report: Report) -> None:
+        """Add a whole sample to the statistics."""
+        report.whole += 1
+        report.good.append(sample.index)
+        report.formats[sample.format] += 1
+        report.lengths[len(sample.label)] += 1
+        report.heights[_bucket(sample.height, HEIGHT_EDGES)] += 1
+        report.aspects[_bucket(sample.width / sample.height, ASPECT_EDGES)] += 1
+        report.notes["masks without text"] += sample.mask_empty
+        read = sample.label
+        if self.charset is not None:
+            read = self.charset.normalize(sample.label)
+            foreign = [c for c in sample.label if not self.charset.normalize(c)]
+            report.foreign_characters.update(foreign)
+            report.notes["labels with characters outside the charset"] += bool(foreign)
+            report.notes["labels without any character of the charset"] += bool(sample.label) and not read
+        report.notes[f"labels longer than {self.max_length}"] += len(read) > self.max_length
+
+
+def is_segmentation(reader: LmdbReader) -> bool:
+    """Whether the LMDB holds pictures with masks and no labels."""
+    return next(reader.keys("mask-"), None) is not None and next(reader.keys("label-"), None) is None
+
+
+def _stored_count(reader: LmdbReader) -> int | None:
+    try:
+        return len(reader)
+    except UserError:
+        if reader.get(NUM_SAMPLES) is None or not reader.get(NUM_SAMPLES).isdigit():
+            return None
+        raise
+
+
+def _count_problems(num_samples: int | None, indices: np.ndarray) -> Iterator[tuple[str, int, str]]:
+    """(reason, number, detail) where `num-samples` and the keys do not agree."""
+    if num_samples is None:
+        yield f"{NUM_SAMPLES} missing or no number", 1, ""
+        return
+    within = int(np.count_nonzero(indices <= num_samples))
+    if within < num_samples:
+        yield "neither image nor label", num_samples - within, f"{NUM_SAMPLES} is {num_samples}, {within} have keys"
+    if within < len(indices):
+        yield f"beyond {NUM_SAMPLES}", len(indices) - within, f"{NUM_SAMPLES} is {num_samples}, last is {indices[-1]}"
+
+
+def _bucket(value: float, edges: tuple[int, ...]) -> str:
+    for low, high in itertools.pairwise((0, *edges)):
+        if value < high:
+            return f"{low}-{high}"
+    return f"{edges[-1]}-"
+
+
+def pair_masks(root: str, lmdbs: list[Path], masks_root: str | None) -> list[Path | None]:
+    """The mask LMDB of each LMDB: at the same place below `masks_root`. Raises UserError where one is missing."""
+    if masks_root is None:
+        return [None] * len(lmdbs)
+    paths = [Path(masks_root) / path.relative_to(root) for path in lmdbs]
+    for path in paths:
+        find_lmdbs(path)
+    return paths
+
+
+def write_clean_copy(report: Report, mask_path: Path | None, output: Path, *, overwrite: bool) -> None:
+    """Write the whole samples of a checked LMDB anew, numbered without gaps.
+
+    With masks the words go to `output/images/NAME` and the masks to `output/masks/NAME`.
+    """
+    source = LmdbReader(report.path)
+    name = Path(report.path).name
+    if not report.good:
+        raise UserError(f"{report.path}: has no whole sample, so there is no clean copy to write")
+    with LmdbWriter(output / "images" / name if mask_path else output, overwrite=overwrite) as writer:
+        for index in report.good:
+            writer.append(source.get(image_key(index)), source.get(label_key(index)), source.get(mask_key(index)))
+    if mask_path:
+        masks = LmdbReader(mask_path)
+        with LmdbWriter(output / "masks" / name, overwrite=overwrite) as writer:
+            for index in report.good:
+                writer.append(masks.get(image_key(index)), masks.get(label_key(index)))
+
+
+def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, count: int) -> None:
+    """Draw `count` whole samples, evenly spread over the LMDB."""
+    if not report.good:
+        return
+    reader = LmdbReader(report.path)
+    masks = LmdbReader(mask_path) if mask_path else None
+    chosen = [report.good[i] for i in np.unique(np.linspace(0, len(report.good) - 1, count).astype(int))]
+    cells = []
+    for index in chosen:
+        mask = masks.get(image_key(index)) if masks else reader.get(mask_key(index))
+        label = reader.get(label_key(index)) or b""
+        image = _decode(reader.get(image_key(index)), "RGB")
+        cells.append(Cell(image, f"{index} {label.decode()}", None if mask is None else _decode(mask, "L")))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        make_contact_sheet(cells).save(output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{output}: cannot be written ({error}); name a .png file") from error
+
+
+def _decode(data: bytes, mode: str) -> np.ndarray:
+    with Image.open(BytesIO(data), formats=PICTURE_FORMATS) as image:
+        return np.asarray(image.convert(mode))
+
+
+def print_report(report: Report) -> None:
+    """Print the findings about one LMDB."""
+    counts: dict[str, Any] = {
+        NUM_SAMPLES: "none" if report.num_samples is None else report.num_samples,
+        "samples": report.samples,
+        "whole": report.whole,
+        "problems": report.problems.total(),
+    }
+    counts |= {f"  {reason}": count for reason, count in report.problems.most_common()}
+    counts |= {f"note: {note}": count for note, count in report.notes.most_common()}
+    print_summary(report.path, counts)
+    lengths = {str(length): count for length, count in sorted(report.lengths.items())}
+    heights = {_bucket(low, HEIGHT_EDGES): 0 for low in (0, *HEIGHT_EDGES)}
+    aspects = {_bucket(low, ASPECT_EDGES): 0 for low in (0, *ASPECT_EDGES)}
+    _print_histogram("format", report.formats)
+    _print_histogram("label length", lengths)
+    _print_histogram("height in pixels", heights | report.heights)
+    _print_histogram("width / height", aspects | report.aspects)
+    if report.foreign_characters:
+        shown = " ".join(f"{character!r}:{count}" for character, count in report.foreign_characters.most_common(30))
+        print(f"  characters outside the charset: {shown}")
+
+
+def _print_histogram(title: str, counts: dict[str, int]) -> None:
+    most = max(counts.values(), default=0)
+    if most:
+        print(f"  {title}")
+        for name, count in counts.items():
+            print(f"    {name:>8} {count:>10,} {'#' * round(40 * count / most)}".rstrip())
+
+
+def collect_pictures(root: str, checker: Checker, *, near: bool) -> PictureSet:
+    """The pictures of every LMDB of `root`; those that do not decode are passed over."""
+    pictures = PictureSet(near=near)
+    for path in find_lmdbs(root):
+        reader = LmdbReader(path)
+        for sample in checker.samples(reader, None, scan_keys(reader).indices):
+            if sample.digest:
+                pictures.add(sample)
+    return pictures
+
+
+def _beside(output: str, path: Path, alone: bool) -> Path:
+    """`output` itself for a single LMDB, else with the LMDB's name before the suffix."""
+    target = Path(output)
+    return target if alone else target.with_name(f"{target.stem}-{path.name}{target.suffix}")
+
+
+def _write_json(target: str, reports: list[Report]) -> None:
+    text = json.dumps([report.to_dict() for report in reports], indent=2, ensure_ascii=False)
+    if target == "-":
+        print(text)
+        return
+    try:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}); name another --json") from error
+
+
+def _parse(arguments: list[str] | None) -> Any:
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("lmdb", metavar="LMDB", help="an LMDB, or a folder of LMDBs")
+    parser.add_argument("--masks", metavar="LMDB", help="its masks: a mask LMDB, or a folder with the same names")
+    parser.add_argument("--charset", metavar="FILE", help="count label characters outside this charset")
+    parser.add_argument("--max-length", type=positive, default=25, help="count longer labels (default: 25)")
+    parser.add_argument(
+        "--against", metavar="LMDB", help="pictures shared with these LMDBs (a test set's) are problems"
+    )
+    parser.add_argument("--near", action="store_true", help="with --against: look-alikes too (slow on large sets)")
+    parser.add_argument("--contact-sheet", metavar="PNG", help="draw words from all over the LMDB to look at")
+    parser.add_argument("--cells", type=positive, default=64, help="words on the contact sheet (default: 64)")
+    parser.add_argument("--json", metavar="FILE", help="write the findings here (-: to stdout, in place of the text)")
+    parser.add_argument("--fix", metavar="OUTPUT", help="write a copy without the problems")
+    add_run_arguments(parser, log="with --fix OUTPUT-rejected.tsv, else none")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    if options.fix and Path(options.fix).exists() and not options.overwrite:
+        raise UserError(f"{options.fix}: exists already; choose another --fix or replace it with --overwrite")
+    lmdbs = find_lmdbs(options.lmdb)
+    mask_paths = pair_masks(options.lmdb, lmdbs, options.masks)
+    charset = Charset.from_file(options.charset) if options.charset else None
+    settings = (charset, options.max_length, options.max_pixels, options.workers)
+    other = collect_pictures(options.against, Checker(*settings), near=options.near) if options.against else None
+    checker = Checker(*settings, other)
+    reports = []
+    with RejectionLog(options.rejected or (f"{options.fix.rstrip('/')}-rejected.tsv" if options.fix else None)) as log:
+        for path, mask_path in zip(lmdbs, mask_paths, strict=True):
+            report = checker.check(path, mask_path, log)
+            reports.append(report)
+            if options.json != "-":
+                print_report(report)
+            if options.contact_sheet:
+                sheet = _beside(options.contact_sheet, path, len(lmdbs) == 1)
+                write_contact_sheet(report, mask_path, sheet, options.cells)
+            if options.fix:
+                output = Path(options.fix) / path.relative_to(options.lmdb)
+                write_clean_copy(report, mask_path, output, overwrite=options.overwrite)
+    if options.json:
+        _write_json(options.json, reports)
+    return 1 if any(report.problems for report in reports) else 0
+
+
+if __name__ == "__main__":
+    run_command_line(main)

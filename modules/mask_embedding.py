@@ -12,7 +12,7 @@ MASK_COPIES = 8
 
 
 class ConditionNetwork(nn.Sequential):
-    """Refined mask (N, 1, H, W) -> condition (N, D, h, w): a strided conv to cells and four 1x1 convs, LeakyReLU between."""
+    """Refined mask (N, 1, H, W) -> condition (N, D, h, w): strided conv to cells, four 1x1 convs, LeakyReLU between."""
 
     def __init__(self, *, stride: tuple[int, int] = (4, 4), hidden_channels: int = 128, condition_channels: int = 32):
         layers: list[nn.Module] = [nn.Conv2d(MASK_COPIES, hidden_channels, kernel_size=stride, stride=stride)]

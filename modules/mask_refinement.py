@@ -23,7 +23,7 @@ NORMALIZATIONS = ("sample", "batch")
 
 
 class PrototypeSimilarity(nn.Module):
-    """Cosine between every pixel's feature and the sum of the features under the mask, without the resized feature map."""
+    """Cosine between each pixel's feature and the sum of the features under the mask, without resized features."""
 
     def __init__(self, *, cells: tuple[int, int] = (8, 32), image_size: tuple[int, int] = (32, 128)):
         super().__init__()
@@ -69,7 +69,7 @@ def squared_matrix(resize: Tensor) -> Tensor:
 
 
 def neighbour_products(feature: Tensor) -> Tensor:
-    """Inner products of cells with themselves and their neighbours, laid out along both axes as `squared_matrix` expects.
+    """Inner products of cells with themselves and their neighbours, laid out as `squared_matrix` expects.
 
     feature (N, E, h, w) -> (N, 2h - 1, 2w - 1) in four blocks: with itself (h, w), with the right neighbour (h, w - 1),
     with the lower one (h - 1, w), and the mean over the two diagonals (h - 1, w - 1); a mean because the two axes'

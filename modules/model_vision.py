@@ -36,6 +36,11 @@ class VisionModel(nn.Module):
                 f"the backbone makes {self.cells} cells of {self.image_size} pixels but attention is built for "
                 f"{attention.cells}"
             )
+        if attention.d_model != backbone.out_channels:
+            raise ValueError(
+                f"the backbone's last width is {backbone.out_channels} but attention is built for "
+                f"d_model={attention.d_model}"
+            )
         self.backbone = backbone
         self.attention = attention
         self.cls = nn.Linear(backbone.out_channels, num_classes)

@@ -1,8 +1,8 @@
 """Post-norm transformer layers and sinusoidal positions ("Attention Is All You Need", 2017), batch first.
 
 torch's own layers are not used: `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` switch to another kernel in
-eval mode, which neither autocast nor a compiled or exported graph takes, and the language model's decoder layer, without
-self-attention and with queries that all texts share, has no counterpart there. Parameter names and initial values are those of torch's layers.
+eval mode, which neither autocast nor a compiled or exported graph takes, and the language model's decoder layer has no
+counterpart there: no self-attention, and queries that all texts share. Parameter names and initial values are torch's.
 
 Legend: N pictures, L query steps, S memory steps, E features, D features of one head.
 """
@@ -27,7 +27,7 @@ def sinusoids(length: int, d_model: int) -> Tensor:
 
 
 class PositionalEncoding(nn.Module):
-    """Adds sinusoidal positions to a sequence (N, L, E), then dropout. `pe` is stored as (length, 1, E), as published."""
+    """Adds sinusoidal positions to a sequence (N, L, E), then dropout. `pe` is (length, 1, E), as published."""
 
     def __init__(self, *, length: int, d_model: int = 512, dropout: float = 0.1):
         super().__init__()
@@ -179,6 +179,8 @@ class TransformerDecoderLayer(_FeedForwardLayer):
         Masks are as in `MultiheadAttention`, `query_mask` that of self-attention.
         """
         if self.use_self_attn:
+            # Queries that all texts share part here: each text masks them at its own length.
+            query = query.expand(memory.shape[0], -1, -1)
             query = self.norm1(query + self.dropout(self.self_attn(query, query, query_mask)))
         query = self.norm2(query + self.dropout(self.multihead_attn(query, memory, memory_mask)))
         return self.norm3(query + self.dropout(self.feed_forward(query)))

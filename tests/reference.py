@@ -23,7 +23,7 @@ NUM_CLASSES, NUM_STEPS = 37, 26
 
 
 def fill_known_weights(model: nn.Module) -> nn.Module:
-    """Give every floating-point tensor but positional encodings the value that its name determines. Returns the model."""
+    """Give every floating-point tensor, positional encodings excepted, its known value. Returns the model."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.dtype.is_floating_point and ".pe" not in name:

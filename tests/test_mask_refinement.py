@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from modules.mask_refinement import PrototypeSimilarity, bilinear_matrix, scale_to_one, stretch
+
+
+def similarity_at_full_size(feature, mask):
+    """The published way: resize all channels, pool under the mask, cosine at every pixel."""
+    resized = F.interpolate(feature, size=mask.shape[-2:], mode="bilinear", align_corners=False)
+    prototype = (resized * mask).sum(dim=(2, 3))[..., None, None]
+    return F.cosine_similarity(resized, prototype.expand_as(resized), dim=1, eps=1e-8)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("cells", "image_size"),
+    [((8, 32), (32, 128)), ((5, 7), (13, 30)), ((3, 4), (3, 4)), ((1, 2), (9, 5)), ((1, 1), (4, 4))],
+)
+def test_similarity_equals_the_full_size_computation(cells, image_size):
+    feature = torch.randn(3, 24, *cells)
+    mask = torch.rand(3, 1, *image_size)
+    ours = PrototypeSimilarity(cells=cells, image_size=image_size)(feature, mask)
+    torch.testing.assert_close(ours, similarity_at_full_size(feature, mask), rtol=0, atol=2e-6)
+
+
+def test_similarity_gradients_equal_the_full_size_computation():
+    gradients = []
+    for compute in (PrototypeSimilarity(cells=(4, 6), image_size=(16, 24)), similarity_at_full_size):
+        torch.manual_seed(0)
+        feature = torch.randn(2, 8, 4, 6, requires_grad=True)
+        mask = torch.rand(2, 1, 16, 24, requires_grad=True)
+        (compute(feature, mask) * torch.randn(2, 1, 16, 24)).sum().backward()
+        gradients.append((feature.grad, mask.grad))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_similarity_of_large_and_small_features():
+    similarity = PrototypeSimilarity(cells=(4, 6), image_size=(16, 24))
+    feature, mask = torch.randn(1, 8, 4, 6), torch.rand(1, 1, 16, 24)
+    expected = similarity(feature, mask)
+    for factor in (1e-4, 1e4):
+        torch.testing.assert_close(similarity(factor * feature, mask), expected)
+
+
+def test_mask_scale_does_not_matter():
+    similarity = PrototypeSimilarity(cells=(4, 6), image_size=(16, 24))
+    feature, mask = torch.randn(1, 8, 4, 6), torch.rand(1, 1, 16, 24)
+    torch.testing.assert_close(similarity(feature, mask / 255), similarity(feature, mask))
+
+
+@pytest.mark.parametrize("black", ["feature", "mask"])
+def test_nothing_is_like_nothing(black):
+    feature, mask = torch.randn(1, 8, 4, 6), torch.rand(1, 1, 16, 24)
+    (feature if black == "feature" else mask).zero_()
+    feature.requires_grad_()
+    mask.requires_grad_()
+    similarity = PrototypeSimilarity(cells=(4, 6), image_size=(16, 24))(feature, mask)
+    assert not similarity.any()
+    similarity.sum().backward()
+    assert feature.grad.isfinite().all()
+    assert mask.grad.isfinite().all()
+
+
+def test_similarity_stays_in_float32_under_autocast():
+    similarity = PrototypeSimilarity(cells=(4, 6), image_size=(16, 24))
+    feature, mask = torch.randn(1, 8, 4, 6).bfloat16(), torch.rand(1, 1, 16, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = similarity(feature, mask)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, similarity(feature.float(), mask))
+
+
+def test_bilinear_matrix_rows_sum_to_one():
+    torch.testing.assert_close(bilinear_matrix(5, 13).sum(dim=1), torch.ones(13))
+
+
+def test_larger_feature_map_is_refused():
+    with pytest.raises(ValueError, match="must not be larger"):
+        PrototypeSimilarity(cells=(8, 8), image_size=(4, 32))
+
+
+def test_stretch_and_scale():
+    maps = torch.stack((torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([[0.0, 5.0, 10.0]])))[:, None]
+    assert stretch(maps).tolist() == [[[[0, 0.5, 1]]], [[[0, 0.5, 1]]]]
+    torch.testing.assert_close(stretch(maps, "batch"), maps / 10)
+    torch.testing.assert_close(scale_to_one(maps)[0], maps[0] / 4)
+    torch.testing.assert_close(scale_to_one(maps, "batch"), maps / 10)
+
+
+@pytest.mark.parametrize("normalize", ["sample", "batch"])
+@pytest.mark.parametrize("value", [0.0, 0.7, -3e5])
+def test_constant_maps_become_zero_with_finite_gradients(normalize, value):
+    maps = torch.full((2, 1, 3, 4), value)
+    rounding = value * torch.finfo(torch.float32).eps * torch.randn(2, 1, 3, 4)
+    maps = (maps + rounding).requires_grad_()
+    stretched = stretch(maps, normalize)
+    assert not stretched.any()
+    (stretched.sum() + scale_to_one(maps, normalize).sum()).backward()
+    assert maps.grad.isfinite().all()

@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from modules.attention import ReadingOrderAttention
+from modules.model_vision import MaskedVisionModel, VisionModel
+from tests.reference import known_inputs, small_vision
+
+KINDS = [{"masked": True}, {"masked": True, "attention": "position"}, {"masked": False, "attention": "position"}]
+
+
+def pictures(count: int, size: tuple[int, int] = (32, 128)) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(count, 3, *size, generator=generator)
+    return image, torch.rand(count, 1, *size, generator=generator)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_reads_as_single_pictures_do(kind):
+    model = small_vision(**kind).eval()
+    image, mask, *_ = known_inputs(5, 4)
+    mask[1] = 0
+    mask[2] = 1
+    with torch.no_grad():
+        together = model(image, mask).vision
+        alone = [model(image[i : i + 1], mask[i : i + 1]).vision for i in range(4)]
+    torch.testing.assert_close(together.logits, torch.cat([one.logits for one in alone]), rtol=0, atol=1e-5)
+    if kind["masked"]:
+        torch.testing.assert_close(
+            together.refined_mask, torch.cat([one.refined_mask for one in alone]), rtol=0, atol=1e-5
+        )
+
+
+def test_batch_normalisation_of_masks_sees_the_batch():
+    models = [small_vision(normalize=normalize).eval() for normalize in ("sample", "batch")]
+    models[1].load_state_dict(models[0].state_dict())
+    image, mask = pictures(2)
+    with torch.no_grad():
+        one = [model(image[:1], mask[:1]).vision.refined_mask for model in models]
+        two = [model(image, mask).vision.refined_mask for model in models]
+    assert torch.equal(*one)
+    assert not torch.allclose(*two)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_gets_a_gradient(kind):
+    model = small_vision(**kind)
+    model(*pictures(2)).vision.logits.square().mean().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("normalize", ["sample", "batch"])
+@pytest.mark.parametrize("shade", [0.0, 1.0])
+@pytest.mark.parametrize("training", [True, False])
+def test_plain_masks_and_pictures_give_finite_outputs_and_gradients(normalize, shade, training):
+    model = small_vision(normalize=normalize).train(training)
+    mask = torch.full((2, 1, 32, 128), shade, requires_grad=True)
+    vision = model(torch.zeros(2, 3, 32, 128), mask).vision
+    (vision.logits.square().mean() + vision.refined_mask.abs().mean()).backward()
+    assert vision.logits.isfinite().all()
+    assert vision.refined_mask.isfinite().all()
+    assert mask.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_image_sizes(kind):
+    model = small_vision(**kind, image_size=(48, 20)).eval()
+    vision = model(*pictures(2, (48, 20))).vision
+    assert vision.attention.shape == (2, 26, 12, 5)
+    with pytest.raises(ValueError, match="32 x 128 pixels but the network is built for 48 x 20"):
+        model(*pictures(2))
+
+
+def test_odd_sizes_work_without_a_mask_and_are_refused_with_one():
+    assert small_vision(masked=False, image_size=(31, 101))(*pictures(2, (31, 101))).vision.attention.shape[-2:] == (
+        8,
+        26,
+    )
+    with pytest.raises(ValueError, match=r"\(31, 101\) pixels and \(8, 26\) cells"):
+        small_vision(image_size=(31, 101))
+
+
+def test_mask_is_needed_and_must_fit():
+    image, mask = pictures(2)
+    with pytest.raises(ValueError, match="reads with a text mask"):
+        small_vision()(image)
+    with pytest.raises(ValueError, match="mask is 16 x 128"):
+        small_vision()(image, mask[:, :, :16])
+
+
+def test_inputs_are_not_edited():
+    image, mask = pictures(2)
+    before = image.clone(), mask.clone()
+    small_vision()(image, mask)
+    assert torch.equal(image, before[0])
+    assert torch.equal(mask, before[1])
+
+
+def test_misfit_parts_are_named():
+    backbone = small_vision(masked=False).backbone
+    with pytest.raises(ValueError, match=r"attention is built for\s+\(4, 4\)"):
+        VisionModel(backbone=backbone, attention=ReadingOrderAttention(cells=(4, 4), d_model=32))
+    with pytest.raises(ValueError, match="d_model=16"):
+        VisionModel(backbone=backbone, attention=ReadingOrderAttention(cells=(8, 32), d_model=16))
+    fitting = ReadingOrderAttention(cells=(8, 32), d_model=32)
+    with pytest.raises(ValueError, match="mask_branch=True"):
+        MaskedVisionModel(backbone=backbone, attention=fitting)
+    with pytest.raises(ValueError, match="normalize='image'"):
+        small_vision(normalize="image")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_gives_a_finite_reading(kind):
+    model = small_vision(**kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(*pictures(2)).vision.logits
+    logits.float().square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -1,0 +1,286 @@
+"""LMDB files are whole or absent, and can be read from any process."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lmdb
+import pytest
+
+from lmdb_io import (
+    DATA_FILE,
+    NUM_SAMPLES,
+    LmdbReader,
+    LmdbWriter,
+    find_lmdbs,
+    image_key,
+    label_key,
+    mask_key,
+)
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _write(path, count=3, **options):
+    with LmdbWriter(path, **options) as writer:
+        for i in range(1, count + 1):
+            writer.append(b"picture %d" % i, f"wörd{i}")
+
+
+def _interrupt(path, error=RuntimeError, **options):
+    """Write two samples and leave the writer by an exception."""
+    with LmdbWriter(path, **options) as writer:
+        writer.append(b"1", "a")
+        writer.append(b"2", "b")
+        assert writer.partial.exists()
+        raise error
+
+
+def _run(code, *arguments):
+    """Run Python code in a process of its own."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_what_is_written_is_read(tmp_path):
+    _write(tmp_path / "a" / "b")
+    reader = LmdbReader(tmp_path / "a" / "b")
+    assert len(reader) == 3
+    assert reader.get(image_key(2)) == b"picture 2"
+    assert reader.get(label_key(3)).decode() == "wörd3"
+    assert reader.get("nothing") is None
+    assert list(reader.keys("label-")) == [label_key(i) for i in (1, 2, 3)]
+    assert os.listdir(tmp_path / "a") == ["b"]
+    assert os.listdir(tmp_path / "a" / "b") == [DATA_FILE]
+
+
+def test_keys_are_the_published_ones():
+    keys = (image_key(1), label_key(23), mask_key(999_999_999), NUM_SAMPLES)
+    assert keys == ("image-000000001", "label-000000023", "mask-999999999", "num-samples")
+
+
+def test_map_grows_and_no_room_is_reserved(tmp_path):
+    with LmdbWriter(tmp_path / "big") as writer:
+        for i in range(1, 41):
+            writer.put(image_key(i), bytes([i]) * (3 << 20))  # 120 MiB, twice the first map
+        writer.put(NUM_SAMPLES, "40")
+    reader = LmdbReader(tmp_path / "big")
+    assert all(reader.get(image_key(i)) == bytes([i]) * (3 << 20) for i in (1, 20, 40))
+    assert (tmp_path / "big" / DATA_FILE).stat().st_size < 130 << 20
+
+
+def test_small_file_stays_small(tmp_path):
+    _write(tmp_path / "small")
+    assert (tmp_path / "small" / DATA_FILE).stat().st_size < 1 << 20
+
+
+def test_exception_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError):
+        _interrupt(tmp_path / "x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_is_refused_or_replaced_in_one_step(tmp_path):
+    _write(tmp_path / "x", 3)
+    with pytest.raises(UserError, match="--overwrite"):
+        LmdbWriter(tmp_path / "x")
+    with pytest.raises(RuntimeError):
+        _interrupt(tmp_path / "x", overwrite=True)
+    assert len(LmdbReader(tmp_path / "x")) == 3
+    _write(tmp_path / "x", 5, overwrite=True)
+    assert len(LmdbReader(tmp_path / "x")) == 5
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_only_an_lmdb_is_ever_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for name in ("folder", "file"):
+        with pytest.raises(UserError, match="choose another"):
+            LmdbWriter(tmp_path / name, overwrite=True)
+    assert (tmp_path / "folder" / "thesis.txt").exists()
+
+
+def test_two_writers_of_one_path_are_refused(tmp_path):
+    with LmdbWriter(tmp_path / "x") as writer:
+        writer.append(b"1", "a")
+        with pytest.raises(UserError, match="another process"):
+            LmdbWriter(tmp_path / "x")
+    assert len(LmdbReader(tmp_path / "x")) == 1
+
+
+def test_interrupted_writer_is_resumed(tmp_path):
+    options = {"resumable": True, "identity": "masks of A"}
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt(tmp_path / "x", KeyboardInterrupt, **options)
+    with pytest.raises(UserError, match="no finished LMDB"):
+        find_lmdbs(tmp_path)
+    with pytest.raises(UserError, match="other input or settings"):
+        LmdbWriter(tmp_path / "x", resumable=True, identity="masks of B")
+    with LmdbWriter(tmp_path / "x", **options) as writer:
+        assert writer.resumed
+        assert writer.count == 2
+        assert label_key(2) in writer
+        assert label_key(3) not in writer
+        writer.append(b"3", "c")
+    assert len(LmdbReader(tmp_path / "x")) == 3
+    assert os.listdir(tmp_path / "x") == [DATA_FILE]
+
+
+def test_killed_writer_is_resumed_from_its_last_commit(tmp_path):
+    code = """
+        import os, signal, sys
+        from lmdb_io import LmdbWriter
+        writer = LmdbWriter(sys.argv[1], resumable=True)
+        writer.append(b"1", "a")
+        writer.commit()
+        writer.append(b"2", "b")
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert _run(code, tmp_path / "x").returncode == -signal.SIGKILL
+    assert os.listdir(tmp_path) == ["x.partial"]
+    with LmdbWriter(tmp_path / "x", resumable=True) as writer:
+        assert writer.count == 1
+        writer.append(b"2", "b")
+    assert LmdbReader(tmp_path / "x").get(image_key(2)) == b"2"
+
+
+def test_overwrite_discards_what_could_be_resumed(tmp_path):
+    with pytest.raises(RuntimeError):
+        _interrupt(tmp_path / "x", resumable=True)
+    with LmdbWriter(tmp_path / "x", resumable=True, overwrite=True) as writer:
+        assert not writer.resumed
+        assert writer.count == 0
+
+
+FILL = """
+    import os, resource, sys
+    from lmdb_io import LmdbWriter
+    from utils import run_command_line
+
+    def main():
+        if len(sys.argv) > 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+        with LmdbWriter(sys.argv[1]) as writer:
+            for i in range(60):
+                writer.append(os.urandom(1 << 20), "x")
+
+    run_command_line(main)
+"""
+
+
+def test_file_size_limit_is_one_clear_line(tmp_path):
+    result = _run(FILL, tmp_path / "x", 8 << 20)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "disk is full" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk_is_one_clear_line(tmp_path):
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small file system needs to be root")
+    try:
+        result = _run(FILL, tmp_path / "x")
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1
+        assert "disk is full" in result.stderr
+        assert os.listdir(tmp_path) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_any_number_of_readers_share_one_file(tmp_path):
+    _write(tmp_path / "x")
+    readers = [LmdbReader(tmp_path / "x"), LmdbReader(f"{tmp_path}/./x")]
+    assert [len(reader) for reader in readers] == [3, 3]
+    readers[0].close()
+    assert readers[1].get(image_key(1)) == b"picture 1"
+    assert readers[0].get(image_key(1)) == b"picture 1"
+
+
+def test_opened_reader_pickles_small(tmp_path):
+    _write(tmp_path / "x")
+    reader = LmdbReader(tmp_path / "x")
+    assert len(reader) == 3
+    data = pickle.dumps(reader)
+    assert len(data) < 500
+    assert pickle.loads(data).get(image_key(3)) == b"picture 3"
+
+
+def _read_in_worker(reader, queue):
+    queue.put((len(reader), reader.get(image_key(2))))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_reader_opened_before_a_worker_starts_works_in_it(tmp_path, method):
+    _write(tmp_path / "x")
+    reader = LmdbReader(tmp_path / "x")
+    assert len(reader) == 3
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    worker = context.Process(target=_read_in_worker, args=(reader, queue))
+    worker.start()
+    assert queue.get(timeout=60) == (3, b"picture 2")
+    worker.join(60)
+    assert worker.exitcode == 0
+    assert reader.get(image_key(3)) == b"picture 3"
+
+
+def test_find_lmdbs_sorts_and_leaves_out_the_unfinished(tmp_path):
+    for name in ("b", "a/deep", "c.partial"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / DATA_FILE).touch()
+    assert find_lmdbs(tmp_path) == [tmp_path / "a" / "deep", tmp_path / "b"]
+    assert find_lmdbs(tmp_path / "b") == [tmp_path / "b"]
+    for bad in ("nothing", "c.partial"):
+        with pytest.raises(UserError):
+            find_lmdbs(tmp_path / bad)
+
+
+def test_what_is_no_lmdb_is_named(tmp_path):
+    for name, content in (("empty", b""), ("junk", b"junk" * 5000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / DATA_FILE).write_bytes(content)
+    for name in ("missing", "empty", "junk"):
+        with pytest.raises(UserError, match=name):
+            LmdbReader(tmp_path / name).get("x")
+
+
+def test_file_cut_short_is_an_error_and_no_crash(tmp_path):
+    with LmdbWriter(tmp_path / "x") as writer:
+        for _ in range(50):
+            writer.append(bytes(9000), "x")
+    os.truncate(tmp_path / "x" / DATA_FILE, 200_000)
+    with pytest.raises(UserError, match="cut short"):
+        LmdbReader(tmp_path / "x").get(image_key(50))
+
+
+@pytest.mark.parametrize("value", [None, "many", "-3"])
+def test_wrong_num_samples_is_named(tmp_path, value):
+    with LmdbWriter(tmp_path / "x") as writer:
+        writer.put(image_key(1), b"1")
+        if value is not None:
+            writer.put(NUM_SAMPLES, value)
+    with pytest.raises(UserError, match=NUM_SAMPLES):
+        len(LmdbReader(tmp_path / "x"))
+
+
+def test_other_write_errors_name_the_folder(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(lmdb, "open", refuse)
+    with pytest.raises(UserError, match="Read-only"):
+        LmdbWriter(tmp_path / "x")
+    assert os.listdir(tmp_path) == []

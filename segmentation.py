@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from modules.hrnet import resize_aligned
 from modules.ssn import PUBLISHED_AREAS, SSN, network_size
+from utils import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.
@@ -77,6 +78,7 @@ class Segmenter:
 
         Raises:
             ValueError: a picture has another type or shape, or no pixel.
+            UserError: the network overflowed, as fp16 or weights of a training that diverged make it.
         """
         images = [self._to_device(picture, i) for i, picture in enumerate(pictures)]
         totals = [torch.zeros(image.shape[-2:], device=self.device) for image in images]
@@ -85,7 +87,10 @@ class Segmenter:
                 maps = self._text_maps([images[i] for i in members], size)  # (len(members), 1, h, w)
                 for i, each in zip(members, maps, strict=True):
                     totals[i] += resize_aligned(each[None], totals[i].shape)[0, 0]  # (H, W)
-        return [(total / len(self.areas)).cpu().numpy() for total in totals]
+        probabilities = [(total / len(self.areas)).cpu().numpy() for total in totals]
+        if not all(np.isfinite(each).all() for each in probabilities):
+            raise UserError(f"SSN gives numbers that are not finite in {self.precision}; use fp32, or other weights")
+        return probabilities
 
     def _to_device(self, picture: np.ndarray, i: int) -> Tensor:
         """(1, 3, H, W), float32, 0..255."""

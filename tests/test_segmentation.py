@@ -1,5 +1,7 @@
 """Segmenter: the published procedure in batches, in every precision, and independence of batch mates."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from modules.ssn import SSN
 from segmentation import Segmenter, fastest_precision, fold_batch_norms, to_8_bits
+from utils import UserError
 
 SMALL = {
     "widths": (4, 8, 12, 16),
@@ -121,6 +124,18 @@ def test_read_only_and_strided_pictures_are_taken(ssn, pictures):
 def test_what_is_no_picture_is_named(ssn, picture):
     with pytest.raises(ValueError, match="picture 0"):
         Segmenter(ssn, [65])([picture])
+
+
+def test_overflow_is_an_error_and_no_mask(pictures):
+    network = SSN(**SMALL)
+    nn.init.constant_(network.semrfnhead.conv_ref_last.bias, float("nan"))
+    with pytest.raises(UserError, match="fp32"):
+        Segmenter(network, [65])(pictures[:1])
+
+
+def test_can_be_sent_to_a_worker_process(ssn, pictures):
+    segmenter = Segmenter(ssn, [65], precision="fp32")
+    assert np.array_equal(pickle.loads(pickle.dumps(segmenter))(pictures[:1])[0], segmenter(pictures[:1])[0])
 
 
 def test_wrong_settings_are_named(ssn):

@@ -1,0 +1,254 @@
+"""tools/create_masks.py: masks that pair with their source, resuming, and everything that must be refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from lmdb_io import LmdbReader, LmdbWriter, image_key, label_key
+from modules.ssn import SSN
+from segmentation import Segmenter
+from tools import create_masks
+from utils import UserError
+
+TINY = {
+    "widths": [4, 8, 12, 16],
+    "stem_width": 8,
+    "num_modules": [1, 1, 1],
+    "num_blocks": 1,
+    "bottlenecks": 1,
+    "bottleneck_width": 4,
+    "head_width": 8,
+}
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def write_words(path: Path, count: int, *, seed: int = 0, broken: tuple[int, ...] = ()) -> list[np.ndarray]:
+    random = np.random.default_rng(seed)
+    pictures = []
+    with LmdbWriter(path) as writer:
+        for index in range(1, count + 1):
+            size = (int(random.integers(12, 40)), int(random.integers(20, 90)))
+            pictures.append(random.integers(0, 256, (*size, 3), dtype=np.uint8))
+            data = cv2.imencode(".png", pictures[-1][..., ::-1])[1].tobytes()
+            writer.append(b"no picture" if index in broken else data, f"wörd{index}")
+    return pictures
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Config, checkpoint, words, and the arguments of a plain run."""
+    config = tmp_path / "ssn.yaml"
+    config.write_text(json.dumps({"model": {"name": "ssn", "ssn": TINY | {"areas": [65]}}}))
+    torch.manual_seed(0)
+    ssn = SSN(**TINY)
+    torch.save(ssn.state_dict(), tmp_path / "ssn.pth")
+    pictures = write_words(tmp_path / "words", 9)
+    common = ["--config", str(config), "--checkpoint", str(tmp_path / "ssn.pth"), "--device", "cpu"]
+    plain = [*common, "--input", str(tmp_path / "words"), "--output", str(tmp_path / "masks")]
+    return {"folder": tmp_path, "ssn": ssn, "pictures": pictures, "common": common, "plain": plain}
+
+
+def decoded(reader: LmdbReader, index: int) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(reader.get(image_key(index)), np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    reader = LmdbReader(path)
+    return {key: reader.get(key) for key in reader.keys()}  # noqa: SIM118 (a reader is no mapping)
+
+
+def test_masks_have_the_keys_sizes_and_labels_of_the_words(setup):
+    assert create_masks.main([*setup["plain"], "--precision", "fp32", "--batch-size", "4"]) == 0
+    words, masks = (LmdbReader(setup["folder"] / name) for name in ("words", "masks"))
+    assert sorted(masks.keys()) == sorted(words.keys())
+    expected = Segmenter(setup["ssn"], [65], precision="fp32")(setup["pictures"])
+    for index, mask in enumerate(expected, start=1):
+        stored = decoded(masks, index)
+        assert stored.dtype == np.uint8
+        assert stored.shape == setup["pictures"][index - 1].shape[:2]
+        assert np.abs(stored.astype(int) - mask).max() <= 1
+        assert masks.get(label_key(index)) == f"wörd{index}".encode()
+    record = json.loads((setup["folder"] / "masks-masks.json").read_text())
+    assert record["words"] == 9
+    assert record["settings"]["areas"] == [65]
+
+
+def test_a_folder_of_lmdbs_keeps_its_layout(setup):
+    root = setup["folder"] / "real"
+    write_words(root / "a", 2)
+    write_words(root / "deep" / "b", 3, seed=1)
+    create_masks.main([*setup["common"], "--input", str(root), "--output", str(setup["folder"] / "out")])
+    assert len(LmdbReader(setup["folder"] / "out" / "a")) == 2
+    assert len(LmdbReader(setup["folder"] / "out" / "deep" / "b")) == 3
+
+
+def test_areas_of_the_command_line_and_overrides_are_used(setup):
+    create_masks.main([*setup["plain"], "--areas", "33", "65"])
+    record = json.loads((setup["folder"] / "masks-masks.json").read_text())
+    assert record["settings"]["areas"] == [33, 65]
+    with pytest.raises(UserError, match=r"model\.ssn\.width"):
+        create_masks.main([*setup["plain"], "model.ssn.width=[1]"])
+
+
+class StopError(Exception):
+    """Stands for a crash."""
+
+
+def test_goes_on_where_it_was_interrupted_and_ends_equal(setup, monkeypatch):
+    create_masks.main([*setup["plain"], "--batch-size", "3"])
+    uninterrupted = contents(setup["folder"] / "masks")
+    again = [*setup["plain"][:-1], str(setup["folder"] / "again"), "--batch-size", "3"]
+    seen: list[int] = []
+    call = Segmenter.__call__
+
+    def counted(self, pictures):
+        if len(seen) == 2:
+            seen.append(0)
+            raise StopError
+        seen.append(len(pictures))
+        return call(self, pictures)
+
+    monkeypatch.setattr(Segmenter, "__call__", counted)
+    with pytest.raises(StopError):
+        create_masks.main(again)
+    assert not (setup["folder"] / "again").exists()
+    assert (setup["folder"] / "again.partial").exists()
+    seen[:] = [0, 0, 0]
+    create_masks.main(again)
+    assert seen[3:] == [3]
+    assert contents(setup["folder"] / "again") == uninterrupted
+    assert not (setup["folder"] / "again.partial").exists()
+
+
+def test_a_part_made_with_other_settings_is_refused(setup, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(create_masks, "check_masks", lambda *_, **__: (_ for _ in ()).throw(StopError))
+        with pytest.raises(StopError):
+            create_masks.main(setup["plain"])
+    with pytest.raises(UserError, match="other input or settings"):
+        create_masks.main([*setup["plain"], "--areas", "33"])
+    create_masks.main([*setup["plain"], "--areas", "33", "--overwrite"])
+    assert len(LmdbReader(setup["folder"] / "masks")) == 9
+
+
+def test_a_complete_output_is_left_alone_and_another_set_refused(setup, capsys):
+    create_masks.main(setup["plain"])
+    before = contents(setup["folder"] / "masks")
+    assert create_masks.main(setup["plain"]) == 0
+    assert "complete already" in capsys.readouterr().out
+    write_words(setup["folder"] / "others", 4, seed=3)
+    others = [*setup["common"], "--input", str(setup["folder"] / "others"), "--output", str(setup["folder"] / "masks")]
+    with pytest.raises(UserError, match="--overwrite"):
+        create_masks.main(others)
+    with pytest.raises(UserError, match="--overwrite"):
+        create_masks.main([*setup["plain"], "--areas", "33"])
+    assert contents(setup["folder"] / "masks") == before
+    create_masks.main([*others, "--overwrite"])
+    assert len(LmdbReader(setup["folder"] / "masks")) == 4
+
+
+def test_all_outputs_are_checked_before_the_first_is_made(setup):
+    root = setup["folder"] / "real"
+    write_words(root / "a", 2)
+    write_words(root / "b", 2)
+    write_words(setup["folder"] / "out" / "b", 2)
+    with pytest.raises(UserError, match="out/b"):
+        create_masks.main([*setup["common"], "--input", str(root), "--output", str(setup["folder"] / "out")])
+    assert not (setup["folder"] / "out" / "a").exists()
+
+
+@pytest.mark.parametrize("place", ["words", "words/inside"])
+def test_an_output_in_the_input_is_refused(setup, place):
+    arguments = [*setup["plain"][:-1], str(setup["folder"] / place), "--overwrite"]
+    with pytest.raises(UserError, match="choose another output"):
+        create_masks.main(arguments)
+    assert len(LmdbReader(setup["folder"] / "words")) == 9
+
+
+def test_broken_pictures_are_counted_named_and_have_no_mask(setup, capsys):
+    write_words(setup["folder"] / "some", 5, broken=(1, 4))
+    create_masks.main(
+        [*setup["common"], "--input", str(setup["folder"] / "some"), "--output", str(setup["folder"] / "out")]
+    )
+    masks = LmdbReader(setup["folder"] / "out")
+    assert len(masks) == 5
+    assert [index for index in range(1, 6) if masks.get(image_key(index)) is None] == [1, 4]
+    assert masks.get(label_key(4)) == "wörd4".encode()
+    listed = (setup["folder"] / "out-rejected.tsv").read_text()
+    assert image_key(1) in listed
+    assert image_key(4) in listed
+    assert "damaged picture" in capsys.readouterr().out
+
+
+def test_other_widths_name_tensors_and_key(setup):
+    with pytest.raises(UserError, match=r"hrnet\..*model\.ssn"):
+        create_masks.main([*setup["plain"], "model.ssn.widths=[8, 8, 12, 16]"])
+    assert not (setup["folder"] / "masks").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
+        (["--input", "nowhere"], "nowhere"),
+        (["--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_wrong_arguments_are_named(setup, changed, message):
+    with pytest.raises(UserError, match=message):
+        create_masks.main([*setup["plain"], *changed])
+
+
+def test_weights_are_needed(setup):
+    arguments = [each for each in setup["plain"] if each not in ("--checkpoint", str(setup["folder"] / "ssn.pth"))]
+    with pytest.raises(UserError, match="--checkpoint"):
+        create_masks.main(arguments)
+
+
+def test_a_checker_finds_a_label_and_a_size_that_differ(setup):
+    reader = LmdbReader(setup["folder"] / "words")
+    writer = LmdbWriter(setup["folder"] / "wrong")
+    for index, picture in enumerate(setup["pictures"], start=1):
+        writer.put(image_key(index), create_masks.encode_mask(np.zeros(picture.shape[:2], np.uint8)))
+        writer.put(label_key(index), reader.get(label_key(index)))
+    create_masks.check_masks(reader, writer, broken=0)
+    writer.put(label_key(2), "other")
+    with pytest.raises(UserError, match="label-000000002"):
+        create_masks.check_masks(reader, writer, broken=0)
+    writer.put(label_key(2), reader.get(label_key(2)))
+    writer.put(image_key(3), create_masks.encode_mask(np.zeros((3, 3), np.uint8)))
+    with pytest.raises(UserError, match="image-000000003"):
+        create_masks.check_masks(reader, writer, broken=0)
+    with pytest.raises(UserError, match="9 masks for 8"):
+        create_masks.check_masks(reader, writer, broken=1)
+    writer.abort()
+
+
+@pytest.mark.slow
+def test_survives_being_killed(setup):
+    write_words(setup["folder"] / "many", 400, seed=5)
+    command = [sys.executable, str(REPOSITORY / "tools" / "create_masks.py"), *setup["common"]]
+    command += ["--input", str(setup["folder"] / "many"), "--output", str(setup["folder"] / "out"), "--batch-size", "8"]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    data = setup["folder"] / "out.partial" / "data.mdb"
+    while not (data.exists() and data.stat().st_size > 60_000) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (setup["folder"] / "out").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(LmdbReader(setup["folder"] / "out")) == 400
+    whole = contents(setup["folder"] / "out")
+    shutil.rmtree(setup["folder"] / "out")
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(setup["folder"] / "out") == whole

@@ -1,0 +1,307 @@
+"""Make the mask LMDB of a word LMDB with a trained SSN: the same keys, 8-bit grey PNGs, 255 = text."""
+
+import argparse
+import hashlib
+import json
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # lets `python tools/NAME.py` find the repository's modules
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from builders import build_ssn
+from config import Config, load_config
+from lmdb_io import DATA_FILE, NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, is_lmdb, label_key
+from segmentation import PRECISIONS, Segmenter
+from tools.support import RejectionLog, make_parser, positive, print_summary
+from transforms import BrokenPictureError, decode_picture
+from utils import UserError, load_checkpoint, read_checkpoint, run_command_line, write_atomically
+
+EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --checkpoint ssn.pth \\
+    --input data/training/label/real --output data/masks
+
+A run that was stopped goes on where it stopped when it is started again in the same way. A word whose picture cannot
+be decoded gets no mask; it is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how masks were made."""
+
+CHUNK_PIXELS = 1 << 23  # of pictures that are held at once, whatever their number: scenes are larger than words
+SIZES_CHECKED = 1000
+PNG_SIZE = slice(16, 24)  # width and height in the header of a PNG, big-endian
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word to make a mask of: its number from 1 and its picture, or the reason (and detail) why there is none."""
+
+    index: int
+    picture: np.ndarray | None = None
+    reason: str = ""
+    detail: str = ""
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("--config", required=True, help="YAML whose model.ssn describes the network")
+    parser.add_argument("--checkpoint", help="weights of SSN (default: the config's model.ssn.checkpoint)")
+    parser.add_argument("--input", required=True, metavar="LMDB", help="word LMDB, or a folder of them")
+    parser.add_argument("--output", required=True, metavar="MASK_LMDB", help="LMDB to make, or a folder for them")
+    parser.add_argument(
+        "--areas",
+        type=positive,
+        nargs="+",
+        metavar="SIDE",
+        help="sizes, pixels (default: the config's model.ssn.areas)",
+    )
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the fastest here")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=256, help="words read, sorted by size and committed together"
+    )
+    parser.add_argument("--compile", action="store_true", help="fuse the network with torch.compile; for long runs")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of config keys")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    options = parse_arguments(arguments)
+    pairs = paired_paths(Path(options.input), Path(options.output))
+    config, checkpoint = read_config(options)
+    segmenter = load_segmenter(config, checkpoint, options)
+    settings = {
+        "checkpoint": _digest(Path(checkpoint).read_bytes()),
+        "areas": list(segmenter.areas),
+        "precision": segmenter.precision,
+    }
+    outputs = [MaskOutput(source, target, settings, overwrite=options.overwrite) for source, target in pairs]
+    for output in outputs:
+        output.check()
+    for output in outputs:
+        output.make(segmenter, batch_size=options.batch_size)
+    return 0
+
+
+def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    """(word LMDB, mask LMDB) of every LMDB of the input: one, or a folder whose layout the output repeats.
+
+    Raises:
+        UserError: no LMDB there, or an output would lie inside of or be an input.
+    """
+    found = find_lmdbs(source)
+    pairs = [(each, target / each.relative_to(source)) for each in found]
+    for _, output in pairs:
+        for each in found:
+            if output.resolve() == each.resolve() or each.resolve() in output.resolve().parents:
+                raise UserError(f"--output {output} is the input {each} or lies in it; choose another output")
+    return pairs
+
+
+def read_config(options: argparse.Namespace) -> tuple[Config, str]:
+    """The config with the command line's areas, and the path of SSN's weights."""
+    overrides = list(options.overrides)
+    if options.areas:
+        overrides.append(f"model.ssn.areas={options.areas}")
+    config = load_config(options.config, overrides)
+    whole = config.model.checkpoint if config.model.kind == "ssn" else None
+    checkpoint = options.checkpoint or config.model.ssn.checkpoint or whole
+    if checkpoint is None:
+        raise UserError("no weights: give --checkpoint, or set model.ssn.checkpoint in the config")
+    config.model.ssn.checkpoint = None  # the command line's replaces it
+    return config, checkpoint
+
+
+def load_segmenter(config: Config, checkpoint: str, options: argparse.Namespace) -> Segmenter:
+    """SSN of the config with its weights, ready for pictures.
+
+    Raises:
+        UserError: the checkpoint cannot be read or is of other widths; the device is not there.
+    """
+    ssn = build_ssn(config)
+    read_checkpoint(checkpoint)  # what is wrong with the file itself is no matter of widths
+    try:
+        load_checkpoint(ssn, checkpoint)
+    except UserError as error:
+        raise UserError(f"{error} (here: model.ssn of {options.config}, its widths and depths)") from error
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"--device {options.device} cannot be used ({first_line}); give cpu or cuda") from error
+    return Segmenter(ssn, config.model.ssn.areas, device=device, precision=options.precision, compile=options.compile)
+
+
+class MaskOutput:
+    """The masks of one word LMDB.
+
+    Args:
+        source: word LMDB.
+        target: mask LMDB to make.
+        settings: what the masks depend on beside the pictures.
+        overwrite: replace what is at `target`, and start anew.
+    """
+
+    def __init__(self, source: Path, target: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+        self.reader = LmdbReader(source)
+        self.target = target
+        self.overwrite = overwrite
+        self.count = len(self.reader)
+        self.settings = settings | {"source": self._source_digest()}
+        self._record_path = target.with_name(f"{target.name}-masks.json")
+        self.complete = False
+
+    def _source_digest(self) -> str:
+        """Names the source's content, not its place: its size, number of words, and a few of the words."""
+        chosen = sorted({1, (self.count + 1) // 2, self.count} - {0})
+        parts = [str(self.count).encode(), str((self.reader.path / DATA_FILE).stat().st_size).encode()]
+        parts += [self.reader.get(key(index)) or b"" for index in chosen for key in (image_key, label_key)]
+        return _digest(b"\0".join(parts))
+
+    def check(self) -> None:
+        """Find out whether there is anything to do; raises UserError when something else is in the way."""
+        if self.overwrite or not self.target.exists():
+            return
+        made_with = None
+        if is_lmdb(self.target) and self._record_path.is_file():
+            try:
+                made_with = json.loads(self._record_path.read_text(encoding="utf-8")).get("settings")
+            except (ValueError, AttributeError):  # not ours, or damaged: as good as none
+                made_with = None
+        if made_with != self.settings:
+            raise UserError(
+                f"{self.target}: exists and was made of other pictures or with other settings; "
+                "choose another output or replace it with --overwrite"
+            )
+        self.complete = True
+
+    def make(self, segmenter: Segmenter, *, batch_size: int) -> None:
+        """Make what is missing, check all of it against the source, and give it its name."""
+        if self.complete:
+            print_summary(f"{self.target}: is complete already", {"words": self.count})
+            return
+        identity = json.dumps(self.settings, sort_keys=True)
+        with (
+            RejectionLog.beside(self.target) as rejected,
+            LmdbWriter(self.target, overwrite=self.overwrite, resumable=True, identity=identity) as writer,
+        ):
+            todo = [index for index in range(1, self.count + 1) if image_key(index) not in writer]
+            self._fill(writer, segmenter, todo, batch_size=batch_size, rejected=rejected)
+            writer.put(NUM_SAMPLES, str(self.count))
+            broken = rejected.counts.total()
+            check_masks(self.reader, writer, broken=broken)
+        record = json.dumps({"settings": self.settings, "words": self.count, "without_mask": broken}, indent=1)
+        write_atomically(self._record_path, lambda file: file.write(record.encode() + b"\n"))
+        counts = {"words": self.count, "masks": self.count - broken, "made in this run": len(todo) - broken}
+        print_summary(f"{self.target}: areas {list(segmenter.areas)}, {segmenter.precision}", counts, rejected)
+
+    def _fill(
+        self, writer: LmdbWriter, segmenter: Segmenter, todo: list[int], *, batch_size: int, rejected: RejectionLog
+    ) -> None:
+        """Segment the words `todo`: the next ones are read while the network works; each chunk is one transaction."""
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        with (
+            ThreadPoolExecutor(1) as pool,
+            tqdm(
+                total=self.count,
+                initial=self.count - len(todo),
+                unit="word",
+                desc=str(self.target.name),
+                mininterval=interval,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            for chunk in one_ahead(pool, load_chunks(self.reader, todo, batch_size)):
+                whole = [word for word in chunk if word.picture is not None]
+                masks = segmenter([word.picture for word in whole])
+                for word, mask in zip(whole, masks, strict=True):
+                    writer.put(image_key(word.index), encode_mask(mask))
+                for word in chunk:
+                    if word.picture is None:
+                        rejected.add(image_key(word.index), word.reason, word.detail)
+                    if (label := self.reader.get(label_key(word.index))) is not None:
+                        writer.put(label_key(word.index), label)
+                writer.commit()
+                bar.update(len(chunk))
+
+
+def load_chunks(reader: LmdbReader, indices: Sequence[int], batch_size: int) -> Iterator[list[Word]]:
+    """Read and decode words, `batch_size` at a time, fewer where the pictures are large."""
+    chunk: list[Word] = []
+    pixels = 0
+    for index in indices:
+        chunk.append(load_word(reader, index))
+        if chunk[-1].picture is not None:
+            pixels += chunk[-1].picture[..., 0].size
+        if len(chunk) == batch_size or pixels >= CHUNK_PIXELS:
+            yield chunk
+            chunk, pixels = [], 0
+    if chunk:
+        yield chunk
+
+
+def load_word(reader: LmdbReader, index: int) -> Word:
+    """Read and decode one word."""
+    data = reader.get(image_key(index))
+    if data is None:
+        return Word(index, reason="no picture")
+    try:
+        return Word(index, picture=decode_picture(data))
+    except BrokenPictureError as error:
+        return Word(index, reason="damaged picture", detail=str(error))
+
+
+def one_ahead(pool: Executor, chunks: Iterator[list[Word]]) -> Iterator[list[Word]]:
+    """`chunks`, the next one being made in `pool` while the caller works on this one."""
+    following = pool.submit(next, chunks, None)
+    while (chunk := following.result()) is not None:
+        following = pool.submit(next, chunks, None)
+        yield chunk
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """8-bit grey PNG."""
+    return cv2.imencode(".png", mask)[1].tobytes()
+
+
+def check_masks(reader: LmdbReader, writer: LmdbWriter, *, broken: int) -> None:
+    """Compare a mask LMDB that is about to be finished with its source: number, keys, all labels, sizes of a sample.
+
+    Raises:
+        UserError: they differ; the LMDB does not take its name then.
+    """
+    count = len(reader)
+    made = [index for index in range(1, count + 1) if image_key(index) in writer]
+    if len(made) != count - broken:
+        raise _failed(writer, f"{len(made)} masks for {count - broken} pictures")
+    for index in range(1, count + 1):
+        if reader.get(label_key(index)) != writer.get(label_key(index)):
+            raise _failed(writer, f"{label_key(index)} differs")
+    chosen = np.linspace(0, len(made) - 1, min(SIZES_CHECKED, len(made))).astype(int)
+    for index in (made[place] for place in np.unique(chosen)):
+        width, height = struct.unpack(">II", writer.get(image_key(index))[PNG_SIZE])
+        if decode_picture(reader.get(image_key(index))).shape[:2] != (height, width):
+            raise _failed(writer, f"the mask {image_key(index)} has another size than its picture")
+
+
+def _failed(writer: LmdbWriter, difference: str) -> UserError:
+    return UserError(f"{writer.path}: the masks do not match the source ({difference}); run again with --overwrite")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    run_command_line(main)

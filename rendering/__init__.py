@@ -1,0 +1,7 @@
+"""Rendered words: pictures of text with the exact mask of their letters, endless and the same for the same seed."""
+
+from rendering.config import RenderConfig, load_render_config
+from rendering.endless import RenderedWords
+from rendering.engine import RenderedWord, Stream, WordRenderer
+
+__all__ = ["RenderConfig", "RenderedWord", "RenderedWords", "Stream", "WordRenderer", "load_render_config"]

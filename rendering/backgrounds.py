@@ -1,0 +1,276 @@
+"""What is behind the letters. A background is float32 RGB, (h, w, 3), from 0 to 255.
+
+The base colour is drawn first, so that the kinds of background of one word resemble each other as far as they can.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from rendering.colours import draw_background_colour, draw_contrasting, luminance, with_luminance
+from rendering.config import BACKGROUND_KINDS, RenderConfig
+from rendering.fonts import FontBook
+from rendering.geometry import Warp
+from rendering.letters import set_letters
+from rendering.textures import cut_texture
+from rendering.words import WordSource
+from utils import UserError
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_PHOTO_SIDE = 640  # pixels; photographs are kept at about this size
+_PHOTO_BYTES = 96 << 20  # of photographs kept in memory by each process
+_FRAGMENTS = 96
+_FRAGMENT_UNIT = 32  # pixels; height of a capital letter in a kept fragment
+_FRAGMENT_SEED = 7
+
+
+class Backgrounds:
+    """Makes backgrounds; photographs and pieces of other texts are kept by the process and are not pickled.
+
+    Args:
+        config: kinds, weights, folder of photographs.
+        fonts, words: what pieces of other texts are drawn from.
+
+    Raises:
+        UserError: the folder of photographs is missing or empty, or photographs are asked for without one.
+    """
+
+    def __init__(self, config: RenderConfig, fonts: FontBook, words: WordSource) -> None:
+        self._fonts, self._words = fonts, words
+        self._photos = find_photos(config.photos) if config.photos else []
+        weights = config.backgrounds.model_dump()
+        if config.background != "mixed":
+            weights = {kind: float(kind == config.background) for kind in BACKGROUND_KINDS}
+        if not self._photos:
+            if config.background == "photo":
+                raise UserError("background: photo needs photographs; name their folder in `photos`")
+            weights["photo"] = 0.0
+        self._weights = np.array([weights[kind] for kind in BACKGROUND_KINDS])
+        if self._weights.sum() == 0:
+            raise UserError("backgrounds: every weight is 0; give at least one usable kind a weight")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._loaded: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._fragments: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": OrderedDict(), "_fragments": {}}
+
+    def draw_kind(self, rng: np.random.Generator) -> str:
+        """A kind by the weights."""
+        place = np.searchsorted(np.cumsum(self._weights / self._weights.sum()), rng.random(), side="right")
+        return BACKGROUND_KINDS[min(int(place), len(BACKGROUND_KINDS) - 1)]
+
+    def make(self, kind: str, warp: Warp, rng: np.random.Generator) -> np.ndarray:
+        """A background of `kind` for a picture of `warp.size`; the warp's margins say where other texts may be."""
+        base = draw_background_colour(rng)
+        size = (warp.size[1], warp.size[0])
+        if kind != "clutter":
+            return self._surface(kind, base, size, rng)
+        ground = ("plain", "plain", "gradient", "texture", "scene")[int(rng.integers(5))]
+        picture = self._surface(ground, base, size, rng)
+        self._add_shapes(picture, base, rng)
+        self._add_texts(picture, base, warp, rng)
+        return picture
+
+    def _surface(self, kind: str, base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        if kind == "plain":
+            picture = np.empty((*size, 3), np.float32)
+            picture[:] = base
+            return picture
+        if kind == "gradient":
+            return _gradient(base, size, rng)
+        if kind == "texture":
+            return _texture(base, size, rng)
+        if kind == "scene":
+            return _scene(base, size, rng)
+        if not self._photos:
+            raise UserError("background: photo needs photographs; name their folder in `photos`")
+        return self._cut_photo(size, rng)
+
+    def _cut_photo(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """A piece of a photograph in the shape of the picture: from its pixels' own scale up to the largest that fits."""
+        photo = self._photo(self._photos[int(rng.integers(len(self._photos)))])
+        height, width = size
+        largest = min(photo.shape[0] / height, photo.shape[1] / width)
+        scale = largest ** float(rng.random()) if largest > 1 else largest
+        piece_height, piece_width = max(1, int(height * scale)), max(1, int(width * scale))
+        top = int(rng.integers(photo.shape[0] - piece_height + 1))
+        left = int(rng.integers(photo.shape[1] - piece_width + 1))
+        piece = photo[top : top + piece_height, left : left + piece_width]
+        shrunk = cv2.resize(piece, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
+        return shrunk.astype(np.float32)
+
+    def _photo(self, path: str) -> np.ndarray:
+        photo = self._loaded.pop(path, None)
+        if photo is None:
+            photo = read_photo(path)
+            while self._loaded and sum(each.nbytes for each in self._loaded.values()) + photo.nbytes > _PHOTO_BYTES:
+                self._loaded.popitem(last=False)
+        self._loaded[path] = photo
+        return photo
+
+    def _add_shapes(self, picture: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> None:
+        """Draw lines, frames, bars and discs, in place."""
+        height, width = picture.shape[:2]
+        for _ in range(int(rng.integers(1, 4))):
+            colour = draw_contrasting(base, rng) if rng.random() < 0.5 else draw_background_colour(rng)
+            colour = tuple(float(c) for c in base + (colour - base) * rng.uniform(0.3, 1.0))
+            thick = max(1, round(height * rng.uniform(0.02, 0.1)))
+            kind = rng.random()
+            x, y = rng.uniform(-0.2, 1.2, size=2) * width, rng.uniform(-0.2, 1.2, size=2) * height
+            start, end = (int(x[0]), int(y[0])), (int(x[1]), int(y[1]))
+            if kind < 0.3:
+                cv2.line(picture, start, end, colour, thick, cv2.LINE_AA)
+            elif kind < 0.55:  # the edge of the sign: everything beyond a border is something else
+                _fill_beyond_edge(picture, colour, rng)
+            elif kind < 0.75:  # a rule above or below the word
+                edge = int(height * (rng.uniform(0, 0.12) if rng.random() < 0.5 else rng.uniform(0.88, 1)))
+                cv2.line(
+                    picture, (0, edge), (width, edge + int(rng.normal(0, 0.03) * height)), colour, thick, cv2.LINE_AA
+                )
+            elif kind < 0.88:
+                cv2.rectangle(picture, start, end, colour, thick if rng.random() < 0.5 else -1)
+            else:
+                cv2.circle(picture, start, int(height * rng.uniform(0.2, 0.9)), colour, thick, cv2.LINE_AA)
+
+    def _add_texts(self, picture: np.ndarray, base: np.ndarray, warp: Warp, rng: np.random.Generator) -> None:
+        """Draw pieces of other texts into the margins, in place, as crops of words show their neighbours."""
+        height, width = picture.shape[:2]
+        left, top, right, bottom = (max(margin, 1.0) for margin in warp.margins)
+        colour = draw_contrasting(base, rng).astype(np.float32)
+        for side in np.flatnonzero(rng.random(4) < 0.35):
+            fragment = self._fragment(int(rng.integers(_FRAGMENTS)))
+            scale = warp.unit / _FRAGMENT_UNIT * rng.uniform(0.6, 1.3)
+            text_size = (max(2, round(fragment.shape[1] * scale)), max(2, round(fragment.shape[0] * scale)))
+            fragment = cv2.resize(fragment, text_size, interpolation=cv2.INTER_AREA)
+            along_x = int(rng.uniform(-0.5, 0.8) * width)
+            along_y = int((height - fragment.shape[0]) / 2 + rng.uniform(-0.1, 0.1) * height)
+            reach = rng.uniform(0.5, 1.0)
+            x, y = (
+                (int(left * reach) - fragment.shape[1], along_y),
+                (along_x, int(top * reach) - fragment.shape[0]),
+                (width - int(right * reach), along_y),
+                (along_x, height - int(bottom * reach)),
+            )[side]
+            _stamp(picture, fragment, x, y, colour)
+
+    def _fragment(self, number: int) -> np.ndarray:
+        """Piece of text `number`, the same in every process: uint8 (h, w) without space around it."""
+        fragment = self._fragments.get(number)
+        if fragment is None:
+            rng = np.random.default_rng([_FRAGMENT_SEED, number])
+            text = self._words.draw(rng)
+            typeface = self._fonts.choose(text, rng)
+            size = round(_FRAGMENT_UNIT / self._fonts.capital_height(typeface))
+            letters = set_letters(self._fonts.open(typeface, size), text, unit=_FRAGMENT_UNIT)
+            left, top, right, bottom = letters.box
+            fragment = self._fragments[number] = letters.fill[top:bottom, left:right]
+        return fragment
+
+
+def find_photos(folder: str) -> list[str]:
+    """The pictures in `folder` and below it, sorted.
+
+    Raises:
+        UserError: the folder is missing or holds no picture.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"photos: {folder}: no such folder; name a folder of pictures")
+    found = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    if not found:
+        raise UserError(f"photos: {folder}: holds no picture ({', '.join(PHOTO_SUFFIXES)})")
+    return found
+
+
+def read_photo(path: str) -> np.ndarray:
+    """The photograph at about 640 pixels of its longer side, RGB, uint8 (h, w, 3).
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    try:
+        photo = cv2.imread(path, cv2.IMREAD_REDUCED_COLOR_2)
+    except cv2.error:  # larger than OpenCV is willing to decode
+        photo = None
+    if photo is None:
+        raise UserError(f"photos: {path}: cannot be decoded; mend it or take it out of the folder")
+    scale = _PHOTO_SIDE / max(photo.shape[:2])
+    if scale < 1:
+        photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+
+
+def _near(base: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarray:
+    """A colour like `base`, lighter or darker by up to `amount` of luminance, a little off in hue."""
+    wanted = float(np.clip(float(luminance(base)) + rng.uniform(-amount, amount), 0.02, 0.98))
+    return with_luminance(np.clip(base + rng.normal(0, 12, size=3), 1, 254), wanted)
+
+
+def _gradient(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    height, width = size
+    other = _near(base, rng, 0.3)
+    x, y = np.linspace(-0.5, 0.5, width, dtype=np.float32), np.linspace(-0.5, 0.5, height, dtype=np.float32)
+    if rng.random() < 0.7:
+        angle = rng.uniform(0, 2 * np.pi)
+        share = 0.5 + x * np.cos(angle) + y[:, None] * np.sin(angle)
+    else:
+        centre = rng.uniform(-0.5, 0.5, size=2)
+        share = np.sqrt((x - centre[0]) ** 2 + (y[:, None] - centre[1]) ** 2)
+    return (base + np.clip(share, 0, 1)[..., None] * (other - base)).astype(np.float32)
+
+
+def _texture(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    strength = rng.beta(1.5, 3.0)
+    other = base + (_near(base, rng, 0.5) - base) * (0.3 + strength)
+    share = cut_texture(size, rng)
+    return np.clip(base + share[..., None] * (other - base), 0, 255).astype(np.float32)
+
+
+def _scene(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Surfaces and edges out of focus, drawn small and enlarged, as what is far behind looks."""
+    height, width = size
+    scale = 24 / min(height, width)
+    small = np.empty((max(24, round(height * scale)), max(24, round(width * scale)), 3), np.float32)
+    small[:] = base
+    for _ in range(int(rng.integers(2, 7))):
+        colour = tuple(float(c) for c in _near(base if rng.random() < 0.6 else draw_background_colour(rng), rng, 0.25))
+        centre = rng.random(2) * (small.shape[1], small.shape[0])
+        corners = centre + rng.normal(0, 14, size=(int(rng.integers(3, 6)), 2))
+        cv2.fillConvexPoly(small, cv2.convexHull(corners.astype(np.int32)), colour, cv2.LINE_AA)
+    picture = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+    sigma = min(height, width) * float(rng.choice([0.01, 0.03, 0.08]))
+    picture = cv2.GaussianBlur(picture, (0, 0), max(0.5, sigma))
+    grain = cut_texture(size, rng)[..., None] - np.float32(0.5)
+    return np.clip(picture + np.float32(rng.uniform(0, 50)) * grain, 0, 255)
+
+
+def _fill_beyond_edge(picture: np.ndarray, colour: tuple[float, ...], rng: np.random.Generator) -> None:
+    """Fill what lies beyond a nearly straight line along one side, in place."""
+    height, width = picture.shape[:2]
+    depth = rng.uniform(0.02, 0.16, size=2) * height
+    side = int(rng.integers(4))
+    if side == 0:
+        corners = [(0, 0), (width, 0), (width, depth[0]), (0, depth[1])]
+    elif side == 1:
+        corners = [(0, height), (width, height), (width, height - depth[0]), (0, height - depth[1])]
+    elif side == 2:
+        corners = [(0, 0), (0, height), (depth[0], height), (depth[1], 0)]
+    else:
+        corners = [(width, 0), (width, height), (width - depth[0], height), (width - depth[1], 0)]
+    cv2.fillConvexPoly(picture, np.array(corners, np.int32), colour, cv2.LINE_AA)
+
+
+def _stamp(picture: np.ndarray, alpha: np.ndarray, x: int, y: int, colour: np.ndarray) -> None:
+    """Draw `colour` through `alpha` (uint8, 255 = all) with its corner at (x, y), in place, cut to the picture."""
+    left, top = max(x, 0), max(y, 0)
+    right, bottom = min(x + alpha.shape[1], picture.shape[1]), min(y + alpha.shape[0], picture.shape[0])
+    if left >= right or top >= bottom:
+        return
+    share = alpha[top - y : bottom - y, left - x : right - x, None].astype(np.float32) / 255
+    area = picture[top:bottom, left:right]
+    area += share * (colour - area)

@@ -1,0 +1,234 @@
+"""Settings of the word renderer: schema, YAML loading, `key=value` overrides.
+
+The schema is the only place where a key, its default, its limits and its meaning are written; `configs/render.yaml`
+holds what a user would change first.
+
+Probabilities and amounts are those of `difficulty` 0.5. A probability is multiplied by twice the difficulty (at most 1),
+an amount by a half plus the difficulty: at 0 nothing distorts or degrades a word, at 1 every effect is twice as frequent
+and half as strong again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from rapidfuzz import fuzz, process
+
+from config import Section, key, walk_schema
+from utils import UserError
+from yaml_io import dump_yaml, parse_yaml, read_yaml
+
+BACKGROUND_KINDS = ("plain", "gradient", "texture", "scene", "photo", "clutter")
+SPLITS = ("all", "train", "held-out")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+BackgroundKind = Literal["plain", "gradient", "texture", "scene", "photo", "clutter"]
+PRINTABLE = "".join(chr(code) for code in range(33, 127))
+
+
+class CasesConfig(Section):
+    """Weights of the ways to write a word."""
+
+    upper: Weight = key(0.45, "WORD")
+    title: Weight = key(0.27, "Word")
+    lower: Weight = key(0.25, "word")
+    mixed: Weight = key(0.03, "wOrd: each letter by chance.")
+
+
+class WordsConfig(Section):
+    """What is written."""
+
+    file: str | None = key(None, "Word list, one a line, with a count after a tab where known; null: English words.")
+    vocabulary: Annotated[int, Field(ge=100)] = key(60000, "Number of English words used when there is no file.")
+    temperature: Annotated[float, Field(gt=0)] = key(
+        4.0, "A word's chance is frequency ** (1 / temperature): 1 as counted, large numbers make all equal."
+    )
+    numbers: Share = key(0.12, "Share of numbers: prices, years, phone fragments, times, amounts.")
+    random: Share = key(0.05, "Share of random letters and digits, which no vocabulary predicts.")
+    punctuation: Share = key(0.07, "Share of words that get punctuation before, after or around them.")
+    max_length: Annotated[int, Field(ge=1)] = key(25, "Longest text in characters.")
+    characters: str = key(PRINTABLE, "Characters that may be written; a word with another one is left out.")
+    cases: CasesConfig = Field(default_factory=CasesConfig)
+
+
+class FontsConfig(Section):
+    """What it is written with."""
+
+    packages: bool = key(True, "Use the families of installed fontpkg-* packages.")
+    system: bool = key(False, "Use the fonts of the system; results then differ from machine to machine.")
+    folders: list[str] = key([], "Folders of .ttf, .otf and .ttc files, searched with what is below them.")
+    exclude: list[str] = key([], "Families to leave out, by name without regard to case.")
+    split: Literal["all", "train", "held-out"] = key("all", "Use all families, or one side of a fixed split of them.")
+    held_out_share: Share = key(0.15, "Share of families that the split holds out, decided by a hash of the name.")
+
+
+class LettersConfig(Section):
+    """Size and spacing of the letters. Lengths are in heights of a capital letter, but for the height itself."""
+
+    height: Annotated[float, Field(gt=4)] = key(26.0, "Median height of a capital letter in the picture, pixels.")
+    height_spread: Amount = key(0.5, "Standard deviation of the logarithm of that height.")
+    min_height: Annotated[float, Field(gt=4)] = key(11.0, "Lower limit of that height, pixels.")
+    max_height: Annotated[float, Field(gt=4)] = key(80.0, "Upper limit of that height, pixels.")
+    max_width: Annotated[int, Field(ge=32)] = key(480, "Widest picture, pixels; a longer word is made smaller.")
+    stretch: Amount = key(0.15, "Standard deviation of the logarithm of the width of the letters.")
+    spacing: Share = key(0.3, "Probability of letters set wider or tighter than the font has them.")
+    widest_spacing: Amount = key(0.5, "Most space added between letters.")
+    bounce: Share = key(0.03, "Probability of letters that leave the base line up and down.")
+
+
+class EffectsConfig(Section):
+    """Probabilities of what is done to the letters, independent of difficulty."""
+
+    outline: Share = key(0.12, "A line of another colour around each letter; not text in the mask.")
+    hollow: Share = key(0.02, "Letters drawn by their outline alone; the line is text in the mask.")
+    shadow: Share = key(0.15, "A shadow, sharp or soft; not text in the mask.")
+    extrusion: Share = key(0.08, "Sides, as of letters of wood or metal; not text in the mask.")
+    glow: Share = key(0.04, "Light around the letters; not text in the mask.")
+    emboss: Share = key(0.08, "A light and a dark edge inside the letters.")
+    gradient: Share = key(0.15, "A colour that changes over the letters.")
+    two_colours: Share = key(0.03, "A colour for the upper and another for the lower part, or for each letter.")
+    worn: Share = key(0.12, "Paint that is uneven.")
+
+
+class GeometryConfig(Section):
+    """Probabilities and amounts of the warp, at difficulty 0.5."""
+
+    rotation: Share = key(0.4, "Probability of a rotation.")
+    degrees: Amount = key(5.0, "Standard deviation of the rotation, degrees.")
+    shear: Share = key(0.25, "Probability of a slant.")
+    shear_amount: Amount = key(0.18, "Standard deviation of the slant, width over height.")
+    perspective: Share = key(0.4, "Probability of a perspective view.")
+    perspective_amount: Amount = key(0.12, "Standard deviation of the relative change of size from end to end.")
+    curve: Share = key(0.1, "Probability of a curved base line.")
+    curve_degrees: Amount = key(70.0, "Largest angle from the first to the last letter of a word on an arc, degrees.")
+    margin: Amount = key(0.22, "Mean space on each side, heights of a capital letter; independent of difficulty.")
+    cut: Share = key(0.06, "Probability of a side that cuts a little into the letters.")
+
+
+class ColoursConfig(Section):
+    """Contrast of letters and background, luminance from 0 to 1."""
+
+    min_contrast: Share = key(0.3, "Least difference of luminance between letters and the background behind them.")
+    low_contrast: Share = key(0.08, "Probability, at difficulty 0.5, of a third to all of that difference.")
+    neutral: Share = key(0.6, "Share of letters that are white, grey or black.")
+
+
+class DegradationConfig(Section):
+    """Probabilities and amounts of what a camera does, at difficulty 0.5."""
+
+    lighting: Share = key(0.35, "Probability of uneven light: a slope, a cast shadow or a shine.")
+    exposure: Share = key(0.4, "Probability of a picture too dark, too light or too flat.")
+    blur: Share = key(0.45, "Probability of a Gaussian blur.")
+    blur_amount: Amount = key(0.045, "Largest standard deviation of it, heights of a capital letter.")
+    motion: Share = key(0.08, "Probability of a motion blur.")
+    motion_amount: Amount = key(0.2, "Longest motion, heights of a capital letter.")
+    low_resolution: Share = key(0.25, "Probability of a picture enlarged from a smaller one.")
+    resolution_loss: Amount = key(2.2, "Largest factor of that enlargement.")
+    sharpening: Share = key(0.15, "Probability of a sharpened picture, with the halos of it.")
+    noise: Share = key(0.35, "Probability of sensor noise.")
+    noise_amount: Amount = key(9.0, "Largest standard deviation of it, of 255.")
+    jpeg: Share = key(0.5, "Probability of JPEG artefacts.")
+    jpeg_quality: Annotated[int, Field(ge=1, le=95)] = key(35, "Lowest JPEG quality, 1 to 95, whatever the difficulty.")
+
+
+class BackgroundWeightsConfig(Section):
+    """Weights of the kinds of background where `background` is mixed."""
+
+    plain: Weight = key(0.28, "One colour.")
+    gradient: Weight = key(0.2, "A colour that changes evenly.")
+    texture: Weight = key(0.2, "Noise, stripes, bricks, planks, stone, cloth, mesh.")
+    scene: Weight = key(0.1, "Blurred surfaces and edges, as of a view out of focus.")
+    photo: Weight = key(0.1, "A piece of a photograph; counts only with `photos`.")
+    clutter: Weight = key(0.22, "Lines, frames, shapes and pieces of other texts on one of the others.")
+
+
+class OutputConfig(Section):
+    """How pictures are stored; masks are always PNG."""
+
+    picture: Literal["jpeg", "png"] = key("jpeg", "Format of the pictures in the LMDB.")
+    quality: Annotated[int, Field(ge=1, le=100)] = key(95, "JPEG quality, 1 to 100; colour at full resolution.")
+    mask: Literal["soft", "binary"] = key(
+        "soft", "soft: the share of each pixel that letters cover, 255 = all; binary: 0 or 255, cut at one half."
+    )
+
+
+class RenderConfig(Section):
+    """Everything that decides how words look."""
+
+    length: Annotated[int, Field(ge=1)] = key(100000, "Words in an epoch when used as render:// training set.")
+    difficulty: Share = key(0.5, "0: straight, sharp and clear words; 0.5: as real ones; 1: hard ones.")
+    background: Literal["mixed", "plain", "gradient", "texture", "scene", "photo", "clutter"] = key(
+        "mixed", "One kind of background for all words, or mixed by the weights of `backgrounds`."
+    )
+    photos: str | None = key(None, "Folder of photographs for the kind `photo`.")
+    backgrounds: BackgroundWeightsConfig = Field(default_factory=BackgroundWeightsConfig)
+    words: WordsConfig = Field(default_factory=WordsConfig)
+    fonts: FontsConfig = Field(default_factory=FontsConfig)
+    letters: LettersConfig = Field(default_factory=LettersConfig)
+    effects: EffectsConfig = Field(default_factory=EffectsConfig)
+    geometry: GeometryConfig = Field(default_factory=GeometryConfig)
+    colours: ColoursConfig = Field(default_factory=ColoursConfig)
+    degradation: DegradationConfig = Field(default_factory=DegradationConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+
+    def probability(self, at_half: float) -> float:
+        """The probability `at_half` (of difficulty 0.5) at this difficulty."""
+        return min(1.0, at_half * 2 * self.difficulty)
+
+    def amount(self, at_half: float) -> float:
+        """The amount `at_half` (of difficulty 0.5) at this difficulty."""
+        return at_half * (0.5 + self.difficulty)
+
+    def to_yaml(self) -> str:
+        """All settings as YAML that `load_render_config` reads back equal."""
+        return dump_yaml(self.model_dump(), width=120)
+
+
+def load_render_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RenderConfig:
+    """Read a YAML file (None: all defaults) and apply `key=value` overrides, whose values are YAML too.
+
+    Raises:
+        UserError: the file cannot be read, or any key or value is unknown or wrong; one line for each.
+    """
+    source = "render settings" if path is None else str(path)
+    data = {} if path is None else read_yaml(Path(path)).data
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override}: not of the form key=value, such as difficulty=0.3")
+        if dotted not in _known_keys():
+            raise UserError(f"override {override}: unknown key; nearest known key: {_nearest(dotted)}")
+        data = _with(data, dotted.split("."), parse_yaml(text, f"override {override}").data)
+    try:
+        return RenderConfig.model_validate(data)
+    except ValidationError as errors:
+        raise UserError("\n".join(_messages(source, errors))) from errors
+
+
+def _with(data: Any, names: Sequence[str], value: Any) -> Any:
+    """`data` with a nested value set; a wrong thing in a section's place stays, to be reported."""
+    if not names:
+        return value
+    if data is not None and not isinstance(data, Mapping):
+        return data
+    return {**(data or {}), names[0]: _with((data or {}).get(names[0]), names[1:], value)}
+
+
+def _known_keys() -> list[str]:
+    return [dotted for dotted, _ in walk_schema(RenderConfig)]
+
+
+def _nearest(dotted: str) -> str:
+    return process.extractOne(dotted, _known_keys(), scorer=fuzz.ratio)[0]
+
+
+def _messages(source: str, errors: ValidationError) -> Iterator[str]:
+    for error in errors.errors(include_url=False):
+        dotted = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            yield f"{source}: {dotted}: unknown key; nearest known key: {_nearest(dotted)}"
+        else:
+            yield f"{source}: {dotted}: {error['msg'].replace('Input should', 'must')}, not {error['input']!r}"

@@ -1,0 +1,114 @@
+"""What light and camera do to the finished picture; the mask is never touched."""
+
+import math
+
+import cv2
+import numpy as np
+
+from rendering.config import RenderConfig
+
+_NOISE_SIDE = 512
+_noise_tile = np.random.default_rng(11).standard_normal((_NOISE_SIDE, _NOISE_SIDE, 3), dtype=np.float32)
+
+
+def degrade(picture: np.ndarray, unit: float, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
+    """Light, blur, loss of resolution, noise and compression, each by its probability.
+
+    Args:
+        picture: float32 RGB (h, w, 3), 0 to 255; it may be changed in place.
+        unit: height of a capital letter, pixels: lengths are relative to it.
+
+    Returns:
+        uint8 RGB (h, w, 3).
+    """
+    settings = config.degradation
+    chance, size = rng.random(8), rng.random(8)
+    if chance[0] < config.probability(settings.lighting):
+        picture = _light(picture, config.amount(1.0), rng)
+    if chance[1] < config.probability(settings.exposure):
+        picture = _expose(picture, config.amount(1.0), rng)
+    if chance[2] < config.probability(settings.motion):
+        picture = _move(picture, config.amount(settings.motion_amount) * unit * size[2], np.pi * size[1])
+    if chance[3] < config.probability(settings.blur):
+        sigma = config.amount(settings.blur_amount) * unit * size[3] ** 1.5
+        if sigma > 0.2:
+            picture = cv2.GaussianBlur(picture, (0, 0), sigma)
+    if chance[4] < config.probability(settings.low_resolution):
+        picture = _lose_resolution(picture, 1 + (config.amount(settings.resolution_loss) - 1) * size[4], unit)
+    if chance[5] < config.probability(settings.noise):
+        picture = picture + _noise(picture.shape[:2], rng) * np.float32(
+            config.amount(settings.noise_amount) * size[5] ** 2
+        )
+    if chance[6] < config.probability(settings.sharpening):
+        picture = picture + np.float32(0.4 + size[6]) * (picture - cv2.GaussianBlur(picture, (0, 0), 1.2))
+    result = np.clip(np.round(picture), 0, 255).astype(np.uint8)
+    if chance[7] < config.probability(settings.jpeg):
+        result = _compress(result, round(settings.jpeg_quality + (95 - settings.jpeg_quality) * size[7] ** 0.7))
+    return result
+
+
+def _light(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
+    """A slope of light, a cast shadow with an edge, or a shine."""
+    height, width = picture.shape[:2]
+    x = np.linspace(-0.5, 0.5, width, dtype=np.float32)
+    y = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None]
+    kind, angle, strength = rng.random(), rng.uniform(0, 2 * np.pi), amount * rng.uniform(0.1, 0.5)
+    across = x * np.float32(math.cos(angle)) + y * np.float32(0.5 * math.sin(angle))
+    if kind < 0.6:
+        return picture * (1 + np.float32(strength) * across)[..., None]
+    if kind < 0.8:
+        edge = np.clip(0.5 + rng.uniform(3, 30) * (across - rng.uniform(-0.3, 0.3)), 0, 1).astype(np.float32)
+        return picture * (1 - np.float32(min(strength, 0.6)) * edge)[..., None]
+    spot = rng.uniform(-0.5, 0.5, size=2).astype(np.float32)
+    reach = np.float32(rng.uniform(0.15, 0.5))
+    shine = np.exp(-((x - spot[0]) ** 2 + ((y - spot[1]) * (height / width)) ** 2) / (2 * reach**2))
+    return picture + np.float32(160 * strength) * shine[..., None]
+
+
+def _expose(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
+    """Change contrast, brightness, gamma and the colour of the light."""
+    flat = 1 - min(0.75, amount * 0.6 * rng.random() ** 1.5)
+    black = rng.uniform(0, 1) * 255 * (1 - flat)
+    tint = 1 + np.clip(rng.normal(0, 0.05 * amount, size=3), -0.2, 0.2)
+    picture = picture * (flat * tint).astype(np.float32) + np.float32(black)
+    gamma = math.exp(float(np.clip(rng.normal(0, 0.3 * amount), -0.8, 0.8)))
+    table = (255 * (np.arange(256) / 255) ** gamma).astype(np.float32)
+    return cv2.LUT(np.clip(np.round(picture), 0, 255).astype(np.uint8), table)
+
+
+def _move(picture: np.ndarray, length: float, angle: float) -> np.ndarray:
+    """Blur along a line of `length` pixels."""
+    side = 2 * math.ceil(length / 2) + 1
+    if side < 3:
+        return picture
+    kernel = np.zeros((side, side), np.float32)
+    middle = side // 2
+    step = np.array([math.cos(angle), math.sin(angle)]) * length / 2
+    start, end = np.round(256 * (middle - step)).astype(int), np.round(256 * (middle + step)).astype(int)
+    cv2.line(kernel, tuple(start.tolist()), tuple(end.tolist()), 1.0, 1, cv2.LINE_AA, shift=8)
+    return cv2.filter2D(picture, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REPLICATE)
+
+
+def _lose_resolution(picture: np.ndarray, factor: float, unit: float) -> np.ndarray:
+    """Shrink by `factor`, but not below letters of 7 pixels, and enlarge again."""
+    factor = min(factor, unit / 7)
+    if factor <= 1:
+        return picture
+    height, width = picture.shape[:2]
+    small = (max(4, round(width / factor)), max(4, round(height / factor)))
+    shrunk = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
+    return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _noise(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Normal noise of standard deviation 1, (h, w, 3), cut from a tile that every process has alike."""
+    height, width = size
+    if height > _NOISE_SIDE or width > _NOISE_SIDE:
+        return rng.standard_normal((height, width, 3), dtype=np.float32)
+    top, left = int(rng.integers(_NOISE_SIDE - height + 1)), int(rng.integers(_NOISE_SIDE - width + 1))
+    return _noise_tile[top : top + height, left : left + width, rng.permutation(3)]
+
+
+def _compress(picture: np.ndarray, quality: int) -> np.ndarray:
+    _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1])

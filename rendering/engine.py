@@ -1,0 +1,185 @@
+"""The renderer: word `index` of seed `seed`, as a picture with its exact mask.
+
+Every concern draws from a random stream of its own: the same index with another kind of background, or with another
+salt for one stream, keeps the letters, their place and everything else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import cv2
+import numpy as np
+
+from rendering.backgrounds import Backgrounds
+from rendering.colours import draw_letter_colour, luminance
+from rendering.config import BACKGROUND_KINDS, RenderConfig
+from rendering.degradation import degrade
+from rendering.effects import Style, draw_style, letter_stroke, paint_fill, paint_under
+from rendering.fonts import FontBook, Typeface, find_families
+from rendering.geometry import Warp, draw_warp
+from rendering.letters import Letters, set_letters
+from rendering.textures import cut_wear
+from rendering.words import WordSource
+from utils import UserError
+
+_DETAIL = 1.5  # the flat word is this much larger than the final one, so that the warp seldom enlarges
+
+
+class Stream(IntEnum):
+    """The concerns that draw by themselves; the numbers are part of what a seed means."""
+
+    WORD = 0
+    FONT = 1
+    LAYOUT = 2
+    GEOMETRY = 3
+    EFFECTS = 4
+    COLOURS = 5
+    BACKGROUND_KIND = 6
+    BACKGROUND = 7
+    DEGRADATION = 8
+
+
+@dataclass(frozen=True)
+class RenderedWord:
+    """A word: `image` uint8 RGB (h, w, 3); `mask` uint8 (h, w), 255 = text; `text` as drawn, case kept."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    text: str
+    family: str
+    background: str
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """The letters of a word before they meet a background. `alpha`: their share of each pixel, uint8 (h, w)."""
+
+    text: str
+    family: str
+    letters: Letters
+    style: Style
+    warp: Warp
+    alpha: np.ndarray
+
+
+class WordRenderer:
+    """Renders words. May be pickled and used in any process: a word depends on config, seed and index alone.
+
+    Args:
+        config: how words look.
+
+    Raises:
+        UserError: no font, no word, no photograph where they are asked for.
+    """
+
+    def __init__(self, config: RenderConfig | None = None) -> None:
+        self.config = config or RenderConfig()
+        self.fonts = FontBook(find_families(self.config.fonts))
+        self.words = WordSource(self.config.words)
+        self.backgrounds = Backgrounds(self.config, self.fonts, self.words)
+
+    def render(
+        self,
+        seed: int,
+        index: int,
+        *,
+        text: str | None = None,
+        background: str | None = None,
+        salts: Mapping[Stream, int] | None = None,
+    ) -> RenderedWord:
+        """Render word `index` of `seed`.
+
+        Args:
+            text: write this instead of a drawn text.
+            background: use this kind instead of a drawn one; the letters stay.
+            salts: another number for a stream draws that concern anew and leaves the others.
+
+        Raises:
+            UserError: no font can draw `text`, or `background` is no kind.
+        """
+        salts = salts or {}
+        drawing = self._draw_letters(seed, index, text, salts)
+        kind = background or self.backgrounds.draw_kind(_stream(seed, index, Stream.BACKGROUND_KIND, salts))
+        return self._finish(drawing, kind, seed, index, salts)
+
+    def render_on_backgrounds(
+        self, seed: int, index: int, kinds: Sequence[str] | None = None, *, text: str | None = None
+    ) -> dict[str, RenderedWord]:
+        """The same word, with the same letters in the same place, on each kind of background.
+
+        Args:
+            kinds: kinds to use; None: all, `photo` only where there are photographs.
+        """
+        if kinds is None:
+            kinds = [kind for kind in BACKGROUND_KINDS if kind != "photo" or self.config.photos]
+        drawing = self._draw_letters(seed, index, text, {})
+        return {kind: self._finish(drawing, kind, seed, index, {}) for kind in kinds}
+
+    def _draw_letters(self, seed: int, index: int, text: str | None, salts: Mapping[Stream, int]) -> _Drawing:
+        word_rng = _stream(seed, index, Stream.WORD, salts)
+        font_rng = _stream(seed, index, Stream.FONT, salts)
+        text = self.words.draw(word_rng) if text is None else text
+        typeface = self.fonts.choose(text, font_rng)
+        height, letters = self._set(text, typeface, _stream(seed, index, Stream.LAYOUT, salts))
+        style = draw_style(self.config.effects, _stream(seed, index, Stream.EFFECTS, salts))
+        warp = draw_warp(letters, height, self.config, _stream(seed, index, Stream.GEOMETRY, salts))
+        alpha = warp.apply(letter_stroke(letters, style))
+        return _Drawing(text, typeface.family, letters, style, warp, alpha)
+
+    def _set(self, text: str, typeface: Typeface, rng: np.random.Generator) -> tuple[float, Letters]:
+        """The height of a capital letter that the picture should have, and the flat word."""
+        settings = self.config.letters
+        height = settings.height * np.exp(settings.height_spread * rng.normal())
+        height = float(np.clip(height, settings.min_height, settings.max_height))
+        chances, spread = rng.random(3), rng.random(len(text))
+        share = self.fonts.capital_height(typeface)
+        size = int(np.clip(4 * round(_DETAIL * height / share / 4), 16, 160))
+        unit = size * share
+        spacing = 0.0
+        if chances[0] < settings.spacing:
+            # Mostly a little wider; sometimes tighter, so that letters nearly touch.
+            spacing = unit * (settings.widest_spacing * chances[1] ** 3 - 0.04)
+        bounce = 0.3 * unit * (spread - 0.5) if chances[2] < settings.bounce else None
+        letters = set_letters(self.fonts.open(typeface, size), text, unit=unit, spacing=spacing, bounce=bounce)
+        return height, letters
+
+    def _finish(self, drawing: _Drawing, kind: str, seed: int, index: int, salts: Mapping[Stream, int]) -> RenderedWord:
+        if kind not in BACKGROUND_KINDS:
+            raise UserError(f"background: {kind!r} is none of {', '.join(BACKGROUND_KINDS)}")
+        picture = self.backgrounds.make(kind, drawing.warp, _stream(seed, index, Stream.BACKGROUND, salts))
+        picture = self._paint(drawing, picture, _stream(seed, index, Stream.COLOURS, salts))
+        rng = _stream(seed, index, Stream.DEGRADATION, salts)
+        image = degrade(picture, drawing.warp.unit, self.config, rng)
+        mask = drawing.alpha
+        if self.config.output.mask == "binary":
+            mask = np.where(mask > 127, np.uint8(255), np.uint8(0))
+        return RenderedWord(image, mask, drawing.text, drawing.family, kind)
+
+    def _paint(self, drawing: _Drawing, picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The letters, and what lies under them, on the background."""
+        letters, style, warp = drawing.letters, drawing.style, drawing.warp
+        alpha = drawing.alpha[..., None].astype(np.float32) / 255
+        colour = draw_letter_colour(*_look_behind(picture, drawing.alpha), self.config, rng)
+        if style.has_under:
+            under = warp.apply(paint_under(letters, style, colour, rng))
+            picture = picture * (1 - under[..., 3:]) + under[..., :3]
+        if style.has_one_colour:
+            fill = colour.astype(np.float32)
+        else:
+            fill = warp.apply(paint_fill(letters, style, colour, cut_wear(letters.fill.shape, rng), rng))
+        return picture + alpha * (fill - picture)
+
+
+def _look_behind(picture: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean colour behind the letters and the standard deviation of its luminance."""
+    mask = (alpha > 127).astype(np.uint8)
+    if not mask.any():
+        mask[:] = 1
+    mean, _ = cv2.meanStdDev(picture, mask=mask)
+    _, spread = cv2.meanStdDev(luminance(picture).astype(np.float32), mask=mask)
+    return mean[:, 0], float(spread[0, 0])
+
+
+def _stream(seed: int, index: int, stream: Stream, salts: Mapping[Stream, int]) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([seed, index, int(stream), salts.get(stream, 0)]))

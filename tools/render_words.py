@@ -1,0 +1,204 @@
+"""Render words with the exact mask of their letters into two LMDBs: OUTPUT/images/NAME and OUTPUT/masks/NAME."""
+
+import functools
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # lets `python tools/NAME.py` find the repository's modules
+
+import argparse
+
+import cv2
+import numpy as np
+
+from contact_sheet import Cell, make_contact_sheet
+from lmdb_io import LmdbWriter
+from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
+from rendering.config import BACKGROUND_KINDS, SPLITS, OutputConfig
+from tools.support import make_parser, map_in_processes, positive, print_summary, progress, usable_cores
+from utils import UserError, run_command_line
+
+EXAMPLE = """  python tools/render_words.py --output data/rendered --name words --count 10000 --seed 0
+  python tools/render_words.py --output data/rendered --name hard --count 2000 --difficulty 0.9 --contact-sheet hard.png
+
+train on them with dataset.train.roots=[data/rendered/images] dataset.masks.root=data/rendered/masks"""
+
+SHEET_WORDS = 64
+
+
+class EncodedWord(NamedTuple):
+    """A word as the LMDBs hold it, and what the summary counts."""
+
+    image: bytes
+    mask: bytes
+    text: str
+    family: str
+    background: str
+
+
+def encode_word(word: RenderedWord, output: OutputConfig) -> EncodedWord:
+    """Encode picture and mask; JPEG keeps colour at full resolution."""
+    image = np.ascontiguousarray(word.image[..., ::-1])
+    if output.picture == "png":
+        encoded = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1]
+    else:
+        full_colour = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+        encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, output.quality, *full_colour])[1]
+    mask = cv2.imencode(".png", word.mask, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1]
+    return EncodedWord(encoded.tobytes(), mask.tobytes(), word.text, word.family, word.background)
+
+
+@functools.lru_cache(maxsize=1)
+def _renderer(settings: str) -> WordRenderer:
+    """The renderer of this process for settings as JSON; forked workers inherit the one of the main process."""
+    cv2.setNumThreads(1)  # the workers share the cores already
+    return WordRenderer(RenderConfig.model_validate_json(settings))
+
+
+def render_and_encode(index: int, *, settings: str, seed: int) -> EncodedWord:
+    """Word `index` of `seed`, encoded; runs in a worker."""
+    renderer = _renderer(settings)
+    return encode_word(renderer.render(seed, index), renderer.config.output)
+
+
+def render_words(config: RenderConfig, count: int, *, seed: int, workers: int) -> Iterator[EncodedWord]:
+    """Words 0 to count - 1 of `seed`, in order, with a progress bar; the same for any number of workers."""
+    settings = config.model_dump_json()
+    _renderer(settings)  # errors of the settings come from here, once
+    render = functools.partial(render_and_encode, settings=settings, seed=seed)
+    words = map_in_processes(render, range(count), workers=workers, chunk_size=32)
+    return progress(words, total=count, unit="word", description="words")
+
+
+def store_words(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> list[EncodedWord]:
+    """Write both LMDBs, which appear together at the end; returns the first words, for a contact sheet, and counts."""
+    paths = output / "images" / name, output / "masks" / name
+    new = [path for path in paths if not path.exists()]
+    kept: list[EncodedWord] = []
+    try:
+        with LmdbWriter(paths[1], overwrite=overwrite) as masks, LmdbWriter(paths[0], overwrite=overwrite) as images:
+            for word in words:
+                images.append(word.image, word.text)
+                masks.append(word.mask, word.text)
+                kept.append(word if len(kept) < SHEET_WORDS else word._replace(image=b"", mask=b""))
+            images.commit()  # a full disk shows here, before either has its name
+            masks.commit()
+    except BaseException:
+        for path in new:
+            if path.exists():
+                shutil.rmtree(path)
+        raise
+    return kept
+
+
+def draw_sheet(words: list[EncodedWord], path: Path) -> None:
+    """Save a sheet of the first words: picture, mask, and the mask over the picture."""
+    cells = []
+    for word in words[:SHEET_WORDS]:
+        image = cv2.imdecode(np.frombuffer(word.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+        mask = cv2.imdecode(np.frombuffer(word.mask, np.uint8), cv2.IMREAD_GRAYSCALE)
+        cells.append(Cell(image, word.text, mask))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_contact_sheet(cells).save(path)
+    except (OSError, ValueError) as error:  # ValueError: Pillow knows no format of that name
+        raise UserError(f"--contact-sheet {path}: cannot be written ({error}); name a .png file") from error
+
+
+def read_settings(options: argparse.Namespace) -> RenderConfig:
+    """The settings of the YAML file, then the overrides, then the flags."""
+    config = load_render_config(options.config, options.overrides)
+    flags = {
+        "difficulty": options.difficulty,
+        "background": options.backgrounds,
+        "photos": options.photos,
+        "words.file": options.words,
+        "fonts.folders": options.fonts,
+        "fonts.exclude": options.exclude_fonts,
+        "fonts.split": options.font_split,
+    }
+    data = config.model_dump()
+    for dotted, value in flags.items():
+        if value is not None:
+            section, _, name = dotted.rpartition(".")
+            (data[section] if section else data)[name] = value
+    if options.fonts:
+        data["fonts"]["packages"] = False  # a folder that is named is meant to be used alone
+    return RenderConfig.model_validate(data)
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
+def whole(text: str) -> int:
+    """An argparse type: a whole number from 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def folder_name(text: str) -> str:
+    """An argparse type: the name of one folder."""
+    if text in ("", ".", "..") or "/" in text or "\\" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of one folder")
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as letters.height=30")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of images/ and masks/")
+    parser.add_argument("--name", required=True, type=folder_name, help="name of both LMDBs")
+    parser.add_argument("--count", type=positive, default=10000, help="number of words (default: 10000)")
+    parser.add_argument("--seed", type=whole, default=0, help="another seed, other words (default: 0)")
+    parser.add_argument("--config", metavar="YAML", help="settings, such as configs/render.yaml (default: built in)")
+    parser.add_argument("--difficulty", type=share, metavar="0..1", help="0: clear words, 1: hard ones")
+    parser.add_argument("--backgrounds", choices=("mixed", *BACKGROUND_KINDS), help="one kind for all words, or mixed")
+    parser.add_argument("--photos", metavar="FOLDER", help="photographs for backgrounds")
+    parser.add_argument("--words", metavar="FILE", help="word list, one a line, with a count after a tab where known")
+    parser.add_argument("--fonts", action="append", metavar="FOLDER", help="use the fonts of this folder (repeatable)")
+    parser.add_argument("--exclude-fonts", nargs="+", metavar="FAMILY", help="families to leave out")
+    parser.add_argument("--font-split", choices=SPLITS, help="use one side of a fixed split of the families")
+    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help=f"picture of the first {SHEET_WORDS} words")
+    parser.add_argument(
+        "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the LMDBs when they exist")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    # Intermixed: settings may stand before, between and after the flags.
+    options = build_parser().parse_intermixed_args(arguments)
+    config = read_settings(options)
+    start = time.perf_counter()
+    words = render_words(config, options.count, seed=options.seed, workers=options.workers)
+    kept = store_words(words, options.output, options.name, overwrite=options.overwrite)
+    seconds = time.perf_counter() - start
+    if options.contact_sheet:
+        draw_sheet(kept, options.contact_sheet)
+    counts: dict[str, object] = {"words": len(kept), "different texts": len({word.text for word in kept})}
+    counts["font families"] = len({word.family for word in kept})
+    kinds = Counter(word.background for word in kept)
+    counts |= {f"on {kind}": kinds[kind] for kind in BACKGROUND_KINDS if kinds[kind]}
+    counts["words a second"] = len(kept) / seconds
+    print_summary(f"{options.output}/images/{options.name} and {options.output}/masks/{options.name}", counts)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command_line(main)

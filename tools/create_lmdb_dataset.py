@@ -100,6 +100,8 @@ def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pix
             return Word(name, reason="tab in label", detail=label)
         return read_picture(name, path, label, max_pixels)
     name = pairs[0][0]
+    if not name:
+        return Word(line, reason="no path")
     climbs = "\0" not in name and inside(folder, name) is None
     return Word(name, reason="path leaves the folder" if climbs else "no such file")
 

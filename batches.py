@@ -18,6 +18,9 @@ B = TypeVar("B", bound="_Batch")
 # Only ASCII: the lower case of some other letters is longer than one character.
 _LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
+EMPTY = "empty"  # nothing of the label is in the charset
+TOO_LONG = "too_long"
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -44,6 +47,13 @@ class LabelRule:
     def normalize(self, text: str) -> str:
         """The characters of `text` that count."""
         return self.charset.normalize(text if self.case_sensitive else text.translate(_LOWER))
+
+    def unusable(self, text: str) -> str | None:
+        """Why a label cannot be taught: nothing of it is in the charset, or it is too long; None if it can."""
+        length = len(self.normalize(text))
+        if not length:
+            return EMPTY
+        return TOO_LONG if length > self.max_length else None
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Classes (N, T) int64, 0 from the end of each text on, and lengths (N,) int64 that count the end."""

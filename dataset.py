@@ -39,7 +39,7 @@ from masks import LmdbMasks, MaskSource, OnlineMasks, find_mask_lmdb
 from sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler, as_key
 from transforms import BrokenPictureError, CropSegmentation, Picture, WordTransform, decode_mask, decode_picture
 from utils import UserError
-from word_index import EMPTY, MISSING, TOO_LONG, default_cache_dir, open_word_index
+from word_index import MISSING, default_cache_dir, open_word_index
 
 __all__ = [
     "Batch",
@@ -188,7 +188,7 @@ class RenderedDataset(Dataset):
 
     Args:
         source: `source[SampleKey]` -> (picture uint8 RGB, mask uint8, text), and its length.
-        transform, seed, stream, name: as of WordDataset.
+        labels, transform, seed, stream, name: as of WordDataset; a text that is not usable is skipped when it comes.
         with_masks: keep the masks.
     """
 
@@ -196,6 +196,7 @@ class RenderedDataset(Dataset):
         self,
         source: Any,
         *,
+        labels: LabelRule,
         transform: WordTransform,
         with_masks: bool = True,
         seed: int = 0,
@@ -203,6 +204,7 @@ class RenderedDataset(Dataset):
         name: str = "rendered",
     ) -> None:
         self.source = source
+        self.labels = labels
         self.transform = transform
         self.with_masks = with_masks
         self.name = name
@@ -212,9 +214,12 @@ class RenderedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: SampleKey | int) -> WordSample:
+    def __getitem__(self, key: SampleKey | int) -> WordSample | Skipped:
         key = as_key(key)
         picture, mask, text = self.source[key]
+        reason = self.labels.unusable(text)
+        if reason:
+            return Skipped(key.index, reason)
         picture, mask = self.transform(picture, mask if self.with_masks else None, self._generators.at(key))
         return WordSample(picture, mask, text, key.index)
 
@@ -344,7 +349,7 @@ def _open_renderer(root: str, labels: LabelRule, *, length: int | None, seed: in
     from rendering import RenderedWords  # the engine is only needed for such roots
 
     source = RenderedWords(root.removeprefix(RENDER_SCHEME), length=length, seed=seed)
-    return RenderedDataset(source, seed=seed, **common)
+    return RenderedDataset(source, labels=labels, seed=seed, **common)
 
 
 def _distinct_names(paths: Sequence[str]) -> list[str]:
@@ -442,25 +447,19 @@ class LanguageDataset(Dataset):
                     if len(fields) != len(columns):
                         reasons["fields"] += 1
                         continue
-                    text = self.labels.normalize(fields[columns.index("inp")])
-                    target = self.labels.normalize(fields[columns.index("gt")])
-                    reason = self._unusable(text) or self._unusable(target)
+                    text, target = fields[columns.index("inp")], fields[columns.index("gt")]
+                    reason = self.labels.unusable(text) or self.labels.unusable(target)
                     if reason:
                         reasons[reason] += 1
                         continue
-                    inputs.append(text)
-                    targets.append(target)
+                    inputs.append(self.labels.normalize(text))
+                    targets.append(self.labels.normalize(target))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); check dataset roots") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: is not UTF-8 text ({error}); a language root is a CSV file") from error
         self.filtered = dict(reasons)
         return inputs.freeze(), targets.freeze()
-
-    def _unusable(self, text: str) -> str | None:
-        if not text:
-            return EMPTY
-        return TOO_LONG if len(text) > self.labels.max_length else None
 
 
 class TextArray:

@@ -161,6 +161,7 @@ class MaskStore:
     def _open(self) -> sqlite3.Connection:
         if self._process != os.getpid():
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._inherited = self._connection  # of the process that forked this one: closing it here would spoil it
             self._connection = sqlite3.connect(self.path, timeout=60)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=OFF")  # a lost mask is made again

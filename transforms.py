@@ -8,6 +8,7 @@ Matrices map points of the source to points of the result, in continuous coordin
 [0, W] x [0, H], the middle of its first pixel is (0.5, 0.5).
 """
 
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -119,10 +120,14 @@ def fit_canvas(matrix: np.ndarray, size: Size, *, max_side: int = MAX_SIDE) -> t
         The matrix onto the new canvas, and the canvas' height and width.
     """
     height, width = size
-    points = matrix @ np.array([[0, width, width, 0], [0, 0, height, height], [1, 1, 1, 1]], dtype=np.float64)
-    points = points[:2] / points[2]
-    left, top = points.min(1)
-    extent_x, extent_y = points.max(1) - (left, top)
+    (a, b, c), (d, e, f), (g, h, k) = matrix.tolist()  # four points: plain numbers are faster than arrays
+    xs, ys = [], []
+    for x, y in ((0, 0), (width, 0), (width, height), (0, height)):
+        depth = g * x + h * y + k
+        xs.append((a * x + b * y + c) / depth)
+        ys.append((d * x + e * y + f) / depth)
+    left, top = min(xs), min(ys)
+    extent_x, extent_y = max(xs) - left, max(ys) - top
     new_width = min(max(round(extent_x), 1), max_side)
     new_height = min(max(round(extent_y), 1), max_side)
     scale_x, scale_y = new_width / extent_x, new_height / extent_y
@@ -154,25 +159,44 @@ def resize(picture: np.ndarray, size: Size) -> np.ndarray:
 # --- deterioration ----------------------------------------------------------------------------------------------------
 
 
+NOISE_DEVIATION = 30.0  # grey levels of the table; rounding adds less than 0.05 to a deviation of 4.5
+NOISE_MIDDLE = 128.0
+
+
+@functools.cache
+def _noise_table() -> np.ndarray:
+    """Normal numbers (2^20,) as grey levels: every picture takes a random part of them, which costs no drawing."""
+    normal = np.random.Generator(np.random.PCG64(0)).standard_normal(1 << 20, dtype=np.float32)
+    return np.clip(np.rint(normal * NOISE_DEVIATION + NOISE_MIDDLE), 0, 255).astype(np.uint8)
+
+
 def gaussian_noise(picture: Picture, rng: Generator, *, variance: float = 20.0) -> Picture:
     """Add normal noise of a variance of up to `variance` (grey levels squared), per pixel and channel."""
-    deviation = math.sqrt(one_sided(rng, variance))
-    cv2.setRNGSeed(int(rng.integers(1 << 31)))  # OpenCV draws normal numbers three times as fast as NumPy
-    noise = cv2.randn(np.empty(picture.shape, np.int16), 0.0, deviation)
-    return cv2.add(picture, noise, dtype=cv2.CV_8U)
+    factor = math.sqrt(one_sided(rng, variance)) / NOISE_DEVIATION
+    table = _noise_table()
+    if picture.size * 2 > table.size:
+        table = np.resize(table, picture.size * 2)
+    start = int(rng.integers(table.size - picture.size))
+    noise = table[start : start + picture.size].reshape(picture.shape)
+    return cv2.addWeighted(picture, 1.0, noise, factor, -NOISE_MIDDLE * factor)
+
+
+DIRECTIONS = 36  # of motion blur: steps of 5 degrees
 
 
 def motion_blur(picture: Picture, rng: Generator, *, length: float = 6.0) -> Picture:
     """Blur along a line of up to `length` pixels in any direction."""
     pixels = round(one_sided(rng, length))
-    angle = rng.uniform(0.0, math.pi)
+    direction = int(rng.integers(DIRECTIONS))
     if pixels < 2:
         return picture
-    return cv2.filter2D(picture, -1, line_kernel(pixels, angle), borderType=cv2.BORDER_REPLICATE)
+    return cv2.filter2D(picture, -1, line_kernel(pixels, direction), borderType=cv2.BORDER_REPLICATE)
 
 
-def line_kernel(pixels: int, angle: float) -> np.ndarray:
-    """Kernel with sum 1: a centred line of `pixels` length at `angle` (radians)."""
+@functools.cache
+def line_kernel(pixels: int, direction: int) -> np.ndarray:
+    """Kernel with sum 1: a centred line of `pixels` length, `direction` of DIRECTIONS half-turns from the x axis."""
+    angle = math.pi * direction / DIRECTIONS
     radius = pixels // 2 + 1
     kernel = np.zeros((2 * radius + 1, 2 * radius + 1), np.float32)
     for offset in np.linspace(-(pixels - 1) / 2, (pixels - 1) / 2, 2 * pixels - 1):
@@ -207,8 +231,6 @@ def deteriorate(picture: Picture, rng: Generator, *, base: Size) -> Picture:
 
 # --- colour -----------------------------------------------------------------------------------------------------------
 
-_LEVELS = np.arange(256, dtype=np.float32)
-
 
 def color_jitter(
     picture: Picture,
@@ -241,7 +263,7 @@ def color_jitter(
 
 def _stretch(picture: Picture, factor: float, offset: float) -> Picture:
     """factor x level + offset, within [0, 255]."""
-    return cv2.LUT(picture, np.clip(_LEVELS * factor + (offset + 0.5), 0, 255).astype(np.uint8))
+    return cv2.addWeighted(picture, factor, picture, 0.0, offset)  # saturates, and is faster than a table
 
 
 def _turn_hue(picture: Picture, turn: float) -> Picture:
@@ -345,8 +367,12 @@ class AugmentWord:
         if not whole and canvas[0] >= final[0] and canvas[1] >= final[1]:
             matrix = np.diag((final[1] / canvas[1], final[0] / canvas[0], 1.0)) @ matrix
             canvas = final
-        picture = warp(picture, matrix, canvas, interpolation)
-        return picture, None if mask is None else warp(mask, matrix, canvas, cv2.INTER_LINEAR)
+        if mask is None:
+            return warp(picture, matrix, canvas, interpolation), None
+        if interpolation != cv2.INTER_LINEAR:
+            return warp(picture, matrix, canvas, interpolation), warp(mask, matrix, canvas, cv2.INTER_LINEAR)
+        both = warp(cv2.merge((picture, mask)), matrix, canvas, interpolation)  # four channels cost what three do
+        return cv2.cvtColor(both, cv2.COLOR_RGBA2RGB), cv2.extractChannel(both, 3)
 
 
 def limit_size(picture: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:

@@ -20,15 +20,13 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from batches import LabelRule
+from batches import EMPTY, TOO_LONG, LabelRule
 from lmdb_io import DATA_FILE, LmdbReader
 
 logger = logging.getLogger(__name__)
 
 MISSING = "missing"  # no picture or no label under the number of the sample
 NOT_UTF8 = "not_utf8"
-EMPTY = "empty"  # nothing of the label is in the charset
-TOO_LONG = "too_long"
 
 _FORMAT = 1  # of the files; a new one makes old files unused
 _CHUNK = 1 << 16
@@ -204,7 +202,7 @@ def _load(stem: Path) -> WordIndex | None:
         return WordIndex(numbers, counts["filtered"], numbers_path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s: is damaged (%s), scanning again", numbers_path, error)
         return None
 

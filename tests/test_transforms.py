@@ -1,0 +1,310 @@
+"""Decoding, geometry that moves picture and mask alike, deterioration, colour, sizes."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import transforms
+from transforms import (
+    AugmentWord,
+    BrokenPictureError,
+    CropSegmentation,
+    ResizeWord,
+    affine,
+    color_jitter,
+    decode_mask,
+    decode_picture,
+    fit_canvas,
+    gaussian_noise,
+    line_kernel,
+    motion_blur,
+    one_sided,
+    perspective,
+    rescale,
+    rotation,
+    symmetric,
+    warp,
+)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def pattern(height: int = 40, width: int = 100) -> np.ndarray:
+    """Smooth grey blobs, (H, W) uint8, that change under any geometry."""
+    noise = rng(3).random((5, 9)).astype(np.float32) * 255
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 255).astype(np.uint8)
+
+
+def as_color(grey: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+class TestDecoding:
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "I;16"])
+    def test_every_colour_model_becomes_rgb(self, mode):
+        color = np.zeros((12, 20, 3), np.uint8)
+        color[:, :10] = (200, 40, 40)
+        color[:, 10:] = (30, 60, 210)
+        expected = color
+        if mode == "I;16":
+            grey = cv2.cvtColor(color, cv2.COLOR_RGB2GRAY)
+            picture, expected = Image.fromarray(grey.astype(np.uint16) * 257), as_color(grey)
+        else:
+            picture = Image.fromarray(color).convert(mode)
+            if mode in ("L", "LA", "P"):
+                expected = np.asarray(picture.convert("RGB"))
+        decoded = decode_picture(encoded(picture, "JPEG" if mode == "CMYK" else "PNG"))
+        assert decoded.shape == (12, 20, 3)
+        assert decoded.dtype == np.uint8
+        inner = np.s_[:, [3, 16]]  # away from the edge, which JPEG blurs
+        assert np.abs(decoded[inner].astype(int) - expected[inner]).max() <= 6
+
+    def test_transparency_is_dropped_and_orientation_is_ignored(self):
+        clear = np.full((8, 16, 4), (10, 200, 30, 0), np.uint8)
+        assert (decode_picture(encoded(Image.fromarray(clear), "PNG")) == (10, 200, 30)).all()
+        turned = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
+        turned.getexif()[0x0112] = 6
+        file = io.BytesIO()
+        turned.save(file, "JPEG", exif=turned.getexif())
+        assert decode_picture(file.getvalue()).shape == (8, 16, 3)
+
+    def test_mask_is_one_channel(self):
+        mask = pattern()
+        assert (decode_mask(encoded(Image.fromarray(mask), "PNG")) == mask).all()
+        assert decode_mask(encoded(Image.fromarray(as_color(mask)), "PNG")).shape == mask.shape
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.95])
+    def test_truncated_or_empty_is_broken(self, kind, share):
+        data = encoded(Image.fromarray(as_color(pattern())), kind)
+        with pytest.raises(BrokenPictureError):
+            decode_picture(data[: int(len(data) * share)])
+
+    def test_text_is_broken(self):
+        with pytest.raises(BrokenPictureError):
+            decode_picture(b"this is no picture at all")
+
+
+class TestMagnitudes:
+    def test_symmetric_magnitudes_have_the_published_spread(self):
+        values = np.array([symmetric(rng(seed), 45.0) for seed in range(2000)])
+        assert np.abs(values).max() < 45
+        assert abs(values.mean()) < 1.0
+        assert values.std() == pytest.approx(45 * 2 * np.sqrt(16 / (64 * 9)), rel=0.06)  # of Beta(4, 4)
+
+    def test_one_sided_magnitudes_have_the_published_mean(self):
+        values = np.array([one_sided(rng(seed), 20.0) for seed in range(2000)])
+        assert values.min() >= 0
+        assert values.max() < 20
+        assert values.mean() == pytest.approx(20 * 0.2, rel=0.08)  # Beta(1, 4) has mean 1 / 5
+
+
+class TestGeometry:
+    @pytest.mark.parametrize("kind", [rotation, affine, perspective])
+    def test_canvas_holds_the_result_and_no_more(self, kind):
+        for seed in range(50):
+            matrix, (height, width) = fit_canvas(kind(rng(seed), (40, 100)), (40, 100))
+            corners = matrix @ np.array([[0, 100, 100, 0], [0, 0, 40, 40], [1, 1, 1, 1.0]])
+            corners = corners[:2] / corners[2]
+            np.testing.assert_allclose(corners.min(1), 0, atol=1e-4)
+            np.testing.assert_allclose(corners.max(1), (width, height), rtol=1e-4)
+
+    def test_ranges(self):
+        for seed in range(200):
+            turned = rotation(rng(seed), (40, 100))
+            assert abs(np.degrees(np.arctan2(turned[1, 0], turned[0, 0]))) <= 45
+            scaled = affine(rng(seed), (40, 100))
+            assert 0.5 <= scaled[0, 0] <= 2
+            assert abs(scaled[0, 1] / scaled[0, 0]) <= 1.0
+            assert abs(scaled[1, 0] / scaled[0, 0]) <= np.tan(np.radians(15)) + 1e-9
+            projected = perspective(rng(seed), (40, 100))
+            corners = projected @ np.array([[0, 100, 100, 0], [0, 0, 40, 40], [1, 1, 1, 1.0]])
+            corners = corners[:2] / corners[2]
+            assert (corners >= -1e-3).all()
+            assert (np.abs(corners - [[0, 100, 100, 0], [0, 0, 40, 40]]) <= [[25.001], [10.001]]).all()
+
+    def test_identity_warp_equals_the_resize(self):
+        picture = as_color(pattern())
+        scale = np.diag((128 / 100, 32 / 40, 1.0))
+        warped = warp(picture, scale, (32, 128), cv2.INTER_LINEAR)
+        assert np.abs(warped.astype(int) - transforms.resize(picture, (32, 128))).max() <= 4  # OpenCV's fixed point
+
+    def test_result_beyond_the_limit_is_scaled_down(self):
+        _, (height, width) = fit_canvas(np.diag((100.0, 2.0, 1.0)), (40, 100), max_side=4096)
+        assert (height, width) == (80, 4096)
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_picture_and_mask_get_the_same_warp(self, whole, monkeypatch):
+        monkeypatch.setattr(transforms, "INTERPOLATIONS", (cv2.INTER_LINEAR,))
+        mask = pattern()
+        augment = AugmentWord(geometry=1.0, deterioration=0.0, color=0.0)
+        for seed in range(30):
+            moved, moved_mask = augment._move(as_color(mask), mask, rng(seed), whole=whole)
+            assert moved.shape[:2] == moved_mask.shape
+            np.testing.assert_array_equal(moved[..., 0], moved_mask)
+
+    def test_mask_agrees_under_every_interpolation(self):
+        mask = pattern(60, 160)
+        augment = AugmentWord(geometry=1.0, deterioration=0.0, color=0.0)
+        for seed in range(60):
+            moved, moved_mask = augment(as_color(mask), mask, rng(seed))
+            assert np.abs(moved[..., 0].astype(int) - moved_mask).mean() < 8
+
+    def test_small_canvas_shortcut_changes_next_to_nothing(self, monkeypatch):
+        monkeypatch.setattr(transforms, "INTERPOLATIONS", (cv2.INTER_LINEAR,))
+        picture = as_color(pattern(90, 300))
+        augment = AugmentWord()
+        for seed in range(20):
+            direct, _ = augment._move(picture, None, rng(seed), whole=False)
+            whole, _ = augment._move(picture, None, rng(seed), whole=True)
+            difference = np.abs(transforms.resize(direct, (32, 128)).astype(int) - transforms.resize(whole, (32, 128)))
+            assert difference.mean() < 2.0
+
+
+class TestDeterioration:
+    def test_noise_has_mean_zero_and_a_variance_in_range(self):
+        picture = np.full((64, 128, 3), 128, np.uint8)
+        variances = []
+        for seed in range(200):
+            noise = gaussian_noise(picture, rng(seed)).astype(float) - 128
+            assert abs(noise.mean()) < 0.1
+            variances.append(noise.var())
+        assert max(variances) <= 21
+        assert np.mean(variances) == pytest.approx(4.0, rel=0.25)  # 20 x the mean of Beta(1, 4)
+
+    def test_noise_fits_any_size(self):
+        assert gaussian_noise(np.zeros((700, 900, 3), np.uint8), rng()).shape == (700, 900, 3)
+
+    @pytest.mark.parametrize("pixels", [2, 3, 4, 5, 6])
+    def test_blur_kernels_are_centred_lines(self, pixels):
+        for direction in range(transforms.DIRECTIONS):
+            kernel = line_kernel(pixels, direction)
+            assert kernel.sum() == pytest.approx(1.0, abs=1e-5)
+            np.testing.assert_allclose(kernel, kernel[::-1, ::-1], atol=1e-5)
+        assert np.count_nonzero(line_kernel(5, 0).sum(1) > 1e-6) == 1
+
+    def test_blur_and_rescale_keep_size_and_mean(self):
+        picture = as_color(pattern(40, 160))
+        for seed in range(40):
+            for kind in (motion_blur, lambda p, r: rescale(p, r, base=(128, 512))):
+                result = kind(picture, rng(seed))
+                assert result.shape == picture.shape
+                assert abs(result.mean() - picture.mean()) < 3
+
+    def test_rescale_loses_detail_at_high_steps(self, monkeypatch):
+        monkeypatch.setattr(transforms, "one_sided", lambda _rng, maximum: maximum)
+        noisy = rng().integers(0, 256, (40, 160, 3), dtype=np.uint8)
+        assert rescale(noisy, rng(), base=(128, 512)).std() < noisy.std() / 3
+
+    def test_only_the_picture_is_touched(self):
+        mask = pattern(32, 128)
+        augment = AugmentWord(geometry=0.0, deterioration=1.0, color=1.0)
+        changed, kept = augment(as_color(mask), mask, rng())
+        np.testing.assert_array_equal(kept, mask)
+        assert (changed != as_color(mask)).any()
+
+
+class TestColor:
+    def test_zero_strength_changes_nothing_but_rounding(self):
+        picture = as_color(pattern())
+        same = color_jitter(picture, rng(), brightness=0, contrast=0, saturation=0, hue=0)
+        assert np.abs(same.astype(int) - picture).max() <= 2
+
+    def test_saturates_instead_of_wrapping(self):
+        bright = np.full((8, 8, 3), 250, np.uint8)
+        for seed in range(50):
+            result = color_jitter(bright, rng(seed), brightness=0.5, contrast=0, saturation=0, hue=0)
+            assert result.min() >= 124
+
+    def test_hue_moves_colours_and_leaves_greys(self):
+        red = np.full((8, 8, 3), (200, 30, 30), np.uint8)
+        grey = np.full((8, 8, 3), 90, np.uint8)
+        turned = [color_jitter(red, rng(seed), brightness=0, contrast=0, saturation=0) for seed in range(20)]
+        assert len({tuple(each[0, 0]) for each in turned}) > 10
+        assert np.abs(color_jitter(grey, rng(), brightness=0, contrast=0, saturation=0).astype(int) - 90).max() <= 1
+
+
+class TestWordTransforms:
+    def test_resize_is_plain_bilinear(self):
+        picture = as_color(pattern(47, 111))
+        resized, mask = ResizeWord(size=(32, 128))(picture, picture[..., 0].copy(), rng())
+        np.testing.assert_array_equal(resized, cv2.resize(picture, (128, 32), interpolation=cv2.INTER_LINEAR))
+        np.testing.assert_array_equal(resized[..., 0], mask)
+        assert ResizeWord()(picture, None, rng())[1] is None
+
+    @pytest.mark.parametrize(("size", "filled"), [((64, 64), (32, 32)), ((10, 400), (3, 128)), ((32, 128), (32, 128))])
+    def test_keeping_the_aspect_fills_with_black(self, size, filled):
+        picture = np.full((*size, 3), 200, np.uint8)
+        resized, mask = ResizeWord(keep_aspect=True)(picture, picture[..., 0].copy(), rng())
+        assert resized.shape == (32, 128, 3)
+        expected = np.zeros((32, 128), bool)
+        expected[: filled[0], : filled[1]] = True
+        np.testing.assert_array_equal(resized[..., 0] == 200, expected)
+        np.testing.assert_array_equal(mask == 200, expected)
+
+    @pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2), (1, 40000), (40000, 1), (31, 77), (500, 900)])
+    @pytest.mark.parametrize("keep_aspect", [False, True])
+    def test_any_size_of_picture(self, size, keep_aspect):
+        picture, mask = np.full((*size, 3), 90, np.uint8), np.full(size, 255, np.uint8)
+        augment = AugmentWord(keep_aspect=keep_aspect, geometry=1.0, deterioration=0.5, color=0.5)
+        for seed in range(6):
+            result, moved = augment(picture, mask, rng(seed))
+            assert result.shape == (32, 128, 3)
+            assert moved.shape == (32, 128)
+            assert result.dtype == moved.dtype == np.uint8
+
+    def test_depends_on_the_generator_only_and_leaves_its_input(self):
+        picture, mask = as_color(pattern()), pattern()
+        before = picture.copy(), mask.copy()
+        augment = AugmentWord()
+        for seed in range(30):
+            first, second = augment(picture, mask, rng(seed)), augment(picture, mask, rng(seed))
+            np.testing.assert_array_equal(first[0], second[0])
+            np.testing.assert_array_equal(first[1], second[1])
+        np.testing.assert_array_equal(picture, before[0])
+        np.testing.assert_array_equal(mask, before[1])
+
+    def test_kinds_are_drawn_for_each_sample(self):
+        picture, mask = as_color(pattern(32, 128)), pattern(32, 128)
+        results = [AugmentWord()(picture, mask, rng(seed)) for seed in range(800)]
+        moved = np.mean([(each != mask).any() for _, each in results])
+        untouched = np.mean([np.array_equal(each, picture) for each, _ in results])
+        assert moved == pytest.approx(0.5, abs=0.06)
+        assert untouched == pytest.approx(0.5 * 0.75 * 0.75, abs=0.06)
+
+    def test_result_becomes_a_tensor(self):
+        for seed in range(20):
+            picture, mask = AugmentWord()(as_color(pattern()), pattern(), rng(seed))
+            torch.from_numpy(np.ascontiguousarray(picture))
+            torch.from_numpy(np.ascontiguousarray(mask))
+
+
+class TestCropSegmentation:
+    def test_labels_keep_their_values_and_follow_the_picture(self):
+        labels = (pattern(120, 200) > 128).astype(np.uint8)
+        crop = CropSegmentation(size=(64, 96), scale_range=(0.5, 2.0), color=0.0)
+        for seed in range(20):
+            picture, cut = crop(as_color(labels * 200), labels, rng(seed))
+            assert picture.shape == (64, 96, 3)
+            assert set(np.unique(cut)) <= {0, 1, 255}
+            known = cut != 255
+            assert ((picture[..., 0] > 100) == cut)[known].mean() > 0.97
+
+    def test_outside_is_ignored(self):
+        _, cut = CropSegmentation(size=(64, 64), scale_range=(1, 1))(
+            np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), np.uint8), rng()
+        )
+        assert abs(int((cut == 1).sum()) - 600) <= 51
+        assert (cut != 0).all()

@@ -1,0 +1,219 @@
+"""Archives in the published forms of SynthText and MJSynth become word LMDBs."""
+
+import os
+from io import BytesIO
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from lmdb_io import LmdbReader, image_key, label_key
+from tools import crop_by_word_bb
+from tools.crop_by_word_bb import check_box, crop_rectified, crop_upright, parse_scene
+from utils import UserError
+
+WIDTH, HEIGHT = 200, 120
+
+
+def _cells(items):
+    """A 1 x M cell array, as MATLAB stores it."""
+    cells = np.empty((1, len(items)), object)
+    for i, item in enumerate(items):
+        cells[0, i] = item
+    return cells
+
+
+def _box(left, top, right, bottom):
+    """Corners from the top left clockwise, (2, 4) as SynthText has them."""
+    return np.array([[left, right, right, left], [top, top, bottom, bottom]], np.float32)
+
+
+def _boxes(*boxes):
+    """(2, 4, N); a single box is stored as (2, 4), as in the published file."""
+    return boxes[0] if len(boxes) == 1 else np.stack(boxes, axis=-1)
+
+
+def _save_archive(folder, entries):
+    """Write pictures and gt.mat for (imname, boxes, texts) entries; colours tell the places of a picture apart."""
+    columns, rows = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
+    pixels = np.stack([columns, rows * 2, np.zeros_like(rows)], axis=-1).astype(np.uint8)
+    for name, _, _ in entries:
+        if name and ".." not in name:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / name, quality=95)
+    content = {
+        "imnames": _cells([np.array([name]) for name, _, _ in entries]),
+        "wordBB": _cells([boxes for _, boxes, _ in entries]),
+        "charBB": _cells([np.zeros((2, 4, 3)) for _ in entries]),
+        "txt": _cells([np.array(texts) for _, _, texts in entries]),
+    }
+    savemat(folder / "gt.mat", content)
+    return folder / "gt.mat"
+
+
+def _words(output):
+    reader = LmdbReader(output)
+    return [
+        (
+            reader.get(label_key(i)).decode(),
+            np.asarray(Image.open(BytesIO(reader.get(image_key(i)))).convert("RGB")).astype(int),
+        )
+        for i in range(1, len(reader) + 1)
+    ]
+
+
+def _reasons(output):
+    path = output.with_name(output.name + "-rejected.tsv")
+    if not path.exists():
+        return {}
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return {row[0]: row[1] for row in rows}
+
+
+THREE = _boxes(_box(10, 10, 60, 30), _box(70, 10, 120, 30), _box(10, 50, 90, 80))
+ENTRIES = [
+    ("8/ballet_106_0.jpg", THREE, ["Lines:\nI  ", "lost "]),
+    ("8/one word.jpg", _boxes(_box(20, 20, 80, 50)), ["  Kevin\n "]),
+    ("9/none.jpg", np.zeros((2, 4, 0), np.float32), []),
+]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_synthtext_words_are_cut_out_in_order(tmp_path, workers):
+    gt = _save_archive(tmp_path / "SynthText", ENTRIES)
+    crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--workers", workers, "--format", "png"])
+    words = _words(tmp_path / "out")
+    assert [label for label, _ in words] == ["Lines:", "I", "lost", "Kevin"]
+    assert [crop.shape[:2] for _, crop in words] == [(20, 50), (20, 50), (30, 80), (30, 60)]
+    for (_, crop), (left, top) in zip(words, [(10, 10), (70, 10), (10, 50), (20, 20)], strict=True):
+        assert abs(crop[0, 0, :2] - (left, 2 * top)).max() <= 6  # JPEG
+    assert _reasons(tmp_path / "out") == {}
+
+
+def test_malformed_entries_are_counted_by_reason(tmp_path, capsys):
+    nan = _box(10, 10, 60, 30)
+    nan[0, 0] = np.nan
+    entries = [
+        ("a.jpg", _boxes(_box(10, 10, 60, 30), _box(70, 10, 120, 30)), ["only-one"]),
+        ("b.jpg", _boxes(_box(300, 10, 360, 30), _box(180, 10, 260, 30), nan, _box(9, 9, 9.5, 30)), ["a b c d"]),
+        ("c.jpg", np.zeros((3, 4), np.float32), ["word"]),
+        ("../climbs.jpg", _boxes(_box(10, 10, 60, 30)), ["x"]),
+        ("good.jpg", _boxes(_box(-5, 10, 60, 30)), ["clipped"]),
+        ("gone.jpg", _boxes(_box(10, 10, 60, 30)), ["x"]),
+        ("broken.jpg", _boxes(_box(10, 10, 60, 30), _box(10, 10, 60, 30)), ["two", "words"]),
+    ]
+    gt = _save_archive(tmp_path / "set", entries)
+    (tmp_path / "climbs.jpg").write_bytes((tmp_path / "set" / "good.jpg").read_bytes())
+    (tmp_path / "set" / "gone.jpg").unlink()
+    (tmp_path / "set" / "broken.jpg").write_bytes((tmp_path / "set" / "good.jpg").read_bytes()[:400])
+    crop_by_word_bb.main([str(gt), str(tmp_path / "out")])
+    assert [label for label, _ in _words(tmp_path / "out")] == ["clipped"]
+    assert _reasons(tmp_path / "out") == {
+        "a.jpg": "boxes and words differ in number",
+        "b.jpg#1": "box outside the picture",
+        "b.jpg#2": "box outside the picture",
+        "b.jpg#3": "box is not finite",
+        "b.jpg#4": "degenerate box",
+        "c.jpg": "boxes are not 2 x 4 x N",
+        "../climbs.jpg": "path leaves the folder",
+        "gone.jpg": "no such file",
+        "broken.jpg": "damaged picture",
+    }
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["rejected", "11"] in printed  # 2 + 4 + 1 + 1 + 1 + 2 words
+
+
+def test_rectified_crop_stands_upright(tmp_path):
+    turned = np.array([[60, 90, 70, 40], [20, 60, 75, 35]], np.float32)  # sides 50 and 25, turned by 53 degrees
+    gt = _save_archive(tmp_path / "set", [("a.jpg", turned, ["word"])])
+    crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--rectify", "--format", "png"])
+    ((label, crop),) = _words(tmp_path / "out")
+    assert label == "word"
+    assert crop.shape[:2] == (25, 50)
+    for place, corner in zip([(0, 0), (0, -1), (-1, -1), (-1, 0)], turned.T, strict=True):
+        assert abs(crop[place][:2] - corner * (1, 2)).max() <= 8
+
+
+def test_upright_and_rectified_agree_on_an_upright_box():
+    picture = np.random.default_rng(0).integers(0, 255, (50, 80, 3), np.uint8)
+    box = _box(10, 5, 50, 25).T.copy()
+    assert np.array_equal(crop_upright(picture, box), crop_rectified(picture, box))
+
+
+def test_crossed_corners_are_rejected_when_rectifying(tmp_path):
+    crossed = _box(10, 10, 60, 30)[:, [0, 2, 1, 3]]
+    gt = _save_archive(tmp_path / "set", [("a.jpg", _boxes(crossed, _box(70, 10, 120, 30)), ["x y"])])
+    crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--rectify"])
+    assert _reasons(tmp_path / "out") == {"a.jpg#1": "crossed box"}
+
+
+def test_words_are_parted_at_white_space_and_line_ends():
+    raw = (np.array(["a.jpg"]), np.zeros((2, 4, 4)), np.array(["ab\ncd ", " e\t f   "]))
+    assert parse_scene(raw).words == ("ab", "cd", "e", "f")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_boxes_are_rejected(scale):
+    assert check_box(_box(1, 1, 5, 5).T * np.float32(scale), 100, 100) is not None
+
+
+def test_huge_gt_picture_is_refused_by_its_header(tmp_path):
+    gt = _save_archive(tmp_path / "set", [("a.jpg", _boxes(_box(1, 1, 9, 9)), ["x"]), ENTRIES[1]])
+    cv2.imwrite(str(tmp_path / "set" / "a.jpg"), np.zeros((500, 500), np.uint8))
+    crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--max-pixels", "100000"])
+    assert _reasons(tmp_path / "out") == {"a.jpg": "too large"}
+
+
+@pytest.mark.parametrize("content", [b"", b"no mat file " * 50])
+def test_gt_that_is_no_mat_file_is_named(tmp_path, content):
+    (tmp_path / "gt.mat").write_bytes(content)
+    with pytest.raises(UserError, match=r"gt\.mat"):
+        crop_by_word_bb.main([str(tmp_path / "gt.mat"), str(tmp_path / "out")])
+    assert os.listdir(tmp_path) == ["gt.mat"]
+
+
+def test_truncated_gt_and_missing_fields_are_named(tmp_path):
+    gt = _save_archive(tmp_path, ENTRIES)
+    gt.write_bytes(gt.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"gt\.mat"):
+        crop_by_word_bb.main([str(gt), str(tmp_path / "out")])
+    savemat(gt, {"imnames": _cells(["a"])})
+    with pytest.raises(UserError, match="has no wordBB, txt"):
+        crop_by_word_bb.main([str(gt), str(tmp_path / "out")])
+
+
+def test_other_annotation_is_refused(tmp_path):
+    with pytest.raises(UserError, match="neither"):
+        crop_by_word_bb.main([str(tmp_path / "gt.xml"), str(tmp_path / "out")])
+
+
+def test_mjsynth_labels_come_from_the_file_names(tmp_path):
+    root = tmp_path / "mnt" / "ramdisk" / "max" / "90kDICT32px"
+    names = ["./2425/1/115_Lube_45484.jpg", "./2425/1/114_Spencerian_73323.jpg", "./1/2/3_a_b_4.jpg"]
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 100, 3), np.uint8)
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / name)
+    (root / "1/2/5_zero_6.jpg").touch()
+    lines = [f"{name} 1" for name in names]
+    lines += ["./1/2/5_zero_6.jpg 6", "./1/2/7_gone_8.jpg 8", "../../9_out_9.jpg 9", "./1/2/nolabel.jpg 1"]
+    (root / "annotation_train.txt").write_text("\n".join(lines) + "\n")
+    crop_by_word_bb.main([str(root / "annotation_train.txt"), str(tmp_path / "out")])
+    assert [label for label, _ in _words(tmp_path / "out")] == ["Lube", "Spencerian", "a_b"]
+    assert LmdbReader(tmp_path / "out").get(image_key(1)) == (root / names[0]).read_bytes()
+    assert list(_reasons(tmp_path / "out").values()) == [
+        "empty file",
+        "no such file",
+        "path leaves the folder",
+        "no label in the file name",
+    ]
+
+
+def test_second_run_is_refused(tmp_path):
+    gt = _save_archive(tmp_path / "set", ENTRIES)
+    crop_by_word_bb.main([str(gt), str(tmp_path / "out")])
+    with pytest.raises(UserError, match="--overwrite"):
+        crop_by_word_bb.main([str(gt), str(tmp_path / "out")])
+    assert len(LmdbReader(tmp_path / "out")) == 4

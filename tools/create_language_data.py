@@ -6,6 +6,7 @@ training, by dataset.use_sm). No word of one output is in the other, in upper or
 
 import bz2
 import csv
+import functools
 import gzip
 import hashlib
 import lzma
@@ -42,7 +43,21 @@ NUMBERS_PER_SHAPE = 200
 CASE_SHARES = (0.5, 0.25, 0.25)  # lower, Capitalised, UPPER, for word lists that know lower case only
 
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_FOREIGN = "\0"  # marks a letter or digit that the charset lacks
 _LINE_LIMIT = 1 << 20  # bytes; a corpus without line ends is read in pieces
+
+
+class _CharacterTable(dict):
+    """For `str.translate`: what becomes of each character, worked out when it is first met."""
+
+    def __init__(self, charset: Charset) -> None:
+        self._charset = charset
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        foreign = _FOREIGN if character.isalnum() else "" if character in APOSTROPHES else " "
+        self[code] = self._charset.normalize(character) or foreign
+        return self[code]
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,10 @@ class WordRule:
     shortest: int = 1
     longest: int = 25
 
+    @functools.cached_property
+    def _table(self) -> _CharacterTable:
+        return _CharacterTable(self.charset)
+
     def words(self, token: str) -> tuple[list[str], str]:
         """The words in `token` as the charset writes them, and the reason why there are none.
 
@@ -61,13 +80,10 @@ class WordRule:
         """
         if token in MARKERS:
             return [], "marker"
-        characters = []
-        for character in token:
-            kept = self.charset.normalize(character)
-            if not kept and character.isalnum():
-                return [], "outside the charset"
-            characters.append(kept or ("" if character in APOSTROPHES else " "))
-        words = "".join(characters).split()
+        text = token.translate(self._table)
+        if _FOREIGN in text:
+            return [], "outside the charset"
+        words = text.split()
         if not words:
             return [], "no letter or digit"
         fitting = [word for word in words if self.shortest <= len(word) <= self.longest]

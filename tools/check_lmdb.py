@@ -306,21 +306,27 @@ def pair_masks(root: str, lmdbs: list[Path], masks_root: str | None) -> list[Pat
     return paths
 
 
-def write_clean_copy(report: Report, mask_path: Path | None, output: Path, *, overwrite: bool) -> None:
+def write_clean_copy(report: Report, mask_path: Path | None, root: str, output: Path, *, overwrite: bool) -> None:
     """Write the whole samples of a checked LMDB anew, numbered without gaps.
 
-    With masks the words go to `output/images/NAME` and the masks to `output/masks/NAME`.
+    The copy lies below `output` as the LMDB does below `root`; with masks, below `output/images`, and the masks likewise
+    below `output/masks`.
     """
     source = LmdbReader(report.path)
-    name = Path(report.path).name
+    place = Path(report.path).relative_to(root)
+    if mask_path:
+        place = place if place.name else Path(report.path).name
+        output, mask_output = output / "images" / place, output / "masks" / place
+    else:
+        output = output / place
     if not report.good:
         raise UserError(f"{report.path}: has no whole sample, so there is no clean copy to write")
-    with LmdbWriter(output / "images" / name if mask_path else output, overwrite=overwrite) as writer:
+    with LmdbWriter(output, overwrite=overwrite) as writer:
         for index in report.good:
             writer.append(source.get(image_key(index)), source.get(label_key(index)), source.get(mask_key(index)))
     if mask_path:
         masks = LmdbReader(mask_path)
-        with LmdbWriter(output / "masks" / name, overwrite=overwrite) as writer:
+        with LmdbWriter(mask_output, overwrite=overwrite) as writer:
             for index in report.good:
                 writer.append(masks.get(image_key(index)), masks.get(label_key(index)))
 
@@ -448,8 +454,7 @@ def main(arguments: list[str] | None = None) -> int:
                 sheet = _beside(options.contact_sheet, path, len(lmdbs) == 1)
                 write_contact_sheet(report, mask_path, sheet, options.cells)
             if options.fix:
-                output = Path(options.fix) / path.relative_to(options.lmdb)
-                write_clean_copy(report, mask_path, output, overwrite=options.overwrite)
+                write_clean_copy(report, mask_path, options.lmdb, Path(options.fix), overwrite=options.overwrite)
     if options.json:
         _write_json(options.json, reports)
     return 1 if any(report.problems for report in reports) else 0

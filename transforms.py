@@ -341,19 +341,20 @@ class AugmentWord:
         self.color = color
 
     def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
-        moved, deteriorated, colored = rng.random(3) < (self.geometry, self.deterioration, self.color)
+        draws = rng.random(3).tolist()
+        moved, deteriorated = draws[0] < self.geometry, draws[1] < self.deterioration
         picture, mask = limit_size(picture), None if mask is None else limit_size(mask)
         if moved:
             picture, mask = self._move(picture, mask, rng, whole=deteriorated)
         if deteriorated:
             picture = deteriorate(picture, rng, base=(4 * self.size[0], 4 * self.size[1]))
         picture, mask = self.resize(picture, mask, rng)
-        if colored:  # pointwise, so it may as well follow the resizing, where there are fewer pixels
+        if draws[2] < self.color:  # pointwise, so it may as well follow the resizing, where there are fewer pixels
             picture = color_jitter(picture, rng)
         return picture, mask
 
     def _move(self, picture: Picture, mask: Mask | None, rng: Generator, *, whole: bool) -> tuple[Picture, Mask | None]:
-        """One kind of geometry. `whole` asks for the grown canvas at its own size.
+        """One kind of geometry, with one kind of interpolation. `whole` asks for the grown canvas at its own size.
 
         Otherwise a canvas larger than the network's input is never made: resizing it down picks bilinear samples of it
         without smoothing, so that warping straight to the smaller size takes the same samples and costs far less. A
@@ -369,9 +370,8 @@ class AugmentWord:
             canvas = final
         if mask is None:
             return warp(picture, matrix, canvas, interpolation), None
-        if interpolation != cv2.INTER_LINEAR:
-            return warp(picture, matrix, canvas, interpolation), warp(mask, matrix, canvas, cv2.INTER_LINEAR)
-        both = warp(cv2.merge((picture, mask)), matrix, canvas, interpolation)  # four channels cost what three do
+        # As a fourth channel the mask gets the picture's warp to the last pixel, and four channels cost what three do.
+        both = warp(cv2.merge((picture, mask)), matrix, canvas, interpolation)
         return cv2.cvtColor(both, cv2.COLOR_RGBA2RGB), cv2.extractChannel(both, 3)
 
 

@@ -50,16 +50,16 @@ class LmdbMasks:
 
     def _check_pair(self, images: LmdbReader, number: int) -> None:
         mask = self.reader.get(image_key(number))
-        if mask is None:
-            raise self._mismatch(images, f"{image_key(number)} has no mask")
         label, copied = images.get(label_key(number)), self.reader.get(label_key(number))
         if copied is not None and copied != label:
             raise self._mismatch(images, f"{label_key(number)} is {label!r} against {copied!r}")
         try:
             height, width = decode_picture(images.get(image_key(number))).shape[:2]
+            if mask is None:
+                raise self._mismatch(images, f"{image_key(number)} has no mask")
             mask_height, mask_width = decode_mask(mask).shape
         except BrokenPictureError:
-            return  # counted when it is read
+            return  # counted when it is read; tools/create_masks.py makes no mask of a broken picture
         if (height, width) != (mask_height, mask_width):
             difference = f"{image_key(number)} is {width} x {height} pixels, its mask {mask_width} x {mask_height}"
             raise self._mismatch(images, difference)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lmdb_io import LmdbReader, LmdbWriter, image_key, label_key
+from masks import LmdbMasks
 from modules.ssn import SSN
 from segmentation import Segmenter
 from tools import create_masks
@@ -188,6 +189,7 @@ def test_broken_pictures_are_counted_named_and_have_no_mask(setup, capsys):
     assert image_key(1) in listed
     assert image_key(4) in listed
     assert "damaged picture" in capsys.readouterr().out
+    LmdbMasks(setup["folder"] / "out").check(LmdbReader(setup["folder"] / "some"), np.arange(1, 6))
 
 
 def test_other_widths_name_tensors_and_key(setup):

@@ -52,7 +52,7 @@ from utils import UserError, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# --- networks and losses ------------------------------------------------------------------------------------------------
+# --- networks and losses ----------------------------------------------------------------------------------------------
 
 
 def build_model(config: Config) -> nn.Module:
@@ -215,7 +215,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def build_label_rule(config: Config, *, case_sensitive: bool) -> LabelRule:

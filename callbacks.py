@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import distributed
-from pictures import reading_picture, to_pictures
+from pictures import grid, reading_picture, to_pictures
 from utils import UserError, explain_full_disk, read_checkpoint, save_atomically, write_atomically
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class History(Callback):
             return
         kept = self._lines_up_to(trainer.iteration)
         write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
-        self._file = open(self.path, "a", encoding="utf-8", buffering=1)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def _lines_up_to(self, iteration: int) -> list[str]:
         """Whole lines of iterations that a resumed run does not repeat."""
@@ -288,7 +288,7 @@ class Evaluation(Callback):
 
 
 class Checkpoints(Callback):
-    """`<name>_<epoch>_<iteration>.pth` each `interval` iterations, at a stop signal and at the end; the last `keep` stay.
+    """`<name>_<epoch>_<iteration>.pth` each `interval` iterations, at a stop signal, at the end; the last `keep` stay.
 
     `checkpoint.yaml` lists them, newest last. Put this callback last, so that what it saves is what the others did.
     """
@@ -339,7 +339,7 @@ class NotFiniteBatches(Callback):
             save_atomically({"batch": batch.state_dict(), "iteration": iteration}, path)
 
 
-# --- dumps of an evaluation: observers that an evaluator calls ---------------------------------------------------------
+# --- dumps of an evaluation: observers that an evaluator calls --------------------------------------------------------
 
 
 class PredictionFiles:
@@ -375,7 +375,7 @@ class PredictionFiles:
 
 
 class AttentionPictures:
-    """`<dataset>-<model_eval>/attn/<index>.jpg`: each word with mask, refined mask and the attention of each character."""
+    """`<dataset>-<model_eval>/attn/<index>.jpg`: each word with its masks and the attention of each character."""
 
     def __init__(self, *, folder: Path, model_eval: str):
         self.folder = folder
@@ -410,7 +410,7 @@ def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence
         )
 
 
-# --- checkpoints of a work folder ---------------------------------------------------------------------------------------
+# --- checkpoints of a work folder -------------------------------------------------------------------------------------
 
 
 def listed_checkpoints(folder: Path) -> list[str]:

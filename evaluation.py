@@ -1,6 +1,6 @@
 """Evaluation: run a network over test sets, read its outputs, score them. It serves training, test and the reader.
 
-An evaluator gives the mapping that `metrics.json` holds: one entry per data set, their mean weighted by words, and their
+An evaluator gives the mapping that `metrics.json` holds: one entry per data set, their mean weighted by words, their
 plain mean. Words are sharded over the processes and every word counts once.
 """
 

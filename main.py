@@ -270,7 +270,7 @@ def _move_aside(folder: Path) -> None:
 
 
 def resume_state(folder: Path, resume: str) -> dict[str, Any] | None:
-    """Training state to go on from: of a file, or of the newest whole checkpoint of the folder, None where it has none."""
+    """Training state to go on from: of a file, or of the folder's newest whole checkpoint; None where it has none."""
     if resume:
         state = read_checkpoint(resume)
         if "training" not in state:

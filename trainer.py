@@ -1,7 +1,7 @@
 """The training loop: batches, steps, devices, precision, hooks, resume. It knows nothing about text.
 
-A batch offers `inputs()` for the network, `targets()` for the criterion, `to(device)` and `split(parts)`; all else about
-it is the data set's business (dataset.py).
+A batch offers `inputs()` for the network, `targets()` for the criterion, `to(device)` and `split(parts)`; all else is
+the data set's business (dataset.py).
 """
 
 import contextlib
@@ -314,8 +314,10 @@ class Trainer:
                 self.ema.n_averaged.copy_(training["ema_steps"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
-        self.iteration, self.epoch = training["iteration"], training["epoch"]
-        self.batch_in_epoch = training["batch_in_epoch"]
+        self.iteration = training["iteration"]
+        # A checkpoint after the last step of an epoch was taken before that epoch was counted.
+        finished, self.batch_in_epoch = divmod(training["batch_in_epoch"], self.batches_per_epoch)
+        self.epoch = training["epoch"] + finished
         for callback in self.callbacks:
             callback.load_state_dict(training["callbacks"].get(type(callback).__name__, {}))
         if len(training["random"]) == self.process.world_size:

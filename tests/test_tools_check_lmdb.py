@@ -158,7 +158,7 @@ def test_masks_are_compared_with_their_words(tmp_path):
     bad = list(good)
     bad[1] = (_mask((63, 24)), "word1")
     bad[2] = (_mask(), "of another word")
-    bad[3] = (_mask()[:-20], "word3")
+    bad[3] = (_encode(3)[:-300], "word3")
     bad[4] = (_mask(mode="RGB", value=(1, 2, 3)), "word4")
     bad[5] = (_mask(value=0), "word5")
     shutil.rmtree(tmp_path / "masks" / "a")

@@ -9,7 +9,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ from contact_sheet import Cell, make_contact_sheet
 from lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
 from tools.support import (
     MAX_PIXELS,
-    PICTURE_FORMATS,
     RejectionLog,
     add_run_arguments,
-    check_picture,
+    decode_picture,
     make_parser,
     map_in_processes,
     positive,
@@ -122,19 +120,17 @@ def check_sample(
     label = "" if segmentation else _check_label(reader.get(label_key(index)))
     if isinstance(label, tuple):
         return Sample(index, *label)
-    problem = check_picture(image, max_pixels)
-    if problem:
+    picture, problem = decode_picture(image, max_pixels)
+    if picture is None:
         return Sample(index, *problem, label=label)
-    with Image.open(BytesIO(image), formats=PICTURE_FORMATS) as picture:
-        kind, size = picture.format or "", picture.size
-        pixels = picture.convert("RGB")
+    kind, size, pixels = picture.format or "", picture.size, picture.convert("RGB")
     mask_empty = False
     if segmentation or masks is not None:
         mask = reader.get(mask_key(index)) if segmentation else masks.get(image_key(index))
         problem, mask_empty = check_mask(mask, size, max_pixels)
-        if not problem and not segmentation and masks.get(label_key(index)) != label.encode():
+        if problem is None and not segmentation and masks.get(label_key(index)) != label.encode():
             problem = ("mask of another word", f"its label is {masks.get(label_key(index))!r}")
-        if problem:
+        if problem is not None:
             return Sample(index, *problem, label=label)
     digest = hashlib.blake2b(repr(size).encode() + pixels.tobytes(), digest_size=16).digest()
     return Sample(index, "", "", label, kind, *size, digest, fingerprint(pixels), mask_empty)
@@ -155,15 +151,14 @@ def check_mask(data: bytes | None, size: tuple[int, int], max_pixels: int) -> tu
     """(reason, detail) or None for an encoded mask that belongs to a picture of `size`, and whether it is all black."""
     if data is None:
         return ("mask missing", ""), False
-    problem = check_picture(data, max_pixels)
-    if problem:
-        return ("mask: " + problem[0], problem[1]), False
-    with Image.open(BytesIO(data), formats=PICTURE_FORMATS) as mask:
-        if mask.size != size:
-            return ("mask of another size", f"{mask.size} for a picture of {size}"), False
-        if mask.mode not in ("L", "1"):
-            return ("mask is not 8-bit grey", f"mode {mask.mode}"), False
-        return None, mask.getextrema()[1] == 0
+    mask, (reason, detail) = decode_picture(data, max_pixels)
+    if mask is None:
+        return ("mask: " + reason, detail), False
+    if mask.size != size:
+        return ("mask of another size", f"{mask.size} for a picture of {size}"), False
+    if mask.mode not in ("L", "1"):
+        return ("mask is not 8-bit grey", f"mode {mask.mode}"), False
+    return None, mask.getextrema()[1] == 0
 
 
 def fingerprint(picture: Image.Image) -> bytes:
@@ -309,8 +304,8 @@ def pair_masks(root: str, lmdbs: list[Path], masks_root: str | None) -> list[Pat
 def write_clean_copy(report: Report, mask_path: Path | None, root: str, output: Path, *, overwrite: bool) -> None:
     """Write the whole samples of a checked LMDB anew, numbered without gaps.
 
-    The copy lies below `output` as the LMDB does below `root`; with masks, below `output/images`, and the masks likewise
-    below `output/masks`.
+    The copy lies below `output` as the LMDB does below `root`; with masks, below `output/images`, and the masks
+    likewise below `output/masks`.
     """
     source = LmdbReader(report.path)
     place = Path(report.path).relative_to(root)
@@ -352,8 +347,8 @@ def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, co
 
 
 def _decode(data: bytes, mode: str) -> np.ndarray:
-    with Image.open(BytesIO(data), formats=PICTURE_FORMATS) as image:
-        return np.asarray(image.convert(mode))
+    picture, _ = decode_picture(data, sys.maxsize, mode)  # its size was checked before
+    return np.asarray(picture)
 
 
 def print_report(report: Report) -> None:

@@ -7,13 +7,11 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
@@ -22,14 +20,15 @@ sys.path.insert(
 from tools.create_lmdb_dataset import read_entries
 from tools.support import (
     MAX_PIXELS,
-    PICTURE_FORMATS,
     Word,
     add_run_arguments,
+    decode_picture,
     find_picture,
     inside,
     make_parser,
     map_in_processes,
     progress,
+    read_file,
     read_picture,
     store_words,
 )
@@ -139,11 +138,11 @@ def _open_scene(folder: str, name: str, max_pixels: int) -> tuple[np.ndarray | N
     path = find_picture(folder, name)
     if path is None:
         return None, ("no such file", "")
-    word = read_picture(name, path, "", max_pixels)
-    if word.reason:
-        return None, (word.reason, word.detail)
-    with Image.open(BytesIO(word.image), formats=PICTURE_FORMATS) as image:
-        return np.asarray(image.convert("RGB")), ("", "")
+    data, problem = read_file(path, max_pixels)
+    if data is None:
+        return None, problem
+    picture, problem = decode_picture(data, max_pixels, "RGB")
+    return None if picture is None else np.asarray(picture), problem
 
 
 def _crop_word(name: str, picture: np.ndarray, box: np.ndarray, word: str, settings: CropSettings) -> Word:

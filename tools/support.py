@@ -49,7 +49,7 @@ PICTURE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; check_picture refuses by the header instead
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; decode_picture refuses by the header instead
 
 
 def make_parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -178,24 +178,26 @@ def _show(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value)
 
 
-def check_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, str] | None:
-    """Decode an encoded picture fully; None when it is whole, else (reason, detail).
+def decode_picture(
+    data: bytes, max_pixels: int = MAX_PIXELS, mode: str | None = None
+) -> tuple[Image.Image | None, tuple[str, str]]:
+    """Decode an encoded picture fully, into Pillow's `mode` if one is given: the picture, or None and (reason, detail).
 
     A picture of more than `max_pixels` is refused by its header, before it is decoded.
     """
     if not data:
-        return "empty file", ""
+        return None, ("empty file", "")
     try:
-        with Image.open(BytesIO(data), formats=PICTURE_FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                return "too large", f"{width} x {height} pixels"
-            image.load()
+        image = Image.open(BytesIO(data), formats=PICTURE_FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            return None, ("too large", f"{width} x {height} pixels")
+        image.load()
+        return image if mode is None else image.convert(mode), ("", "")
     except Image.UnidentifiedImageError:
-        return "not a picture", f"begins with {data[:8]!r}"
+        return None, ("not a picture", f"begins with {data[:8]!r}")
     except PICTURE_ERRORS as error:
-        return "damaged picture", f"{type(error).__name__}: {error}"
-    return None
+        return None, ("damaged picture", f"{type(error).__name__}: {error}")
 
 
 def inside(folder: str, name: str) -> str | None:
@@ -219,20 +221,26 @@ def find_picture(folder: str, name: str) -> str | None:
     return None
 
 
-def read_picture(name: str, path: str, label: str, max_pixels: int) -> Word:
-    """The word with the unchanged bytes of the picture file `path`, checked, or the reason why not."""
+def read_file(path: str, max_pixels: int) -> tuple[bytes | None, tuple[str, str]]:
+    """The bytes of a picture file, or None and (reason, detail); `max_pixels` bounds the size of the file too."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe or a device would never end
-            return Word(name, reason="not a file")
+            return None, ("not a file", "")
         if status.st_size > 8 * max_pixels:
-            return Word(name, reason="too large", detail=f"{status.st_size} bytes")
+            return None, ("too large", f"{status.st_size} bytes")
         with open(path, "rb") as file:
-            data = file.read()
+            return file.read(), ("", "")
     except OSError as error:
-        return Word(name, reason="cannot be read", detail=str(error.strerror))
-    problem = check_picture(data, max_pixels)
-    return Word(name, reason=problem[0], detail=problem[1]) if problem else Word(name, image=data, label=label)
+        return None, ("cannot be read", str(error.strerror))
+
+
+def read_picture(name: str, path: str, label: str, max_pixels: int) -> Word:
+    """The word with the unchanged bytes of the picture file `path`, checked, or the reason why not."""
+    data, (reason, detail) = read_file(path, max_pixels)
+    if data is not None:
+        _, (reason, detail) = decode_picture(data, max_pixels)
+    return Word(name, reason=reason, detail=detail) if reason else Word(name, image=data, label=label)
 
 
 def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False, rejected: str | None = None) -> int:

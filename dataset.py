@@ -346,7 +346,7 @@ def open_word_datasets(
 
 
 def _open_renderer(root: str, labels: LabelRule, *, length: int | None, seed: int, **common: Any) -> RenderedDataset:
-    from rendering import RenderedWords  # the engine is only needed for such roots
+    from rendering.endless import RenderedWords  # the engine is only needed for such roots
 
     source = RenderedWords(root.removeprefix(RENDER_SCHEME), length=length, seed=seed)
     return RenderedDataset(source, labels=labels, seed=seed, **common)

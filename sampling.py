@@ -21,9 +21,6 @@ def as_key(key: "SampleKey | int") -> SampleKey:
     return key if isinstance(key, SampleKey) else SampleKey(0, int(key))
 
 
-_NOTHING_BUFFERED = np.zeros(4, np.uint64)
-
-
 class SampleGenerators:
     """The random generator of every sample, a function of (seed, stream, epoch, index) alone.
 
@@ -40,6 +37,15 @@ class SampleGenerators:
         self.stream = stream
         self._philox = np.random.Philox(key=0)
         self._generator = np.random.Generator(self._philox)
+        self._counter = np.array([0, stream, 0, 0], np.uint64)
+        self._start = {
+            "bit_generator": "Philox",
+            "state": {"counter": self._counter, "key": np.array([seed, 0], np.uint64)},
+            "buffer": np.zeros(4, np.uint64),
+            "buffer_pos": 4,  # nothing is left in it
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
 
     def __getstate__(self) -> dict[str, int]:
         return {"seed": self.seed, "stream": self.stream}
@@ -49,17 +55,8 @@ class SampleGenerators:
 
     def at(self, key: SampleKey) -> np.random.Generator:
         """The generator of one sample; the next call sets the same object to another one."""
-        self._philox.state = {
-            "bit_generator": "Philox",
-            "state": {
-                "counter": np.array([0, self.stream, key.index, key.epoch], np.uint64),
-                "key": np.array([self.seed, 0], np.uint64),
-            },
-            "buffer": _NOTHING_BUFFERED,
-            "buffer_pos": 4,
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
+        self._counter[2], self._counter[3] = key.index, key.epoch
+        self._philox.state = self._start
         return self._generator
 
 

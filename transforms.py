@@ -82,7 +82,8 @@ def one_sided(rng: Generator, maximum: float) -> float:
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
 
-INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
+# The published four: nearest, linear, cubic, area; a warp by area is a linear one in OpenCV.
+INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_LINEAR)
 
 
 def rotation(rng: Generator, size: Size, *, degrees: float = 45.0) -> np.ndarray:

@@ -145,7 +145,7 @@ class TestGeometry:
         _, (height, width) = fit_canvas(np.diag((100.0, 2.0, 1.0)), (40, 100), max_side=4096)
         assert (height, width) == (80, 4096)
 
-    @pytest.mark.parametrize("interpolation", transforms.INTERPOLATIONS)
+    @pytest.mark.parametrize("interpolation", sorted(set(transforms.INTERPOLATIONS)))
     @pytest.mark.parametrize("deterioration", [0.0, 1.0])
     def test_picture_and_mask_get_the_same_warp(self, interpolation, deterioration, monkeypatch):
         monkeypatch.setattr(transforms, "INTERPOLATIONS", (interpolation,))

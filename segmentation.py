@@ -35,7 +35,6 @@ class Segmenter:
         precision: of weights and maps: `fp32`, `bf16`, `fp16`; `auto` takes bf16 where the device multiplies it
             natively, else fp32. Softmaxes, attention and everything at the pictures' own size stay in float32.
         batch_pixels: network input pixels in one forward pass, more for a single picture that is larger; None chooses.
-        compile: let torch.compile fuse the network: a minute at the start, then about twice as fast on a CPU.
 
     Raises:
         ValueError: `areas` is empty or `precision` is none of the above.
@@ -49,7 +48,6 @@ class Segmenter:
         device: torch.device | str = "cpu",
         precision: str = "auto",
         batch_pixels: int | None = None,
-        compile: bool = False,
     ) -> None:
         if not areas:
             raise ValueError("areas must name at least one side in pixels, such as 193")
@@ -64,9 +62,6 @@ class Segmenter:
         self._std = torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1) * 255
         network = fold_batch_norms(copy.deepcopy(ssn).eval().requires_grad_(False).float())
         self._ssn: SSN = network.to(self.device, self._dtype, memory_format=torch.channels_last)
-        if compile:
-            # Words come in dozens of sizes: compile for any size at once, not for each.
-            self._ssn.compile(dynamic=True)
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Masks, uint8 (H, W), 255 = text, of RGB pictures, uint8 (H, W, 3)."""

@@ -68,7 +68,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=positive, default=256, help="words read, sorted by size and committed together"
     )
-    parser.add_argument("--compile", action="store_true", help="fuse the network with torch.compile; for long runs")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of config keys")
     return parser.parse_args(arguments)
@@ -140,7 +139,7 @@ def load_segmenter(config: Config, checkpoint: str, options: argparse.Namespace)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"--device {options.device} cannot be used ({first_line}); give cpu or cuda") from error
-    return Segmenter(ssn, config.model.ssn.areas, device=device, precision=options.precision, compile=options.compile)
+    return Segmenter(ssn, config.model.ssn.areas, device=device, precision=options.precision)
 
 
 class MaskOutput:

@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from rendering.blending import blend, full, raised
 from rendering.colours import draw_background_colour, draw_contrasting, luminance, with_luminance
 from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.fonts import FontBook
@@ -79,9 +80,7 @@ class Backgrounds:
 
     def _surface(self, kind: str, base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         if kind == "plain":
-            picture = np.empty((*size, 3), np.float32)
-            picture[:] = base
-            return picture
+            return full(size, base)
         if kind == "gradient":
             return _gradient(base, size, rng)
         if kind == "texture":
@@ -93,7 +92,7 @@ class Backgrounds:
         return self._cut_photo(size, rng)
 
     def _cut_photo(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """A piece of a photograph in the shape of the picture: from its pixels' own scale up to the largest that fits."""
+        """A piece of a photograph in the shape of the picture, at its pixels' own scale or shrunk."""
         photo = self._photo(self._photos[int(rng.integers(len(self._photos)))])
         height, width = size
         largest = min(photo.shape[0] / height, photo.shape[1] / width)
@@ -221,22 +220,20 @@ def _gradient(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator)
     else:
         centre = rng.uniform(-0.5, 0.5, size=2)
         share = np.sqrt((x - centre[0]) ** 2 + (y[:, None] - centre[1]) ** 2)
-    return (base + np.clip(share, 0, 1)[..., None] * (other - base)).astype(np.float32)
+    return blend(base, other, np.clip(share, 0, 1, dtype=np.float32))
 
 
 def _texture(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     strength = rng.beta(1.5, 3.0)
     other = base + (_near(base, rng, 0.5) - base) * (0.3 + strength)
-    share = cut_texture(size, rng)
-    return np.clip(base + share[..., None] * (other - base), 0, 255).astype(np.float32)
+    return blend(base, np.clip(other, 0, 255), cut_texture(size, rng))
 
 
 def _scene(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Surfaces and edges out of focus, drawn small and enlarged, as what is far behind looks."""
     height, width = size
     scale = 24 / min(height, width)
-    small = np.empty((max(24, round(height * scale)), max(24, round(width * scale)), 3), np.float32)
-    small[:] = base
+    small = full((max(24, round(height * scale)), max(24, round(width * scale))), base)
     for _ in range(int(rng.integers(2, 7))):
         colour = tuple(float(c) for c in _near(base if rng.random() < 0.6 else draw_background_colour(rng), rng, 0.25))
         centre = rng.random(2) * (small.shape[1], small.shape[0])
@@ -245,8 +242,8 @@ def _scene(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) ->
     picture = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
     sigma = min(height, width) * float(rng.choice([0.01, 0.03, 0.08]))
     picture = cv2.GaussianBlur(picture, (0, 0), max(0.5, sigma))
-    grain = cut_texture(size, rng)[..., None] - np.float32(0.5)
-    return np.clip(picture + np.float32(rng.uniform(0, 50)) * grain, 0, 255)
+    grain = np.float32(rng.uniform(0, 50)) * (cut_texture(size, rng) - np.float32(0.5))
+    return np.clip(raised(picture, grain), 0, 255)
 
 
 def _fill_beyond_edge(picture: np.ndarray, colour: tuple[float, ...], rng: np.random.Generator) -> None:

@@ -9,6 +9,9 @@ import numpy as np
 
 from rendering.config import RenderConfig
 
+# Ranges of hue, of 1; a range that stands twice is twice as likely.
+_PAINTS = ((-0.03, 0.03), (-0.03, 0.03), (0.05, 0.11), (0.11, 0.17), (0.11, 0.17), (0.25, 0.45), (0.5, 0.68))
+_PAINTS += ((0.55, 0.68), (0.0, 1.0))
 _LUMINANCE = np.array([0.299, 0.587, 0.114]) / 255
 
 
@@ -29,50 +32,54 @@ def draw_background_colour(rng: np.random.Generator) -> np.ndarray:
     """A colour of walls, signs, paper and print: light or dark and nearly neutral, or a strong one."""
     kind, hue, saturation, value = rng.random(4)
     if kind < 0.3:  # paper, white walls
-        parts = (hue, 0.12 * saturation, 0.75 + 0.25 * value)
-    elif kind < 0.52:  # black signs, shade
-        parts = (hue, 0.3 * saturation, 0.05 + 0.22 * value)
-    elif kind < 0.66:  # stone, metal
-        parts = (hue, 0.2 * saturation, 0.25 + 0.5 * value)
-    elif kind < 0.8:  # red, orange, yellow and blue paint
-        parts = ((0.0, 0.09, 0.15, 0.6)[int(4 * hue)], 0.6 + 0.4 * saturation, 0.45 + 0.5 * value)
-    else:
-        parts = (hue, 0.3 + 0.6 * saturation, 0.2 + 0.7 * value)
-    return 255.0 * np.array(colorsys.hsv_to_rgb(*parts))
+        return _from_hsv(hue, 0.12 * saturation, 0.75 + 0.25 * value)
+    if kind < 0.54:  # black signs, shade
+        return _from_hsv(hue, 0.3 * saturation, 0.05 + 0.22 * value)
+    if kind < 0.7:  # stone, metal
+        return _from_hsv(hue, 0.2 * saturation, 0.25 + 0.5 * value)
+    return _from_hsv(_paint_hue(hue), 0.35 + 0.6 * saturation, 0.25 + 0.65 * value)
 
 
 def draw_hue(rng: np.random.Generator, neutral: float) -> np.ndarray:
     """A colour whose luminance is still to be chosen; grey with probability `neutral`."""
     chance, hue, saturation = rng.random(3)
-    return 255.0 * np.array(
-        colorsys.hsv_to_rgb(hue, 0.06 * saturation if chance < neutral else 0.5 + 0.5 * saturation, 0.9)
-    )
+    if chance < neutral:
+        return _from_hsv(hue, 0.06 * saturation, 0.9)
+    return _from_hsv(_paint_hue(hue), 0.4 + 0.6 * saturation, 0.9)
 
 
-def draw_letter_colour(behind: np.ndarray, spread: float, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
+def _from_hsv(hue: float, saturation: float, value: float) -> np.ndarray:
+    return 255.0 * np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
+
+
+def _paint_hue(place: float) -> float:
+    """A hue for a number from 0 to 1: mostly the reds, yellows, greens and blues of signs and print."""
+    number, within = divmod(place * len(_PAINTS), 1)
+    low, high = _PAINTS[int(number)]
+    return low + within * (high - low)
+
+
+def draw_letter_colour(darkest: float, lightest: float, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
     """A colour that differs from what is behind the letters by the wanted contrast.
 
     Args:
-        behind: mean colour behind the letters.
-        spread: standard deviation of the luminance there; a restless background asks for more contrast.
+        darkest, lightest: luminance between which nearly everything behind the letters lies.
     """
     hue = draw_hue(rng, config.colours.neutral)
     low, side, share = rng.random(3)
-    ground = float(luminance(behind))
-    least = config.colours.min_contrast
     # Lighter or darker by the room there is on each side, seldom on the smaller one.
-    room_above, room_below = 1.0 - ground, ground
-    above = side < room_above**2 / (room_above**2 + room_below**2)
+    room_above, room_below = 1.0 - lightest, darkest
+    above = side < room_above**2 / max(room_above**2 + room_below**2, 1e-6)
+    least = config.colours.min_contrast
+    if (room_above if above else room_below) < least:
+        above = room_above > room_below
     room = room_above if above else room_below
-    if room < least:
-        above, room = not above, max(room_above, room_below)
     if low < config.probability(config.colours.low_contrast):
         difference = least * (1 + 2 * share) / 3
     else:
-        least = min(least + spread, room)
         difference = least + (room - least) * share**0.6
-    difference = min(difference, room)
-    return with_luminance(hue, ground + difference if above else ground - difference)
+    difference = min(max(difference, 0.0), room)
+    return with_luminance(hue, lightest + difference if above else darkest - difference)
 
 
 def draw_contrasting(colour: np.ndarray, rng: np.random.Generator, *, neutral: float = 0.6) -> np.ndarray:

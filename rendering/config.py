@@ -3,9 +3,9 @@
 The schema is the only place where a key, its default, its limits and its meaning are written; `configs/render.yaml`
 holds what a user would change first.
 
-Probabilities and amounts are those of `difficulty` 0.5. A probability is multiplied by twice the difficulty (at most 1),
-an amount by a half plus the difficulty: at 0 nothing distorts or degrades a word, at 1 every effect is twice as frequent
-and half as strong again.
+Probabilities and amounts are those of `difficulty` 0.5. A probability is multiplied by twice the difficulty (at most
+1), an amount by a half plus the difficulty: at 0 nothing distorts or degrades a word, at 1 every effect is twice as
+frequent and half as strong again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

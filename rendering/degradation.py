@@ -5,6 +5,7 @@ import math
 import cv2
 import numpy as np
 
+from rendering.blending import raised, scaled
 from rendering.config import RenderConfig
 
 _NOISE_SIDE = 512
@@ -27,6 +28,7 @@ def degrade(picture: np.ndarray, unit: float, config: RenderConfig, rng: np.rand
         picture = _light(picture, config.amount(1.0), rng)
     if chance[1] < config.probability(settings.exposure):
         picture = _expose(picture, config.amount(1.0), rng)
+    picture = _eight_bits(picture)
     if chance[2] < config.probability(settings.motion):
         picture = _move(picture, config.amount(settings.motion_amount) * unit * size[2], np.pi * size[1])
     if chance[3] < config.probability(settings.blur):
@@ -36,15 +38,18 @@ def degrade(picture: np.ndarray, unit: float, config: RenderConfig, rng: np.rand
     if chance[4] < config.probability(settings.low_resolution):
         picture = _lose_resolution(picture, 1 + (config.amount(settings.resolution_loss) - 1) * size[4], unit)
     if chance[5] < config.probability(settings.noise):
-        picture = picture + _noise(picture.shape[:2], rng) * np.float32(
-            config.amount(settings.noise_amount) * size[5] ** 2
-        )
+        deviation = np.float32(config.amount(settings.noise_amount) * size[5] ** 2)
+        picture = _eight_bits(picture + deviation * _noise(picture.shape[:2], rng))
     if chance[6] < config.probability(settings.sharpening):
-        picture = picture + np.float32(0.4 + size[6]) * (picture - cv2.GaussianBlur(picture, (0, 0), 1.2))
-    result = np.clip(np.round(picture), 0, 255).astype(np.uint8)
+        blurred = cv2.GaussianBlur(picture, (0, 0), 1.2)
+        picture = cv2.addWeighted(picture, 1.4 + size[6], blurred, -0.4 - size[6], 0)
     if chance[7] < config.probability(settings.jpeg):
-        result = _compress(result, round(settings.jpeg_quality + (95 - settings.jpeg_quality) * size[7] ** 0.7))
-    return result
+        picture = _compress(picture, round(settings.jpeg_quality + (95 - settings.jpeg_quality) * size[7] ** 0.7))
+    return picture
+
+
+def _eight_bits(picture: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
 def _light(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
@@ -55,14 +60,14 @@ def _light(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.n
     kind, angle, strength = rng.random(), rng.uniform(0, 2 * np.pi), amount * rng.uniform(0.1, 0.5)
     across = x * np.float32(math.cos(angle)) + y * np.float32(0.5 * math.sin(angle))
     if kind < 0.6:
-        return picture * (1 + np.float32(strength) * across)[..., None]
+        return scaled(picture, 1 + np.float32(strength) * across)
     if kind < 0.8:
         edge = np.clip(0.5 + rng.uniform(3, 30) * (across - rng.uniform(-0.3, 0.3)), 0, 1).astype(np.float32)
-        return picture * (1 - np.float32(min(strength, 0.6)) * edge)[..., None]
+        return scaled(picture, 1 - np.float32(min(strength, 0.6)) * edge)
     spot = rng.uniform(-0.5, 0.5, size=2).astype(np.float32)
     reach = np.float32(rng.uniform(0.15, 0.5))
     shine = np.exp(-((x - spot[0]) ** 2 + ((y - spot[1]) * (height / width)) ** 2) / (2 * reach**2))
-    return picture + np.float32(160 * strength) * shine[..., None]
+    return raised(picture, np.float32(160 * strength) * shine)
 
 
 def _expose(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
@@ -72,8 +77,8 @@ def _expose(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.
     tint = 1 + np.clip(rng.normal(0, 0.05 * amount, size=3), -0.2, 0.2)
     picture = picture * (flat * tint).astype(np.float32) + np.float32(black)
     gamma = math.exp(float(np.clip(rng.normal(0, 0.3 * amount), -0.8, 0.8)))
-    table = (255 * (np.arange(256) / 255) ** gamma).astype(np.float32)
-    return cv2.LUT(np.clip(np.round(picture), 0, 255).astype(np.uint8), table)
+    table = np.round(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
+    return cv2.LUT(_eight_bits(picture), table)
 
 
 def _move(picture: np.ndarray, length: float, angle: float) -> np.ndarray:

@@ -10,9 +10,12 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
+from rendering.blending import blend, full, raised
 from rendering.colours import draw_contrasting, luminance, with_luminance
 from rendering.config import EffectsConfig
+from rendering.geometry import Warp
 from rendering.letters import PADDING, Letters
+from rendering.textures import cut_wear
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,13 @@ class Style:
     glow: float = 0.0
     emboss: float = 0.0
     gradient: float = 0.0  # angle, radians
-    two_colours: str = ""  # "lines" or "letters"
+    two_colours: str = ""  # "lines" (upper and lower part) or "parts" (from left to right)
     worn: float = 0.0
 
     @property
     def has_under(self) -> bool:
         """Whether anything lies under the letters."""
         return bool(self.outline or self.shadow or self.extrusion or self.glow)
-
-    @property
-    def has_one_colour(self) -> bool:
-        """Whether every pixel of the letters has the same colour."""
-        return not (self.emboss or self.gradient or self.two_colours or self.worn)
 
 
 def draw_style(config: EffectsConfig, rng: np.random.Generator) -> Style:
@@ -63,7 +61,7 @@ def draw_style(config: EffectsConfig, rng: np.random.Generator) -> Style:
         glow=0.08 + 0.15 * size[4] if chance[4] < config.glow else 0.0,
         emboss=0.25 + 0.5 * size[5] if chance[5] < config.emboss and not hollow else 0.0,
         gradient=angle[1] if chance[6] < config.gradient else 0.0,
-        two_colours=("lines" if size[7] < 0.4 else "letters") if chance[7] < config.two_colours else "",
+        two_colours=("lines" if size[7] < 0.4 else "parts") if chance[7] < config.two_colours else "",
         worn=0.15 + 0.35 * size[8] if chance[8] < config.worn else 0.0,
     )
 
@@ -76,64 +74,73 @@ def letter_stroke(letters: Letters, style: Style) -> np.ndarray:
     return cv2.dilate(letters.fill, _disc(width)) - cv2.erode(letters.fill, _disc(width))
 
 
-def paint_fill(
-    letters: Letters, style: Style, colour: np.ndarray, texture: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Colours of the letters, float32, (h, w, 3), defined outside the letters too, so that a warp mixes nothing in.
-
-    Args:
-        texture: uneven paint, float32 in [0, 1], at least as large as the letters.
-    """
-    height, width = letters.fill.shape
-    left, top, right, bottom = letters.box
-    second = _second_colour(colour, rng)
-    canvas = np.empty((height, width, 3), np.float32)
-    canvas[:] = colour
-    if style.gradient:
-        x = (np.arange(width, dtype=np.float32) - left) / max(right - left, 1)
-        y = (np.arange(height, dtype=np.float32) - top) / max(bottom - top, 1)
-        share = 0.5 + (x - 0.5) * np.cos(style.gradient) + (y[:, None] - 0.5) * np.sin(style.gradient)
-        canvas += np.clip(share, 0, 1)[..., None] * (second - colour).astype(np.float32)
-    if style.two_colours == "lines":
-        canvas[int(top + (0.35 + 0.3 * rng.random()) * (bottom - top)) :] = second
-    elif style.two_colours == "letters":
-        start = 0
-        for number, end in enumerate(letters.ends):
-            if number % 2:
-                canvas[:, start : round(end)] = second
-            start = round(end)
-    if style.worn:
-        shade = 1 - style.worn * texture[:height, :width, None]
-        canvas *= shade
+def paint_fill(letters: Letters, style: Style, warp: Warp, colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Colours of the letters in the picture, beyond the letters too, float32 (h, w, 3); (3,) where all have one."""
+    second = np.asarray(_second_colour(colour, rng), np.float32)
+    size = (warp.size[1], warp.size[0])
+    wear = cut_wear(size, rng) if style.worn else None
+    fill = np.asarray(colour, np.float32)
+    share = _second_share(letters, style, rng)
+    if share is not None:
+        fill = blend(fill, second, warp.apply(share))
+    if wear is not None:
+        fill = blend(fill, np.zeros(3), np.float32(style.worn) * wear)
     if style.emboss:
-        step = max(1, round(0.04 * letters.unit))
-        fill = letters.fill.astype(np.float32)
-        edge = style.emboss * 0.6 * (fill - np.roll(fill, (step, step), (0, 1)))
-        edge -= style.emboss * 0.6 * (fill - np.roll(fill, (-step, -step), (0, 1)))
-        canvas += edge[..., None]
-    return np.clip(canvas, 0, 255)
+        relief = warp.apply(_relief(letters, style.emboss))
+        fill = np.clip(raised(full(size, fill) if fill.ndim == 1 else fill, relief), 0, 255)
+    return fill
 
 
-def paint_under(letters: Letters, style: Style, colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What lies under the letters: RGB times opacity from 0 to 255, and the opacity from 0 to 1; float32, (h, w, 4)."""
+def lay_under(
+    picture: np.ndarray, letters: Letters, style: Style, warp: Warp, colour: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """The picture, float32 (h, w, 3), with what lies under letters of `colour`: glow, shadow, sides, outline."""
     unit = letters.unit
-    fill = letters.fill
-    layer = np.zeros((*fill.shape, 4), np.float32)
     edge = draw_contrasting(colour, rng)
     dark = with_luminance(edge, 0.1 * float(rng.random()))
     side = with_luminance(colour, float(luminance(colour)) * (0.25 + 0.4 * float(rng.random())))
-    body = cv2.dilate(fill, _disc(max(1, round(style.outline * unit)))) if style.outline else fill
+    body = cv2.dilate(letters.fill, _disc(max(1, round(style.outline * unit)))) if style.outline else letters.fill
     if style.glow:
         halo = cv2.dilate(body, _disc(max(1, round(0.4 * style.glow * unit))))
-        _lay(layer, edge, _softened(halo, style.glow * unit / 2) * 0.8)
+        picture = _laid(picture, edge, 0.8, _softened(halo, style.glow * unit / 2), warp)
     if style.shadow:
         x, y, softness, opacity = style.shadow
-        _lay(layer, dark, _softened(_moved(body, x * unit, y * unit), softness * unit) * opacity)
+        picture = _laid(picture, dark, opacity, _softened(_moved(body, x * unit, y * unit), softness * unit), warp)
     if style.extrusion:
-        _lay(layer, side, _swept(body, style.extrusion[0] * unit, style.extrusion[1] * unit) / np.float32(255))
+        picture = _laid(picture, side, 1.0, _swept(body, style.extrusion[0] * unit, style.extrusion[1] * unit), warp)
     if style.outline:
-        _lay(layer, edge, body / np.float32(255))
-    return layer
+        picture = _laid(picture, edge, 1.0, body, warp)
+    return picture
+
+
+def _second_share(letters: Letters, style: Style, rng: np.random.Generator) -> np.ndarray | None:
+    """How much of the second colour each pixel of the flat word has, float32 (h, w), 0 to 1; None: nothing of it."""
+    height, width = letters.fill.shape
+    left, top, right, bottom = letters.box
+    if style.gradient:
+        x = (np.arange(width, dtype=np.float32) - left) / max(right - left, 1) - 0.5
+        y = (np.arange(height, dtype=np.float32)[:, None] - top) / max(bottom - top, 1) - 0.5
+        return np.clip(0.5 + x * np.float32(np.cos(style.gradient)) + y * np.float32(np.sin(style.gradient)), 0, 1)
+    if not style.two_colours:
+        return None
+    share = np.zeros((height, width), np.float32)
+    if style.two_colours == "lines":
+        share[int(top + (0.35 + 0.3 * rng.random()) * (bottom - top)) :] = 1
+    else:
+        pieces = int(rng.integers(2, 5))
+        edges = np.linspace(left, right, pieces + 1).round().astype(int)
+        for start, end in zip(edges[1::2], edges[2::2], strict=False):
+            share[:, start:end] = 1
+        if pieces % 2 == 0:
+            share[:, edges[-2] :] = 1
+    return share
+
+
+def _relief(letters: Letters, strength: float) -> np.ndarray:
+    """Light on the upper left edges and shade on the lower right ones, float32 (h, w), of 255."""
+    step = max(1, round(0.04 * letters.unit))
+    fill = letters.fill.astype(np.float32)
+    return 0.6 * np.float32(strength) * (np.roll(fill, (-step, -step), (0, 1)) - np.roll(fill, (step, step), (0, 1)))
 
 
 def _second_colour(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -143,23 +150,20 @@ def _second_colour(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return with_luminance(np.clip(other, 1, 255), float(np.clip(ground + rng.uniform(-0.15, 0.15), 0, 1)))
 
 
-def _lay(layer: np.ndarray, colour: np.ndarray, opacity: np.ndarray) -> None:
-    """Put `colour` with `opacity` (h, w), 0 to 1, on top of `layer`, in place."""
-    layer *= 1 - opacity[..., None]
-    layer += opacity[..., None] * np.append(colour, 1.0).astype(np.float32)
+def _laid(picture: np.ndarray, colour: np.ndarray, opacity: float, alpha: np.ndarray, warp: Warp) -> np.ndarray:
+    """`picture` with `colour` laid over it through the flat `alpha` (uint8), warped."""
+    return blend(picture, colour, warp.apply(alpha) * np.float32(opacity / 255))
 
 
 def _softened(alpha: np.ndarray, sigma: float) -> np.ndarray:
-    """`alpha` (uint8) as opacity from 0 to 1, blurred by `sigma` pixels."""
-    opacity = alpha.astype(np.float32) / 255
-    return cv2.GaussianBlur(opacity, (0, 0), sigma) if sigma > 0.3 else opacity
+    return cv2.GaussianBlur(alpha, (0, 0), sigma) if sigma > 0.3 else alpha
 
 
 def _moved(alpha: np.ndarray, x: float, y: float) -> np.ndarray:
     """`alpha` moved by (x, y) pixels; the padding is wider than any move."""
     limit = PADDING * 0.9
     height, width = alpha.shape
-    assert abs(x) < limit * width and abs(y) < limit * height
+    assert max(abs(x) / width, abs(y) / height) < limit
     return np.roll(alpha, (round(y), round(x)), (0, 1))
 
 

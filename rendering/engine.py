@@ -12,18 +12,20 @@ import cv2
 import numpy as np
 
 from rendering.backgrounds import Backgrounds
-from rendering.colours import draw_letter_colour, luminance
+from rendering.blending import blend
+from rendering.colours import draw_letter_colour
 from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.degradation import degrade
-from rendering.effects import Style, draw_style, letter_stroke, paint_fill, paint_under
+from rendering.effects import Style, draw_style, lay_under, letter_stroke, paint_fill
 from rendering.fonts import FontBook, Typeface, find_families
 from rendering.geometry import Warp, draw_warp
 from rendering.letters import Letters, set_letters
-from rendering.textures import cut_wear
 from rendering.words import WordSource
 from utils import UserError
 
-_DETAIL = 1.5  # the flat word is this much larger than the final one, so that the warp seldom enlarges
+_DETAIL = 1.25  # the flat word is at least this much larger than the final one, so that the warp seldom enlarges
+# Ems in pixels that fonts are opened at: few, as a font's first word at a new size costs several times a later one.
+_FONT_SIZES = np.array([20, 28, 40, 56, 80, 112, 156])
 
 
 class Stream(IntEnum):
@@ -134,7 +136,8 @@ class WordRenderer:
         height = float(np.clip(height, settings.min_height, settings.max_height))
         chances, spread = rng.random(3), rng.random(len(text))
         share = self.fonts.capital_height(typeface)
-        size = int(np.clip(4 * round(_DETAIL * height / share / 4), 16, 160))
+        wanted = _DETAIL * height / share
+        size = int(_FONT_SIZES[min(int(np.searchsorted(_FONT_SIZES, wanted)), len(_FONT_SIZES) - 1)])
         unit = size * share
         spacing = 0.0
         if chances[0] < settings.spacing:
@@ -159,27 +162,36 @@ class WordRenderer:
     def _paint(self, drawing: _Drawing, picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The letters, and what lies under them, on the background."""
         letters, style, warp = drawing.letters, drawing.style, drawing.warp
-        alpha = drawing.alpha[..., None].astype(np.float32) / 255
-        colour = draw_letter_colour(*_look_behind(picture, drawing.alpha), self.config, rng)
+        share = drawing.alpha * np.float32(1 / 255)
+        picture, darkest, lightest = _make_room(picture, drawing.alpha, self.config.colours.min_contrast)
+        colour = draw_letter_colour(darkest, lightest, self.config, rng)
         if style.has_under:
-            under = warp.apply(paint_under(letters, style, colour, rng))
-            picture = picture * (1 - under[..., 3:]) + under[..., :3]
-        if style.has_one_colour:
-            fill = colour.astype(np.float32)
-        else:
-            fill = warp.apply(paint_fill(letters, style, colour, cut_wear(letters.fill.shape, rng), rng))
-        return picture + alpha * (fill - picture)
+            picture = lay_under(picture, letters, style, warp, colour, rng)
+        fill = paint_fill(letters, style, warp, colour, rng)
+        return blend(picture, fill, share)
 
 
-def _look_behind(picture: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, float]:
-    """Mean colour behind the letters and the standard deviation of its luminance."""
-    mask = (alpha > 127).astype(np.uint8)
-    if not mask.any():
-        mask[:] = 1
-    mean, _ = cv2.meanStdDev(picture, mask=mask)
-    _, spread = cv2.meanStdDev(luminance(picture).astype(np.float32), mask=mask)
-    return mean[:, 0], float(spread[0, 0])
+def _make_room(picture: np.ndarray, alpha: np.ndarray, contrast: float) -> tuple[np.ndarray, float, float]:
+    """Flatten a background so restless that no colour would differ by `contrast` from all that is behind the letters.
+
+    Returns:
+        the background, and the luminance between which nine tenths of it lie behind the letters.
+    """
+    behind = np.sort(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[alpha > 127][::3]) / 255
+    if not behind.size:
+        behind = np.array([float(picture.mean()) / 255])
+    darkest, lightest = float(behind[behind.size // 20]), float(behind[-1 - behind.size // 20])
+    # Flattening towards the middle of the range leaves room on the larger side.
+    middle, spread = (darkest + lightest) / 2, (lightest - darkest) / 2
+    allowed = max(max(middle, 1 - middle) - contrast, 0.02)
+    if spread > allowed:
+        factor = allowed / spread
+        picture = np.float32(255 * middle * (1 - factor)) + np.float32(factor) * picture
+        darkest, lightest = middle - allowed, middle + allowed
+    return picture, min(max(darkest, 0.0), 1.0), min(max(lightest, 0.0), 1.0)
 
 
 def _stream(seed: int, index: int, stream: Stream, salts: Mapping[Stream, int]) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([seed, index, int(stream), salts.get(stream, 0)]))
+    # A counter-based generator: other keys and counters are other streams, and making one costs microseconds.
+    counter = np.array([0, 0, int(stream), salts.get(stream, 0)], np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=counter))

@@ -36,7 +36,8 @@ ENTRY_POINTS = "fontpkg.family"  # each names a package with FAMILY and ROOT, it
 _NO_CHARACTER = "\uffff"  # a code point that is no character: every font draws its sign for a missing one
 _PROBE_SIZE = 32  # pixels; for looking at glyphs, not for words
 _CASE_PROBES = "abdeghnqr"  # small letters of another shape than their capitals
-_OPEN_FONTS = 400
+_LIGHTEST = 250  # least weight of a variable font; hairlines are rare on signs
+_OPEN_FONTS = 1200
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,11 @@ class FontBook:
             self._axes[path] = axes
         values = []
         for axis in axes:
+            low, share = axis["minimum"], rng.random()
+            if axis["name"] == b"Weight":
+                low = min(max(low, _LIGHTEST), axis["maximum"])
             free = axis["name"] in (b"Weight", b"Width")
-            share = rng.random()
-            value = axis["minimum"] + share * (axis["maximum"] - axis["minimum"])
-            values.append(float(round(value) if free else axis["default"]))
+            values.append(float(round(low + share * (axis["maximum"] - low)) if free else axis["default"]))
         return tuple(values)
 
     def _first_look(self, path: str) -> dict[str, bool]:

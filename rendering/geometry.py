@@ -144,7 +144,7 @@ def _draw_view(half_extent: float, config: RenderConfig, rng: np.random.Generato
 
 
 def _draw_margins(config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
-    """Left, top, right, bottom space in heights of a capital letter; those above and below are alike, as are the sides."""
+    """Left, top, right, bottom space in heights of a capital letter; opposite ones are alike."""
     margins = config.geometry.margin * rng.gamma(2.0, 0.5, size=2)[[0, 1, 0, 1]] * rng.uniform(0.6, 1.4, size=4)
     cuts = rng.random(4) < config.probability(config.geometry.cut)
     depths = rng.uniform(0.02, 0.1, size=4)

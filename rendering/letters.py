@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PADDING = 0.75  # heights of a capital letter, on each side: room for shadows, outlines and glow
+_ROOM = 1.0  # ems around the word on the first canvas
 
 
 @dataclass(frozen=True)
@@ -13,13 +14,11 @@ class Letters:
     """The flat word.
 
     `fill`: grey, uint8, (h, w), the share of each pixel that the letters cover, 255 = all; `unit`: height of a capital
-    letter in pixels; `ends`: for each character, the x where its advance ends; `box`: left, top, right, bottom of what
-    is not 0.
+    letter in pixels; `box`: left, top, right, bottom of what is not 0.
     """
 
     fill: np.ndarray
     unit: float
-    ends: tuple[float, ...]
     box: tuple[int, int, int, int]
 
 
@@ -36,24 +35,28 @@ def set_letters(
     Raises:
         ValueError: nothing is drawn for `text`.
     """
-    pad = int(PADDING * unit) + 1
     if spacing == 0 and bounce is None:
         pieces = [(text, 0.0, 0.0)]
-        ends = [font.getlength(text[:count]) for count in range(1, len(text) + 1)]
     else:
         advances = [font.getlength(character) + spacing for character in text]
-        ends = list(np.cumsum(advances))
+        starts = np.concatenate([[0.0], np.cumsum(advances)])
         drops = np.zeros(len(text)) if bounce is None else bounce
-        pieces = [(c, end - advance, drop) for c, end, advance, drop in zip(text, ends, advances, drops, strict=True)]
-    boxes = np.array([font.getbbox(piece, anchor="ls") for piece, _, _ in pieces], np.float64)
-    shifts = np.array([(x, y, x, y) for _, x, y in pieces])
-    left, top = np.floor((boxes + shifts)[:, :2].min(axis=0)) - pad
-    right, bottom = np.ceil((boxes + shifts)[:, 2:].max(axis=0)) + pad
-    picture = Image.new("L", (int(right - left), int(bottom - top)))
-    draw = ImageDraw.Draw(picture)
-    for piece, x, y in pieces:
-        draw.text((x - left, y - top), piece, fill=255, font=font, anchor="ls")
-    box = picture.getbbox()
-    if box is None:
-        raise ValueError(f"nothing is drawn for {text!r}")
-    return Letters(np.array(picture), unit, tuple(float(end - left) for end in ends), box)
+        pieces = list(zip(text, starts[:-1].tolist(), drops.tolist(), strict=True))
+    # Asking a font for its extents costs as much as drawing, so the canvas is first taken large enough.
+    room = _ROOM
+    while True:
+        picture = Image.new(
+            "L", (int((2 * room + 1.1 * len(text)) * font.size + pieces[-1][1]), int(2 * room * font.size))
+        )
+        draw = ImageDraw.Draw(picture)
+        for piece, x, y in pieces:
+            draw.text((room * font.size + x, 1.2 * room * font.size + y), piece, fill=255, font=font, anchor="ls")
+        box = picture.getbbox()
+        if box is None:
+            raise ValueError(f"nothing is drawn for {text!r}")
+        if box[0] > 0 and box[1] > 0 and box[2] < picture.width and box[3] < picture.height:
+            break
+        room *= 2
+    pad = int(PADDING * unit) + 1
+    fill = np.array(picture.crop((box[0] - pad, box[1] - pad, box[2] + pad, box[3] + pad)))
+    return Letters(fill, unit, (pad, pad, pad + box[2] - box[0], pad + box[3] - box[1]))

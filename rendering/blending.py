@@ -1,0 +1,32 @@
+"""Pixel arithmetic that OpenCV does several times faster than NumPy does by broadcasting over three channels."""
+
+import cv2
+import numpy as np
+
+
+def full(size: tuple[int, int], colour: np.ndarray) -> np.ndarray:
+    """A picture of one colour, float32 (h, w, 3); `size` is (height, width)."""
+    picture = np.empty((*size, 3), np.float32)
+    picture[:] = colour
+    return picture
+
+
+def blend(lower: np.ndarray, upper: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """`lower` where `share` is 0, `upper` where it is 1, mixed between.
+
+    Args:
+        lower, upper: float32 (h, w, 3), or a colour (3,).
+        share: float32 (h, w), from 0 to 1.
+    """
+    lower, upper = (full(share.shape, each) if each.ndim == 1 else each for each in (lower, upper))
+    return cv2.blendLinear(lower, upper, 1 - share, share)
+
+
+def scaled(picture: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """`picture`, float32 (h, w, 3), times `factor`, float32 (h, w)."""
+    return cv2.multiply(picture, cv2.merge([factor, factor, factor]))
+
+
+def raised(picture: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """`picture`, float32 (h, w, 3), plus `value`, float32 (h, w)."""
+    return cv2.add(picture, cv2.merge([value, value, value]))

@@ -1,0 +1,439 @@
+"""The renderer: what it promises of letters, masks, seeds, fonts, words and settings."""
+
+import multiprocessing
+import pickle
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from PIL import ImageFont
+
+from config import Section, walk_schema
+from rendering import RenderConfig, RenderedWords, Stream, WordRenderer, load_render_config
+from rendering.backgrounds import find_photos, read_photo
+from rendering.colours import luminance, with_luminance
+from rendering.config import BACKGROUND_KINDS, WordsConfig
+from rendering.fonts import FontBook, FontFamily, Typeface, find_families, in_split
+from rendering.geometry import Bend
+from rendering.letters import set_letters
+from rendering.words import WordSource, draw_number, read_words
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = ["street", "market", "coffee", "open", "exit", "north", "jolly", "quiz", "don't"]
+PLAIN_LETTERS = [f"effects.{name}=0" for name in ("outline", "shadow", "extrusion", "glow")]
+NO_CAMERA = [
+    f"degradation.{name}=0"
+    for name in ("lighting", "exposure", "blur", "motion", "low_resolution", "sharpening", "noise", "jpeg")
+]
+
+
+@pytest.fixture(scope="module")
+def word_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "words.txt"
+    path.write_text("# a header\n" + "\n".join(f"{word}\t{10 + n}" for n, word in enumerate(VOCABULARY)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def make(word_file):
+    """Build a renderer from overrides, with a small word list that loads at once."""
+
+    def build(*overrides):
+        return WordRenderer(load_render_config(None, [f"words.file={word_file}", *overrides]))
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def renderer(make):
+    return make()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 255, size=(30, 40, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{number}.png"), cv2.resize(noise, (1600, 1200)))
+    return folder
+
+
+def same(first, second):
+    pairs = ((first.image, second.image), (first.mask, second.mask))
+    return first.text == second.text and all(np.array_equal(*pair) for pair in pairs)
+
+
+def render_range(renderer, start, stop):
+    return [renderer.render(3, index) for index in range(start, stop)]
+
+
+class TestSeeds:
+    def test_same_seed_and_index_give_the_same_word(self, make, renderer):
+        other = make()
+        render_range(other, 50, 60)  # what a process drew before must not matter
+        for first, second in zip(render_range(renderer, 0, 20), render_range(other, 0, 20), strict=True):
+            assert same(first, second)
+
+    def test_same_words_in_another_process(self, renderer):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            there = pool.apply(render_range, (renderer, 5, 12))
+        assert all(same(*pair) for pair in zip(there, render_range(renderer, 5, 12), strict=True))
+
+    def test_another_seed_or_index_gives_another_word(self, renderer):
+        word = renderer.render(0, 0)
+        assert not same(word, renderer.render(1, 0))
+        assert not same(word, renderer.render(0, 1))
+
+    def test_a_used_renderer_pickles_small(self, renderer):
+        renderer.render(0, 0)
+        assert len(pickle.dumps(renderer)) < 200_000
+
+
+class TestMasks:
+    def test_shapes_types_and_label(self, renderer):
+        for index in range(40):
+            word = renderer.render(0, index)
+            height, width = word.mask.shape
+            assert word.image.shape == (height, width, 3)
+            assert word.image.dtype == word.mask.dtype == np.uint8
+            assert 8 <= height <= 260
+            assert 8 <= width <= 480
+            assert word.mask.max() > 127, word.text
+            assert word.text
+
+    @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
+    def test_recolouring_changes_the_mask_and_nothing_else(self, make, difficulty):
+        settings = [*PLAIN_LETTERS, *NO_CAMERA, f"difficulty={difficulty}", "colours.min_contrast=0"]
+        renderer = make(*settings)
+        changed_letters = 0
+        for index in range(30):
+            word = renderer.render(0, index)
+            other = renderer.render(0, index, salts={Stream.COLOURS: 1})
+            assert np.array_equal(word.mask, other.mask)
+            difference = np.abs(word.image.astype(int) - other.image).max(axis=2)
+            assert not difference[word.mask == 0].any(), word.text
+            if difference.max() > 80:  # the two colours differ clearly: then all of the letters must have changed
+                changed_letters += 1
+                assert (difference[word.mask >= 0.9 * word.mask.max()] > 0).mean() > 0.95
+        assert changed_letters > 5
+
+    def test_recolouring_by_the_mask_gives_the_rendered_picture(self, make):
+        one_colour = [f"effects.{name}=0" for name in ("gradient", "two_colours", "worn", "emboss", "hollow")]
+        renderer = make(*PLAIN_LETTERS, *one_colour, *NO_CAMERA, "background=plain", "geometry.curve=0.5")
+        for index in range(20):
+            word = renderer.render(0, index)
+            ground = np.median(word.image[word.mask == 0], axis=0)
+            ink = np.median(word.image[word.mask > word.mask.max() - 5], axis=0)
+            if word.mask.max() < 255:
+                continue
+            share = word.mask[..., None] / 255
+            assert np.abs(ground * (1 - share) + ink * share - word.image).max() <= 2, word.text
+
+    def test_binary_masks(self, make):
+        renderer, soft = make("output.mask=binary"), make()
+        for index in range(10):
+            binary = renderer.render(0, index).mask
+            assert set(np.unique(binary)) <= {0, 255}
+            assert np.array_equal(binary > 0, soft.render(0, index).mask > 127)
+
+    def test_letters_stay_when_the_background_changes(self, renderer):
+        words = renderer.render_on_backgrounds(0, 4)
+        assert set(words) == set(BACKGROUND_KINDS) - {"photo"}
+        first = words["plain"]
+        for kind, word in words.items():
+            assert word.background == kind
+            assert word.text == first.text
+            assert np.array_equal(word.mask, first.mask)
+            assert same(word, renderer.render(0, 4, background=kind))
+
+    def test_hollow_letters_are_their_line(self, make):
+        filled = make("effects.hollow=0").render(0, 2, text="HOB")
+        hollow = make("effects.hollow=1").render(0, 2, text="HOB")
+        inside = cv2.erode((filled.mask > 200).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        if inside.any():
+            assert hollow.mask[inside].mean() < 0.5 * filled.mask[inside].mean()
+
+    def test_distractors_are_not_in_the_mask(self, make):
+        """Clutter changes the picture beyond the letters and leaves the mask."""
+        renderer = make(*NO_CAMERA, *PLAIN_LETTERS)
+        changed = 0
+        for index in range(10):
+            words = renderer.render_on_backgrounds(0, index, ["plain", "clutter"])
+            assert np.array_equal(words["plain"].mask, words["clutter"].mask)
+            outside = words["plain"].mask == 0
+            changed += (words["plain"].image != words["clutter"].image)[outside].any()
+        assert changed > 5
+
+    def test_letters_can_be_told_from_the_background(self, make):
+        renderer = make(*PLAIN_LETTERS, *NO_CAMERA, "difficulty=0", "effects.worn=0", "effects.gradient=0")
+        for index in range(60):
+            word = renderer.render(0, index)
+            grey = cv2.cvtColor(word.image, cv2.COLOR_RGB2GRAY) / 255.0
+            if (word.mask > 250).sum() > 20:
+                contrast = abs(np.median(grey[word.mask > 250]) - np.median(grey[word.mask == 0]))
+                assert contrast > 0.12, (index, word.text, word.background)
+
+
+class TestDifficulty:
+    def test_easy_words_are_upright_and_sharp(self, make):
+        config = make("difficulty=0").config
+        assert config.probability(config.geometry.rotation) == 0
+        assert config.probability(config.degradation.blur) == 0
+
+    def test_hard_words_have_less_detail(self, make):
+        def sharpness(difficulty):
+            renderer = make(f"difficulty={difficulty}", "background=plain", "degradation.noise=0")
+            greys = [cv2.cvtColor(renderer.render(0, i).image, cv2.COLOR_RGB2GRAY) for i in range(40)]
+            return np.mean([cv2.Laplacian(grey, cv2.CV_64F).std() for grey in greys])
+
+        assert sharpness(1.0) < 0.8 * sharpness(0.0)
+
+    def test_bent_base_lines_can_be_undone(self):
+        points = np.random.default_rng(0).uniform(-40, 40, size=(50, 2))
+        for bend in (Bend(radius=90), Bend(radius=-90), Bend(amplitude=8, length=60, phase=1)):
+            bent = bend.forward(points)
+            np.testing.assert_allclose(np.stack(bend.backward(bent[:, 0], bent[:, 1]), 1), points, atol=1e-9)
+
+
+class TestBackgrounds:
+    @pytest.mark.parametrize("kind", BACKGROUND_KINDS)
+    def test_each_kind(self, make, photos, kind):
+        renderer = make(f"background={kind}", f"photos={photos}")
+        assert {renderer.render(0, index).background for index in range(8)} == {kind}
+
+    def test_mixed_backgrounds_use_every_kind(self, make, photos):
+        renderer = make(f"photos={photos}")
+        assert {renderer.render(0, index).background for index in range(80)} == set(BACKGROUND_KINDS)
+
+    def test_photographs_are_made_small(self, photos):
+        assert max(read_photo(find_photos(str(photos))[0]).shape) == 640
+
+    def test_photo_without_a_folder(self, make, renderer):
+        with pytest.raises(UserError, match="photos"):
+            make("background=photo")
+        with pytest.raises(UserError, match="photos"):
+            renderer.render(0, 0, background="photo")
+
+    def test_folder_without_pictures_and_broken_pictures(self, make, tmp_path):
+        with pytest.raises(UserError, match="no such folder"):
+            make(f"photos={tmp_path / 'none'}")
+        with pytest.raises(UserError, match="holds no picture"):
+            make(f"photos={tmp_path}")
+        (tmp_path / "broken.jpg").write_bytes(b"no picture")
+        with pytest.raises(UserError, match=r"broken\.jpg"):
+            make(f"photos={tmp_path}", "background=photo").render(0, 0)
+
+    def test_unknown_kind(self, renderer):
+        with pytest.raises(UserError, match="sky"):
+            renderer.render(0, 0, background="sky")
+
+
+class TestFonts:
+    def test_every_family_draws_capitals_and_digits(self, renderer):
+        for family in renderer.fonts.families:
+            assert any(renderer.fonts.covers(path, "AZ09") for path in family.files), family.name
+
+    def test_no_font_draws_a_box(self, renderer):
+        """A character that hardly any font has is refused, not drawn as the sign of a missing one."""
+        with pytest.raises(UserError, match="none can draw"):
+            renderer.render(0, 0, text="\U0001f984")
+
+    def test_another_font_steps_in_for_missing_characters(self, renderer):
+        for index in range(30):
+            word = renderer.render(0, index, text="Łódź")
+            assert word.text == "Łódź"
+            face = next(family for family in renderer.fonts.families if family.name == word.family)
+            assert any(renderer.fonts.covers(path, "Łódź") for path in face.files)
+
+    def test_fonts_without_small_letters_do_not_draw_them(self, renderer):
+        capitals_only = [family for family in renderer.fonts.families if family.name == "Bebas Neue"]
+        if not capitals_only:
+            pytest.skip("needs fontpkg-bebas-neue")
+        book = FontBook(capitals_only)
+        assert book.covers(capitals_only[0].files[0], "AB12")
+        assert not book.covers(capitals_only[0].files[0], "Ab")
+
+    def test_each_character_leaves_ink(self, renderer):
+        rng = np.random.default_rng(0)
+        for text in ("Il1.,'", "WORD", "jgy", '"-"'):
+            typeface = renderer.fonts.choose(text, rng)
+            font = renderer.fonts.open(typeface, 56)
+            before = 0
+            for count in range(1, len(text) + 1):
+                letters = set_letters(font, text[:count], unit=40, spacing=3)
+                ink = int((letters.fill > 0).sum())
+                assert ink > before
+                before = ink
+
+    def test_split_parts_the_families(self):
+        families = {
+            split: {f.name for f in find_families(load_render_config(None, [f"fonts.split={split}"]).fonts)}
+            for split in ("all", "train", "held-out")
+        }
+        assert all(families.values())
+        assert families["train"] | families["held-out"] == families["all"]
+        assert not families["train"] & families["held-out"]
+        assert in_split("Some Family", "train", 0.3) == in_split("some family", "train", 0.3)
+
+    def test_folder_of_fonts_and_exclusion(self, tmp_path, renderer, caplog):
+        source = renderer.fonts.families[0].files[0]
+        (tmp_path / "deep").mkdir()
+        (tmp_path / "deep" / "one.ttf").write_bytes(Path(source).read_bytes())
+        (tmp_path / "broken.ttf").write_bytes(b"no font")
+        settings = ["fonts.packages=false", f"fonts.folders=[{tmp_path}]"]
+        (family,) = find_families(load_render_config(None, settings).fonts)
+        assert family == FontFamily(ImageFont.truetype(source, 10).getname()[0], (str(tmp_path / "deep" / "one.ttf"),))
+        assert "broken.ttf" in caplog.text
+        with pytest.raises(UserError, match="no family is left"):
+            find_families(load_render_config(None, [*settings, f"fonts.exclude=[{family.name}]"]).fonts)
+
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(UserError, match="no such folder"):
+            find_families(load_render_config(None, [f"fonts.folders=[{tmp_path / 'none'}]"]).fonts)
+
+    def test_axes_change_the_letters(self, renderer):
+        for family in renderer.fonts.families:
+            if "wght" in family.files[0]:
+                break
+        else:
+            pytest.skip("no variable font is installed")
+        fonts = {renderer.fonts.choose("H", np.random.default_rng(n)).axes for n in range(200)}
+        assert len(fonts) > 10
+        face = Typeface(family.name, family.files[0], ())
+        assert 0.4 < renderer.fonts.capital_height(face) < 1.2
+
+
+class TestWords:
+    def test_texts_keep_to_the_limits(self, word_file):
+        source = WordSource(WordsConfig(file=str(word_file), max_length=5, characters="abcdeEXITxit0123"))
+        rng = np.random.default_rng(0)
+        for _ in range(300):
+            text = source.draw(rng)
+            assert 1 <= len(text) <= 5
+            assert set(text) <= set("abcdeEXITxit0123")
+
+    def test_frequent_words_come_more_often_at_temperature_one(self, tmp_path):
+        path = tmp_path / "words.txt"
+        path.write_text("often\t900\nseldom\t100\n")
+        quiet = {"numbers": 0.0, "random": 0.0, "punctuation": 0.0}
+
+        def share(temperature):
+            source = WordSource(WordsConfig(file=str(path), temperature=temperature, **quiet))
+            rng = np.random.default_rng(0)
+            return np.mean([source.draw(rng).lower() == "often" for _ in range(1000)])
+
+        assert share(1.0) == pytest.approx(0.9, abs=0.04)
+        assert share(50.0) == pytest.approx(0.51, abs=0.06)
+
+    def test_cases(self, word_file):
+        source = WordSource(WordsConfig(file=str(word_file), numbers=0.0, random=0.0, punctuation=0.0))
+        rng = np.random.default_rng(0)
+        texts = [source.draw(rng) for _ in range(500)]
+        assert 0.35 < np.mean([text.isupper() for text in texts]) < 0.55
+        assert 0.15 < np.mean([text.islower() for text in texts]) < 0.35
+        assert "Don't" in texts  # not "Don'T"
+
+    def test_numbers_hold_digits(self):
+        rng = np.random.default_rng(0)
+        assert all(any(c.isdigit() for c in draw_number(rng)) for _ in range(300))
+
+    def test_word_lists(self, tmp_path):
+        path = tmp_path / "words.txt"
+        path.write_text("# header\n\nalpha\t3\nbeta\n", encoding="utf-8")
+        assert list(read_words(path)) == [("alpha", 3.0), ("beta", 1.0)]
+        path.write_text("alpha\tmany\n")
+        with pytest.raises(UserError, match=r"words\.txt:1"):
+            list(read_words(path))
+        path.write_bytes(b"\xff\xfe")
+        with pytest.raises(UserError, match="UTF-8"):
+            list(read_words(path))
+        path.write_text("# nothing\n")
+        with pytest.raises(UserError, match="no word"):
+            WordSource(WordsConfig(file=str(path)))
+        with pytest.raises(UserError, match="cannot read"):
+            list(read_words(tmp_path / "none"))
+
+    def test_english_words(self):
+        source = WordSource(WordsConfig(vocabulary=2000, numbers=0.0, random=0.0))
+        rng = np.random.default_rng(0)
+        assert len({source.draw(rng).lower() for _ in range(200)}) > 100
+
+
+class TestConfig:
+    def test_files_of_the_repository(self):
+        for path in sorted((ROOT / "configs").glob("render*.yaml")):
+            assert load_render_config(path).length > 0
+
+    def test_every_key_is_described(self):
+        for dotted, field in walk_schema(RenderConfig):
+            if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+                assert field.description, dotted
+
+    def test_round_trip(self, tmp_path):
+        config = load_render_config(None, ["difficulty=0.25", "fonts.exclude=[A, B]"])
+        (tmp_path / "render.yaml").write_text(config.to_yaml())
+        assert load_render_config(tmp_path / "render.yaml") == config
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("dificulty=1", "nearest known key: difficulty"),
+            ("difficulty", "key=value"),
+            ("difficulty=2", "less than or equal to 1"),
+            ("background=sky", "background"),
+            ("words.cases=3", "words.cases"),
+        ],
+    )
+    def test_wrong_overrides(self, override, message):
+        with pytest.raises(UserError, match=message):
+            load_render_config(None, [override])
+
+    def test_unknown_key_of_a_file(self, tmp_path):
+        (tmp_path / "render.yaml").write_text("letters: {hight: 3}\n")
+        with pytest.raises(UserError, match=r"letters\.hight: unknown key; nearest known key: letters\.height"):
+            load_render_config(tmp_path / "render.yaml")
+
+    def test_weights_that_leave_nothing(self, make):
+        with pytest.raises(UserError, match="every weight is 0"):
+            make(*(f"backgrounds.{kind}=0" for kind in BACKGROUND_KINDS if kind != "photo"))
+
+
+class TestEndless:
+    def test_epochs_have_words_of_their_own(self, tmp_path, word_file):
+        path = tmp_path / "render.yaml"
+        path.write_text(f"length: 7\nwords: {{file: {word_file}}}\n")
+        words = RenderedWords(path, seed=3)
+        assert len(words) == 7
+        image, mask, text = words[2]
+        again = words[SimpleNamespace(epoch=0, index=2)]
+        assert np.array_equal(image, again[0])
+        assert np.array_equal(mask, again[1])
+        assert text == again[2]
+        later = words[SimpleNamespace(epoch=1, index=2)]
+        assert np.array_equal(later[0], words.renderer.render(3, 9).image)
+        assert len(RenderedWords(path, length=4)) == 4
+        with pytest.raises(IndexError):
+            words[7]
+
+
+def test_luminance_can_be_chosen():
+    for wanted in (0.0, 0.2, 0.5, 1.0):
+        colour = with_luminance(np.array([200.0, 30.0, 30.0]), wanted)
+        assert float(luminance(colour)) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_speed(make):
+    """250 words with masks a second and core; the best of short runs, as other programs may want the core too."""
+    renderer = make()
+    render_range(renderer, 0, 200)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        render_range(renderer, 0, 100)
+        best = min(best, time.perf_counter() - start)
+    assert 100 / best > 250

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from pictures import grid, reading_picture, to_pictures
 from utils import UserError, explain_full_disk, read_checkpoint, save_atomically, write_atomically
 
 if TYPE_CHECKING:
+    from dataset import SkipLog
     from evaluation import Evaluator, Reading
     from modules.outputs import RecogniserOutput
     from trainer import Step, Trainer
@@ -42,6 +44,9 @@ class Callback:
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Before the first step, after a resume."""
+
+    def on_batch_loaded(self, trainer: Trainer, batch: Any) -> None:
+        """A batch came from the loader; its step is next."""
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         """After step number `trainer.iteration` (counted from 1)."""
@@ -269,6 +274,7 @@ class Evaluation(Callback):
 
     def _evaluate(self, trainer: Trainer) -> None:
         self.last_iteration = trainer.iteration
+        trainer.share_statistics()
         scores = self.evaluator.evaluate(trainer.evaluation_model, self.observers)
         value = scores["weighted"][self.evaluator.headline]
         logger.info("iteration %d\n%s", trainer.iteration, self.evaluator.table(scores))
@@ -300,6 +306,11 @@ class Checkpoints(Callback):
         self.keep = keep
         self.start = start
 
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if trainer.process.is_main:
+            for left in self.folder.glob(".*.tmp"):  # of a run that was killed while it saved
+                left.unlink(missing_ok=True)
+
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         due = trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
         if due and trainer.iteration != trainer.iterations:  # the last one is saved at the end
@@ -314,7 +325,7 @@ class Checkpoints(Callback):
             return
         path = self.folder / f"{self.name}_{trainer.epoch}_{trainer.iteration}.pth"
         save_atomically(state, path)
-        names = [each for each in listed_checkpoints(self.folder) if each != path.name] + [path.name]
+        names = [each for each in listed_checkpoints(self.folder, self.name) if each != path.name] + [path.name]
         self._write_list(names[-self.keep :])
         for old in names[: -self.keep]:
             (self.folder / old).unlink(missing_ok=True)
@@ -325,18 +336,34 @@ class Checkpoints(Callback):
 
 
 class NotFiniteBatches(Callback):
-    """Saves the batch of a skipped step for study, as `not-finite-<iteration>.pth`; the first few of a run."""
+    """Saves the batch of a skipped step for study, as `not-finite-<iteration>-rank<r>.pth`; the last `keep` stay."""
 
-    def __init__(self, *, folder: Path, most: int = 3):
+    def __init__(self, *, folder: Path, keep: int = 3):
         self.folder = folder
-        self.most = most
-        self._saved = 0
+        self.keep = keep
+        self._saved: list[Path] = []
 
     def on_step_skipped(self, trainer: Trainer, batch: Any, iteration: int) -> None:
-        if self._saved < self.most:
-            self._saved += 1
-            path = self.folder / f"not-finite-{iteration}-rank{trainer.process.rank}.pth"
-            save_atomically({"batch": batch.state_dict(), "iteration": iteration}, path)
+        path = self.folder / f"not-finite-{iteration}-rank{trainer.process.rank}.pth"
+        save_atomically({"batch": batch.state_dict(), "iteration": iteration}, path)
+        self._saved.append(path)
+        if len(self._saved) > self.keep:
+            self._saved.pop(0).unlink(missing_ok=True)
+
+
+class UnreadableSamples(Callback):
+    """Names and counts the samples that could not be read, which their batches leave out; `log` takes note of them."""
+
+    def __init__(self, *, log: SkipLog):
+        self.log = log
+
+    def on_batch_loaded(self, trainer: Trainer, batch: Any) -> None:
+        self.log.update(batch.skipped)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        if self.log.counts:
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.log.counts.items())
+            logger.warning("left out of training as they could not be read: %s", counts)
 
 
 # --- dumps of an evaluation: observers that an evaluator calls --------------------------------------------------------
@@ -413,34 +440,38 @@ def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence
 # --- checkpoints of a work folder -------------------------------------------------------------------------------------
 
 
-def listed_checkpoints(folder: Path) -> list[str]:
-    """Names in `checkpoint.yaml` whose files exist, oldest first; else the files of that form by age."""
+def listed_checkpoints(folder: Path, name: str) -> list[str]:
+    """Names of run `name` in `checkpoint.yaml` whose files exist, oldest first; behind them files it does not list."""
     listing = folder / CHECKPOINT_LIST
     names: list[str] = []
     if listing.exists():
         try:
             names = list(yaml.safe_load(listing.read_text(encoding="utf-8"))["checkpoints"])
-        except (yaml.YAMLError, KeyError, TypeError):
+        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
             logger.warning("%s is damaged; looking at the files themselves", listing)
-    found = sorted(folder.glob("*_*_*.pth"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    form = re.compile(rf"{re.escape(name)}_\d+_\d+\.pth")
+    found = sorted(
+        (path for path in folder.glob("*.pth") if form.fullmatch(path.name)),
+        key=lambda path: (path.stat().st_mtime_ns, path.name),
+    )
     newer = [path.name for path in found if path.name not in names]  # written, but killed before it was listed
-    return [name for name in names if (folder / name).exists()] + newer
+    return [each for each in names if (folder / each).exists()] + newer
 
 
-def newest_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a work folder that can be read; a damaged one is named and the one before it is used.
+def newest_whole_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of run `name` in its work folder; a damaged one is named and the one before it is used.
 
     Raises:
         UserError: there is none.
     """
-    for name in reversed(listed_checkpoints(folder)):
+    for each in reversed(listed_checkpoints(folder, name)):
         try:
-            state = read_checkpoint(folder / name)
+            state = read_checkpoint(folder / each)
         except UserError as error:
             logger.warning("%s; trying the one before it", error)
             continue
         if "training" in state:
-            return folder / name, state
+            return folder / each, state
     raise UserError(f"{folder} has no whole checkpoint to resume from; start without --resume")
 
 

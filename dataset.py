@@ -688,7 +688,12 @@ def _is_pair_folder(root: Path) -> bool:
 
 
 def initialize_worker(_worker: int) -> None:
-    """Let a worker process use one thread: the processes are what runs side by side."""
+    """Let a worker process use one thread: the processes are what runs side by side.
+
+    A process group of its own keeps Ctrl-C, and the launcher's signals, from ending it under the run: that stops when
+    its step is done and ends its workers itself.
+    """
+    os.setpgrp()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
@@ -715,5 +720,6 @@ def make_loader(
         multiprocessing_context=multiprocessing_context if num_workers else None,
         worker_init_fn=initialize_worker,
         pin_memory=pin_memory and torch.cuda.is_available(),
+        generator=torch.Generator(),  # of the workers' seeds, which torch's own would lose a number to at every start
         **batching,
     )

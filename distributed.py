@@ -1,6 +1,8 @@
 """What differs between one process and many: who am I, means over the global batch, gathering of results."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # the first evaluation of a large set may keep the other ranks waiting
 
@@ -52,9 +55,76 @@ def is_main() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def synchronized(model: nn.Module, wanted: bool) -> nn.Module:
+def synchronized(model: nn.Module, wanted: bool, device: torch.device) -> nn.Module:
     """The network with batch norms that take their statistics over all processes, where that is wanted."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if wanted and is_distributed() else model
+    if not wanted or not is_distributed():
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for name, child in model.named_children():
+        setattr(model, name, _on_host(child) if isinstance(child, _BatchNorm) else synchronized(child, wanted, device))
+    return model
+
+
+class HostSyncBatchNorm(_BatchNorm):
+    """Batch norm over all processes for tensors on the host, which torch's own refuses."""
+
+    def _check_input_dim(self, values: Tensor) -> None:
+        """Any number of dimensions."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values` (N, C, ...) of this process -> the same, normalised with statistics over the global batch."""
+        if not self.training:
+            return super().forward(values)
+        shape = (1, -1, *[1] * (values.dim() - 2))
+        axes = [axis for axis in range(values.dim()) if axis != 1]
+        wide = values.float()
+        count = summed(torch.tensor(float(values.numel() // values.shape[1])))
+        mean = summed(wide.sum(axes)) / count  # (C,)
+        centred = wide - mean.view(shape)
+        variance = summed(centred.square().sum(axes)) / count  # (C,)
+        self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        scale = (variance + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
+        normalised = centred * scale.view(shape)
+        return (normalised if self.bias is None else normalised + self.bias.view(shape)).to(values.dtype)
+
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats:
+            return
+        self.num_batches_tracked += 1
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance, momentum)
+
+
+def _on_host(norm: _BatchNorm) -> HostSyncBatchNorm:
+    """The same batch norm, its parameters and buffers under their names."""
+    twin = HostSyncBatchNorm(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, track_running_stats=norm.track_running_stats
+    )
+    twin._parameters, twin._buffers = norm._parameters, norm._buffers
+    return twin.train(norm.training)
+
+
+class _Summed(torch.autograd.Function):
+    """Sum over the processes. Every process's loss depends on it, so the gradients are summed as well."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def summed(values: Tensor) -> Tensor:
+    """Sum of a tensor over the processes, with a gradient."""
+    return _Summed.apply(values) if is_distributed() else values
 
 
 def batch_mean(total: Tensor, count: Tensor) -> Tensor:
@@ -79,6 +149,14 @@ def average(values: Tensor) -> Tensor:
     return values
 
 
+def average_buffers(buffers: list[Tensor]) -> None:
+    """Put the average over the processes into each of some tensors, in one message."""
+    if is_distributed() and buffers:
+        flat = average(torch.cat([buffer.flatten().float() for buffer in buffers]))
+        for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; every process must call it."""
     if not is_distributed():
@@ -95,6 +173,16 @@ def gather(items: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Let the main process go through the block before the others do, which then find its files (indices)."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
 
 
 def barrier() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import distributed
 from builders import (
@@ -31,6 +32,7 @@ from builders import (
     build_schedule,
     build_training_data,
     evaluation_protocol,
+    with_checkpoint,
 )
 from callbacks import (
     AttentionPictures,
@@ -42,15 +44,19 @@ from callbacks import (
     PredictionFiles,
     Progress,
     TensorBoard,
+    UnreadableSamples,
+    listed_checkpoints,
     newest_whole_checkpoint,
 )
 from charset import protocol_normalizer
 from config import Config, load_config, save_config
+from dataset import SkipLog
 from distributed import Process
 from inference import prepare_for_inference
 from trainer import Trainer
 from utils import (
     UserError,
+    explain_full_disk,
     read_checkpoint,
     run_command_line,
     seed_everything,
@@ -76,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.global_.phase == "test":
             test(config, device=device, process=process, model_eval=options.model_eval, image_only=options.image_only)
         else:
-            with claimed(folder, process, keep=options.resume is not None):
+            with claimed(folder, process, keep=options.resume is not None), explain_full_disk(folder):
                 train(config, device=device, process=process, resume=options.resume, debug=options.debug)
     finally:
         distributed.stop()
@@ -89,10 +95,11 @@ def train(config: Config, *, device: torch.device, process: Process, resume: str
     log_to(folder, process, debug=debug)
     seed_everything(config.global_.seed or 0)
     torch.autograd.set_detect_anomaly(debug)
-    state = resume_state(folder, resume) if resume is not None else None
+    state = resume_state(folder, config.global_.name, resume) if resume is not None else None
     if state is not None:  # its weights replace whatever a checkpoint would give
         config = with_checkpoint(config, None)
     trainer = build_trainer(config, device=device, process=process)
+    seed_everything((config.global_.seed or 0) + process.rank)  # equal weights everywhere, but not equal dropout
     if process.is_main:
         save_config(config, folder / "config.yaml")
         parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -131,14 +138,17 @@ def test(
 
 def build_trainer(config: Config, *, device: torch.device, process: Process) -> Trainer:
     """Everything that training needs, from data to callbacks."""
-    data = build_training_data(config, device=device, process=process)
-    model = distributed.synchronized(build_model(config), config.training.sync_batchnorm).to(device)
+    with distributed.main_first():  # it stores the indices of large LMDBs
+        data = build_training_data(config, device=device, process=process)
+        callbacks = build_callbacks(config, data=data, device=device, process=process)
+    model = distributed.synchronized(build_model(config), config.training.sync_batchnorm, device).to(device)
+    criterion = build_criterion(config)
     batches = len(data.batch_sampler)
     iterations = config.training.iterations or config.training.epochs * batches
     training = config.training
     return Trainer(
         model=model,
-        criterion=build_criterion(config),
+        criterion=criterion,
         optimizer=build_optimizer(config, model),
         learning_rate_factor=build_schedule(config, batches_per_epoch=batches, iterations=iterations),
         data=data,
@@ -146,18 +156,19 @@ def build_trainer(config: Config, *, device: torch.device, process: Process) -> 
         iterations=iterations,
         device=device,
         process=process,
-        callbacks=build_callbacks(config, device=device, process=process),
+        callbacks=callbacks,
         precision=training.precision,
         accumulation=training.accumulation,
         clip_grad=config.optimizer.clip_grad,
         ema_decay=training.ema,
         compile_model=training.compile,
+        find_unused_parameters=0 in criterion.weights.values(),
         max_skipped_steps=training.max_skipped_steps,
         extra_state={"config": config.to_dict(), "charset": build_charset(config).characters},
     )
 
 
-def build_callbacks(config: Config, *, device: torch.device, process: Process) -> list[Callback]:
+def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, process: Process) -> list[Callback]:
     """What happens beside the loop, in the order in which it happens."""
     folder, name, training = work_folder(config), config.global_.name, config.training
     tensorboard = TensorBoard(
@@ -167,6 +178,7 @@ def build_callbacks(config: Config, *, device: torch.device, process: Process) -
         Progress(interval=training.show_iters),
         History(path=folder / "history.jsonl", interval=training.show_iters),
         NotFiniteBatches(folder=folder),
+        UnreadableSamples(log=SkipLog(data.dataset)),
         tensorboard,
     ]
     if config.dataset.test.roots:
@@ -203,16 +215,6 @@ def build_trained_model(config: Config) -> nn.Module:
     return build_model(with_checkpoint(config, checkpoint))
 
 
-def with_checkpoint(config: Config, checkpoint: str | None) -> Config:
-    """The config with these weights for the whole network and none for its sub-models."""
-    config = config.model_copy(deep=True)
-    config.model.checkpoint = checkpoint
-    config.model.vision.checkpoint = config.model.language.checkpoint = None
-    if config.model.kind == "ssn":
-        config.model.ssn.checkpoint = None
-    return config
-
-
 def checked_model_eval(config: Config, wanted: str | None) -> str:
     """The sub-model to score: the one that was asked for, else the last one that the network has."""
     available = {"recogniser": SUB_MODELS, "ssn": ("ssn",)}.get(config.model.kind, (config.model.kind,))
@@ -242,7 +244,8 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
         return
     with _open_lock(folder) as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: forked loader workers would inherit it and hold it for seconds after a kill.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{folder} is in use by another run; give this one another --name") from error
         if not keep and (folder / "history.jsonl").exists():
@@ -269,17 +272,17 @@ def _move_aside(folder: Path) -> None:
     print(f"an earlier run was in {folder}; it is now {moved} (to go on with it, use --resume)")
 
 
-def resume_state(folder: Path, resume: str) -> dict[str, Any] | None:
+def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
     """Training state to go on from: of a file, or of the folder's newest whole checkpoint; None where it has none."""
     if resume:
         state = read_checkpoint(resume)
         if "training" not in state:
             raise UserError(f"--resume {resume}: holds weights only; start from them with --checkpoint")
         return state
-    if not any(folder.glob("*_*_*.pth")):
+    if not listed_checkpoints(folder, name):
         logger.warning("%s has no checkpoint to resume from: starting from the beginning", folder)
         return None
-    path, state = newest_whole_checkpoint(folder)
+    path, state = newest_whole_checkpoint(folder, name)
     logger.info("resuming from %s", path)
     return state
 
@@ -306,7 +309,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--name", help="name of the run: its folder below global.workdir")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights of the whole network to start from or to test")
     parser.add_argument("--test_root", action="append", metavar="LMDB", help="test set, or folder of them; repeatable")
-    parser.add_argument("--local_rank", type=int, help="accepted for the old launcher; torchrun is the way")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help="accepted for the old launcher; torchrun is the way"
+    )
     parser.add_argument("--debug", action="store_true", help="no workers, anomaly detection, verbose log")
     parser.add_argument("--image_only", action="store_true", help="test: write no attention pictures")
     parser.add_argument(

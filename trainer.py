@@ -32,6 +32,7 @@ RUNNING_STATISTICS = {"running_mean", "running_var"}
 STOP_CHECK_ITERATIONS = 10  # with several processes they agree on a stop signal this often, as agreeing costs a message
 LOSS_SCALE = 2.0**10  # of fp16 at the start; torch doubles it every 2,000 good steps
 WORKER_RESTARTS = 3  # a loader worker that dies (out of memory, killed) is replaced this many times in a run
+SECOND_SIGNAL_AFTER = 2.0  # seconds; sooner it is the same Ctrl-C, from the terminal and from the launcher
 
 
 @dataclass
@@ -62,7 +63,10 @@ class Trainer:
         accumulation: parts that a batch is worked through in; their gradients add up to one step.
         clip_grad: largest gradient norm; None leaves it.
         ema_decay: decay of the averaged weights that are evaluated and saved; None for none.
-        max_skipped_steps: steps in a row that are not finite and stop the run.
+        find_unused_parameters: some parameters may get no gradient (a loss term has weight 0); several processes then
+            look for them at every step.
+        max_skipped_steps: steps in a row that are not finite, or batches of which nothing could be read, that stop the
+            run.
         extra_state: values that every checkpoint carries (config, charset).
     """
 
@@ -84,6 +88,7 @@ class Trainer:
         clip_grad: float | None = 20.0,
         ema_decay: float | None = None,
         compile_model: bool = False,
+        find_unused_parameters: bool = False,
         max_skipped_steps: int = 10,
         extra_state: dict[str, Any] | None = None,
     ):
@@ -110,13 +115,13 @@ class Trainer:
         self.epoch = 0
         self.batch_in_epoch = 0  # batches of this epoch done
         self.stop_signal: str | None = None
+        self._empty_in_a_row = 0
+        self._signalled_at = -math.inf
         self._watch = FiniteWatch(max_in_a_row=max_skipped_steps, on_failure=self._report_not_finite)
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._statistics = [
-            buffer for name, buffer in model.named_buffers() if name.split(".")[-1] in RUNNING_STATISTICS
-        ]
-        self._network = self._wrap(compile_model)
+        self._statistics = running_statistics(model)
+        self._network = self._wrap(compile_model, find_unused_parameters)
 
     @property
     def evaluation_model(self) -> nn.Module:
@@ -128,17 +133,30 @@ class Trainer:
         with self._stop_signals():
             self.call("on_fit_start")
             try:
-                for batch, waited in self._batches():
-                    self._advance(batch, waited)
-                    if self.iteration >= self.iterations or self._should_stop():
-                        break
+                if self.iteration < self.iterations:
+                    self._run()
                 self._watch.flush()
-            except BaseException:
+            except BaseException as error:
                 self.call("on_fit_failed")
+                if is_dead_worker(error):
+                    raise UserError(
+                        f"a loader worker died in an evaluation ({_first_line(error)}); --resume"
+                    ) from error
                 raise
             if self.stop_signal:
                 logger.info("stopped by %s after iteration %d; go on with --resume", self.stop_signal, self.iteration)
             self.call("on_fit_end")
+
+    def _run(self) -> None:
+        """Steps until the last iteration or a stop signal."""
+        for batch, waited in self._batches():
+            self.call("on_batch_loaded", batch)
+            if len(batch) < (self.accumulation if distributed.is_distributed() else 1):
+                self._pass_over(batch)
+            else:
+                self._advance(batch, waited)
+            if self.iteration >= self.iterations or self._should_stop():
+                break
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -146,14 +164,30 @@ class Trainer:
         """One step and its place in the run."""
         started = time.perf_counter()
         step = self._step(batch, waited)
+        self._empty_in_a_row = 0
         self.iteration += 1
         self.batch_in_epoch += 1
         step.duration = waited + time.perf_counter() - started
         self._watch.check(step, batch, self.iteration)
         self.call("on_step_end", step)
+        self._count_epoch()
+
+    def _count_epoch(self) -> None:
         if self.batch_in_epoch == self.batches_per_epoch:
             self.epoch, self.batch_in_epoch = self.epoch + 1, 0
             self.call("on_epoch_end")
+
+    def _pass_over(self, batch: Any) -> None:
+        """Leave out a batch of which nothing could be read; several processes would wait for each other's share."""
+        self._empty_in_a_row += 1
+        if distributed.is_distributed() or self._empty_in_a_row >= self.max_skipped_steps:
+            raise UserError(
+                f"only {len(batch)} samples of a batch could be read after iteration {self.iteration} (named above); "
+                "check the data with tools/check_lmdb.py, or raise dataset.train.batch_size"
+            )
+        logger.warning("a batch after iteration %d is left out: nothing of it could be read", self.iteration)
+        self.batch_in_epoch += 1
+        self._count_epoch()
 
     def _step(self, batch: Any, waited: float) -> Step:
         """Forward, backward and update; the update is left out on the device where anything is not finite."""
@@ -211,14 +245,28 @@ class Trainer:
         dtype = AUTOCAST[self.precision]
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _wrap(self, compile_model: bool) -> Callable:
+    def _wrap(self, compile_model: bool, find_unused_parameters: bool) -> Callable:
         """The network as the loop calls it."""
         network: Any = self.model
         if distributed.is_distributed():
             devices = [self.device] if self.device.type == "cuda" else None
-            # Running statistics are equal by construction (each rank restores its own), so they are not broadcast.
-            network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+            # Running statistics take no part in training; `share_statistics` makes them equal where they matter.
+            network = DistributedDataParallel(
+                network,
+                device_ids=devices,
+                broadcast_buffers=False,
+                find_unused_parameters=find_unused_parameters,
+            )
         return torch.compile(network) if compile_model else network
+
+    def share_statistics(self) -> None:
+        """Average what the processes' batch norms remember, before the network is evaluated or saved.
+
+        Each saw its own part of every batch; all must read alike, and go on alike after a resume.
+        """
+        distributed.average_buffers(self._statistics)
+        if self.ema is not None:
+            distributed.average_buffers(running_statistics(self.ema.module))
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
@@ -229,17 +277,19 @@ class Trainer:
             self.data.batch_sampler.set_position(self.epoch, self.batch_in_epoch)
             try:
                 iterator = iter(self.data)
+                # The loader would raise a worker's death in the middle of a step; its queue notices within seconds.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 while True:
                     started = time.perf_counter()
                     batch = next(iterator)
                     yield batch, time.perf_counter() - started
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if not is_dead_worker(error):
                     raise
                 restarts += 1
                 if restarts > WORKER_RESTARTS:
                     raise UserError(
-                        f"loader workers died {restarts} times ({str(error).splitlines()[0]}); "
+                        f"loader workers died {restarts} times ({_first_line(error)}); "
                         "free memory or lower dataset.num_workers, then --resume"
                     ) from error
                 logger.warning("a loader worker died; going on from iteration %d with new ones", self.iteration)
@@ -258,10 +308,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def _stop_signals(self):
-        """SIGTERM and Ctrl-C end the run after the current step; a second Ctrl-C ends it at once."""
+        """SIGTERM and Ctrl-C end the run after the current step; a second, later Ctrl-C ends it at once."""
 
         def remember(number, frame):
-            if self.stop_signal is not None and number == signal.SIGINT:
+            now = time.monotonic()
+            if self.stop_signal is None:
+                self._signalled_at = now
+            elif number == signal.SIGINT and now > self._signalled_at + SECOND_SIGNAL_AFTER:
                 raise KeyboardInterrupt
             self.stop_signal = signal.Signals(number).name
 
@@ -274,6 +327,11 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _report_not_finite(self, step: Step, batch: Any, iteration: int, in_a_row: int) -> None:
+        finite_terms = all(bool(torch.isfinite(term)) for term in step.terms.values())
+        if self.scaler.is_enabled() and finite_terms and in_a_row < self.max_skipped_steps:
+            # A part of fp16: the scale grows until it is too large, and is halved then.
+            logger.info("iteration %d skipped: scaled gradient over the range of fp16", iteration)
+            return
         names = [name for name, term in step.terms.items() if not bool(torch.isfinite(term))] or ["gradient"]
         words = batch.indices.tolist()
         logger.warning(
@@ -291,12 +349,14 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs; `model` are the weights to read with. Every process must call it."""
         self._watch.flush()
+        self.share_statistics()
         training = {
             "iteration": self.iteration,
             "epoch": self.epoch,
             "batch_in_epoch": self.batch_in_epoch,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped_in_a_row": self._watch.in_a_row,
             "random": distributed.gather([self._random_state()]),
             "callbacks": {type(each).__name__: each.state_dict() for each in self.callbacks},
         }
@@ -313,7 +373,9 @@ class Trainer:
             if "ema_steps" in training:
                 self.ema.n_averaged.copy_(training["ema_steps"])
         self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
+        if training["scaler"]:  # empty unless that run had fp16
+            self.scaler.load_state_dict(training["scaler"])
+        self._watch.in_a_row = training.get("skipped_in_a_row", 0)
         self.iteration = training["iteration"]
         # A checkpoint after the last step of an epoch was taken before that epoch was counted.
         finished, self.batch_in_epoch = divmod(training["batch_in_epoch"], self.batches_per_epoch)
@@ -344,6 +406,20 @@ class Trainer:
         """Run one hook of every callback, in order."""
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """Running means and variances of a network's batch norms."""
+    return [buffer for name, buffer in network.named_buffers() if name.split(".")[-1] in RUNNING_STATISTICS]
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether the loader says that one of its processes is gone; an exception inside one is another matter."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
 
 
 class FiniteWatch:

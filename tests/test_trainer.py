@@ -130,7 +130,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, workers, stop_at, op
     make_trainer(tmp_path / "cut", callbacks=[Recorder(stop_at)], workers=workers, **options).fit()
     assert len(history(tmp_path / "cut")) == stop_at
     resumed = make_trainer(tmp_path / "cut", workers=workers, **options)
-    path, state = newest_whole_checkpoint(tmp_path / "cut")
+    path, state = newest_whole_checkpoint(tmp_path / "cut", "toy")
     assert path.name == f"toy_{stop_at // 5}_{stop_at}.pth"
     resumed.load_state_dict(state)
     resumed.fit()
@@ -146,7 +146,7 @@ def test_history_has_each_iteration_once_when_a_kill_lost_the_newest_steps(tmp_p
         file.write('{"iteration": 11, "lo')
     next(tmp_path.glob("toy_*_10.pth")).unlink()
     resumed = make_trainer(tmp_path, iterations=10)
-    resumed.load_state_dict(newest_whole_checkpoint(tmp_path)[1])
+    resumed.load_state_dict(newest_whole_checkpoint(tmp_path, "toy")[1])
     resumed.fit()
     assert history(tmp_path) == whole
 
@@ -155,7 +155,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
     make_trainer(tmp_path).fit()
     newest = tmp_path / "toy_2_12.pth"
     newest.write_bytes(newest.read_bytes()[:1000])
-    path, _ = newest_whole_checkpoint(tmp_path)
+    path, _ = newest_whole_checkpoint(tmp_path, "toy")
     assert path.name == "toy_1_10.pth"
     assert "toy_2_12.pth" in caplog.text
 
@@ -209,7 +209,7 @@ def test_accumulated_parts_are_one_step(tmp_path):
 def test_averaged_weights_are_those_that_are_saved(tmp_path):
     trainer = make_trainer(tmp_path, ema_decay=0.5)
     trainer.fit()
-    _, state = newest_whole_checkpoint(tmp_path)
+    _, state = newest_whole_checkpoint(tmp_path, "toy")
     assert not torch.equal(state["model"]["0.weight"], trainer.model[0].weight)
     assert torch.equal(state["model"]["0.weight"], trainer.ema.module[0].weight)
 

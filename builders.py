@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,39 +49,43 @@ from optimization import (
 )
 from segmentation import Segmenter
 from transforms import AugmentWord, CropSegmentation, ResizeWord
-from utils import UserError, load_checkpoint
+from utils import UserError, load_checkpoint, load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
+
+SUB_MODELS = ("alignment", "vision", "language")
 
 # --- networks and losses ----------------------------------------------------------------------------------------------
 
 
-def build_model(config: Config) -> nn.Module:
+def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
     """The network that `model.name` names, with the checkpoints that the config names loaded.
+
+    Args:
+        charset: the characters that it reads; None takes those of `dataset.charset_path`.
 
     Raises:
         UserError: a checkpoint is missing or does not fit.
     """
-    builders = {
-        "vision": build_vision_model,
-        "language": build_language_model,
-        "recogniser": build_recogniser,
-        "ssn": build_ssn,
-    }
-    return _with_checkpoint(builders[config.model.kind](config), config.model.checkpoint, config)
+    if config.model.kind == "ssn":
+        model = build_ssn(config)
+    else:
+        builders = {"vision": build_vision_model, "language": build_language_model, "recogniser": build_recogniser}
+        model = builders[config.model.kind](config, charset or build_charset(config))
+    return _with_checkpoint(model, config.model.checkpoint, config)
 
 
-def build_recogniser(config: Config) -> nn.Module:
+def build_recogniser(config: Config, charset: Charset) -> nn.Module:
     """Vision, language and alignment in `iter_size` rounds (BINet; ABINet without its masks)."""
     return BINet(
-        vision=build_vision_model(config),
-        language=build_language_model(config),
-        alignment=build_alignment_model(config),
+        vision=build_vision_model(config, charset),
+        language=build_language_model(config, charset),
+        alignment=build_alignment_model(config, charset),
         iter_size=config.model.iter_size,
     )
 
 
-def build_vision_model(config: Config) -> nn.Module:
+def build_vision_model(config: Config, charset: Charset) -> nn.Module:
     """Backbone, mask branch where `model.vision.segmentation` is enabled, attention and classifier."""
     vision, size = config.model.vision, image_size(config)
     backbone = ResNet(
@@ -105,7 +110,7 @@ def build_vision_model(config: Config) -> nn.Module:
     common = {
         "backbone": backbone,
         "attention": build_attention(config, cells=backbone.output_size(size)),
-        "num_classes": build_charset(config).num_classes,
+        "num_classes": charset.num_classes,
         "image_size": size,
     }
     if not vision.segmentation.enabled:
@@ -130,19 +135,17 @@ def build_attention(config: Config, *, cells: tuple[int, int]) -> nn.Module:
     )
 
 
-def build_language_model(config: Config) -> nn.Module:
+def build_language_model(config: Config, charset: Charset) -> nn.Module:
     """The bidirectional cloze network (ABINet)."""
     language = config.model.language
     options = language.model_dump(exclude={"checkpoint", "loss_weight"})
-    model = LanguageModel(
-        num_classes=build_charset(config).num_classes, num_steps=config.dataset.max_length + 1, **options
-    )
+    model = LanguageModel(num_classes=charset.num_classes, num_steps=config.dataset.max_length + 1, **options)
     return _with_checkpoint(model, language.checkpoint, config)
 
 
-def build_alignment_model(config: Config) -> nn.Module:
+def build_alignment_model(config: Config, charset: Charset) -> nn.Module:
     """The gate between vision and language."""
-    return AlignmentModel(num_classes=build_charset(config).num_classes, d_model=config.model.alignment.d_model)
+    return AlignmentModel(num_classes=charset.num_classes, d_model=config.model.alignment.d_model)
 
 
 def build_ssn(config: Config) -> SSN:
@@ -159,6 +162,16 @@ def build_charset(config: Config) -> Charset:
 def image_size(config: Config) -> tuple[int, int]:
     """Height and width of the network's input, pixels."""
     return config.dataset.image_height, config.dataset.image_width
+
+
+def with_checkpoint(config: Config, checkpoint: str | None) -> Config:
+    """The config with these weights for the whole network and none for its sub-models."""
+    config = config.model_copy(deep=True)
+    config.model.checkpoint = checkpoint
+    config.model.vision.checkpoint = config.model.language.checkpoint = None
+    if config.model.kind == "ssn":
+        config.model.ssn.checkpoint = None
+    return config
 
 
 def _with_checkpoint(model: nn.Module, path: str | None, config: Config) -> nn.Module:
@@ -297,10 +310,50 @@ def _build_segmentation_evaluator(
 
 
 def build_segmenter(config: Config, *, device: torch.device | str, precision: str = "auto") -> Segmenter:
-    """SSN with its weights, ready to make masks of pictures of any size."""
-    if config.model.ssn.checkpoint is None:
-        raise UserError("model.ssn.checkpoint is not set; name the weights of the network that makes the masks")
-    return Segmenter(build_ssn(config), config.model.ssn.areas, device=device, precision=precision)
+    """The network that makes masks, for pictures of any size.
+
+    Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser.
+    """
+    path = segmenter_checkpoint(config)
+    bundled = build_bundled_ssn(read_checkpoint(path), path)
+    ssn, areas = bundled or (build_ssn(config), config.model.ssn.areas)
+    return Segmenter(ssn, areas, device=device, precision=precision)
+
+
+def segmenter_checkpoint(config: Config) -> str:
+    """The file that holds the weights of the network that makes masks.
+
+    Raises:
+        UserError: the config names none.
+    """
+    if config.model.ssn.checkpoint is not None:
+        return config.model.ssn.checkpoint
+    if config.model.checkpoint is not None and "ssn" in read_checkpoint(config.model.checkpoint):
+        return config.model.checkpoint
+    raise UserError("model.ssn.checkpoint is not set; name the weights of the network that makes the masks")
+
+
+def build_bundled_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, list[int]] | None:
+    """The SSN that a checkpoint carries beside a recogniser, as `state["ssn"]`, and its areas; None where it has none.
+
+    Args:
+        path: what the checkpoint was read from, for messages.
+    """
+    if "ssn" not in state:
+        return None
+    part = state["ssn"]
+    config = with_checkpoint(Config.from_dict(part["config"], source=f"{path} (ssn.config)"), None)
+    ssn = build_ssn(config)
+    load_weights(ssn, part, path)
+    return ssn, config.model.ssn.areas
+
+
+def checked_model_eval(config: Config, wanted: str | None) -> str:
+    """The sub-model to score: the one that was asked for, else the last one that the network has."""
+    available = {"recogniser": SUB_MODELS, "ssn": ("ssn",)}.get(config.model.kind, (config.model.kind,))
+    if wanted is not None and wanted not in available:
+        raise UserError(f"--model_eval {wanted}: {config.model.name} has only {', '.join(available)}")
+    return wanted or available[0]
 
 
 def evaluation_protocol(config: Config) -> int:
@@ -352,7 +405,7 @@ def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks |
 
 def _mask_fingerprint(config: Config) -> str:
     """What online masks depend on beside the picture: weights and areas."""
-    weights = Path(config.model.ssn.checkpoint).read_bytes()
+    weights = Path(segmenter_checkpoint(config)).read_bytes()
     return hashlib.sha256(weights + str(config.model.ssn.areas).encode()).hexdigest()[:16]
 
 
@@ -386,6 +439,7 @@ def _open_segmentation(
         transform=crop if training else None,
         mask_root=config.dataset.masks.root,
         ignore_index=settings.ignore_index,
+        ignore_level=settings.ignore_level,
         seed=config.global_.seed or 0,
     )
     return datasets, SegmentationCollate(size=tuple(settings.crop_size))

@@ -131,7 +131,7 @@ class MasksConfig(Section):
         "lmdb", "lmdb: files; online: SSN in the loop; none (the default of a network without segmentation)."
     )
     root: str | None = key(None, "Folder of mask LMDBs; the masks of <root of images>/X are in <masks.root>/X.")
-    cache: bool = key(False, "Keep the online mask of each word in memory for the next epoch.")
+    cache: bool = key(False, "Keep the online mask of each word on disk, in cache_dir, for later epochs and runs.")
 
 
 class SegmentationDataConfig(Section):
@@ -142,6 +142,12 @@ class SegmentationDataConfig(Section):
         [0.5, 2.0], "Smallest and largest random resizing before the crop, factor."
     )
     ignore_index: int = key(255, "Label of pixels that no loss and no score counts.", ge=2, le=255)
+    ignore_level: int | None = key(
+        128,
+        "Grey level of masks that marks pixels to ignore; null for soft masks, which have it as any other.",
+        ge=1,
+        le=254,
+    )
 
 
 class DatasetConfig(Section):
@@ -169,7 +175,7 @@ class DatasetConfig(Section):
         None, "How workers start; null: the platform's way."
     )
     cache_index: bool = key(True, "Store which samples pass the filter, so that opening an LMDB again is instant.")
-    cache_dir: str | None = key(None, "Folder of those index files; null: beside the LMDB, or the user's cache folder.")
+    cache_dir: str | None = key(None, "Folder of those files and of cached masks; null: the user's cache folder.")
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)
 
@@ -522,8 +528,6 @@ def _vision_problems(config: Config) -> Iterator[tuple[str, str]]:
     if vision.backbone == "transformer" and vision.d_model % vision.nhead:
         yield "model.vision.nhead", f"{vision.nhead} does not divide model.vision.d_model {vision.d_model}"
     stride = math.prod(vision.strides)
-    if vision.segmentation.enabled and stride != 4:
-        yield "model.vision.strides", f"their product is {stride}; the mask embedding needs 4 (cells of 4 x 4 pixels)"
     for name in ("image_height", "image_width"):
         if getattr(dataset, name) % stride:
             yield f"dataset.{name}", f"{getattr(dataset, name)} is not a multiple of {stride}, the strides' product"

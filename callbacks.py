@@ -30,7 +30,7 @@ from utils import UserError, explain_full_disk, read_checkpoint, save_atomically
 
 if TYPE_CHECKING:
     from dataset import SkipLog
-    from evaluation import Evaluator, Reading
+    from evaluation import Evaluator, ScoredWord
     from modules.outputs import RecogniserOutput
     from trainer import Step, Trainer
 
@@ -211,7 +211,7 @@ class TensorBoard(Callback):
         self._waited = self._seconds = 0.0
         self._samples = 0
 
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> None:
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
         if self._writer is not None and output.vision is not None:
             missing = self.most_pictures - len(self._pictures)
             self._pictures.extend(itertools.islice(evaluation_pictures(batch, output, readings), missing))
@@ -380,9 +380,9 @@ class PredictionFiles:
         self.folder = folder
         self.model_eval = model_eval
         self.normalize = normalize
-        self._readings: dict[str, list[Reading]] = {}
+        self._readings: dict[str, list[ScoredWord]] = {}
 
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> None:
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
         self._readings.setdefault(dataset, []).extend(readings)
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
@@ -392,7 +392,7 @@ class PredictionFiles:
                 self._write(dataset, sorted(readings, key=lambda reading: reading.index))
         self._readings.clear()
 
-    def _write(self, dataset: str, readings: Sequence[Reading]) -> None:
+    def _write(self, dataset: str, readings: Sequence[ScoredWord]) -> None:
         folder = self.folder / f"{dataset}-{self.model_eval}"
         folder.mkdir(parents=True, exist_ok=True)
         wrong = [each for each in readings if self.normalize(each.text) != self.normalize(each.label)]
@@ -408,7 +408,7 @@ class AttentionPictures:
         self.folder = folder
         self.model_eval = model_eval
 
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> None:
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
         if output.vision is None:
             return
         folder = self.folder / f"{dataset}-{self.model_eval}" / "attn"
@@ -420,7 +420,7 @@ class AttentionPictures:
         """Every picture is written already."""
 
 
-def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> Iterator[np.ndarray]:
+def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> Iterator[np.ndarray]:
     """One picture for each word of a batch: word, masks, attention and reading."""
     attention = output.vision.attention.float().cpu().numpy()
     refined = output.vision.refined_mask
@@ -429,8 +429,8 @@ def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence
     for row, (reading, picture) in enumerate(zip(readings, to_pictures(batch.images), strict=True)):
         yield reading_picture(
             picture,
-            text=reading.text,
-            label=reading.label,
+            caption=f"{reading.label} > {reading.text}",
+            characters=[*reading.text, "end"],
             attention=attention[row],
             mask=None if masks is None else masks[row],
             refined_mask=None if refined is None else refined[row],

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reading:
+class ScoredWord:
     """One word as it was read."""
 
     index: int  # position in its data set: sample `index` of the LMDB's filtered list
@@ -36,7 +36,7 @@ class Reading:
 class Observer(Protocol):
     """Something that looks at every evaluated batch: prediction files, attention pictures, a report."""
 
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[Reading]) -> None:
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
         """One batch of one data set."""
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
     return part.logits if model_eval == "vision" else part[-1].logits
 
 
-def score_words(readings: Sequence[Reading], normalize: Callable[[str], str]) -> dict[str, float]:
+def score_words(readings: Sequence[ScoredWord], normalize: Callable[[str], str]) -> dict[str, float]:
     """Word accuracy, character accuracy, 1 - normalised edit distance and calibration error of some readings.
 
     Args:
@@ -132,10 +132,10 @@ class WordEvaluator:
     @torch.inference_mode()
     def _read(
         self, model: nn.Module, name: str, loader: DataLoader, observers: Sequence[Observer]
-    ) -> tuple[list[Reading], Counter]:
+    ) -> tuple[list[ScoredWord], Counter]:
         """All readings of one data set in the order of its samples, and what could not be read."""
         dtype = AUTOCAST[self.precision]
-        readings: list[Reading] = []
+        readings: list[ScoredWord] = []
         unreadable: Counter = Counter()
         for batch in loader:
             unreadable.update(batch.skipped.values())
@@ -146,7 +146,7 @@ class WordEvaluator:
                 output = model(*batch.inputs())
             texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
             rows = zip(batch.indices.tolist(), batch.texts, texts, confidences, strict=True)
-            read = [Reading(*row) for row in rows]
+            read = [ScoredWord(*row) for row in rows]
             readings += read
             for observer in observers:
                 observer.on_batch(name, batch, output, read)

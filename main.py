@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 import distributed
 from builders import (
+    SUB_MODELS,
     build_charset,
     build_criterion,
     build_evaluator,
@@ -31,6 +32,7 @@ from builders import (
     build_optimizer,
     build_schedule,
     build_training_data,
+    checked_model_eval,
     evaluation_protocol,
     with_checkpoint,
 )
@@ -67,8 +69,6 @@ from utils import (
 __all__ = ["build_criterion", "build_model", "main", "prepare_for_inference"]
 
 logger = logging.getLogger("main")
-
-SUB_MODELS = ("alignment", "vision", "language")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -213,14 +213,6 @@ def build_trained_model(config: Config) -> nn.Module:
     if checkpoint is None:
         raise UserError(f"there are no weights to test: give --checkpoint, or train first ({best} does not exist)")
     return build_model(with_checkpoint(config, checkpoint))
-
-
-def checked_model_eval(config: Config, wanted: str | None) -> str:
-    """The sub-model to score: the one that was asked for, else the last one that the network has."""
-    available = {"recogniser": SUB_MODELS, "ssn": ("ssn",)}.get(config.model.kind, (config.model.kind,))
-    if wanted is not None and wanted not in available:
-        raise UserError(f"--model_eval {wanted}: {config.model.name} has only {', '.join(available)}")
-    return wanted or available[0]
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------

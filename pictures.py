@@ -68,23 +68,27 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 def reading_picture(
     picture: np.ndarray,
     *,
-    text: str,
-    label: str,
+    caption: str,
+    characters: Sequence[str],
     attention: np.ndarray,
     mask: np.ndarray | None = None,
     refined_mask: np.ndarray | None = None,
+    over_picture: bool = False,
 ) -> np.ndarray:
     """One word with its mask, refined mask and the attention of each character that was read.
 
     Args:
         picture: (H, W, 3) uint8.
-        attention: (T, h, w), of which the first len(text) + 1 steps are shown.
-        mask, refined_mask: (H, W).
+        caption: written below the picture.
+        characters: names of the steps to show; as many as `attention` has at most.
+        attention: (T, h, w).
+        mask, refined_mask: of any size.
+        over_picture: draw the masks as colour over the picture instead of grey.
     """
-    cells = [captioned(picture, f"{label} > {text}")]
+    cells = [captioned(picture, caption)]
     for name, each in (("mask", mask), ("refined", refined_mask)):
         if each is not None:
-            cells.append(captioned(grey(each), name))
-    for step, character in enumerate([*text, "end"][: len(attention)]):
-        cells.append(captioned(heat(picture, attention[step]), character))
+            cells.append(captioned(overlay(picture, each) if over_picture else grey(each), name))
+    for character, weights in zip(characters, attention, strict=False):
+        cells.append(captioned(heat(picture, weights), character))
     return grid(cells, columns=4)

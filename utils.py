@@ -142,6 +142,12 @@ def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> 
         UserError: as `read_checkpoint`; or the tensors differ and `strict` is set: the message names them.
     """
     state = read_checkpoint(path)
+    load_weights(model, state, path, strict=strict)
+    return state
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Any], path: Path | str, *, strict: bool = True) -> None:
+    """Load what a checkpoint holds, as read from `path`, into `model`; all else as `load_checkpoint`."""
     weights = checkpoint_weights(state)
     expected = model.state_dict()
     weights = {k: v for k, v in weights.items() if k in expected or not UNUSED_PUBLISHED.search(k)}
@@ -155,7 +161,6 @@ def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> 
     if not fitting:
         raise UserError(f"checkpoint {path} has no tensor of the network; it belongs to another model.name")
     model.load_state_dict(fitting, strict=False)
-    return state
 
 
 def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

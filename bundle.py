@@ -1,0 +1,141 @@
+"""Checkpoints that are enough by themselves: a recogniser with its config and characters, and the SSN beside it.
+
+Keys of such a file: `model` (weights), `config` (plain data, as `Config.to_dict`), `charset` (the characters in order
+of their classes) and, for masks of pictures that come without, `ssn`: {`model`, `config`} in the same forms.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from builders import build_bundled_ssn, build_charset, build_model, with_checkpoint
+from charset import Charset
+from config import Config
+from modules.ssn import SSN
+from utils import UserError, checkpoint_weights, load_weights, read_checkpoint, save_atomically
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a checkpoint file holds, built: networks in eval mode, on the CPU.
+
+    `ssn` and `areas` (sides of the square areas at which it looks at a picture, pixels) are None and empty where the
+    file has no SSN.
+    """
+
+    model: torch.nn.Module
+    config: Config
+    charset: Charset
+    ssn: SSN | None
+    areas: tuple[int, ...]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the recogniser's input, pixels."""
+        return self.config.dataset.image_height, self.config.dataset.image_width
+
+
+def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
+    """Build what a checkpoint holds.
+
+    Args:
+        config: how to build the network; None takes what the checkpoint carries.
+
+    Raises:
+        UserError: the file is missing or damaged, carries no config and none is given, or holds no network that reads
+            pictures.
+    """
+    state = read_checkpoint(path)
+    config = with_checkpoint(config or _carried_config(state, path), None)
+    if config.model.kind not in ("vision", "recogniser"):
+        raise UserError(f"checkpoint {path} holds {config.model.name}, which reads no pictures; give a recogniser's")
+    charset = Charset(state["charset"]) if "charset" in state else build_charset(config)
+    model = build_model(config, charset)
+    load_weights(model, state, path)
+    ssn, areas = build_bundled_ssn(state, path) or (None, ())
+    return Bundle(
+        model=model.eval().requires_grad_(False),
+        config=config,
+        charset=charset,
+        ssn=None if ssn is None else ssn.eval().requires_grad_(False),
+        areas=tuple(areas),
+    )
+
+
+def load_ssn(path: Path | str) -> tuple[SSN, tuple[int, ...]]:
+    """The SSN of a checkpoint of its own, or of one that carries it beside a recogniser, and its areas.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds no SSN with its config.
+    """
+    state = read_checkpoint(path)
+    if "ssn" not in state:
+        if _carried_config(state, path).model.kind != "ssn":
+            raise UserError(f"checkpoint {path} holds no SSN; give one that main.py trained with model.name=ssn")
+        state = {"ssn": state}
+    ssn, areas = build_bundled_ssn(state, path)
+    return ssn.eval().requires_grad_(False), tuple(areas)
+
+
+def save_bundle(
+    output: Path | str, recogniser: Path | str, ssn: Path | str | None = None, *, half: bool = False
+) -> dict[str, Any]:
+    """Write the recogniser of one checkpoint and the SSN of another to one file, without the state of their training.
+
+    Paths of the machines they were trained on are left out of the configs.
+
+    Args:
+        half: store matrices and kernels as 16-bit numbers, which halves the file; vectors keep 32 bits.
+
+    Returns:
+        what was written.
+
+    Raises:
+        UserError: a file is missing, damaged, or carries no config.
+    """
+    state = read_checkpoint(recogniser)
+    config = _carried_config(state, recogniser)
+    charset = state["charset"] if "charset" in state else build_charset(config).characters
+    content = {"model": _stored(checkpoint_weights(state), half), "config": portable(config), "charset": charset}
+    content |= {name: state[name] for name in ("iteration", "scores") if name in state}
+    if ssn is not None:
+        state = read_checkpoint(ssn)
+        state = state.get("ssn", state)
+        content["ssn"] = {
+            "model": _stored(checkpoint_weights(state), half),
+            "config": portable(_carried_config(state, ssn)),
+        }
+    save_atomically(content, Path(output))
+    load_bundle(output)  # what cannot be read back is found here, not by who receives the file
+    return content
+
+
+def portable(config: Config) -> dict[str, Any]:
+    """A config as plain data without anything that holds on one machine only: paths and other checkpoints."""
+    config = with_checkpoint(config, None)
+    fresh = Config()
+    config.model.ssn.checkpoint = None
+    config.global_.workdir = fresh.global_.workdir
+    config.dataset.train.roots = []
+    config.dataset.test.roots = []
+    config.dataset.masks.root = config.dataset.cache_dir = None
+    config.dataset.charset_path = fresh.dataset.charset_path  # the checkpoint carries the characters themselves
+    return config.to_dict()
+
+
+def _carried_config(state: Mapping[str, Any], path: Path | str) -> Config:
+    if not isinstance(state.get("config"), Mapping):
+        raise UserError(f"checkpoint {path} carries no config; give the one that it was trained with (--config YAML)")
+    return Config.from_dict(state["config"], source=f"{path} (config)")
+
+
+def _stored(weights: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
+    """Weights as they are written: vectors (norms, biases) stay as they are, they cost nothing and need their range."""
+    return {
+        name: tensor.half() if half and tensor.is_floating_point() and tensor.dim() > 1 else tensor.clone()
+        for name, tensor in weights.items()
+    }

@@ -1,0 +1,90 @@
+"""Networks that are built in no time, their checkpoints, and words to read: what the tests of reading share."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from builders import build_model
+from config import Config
+from lmdb_io import LmdbWriter
+
+VISION = {
+    "stem_width": 8,
+    "widths": [8, 8, 16, 16, 32],
+    "depths": [1, 1, 1, 1, 1],
+    "backbone_ln": 1,
+    "d_model": 32,
+    "nhead": 2,
+    "d_inner": 32,
+    "attention_channels": 8,
+    "segmentation": {
+        "sft_blocks": 1,
+        "sft_channels": 8,
+        "condition_channels": 8,
+        "hidden_channels": 8,
+        "side_channels": 8,
+    },
+}
+SSN = {
+    "widths": [4, 8, 12, 16],
+    "stem_width": 8,
+    "num_modules": [1, 1, 1],
+    "num_blocks": 1,
+    "bottlenecks": 1,
+    "bottleneck_width": 4,
+    "head_width": 8,
+    "areas": [65],
+}
+WORDS = ("hello", "World", "R2-D2", "a", "straße", "CAFÉ", "2024", "Exit", "open", "the")
+
+
+def small_config(name: str = "binet", **dataset: Any) -> Config:
+    """A config of a tiny network of any name; ABINet's without masks."""
+    vision = {key: value for key, value in VISION.items() if name != "abinet" or key != "segmentation"}
+    model: dict[str, Any] = {"name": name, "iter_size": 2, "vision": vision, "ssn": SSN}
+    model["language"] = {"num_layers": 1, "d_model": 32, "nhead": 2, "d_inner": 32}
+    model["alignment"] = {"d_model": 32}
+    root = Path(__file__).resolve().parents[1]
+    data = {"charset_path": str(root / "data" / "charset_36.txt"), "num_workers": 0, "cache_index": False, **dataset}
+    return Config.from_dict({"model": model, "dataset": data})
+
+
+def save_network(path: Path, config: Config, *, seed: int = 0) -> Path:
+    """A checkpoint of a network with random weights."""
+    torch.manual_seed(seed)
+    model = build_model(config)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith("cls.weight"):
+                tensor.mul_(8)  # readings that differ from picture to picture
+    characters = Path(config.dataset.charset_path).read_text(encoding="utf-8").splitlines()
+    charset = "".join(line.split("\t")[1] for line in characters)
+    torch.save({"model": model.state_dict(), "config": config.to_dict(), "charset": charset}, path)
+    return path
+
+
+def write_words(path: Path, count: int, *, seed: int = 0, broken: tuple[int, ...] = ()) -> list[np.ndarray]:
+    """An LMDB of words that OpenCV draws, as lossless pictures, from 1; returns the pictures, RGB."""
+    random = np.random.default_rng(seed)
+    pictures = []
+    with LmdbWriter(path) as writer:
+        for number in range(1, count + 1):
+            text = WORDS[number % len(WORDS)]
+            size = (int(random.integers(20, 48)), int(random.integers(50, 140)), 3)
+            picture = random.integers(100, 256, size, dtype=np.uint8)
+            cv2.putText(picture, text, (3, size[0] - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (0, 0, 60), 2, cv2.LINE_AA)
+            pictures.append(picture)
+            data = cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
+            writer.append(b"no picture" if number in broken else data, text)
+    return pictures
+
+
+def write_masks(path: Path, source: Path, pictures: list[np.ndarray]) -> None:
+    """The mask LMDB of `write_words`: dark pixels are text."""
+    with LmdbWriter(path) as writer:
+        for number, picture in enumerate(pictures, start=1):
+            mask = (picture.mean(axis=2) < 90).astype(np.uint8) * 255
+            writer.append(cv2.imencode(".png", mask)[1].tobytes(), WORDS[number % len(WORDS)])

@@ -1,0 +1,97 @@
+"""demo.py: what it finds, prints and draws, and that it reads what `main.py --phase test` reads."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+import demo
+import main
+from bundle import save_bundle
+from lmdb_io import LmdbReader, image_key
+from tests.small_networks import save_network, small_config, write_words
+from utils import UserError
+
+WORDS = 7
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """A folder with a bundle, an LMDB of words, and the same words as files."""
+    folder = tmp_path_factory.mktemp("demo")
+    save_network(folder / "binet.pth", small_config("binet"))
+    save_network(folder / "ssn.pth", small_config("ssn"), seed=2)
+    save_bundle(folder / "both.pth", folder / "binet.pth", folder / "ssn.pth")
+    write_words(folder / "words", WORDS)
+    (folder / "pictures").mkdir()
+    words = LmdbReader(folder / "words")
+    for number in range(1, WORDS + 1):
+        (folder / "pictures" / f"{number:02d}.png").write_bytes(words.get(image_key(number)))
+    (folder / "pictures" / "notes.txt").write_text("no picture")
+    return folder
+
+
+def run(capsys, setup, *arguments: str) -> tuple[int, list[str]]:
+    status = demo.main(["--checkpoint", str(setup / "both.pth"), "--device", "cpu", *arguments])
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_folders_patterns_and_pictures_are_found(capsys, setup):
+    status, from_folder = run(capsys, setup, "--input", str(setup / "pictures"))
+    assert status == 0
+    assert len(from_folder) == WORDS
+    _, from_pattern = run(capsys, setup, "--input", str(setup / "pictures" / "*.png"))
+    assert from_pattern == from_folder
+    _, single = run(capsys, setup, "--input", str(setup / "pictures" / "02.png"))
+    assert single == from_folder[1:2]
+    path, _, confidence = single[0].split("\t")
+    assert path.endswith("02.png")
+    assert 0 <= float(confidence) <= 1
+    with pytest.raises(UserError, match="--input"):
+        run(capsys, setup, "--input", str(setup / "nothing*"))
+
+
+def test_readings_are_those_of_the_evaluation(capsys, setup, tmp_path):
+    config = small_config("binet")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--phase", "test", "--name", "run", "--image_only"]
+    arguments += ["--checkpoint", str(setup / "both.pth"), "--test_root", str(setup / "words")]
+    arguments += [f"global.workdir={tmp_path}", "dataset.masks.source=online"]
+    assert main.main(arguments) == 0
+    capsys.readouterr()
+    lines = (tmp_path / "run" / "words-alignment" / "alignment.txt").read_text().splitlines()
+    _, printed = run(capsys, setup, "--input", str(setup / "pictures"), "--json")
+    assert [json.loads(line)["text"] for line in printed] == [line.split("\t")[1] for line in lines]
+
+
+def test_json_lines_hold_characters_and_errors(capsys, setup, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"broken")
+    (tmp_path / "b.png").write_bytes((setup / "pictures" / "01.png").read_bytes())
+    status, lines = run(capsys, setup, "--input", str(tmp_path), "--json")
+    broken, whole = map(json.loads, lines)
+    assert status == 0
+    assert "a.png" in broken["error"]
+    assert "".join(each["text"] for each in whole["characters"]) == whole["text"]
+    assert run(capsys, setup, "--input", str(tmp_path / "a.png"))[0] == 1
+    assert run(capsys, setup, "--input", str(tmp_path))[1][0].startswith("error:")
+
+
+def test_overlays_are_pictures_with_names_of_their_own(capsys, setup, tmp_path):
+    twice = str(setup / "pictures" / "01.png")
+    status, lines = run(capsys, setup, "--input", twice, "--input", twice, "--overlay", str(tmp_path / "o"), "--json")
+    assert status == 0
+    drawings = [cv2.imread(json.loads(line)["overlay"]) for line in lines]
+    assert len({json.loads(line)["overlay"] for line in lines}) == 2
+    assert all(drawing.shape[0] >= demo.OVERLAY_HEIGHT and np.ptp(drawing) > 0 for drawing in drawings)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--overlay"):
+        run(capsys, setup, "--input", twice, "--overlay", str(tmp_path / "file"))
+
+
+def test_no_masks_may_be_asked_for(capsys, setup):
+    arguments = ["--checkpoint", str(setup / "binet.pth"), "--input", str(setup / "pictures"), "--device", "cpu"]
+    with pytest.raises(UserError, match="--masks none"):
+        demo.main(arguments)
+    assert demo.main([*arguments, "--masks", "none"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == WORDS

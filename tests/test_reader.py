@@ -1,0 +1,209 @@
+"""The reader: every form of a picture, batches, broken pictures, threads, and checkpoints that are enough alone."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import reader as reader_module
+from bundle import load_bundle, save_bundle
+from reader import Reader
+from tests.small_networks import save_network, small_config
+from tools import bundle_weights
+from utils import UserError, read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Checkpoints of a recogniser with masks, one without, and an SSN; the two in one file."""
+    folder = tmp_path_factory.mktemp("weights")
+    save_network(folder / "binet.pth", small_config("binet"))
+    save_network(folder / "abinet.pth", small_config("abinet"), seed=1)
+    save_network(folder / "ssn.pth", small_config("ssn"), seed=2)
+    save_bundle(folder / "both.pth", folder / "binet.pth", folder / "ssn.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reader(files):
+    return Reader.from_checkpoint(files / "both.pth", device="cpu", batch_size=4)
+
+
+def picture(seed: int = 0, height: int = 30, width: int = 90) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(array: np.ndarray) -> bytes:
+    return cv2.imencode(".png", array[..., ::-1])[1].tobytes()
+
+
+def texts(readings) -> list[str]:
+    return [reading.text for reading in readings]
+
+
+def test_every_form_of_a_picture_gives_the_same_reading(reader, tmp_path):
+    array = picture()
+    (tmp_path / "word.png").write_bytes(png(array))
+    transparent = np.dstack([array, np.full(array.shape[:2], 7, np.uint8)])
+    forms = [
+        tmp_path / "word.png",
+        str(tmp_path / "word.png"),
+        png(array),
+        array,
+        transparent,
+        Image.fromarray(array),
+        Image.open(io.BytesIO(png(array))),
+    ]
+    readings = reader.read(forms)
+    assert len({reading.text for reading in readings}) == 1
+    assert readings[0].text
+    assert [each.confidence for each in readings] == pytest.approx([readings[0].confidence] * len(forms), rel=1e-4)
+
+
+def test_grey_pictures_are_repeated_and_deep_ones_scaled(reader):
+    grey = picture()[..., 0]
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    readings = reader.read([grey, grey[..., None], np.repeat(grey[..., None], 3, 2), Image.fromarray(grey), deep])
+    assert len(set(texts(readings))) == 1
+    assert not any(reading.error for reading in readings)
+
+
+def test_a_reading_has_what_it_promises(reader):
+    reading = reader.read([picture(3, 41, 77)])[0]
+    assert reading.error is None
+    assert reading.mask.shape == (41, 77)
+    assert reading.mask.dtype == np.float32
+    assert reading.mask.min() >= 0
+    assert reading.mask.max() <= 1
+    assert reading.refined_mask.shape == (32, 128)
+    assert "".join(each.text for each in reading.characters) == reading.text
+    assert reading.attention.shape == (len(reading.text), 8, 32)
+    assert reading.attention.sum(axis=(1, 2)) == pytest.approx(np.ones(len(reading.text)), abs=1e-3)
+    product = np.prod([each.confidence for each in reading.characters])
+    assert 0 <= reading.confidence <= product + 1e-6
+
+
+def test_batches_change_nothing(files):
+    pictures = [picture(seed, 20 + seed, 60 + 3 * seed) for seed in range(9)]
+    one = Reader(files / "both.pth", device="cpu", batch_size=1).read(pictures)
+    many = Reader(files / "both.pth", device="cpu", batch_size=64).read(pictures)
+    assert texts(one) == texts(many)
+    assert [each.confidence for each in one] == pytest.approx([each.confidence for each in many], abs=1e-5)
+    assert len(set(texts(one))) > 1
+
+
+def test_a_broken_picture_fails_alone(reader, tmp_path):
+    whole = picture()
+    (tmp_path / "broken.png").write_bytes(png(whole)[:40])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    cut = Image.open(io.BytesIO(png(picture(5, 200, 400))[:9000]))
+    wrong = np.zeros((4, 4, 3), np.float32)
+    bad = [tmp_path / "broken.png", tmp_path / "text.jpg", tmp_path / "missing.png", b"", cut, wrong, whole[:0]]
+    readings = reader.read([whole, *bad, whole])
+    assert all(reading.error and reading.text == "" and reading.confidence == 0 for reading in readings[1:-1])
+    assert "broken.png" in readings[1].error
+    assert "missing.png" in readings[3].error
+    assert readings[0].error is None
+    assert texts(readings)[0] == texts(readings)[-1] == reader.read([whole])[0].text
+    assert reader.read([bad[0]])[0].error
+    assert reader.read([]) == []
+
+
+def test_what_is_no_picture_at_all_is_a_mistake_of_the_caller(reader):
+    with pytest.raises(TypeError, match="int"):
+        reader.read([3])
+    with pytest.raises(TypeError, match="list"):
+        reader.read(picture())
+
+
+def test_threads_share_a_reader(reader):
+    groups = [[picture(10 * group + k) for k in range(3)] for group in range(6)]
+    expected = [texts(reader.read(group)) for group in groups]
+    with ThreadPoolExecutor(4) as pool:
+        assert [texts(readings) for readings in pool.map(reader.read, groups)] == expected
+
+
+def test_given_masks_replace_ssn(reader):
+    array = picture()
+    own = reader.read([array])[0]
+    assert reader.read([array], masks=[np.rint(own.mask * 255).astype(np.uint8)])[0].text == own.text
+    white = reader.read([array], masks=[np.full(array.shape[:2], 255, np.uint8)])[0]
+    assert white.mask.min() == 1
+    assert reader.read([array], masks=[np.zeros((3, 3), np.uint8)])[0].error
+
+
+def test_a_network_without_masks_needs_no_ssn(files):
+    reading = Reader(files / "abinet.pth", device="cpu").read([picture()])[0]
+    assert reading.text
+    assert reading.mask is None
+    assert reading.refined_mask is None
+
+
+def test_masks_without_ssn_are_refused_unless_they_are_empty(files):
+    with pytest.raises(UserError, match="carries no SSN"):
+        Reader(files / "binet.pth", device="cpu")
+    assert Reader(files / "binet.pth", device="cpu", masks="none").read([picture()])[0].mask.max() == 0
+    separate = Reader(files / "binet.pth", device="cpu", ssn=files / "ssn.pth")
+    bundled = Reader(files / "both.pth", device="cpu", ssn=files / "both.pth")
+    assert separate.read([picture()])[0].text == bundled.read([picture()])[0].text
+
+
+def test_any_sub_model_may_be_read(files):
+    for name in ("vision", "language", "alignment"):
+        assert Reader(files / "abinet.pth", device="cpu", model_eval=name).read([picture()])[0].error is None
+    with pytest.raises(UserError, match="model_eval"):
+        Reader(files / "abinet.pth", device="cpu", model_eval="ssn")
+
+
+def test_a_checkpoint_is_enough_without_its_charset_file(files, tmp_path):
+    state = read_checkpoint(files / "abinet.pth")
+    state["config"]["dataset"]["charset_path"] = "gone/charset.txt"
+    torch.save(state, tmp_path / "moved.pth")
+    original = Reader(files / "abinet.pth", device="cpu").read([picture()])[0]
+    assert Reader(tmp_path / "moved.pth", device="cpu").read([picture()])[0].text == original.text
+
+
+def test_plain_weights_need_a_config(files, tmp_path):
+    torch.save(read_checkpoint(files / "abinet.pth")["model"], tmp_path / "plain.pth")
+    with pytest.raises(UserError, match="carries no config"):
+        Reader(tmp_path / "plain.pth", device="cpu")
+    assert Reader(tmp_path / "plain.pth", device="cpu", config=small_config("abinet")).read([picture()])[0].text
+
+
+def test_mistakes_are_named(files, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="does not exist"):
+        Reader(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="reads no pictures"):
+        Reader(files / "ssn.pth")
+    with pytest.raises(UserError, match="holds no SSN"):
+        Reader(files / "binet.pth", ssn=files / "abinet.pth")
+    with pytest.raises(UserError, match="device"):
+        Reader(files / "abinet.pth", device="toaster")
+    monkeypatch.setattr(reader_module, "DEFAULT_CHECKPOINT", tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="--checkpoint"):
+        Reader()
+    monkeypatch.setattr(reader_module, "DEFAULT_CHECKPOINT", files / "both.pth")
+    assert Reader(device="cpu").read([picture()])[0].text
+
+
+def test_a_half_precision_bundle_reads_the_same_and_carries_no_paths(files, tmp_path, capsys):
+    arguments = ["--recogniser", str(files / "binet.pth"), "--ssn", str(files / "ssn.pth"), "--half"]
+    output = tmp_path / "half.pth"
+    assert bundle_weights.main([*arguments, "--output", str(output)]) == 0
+    assert "wrote" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--overwrite"):
+        bundle_weights.main([*arguments, "--output", str(output)])
+    state = read_checkpoint(output)
+    assert state["model"]["vision.cls.weight"].dtype == torch.float16
+    assert state["model"]["vision.cls.bias"].dtype == torch.float32
+    assert str(Path(__file__).parents[1]) not in str(state["config"]) + str(state["ssn"]["config"])
+    pictures = [picture(seed) for seed in range(6)]
+    half, whole = Reader(output, device="cpu"), Reader(files / "both.pth", device="cpu")
+    assert load_bundle(output).model.vision.cls.weight.dtype == torch.float32
+    similar = [a.text == b.text for a, b in zip(half.read(pictures), whole.read(pictures), strict=True)]
+    assert sum(similar) >= 4  # random weights read at the edge of many characters

@@ -1,0 +1,45 @@
+"""Put a trained recogniser and the SSN that makes its masks into one file: all that demo.py and Reader need."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # lets `python tools/NAME.py` find the repository's modules
+
+from bundle import save_bundle
+from tools.support import make_parser, print_summary
+from utils import UserError, run_command_line
+
+EXAMPLE = """  python tools/bundle_weights.py --recogniser workdir/small/best-small.pth \\
+      --ssn workdir/small-ssn/best-small-ssn.pth --output weights/binet-small.pth --half"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    options = parse_arguments(arguments)
+    output = Path(options.output)
+    if output.exists() and not options.overwrite:
+        raise UserError(f"--output {output} exists; give another path or --overwrite")
+    content = save_bundle(output, options.recogniser, options.ssn, half=options.half)
+    parts = {"recogniser": content["model"], "SSN": content.get("ssn", {}).get("model", {})}
+    counts = {f"{name}: numbers": sum(tensor.numel() for tensor in part.values()) for name, part in parts.items()}
+    print_summary(f"wrote {output}", {**counts, "bytes": output.stat().st_size})
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """See `--help`."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("--recogniser", required=True, metavar="FILE", help="checkpoint of main.py")
+    parser.add_argument("--ssn", metavar="FILE", help="checkpoint of main.py; leave out for a network without masks")
+    parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
+    parser.add_argument("--half", action="store_true", help="store matrices and kernels in 16 bits: half the size")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    run_command_line(main)

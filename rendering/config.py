@@ -44,7 +44,7 @@ class WordsConfig(Section):
     file: str | None = key(None, "Word list, one a line, with a count after a tab where known; null: English words.")
     vocabulary: Annotated[int, Field(ge=100)] = key(60000, "Number of English words used when there is no file.")
     temperature: Annotated[float, Field(gt=0)] = key(
-        4.0, "A word's chance is frequency ** (1 / temperature): 1 as counted, large numbers make all equal."
+        2.5, "A word's chance is frequency ** (1 / temperature): 1 as counted, large numbers make all equal."
     )
     numbers: Share = key(0.12, "Share of numbers: prices, years, phone fragments, times, amounts.")
     random: Share = key(0.05, "Share of random letters and digits, which no vocabulary predicts.")
@@ -122,7 +122,7 @@ class DegradationConfig(Section):
     lighting: Share = key(0.35, "Probability of uneven light: a slope, a cast shadow or a shine.")
     exposure: Share = key(0.4, "Probability of a picture too dark, too light or too flat.")
     blur: Share = key(0.45, "Probability of a Gaussian blur.")
-    blur_amount: Amount = key(0.045, "Largest standard deviation of it, heights of a capital letter.")
+    blur_amount: Amount = key(0.04, "Largest standard deviation of it, heights of a capital letter.")
     motion: Share = key(0.08, "Probability of a motion blur.")
     motion_amount: Amount = key(0.2, "Longest motion, heights of a capital letter.")
     low_resolution: Share = key(0.25, "Probability of a picture enlarged from a smaller one.")

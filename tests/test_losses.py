@@ -1,11 +1,78 @@
-"""SegmentationCriterion: its terms against plain loops, ignored labels, empty sets."""
+"""Loss terms equal the published ones and plain arithmetic, and are finite where a batch leaves them nothing to do."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import SegmentationCriterion, resize_labels, trimap
+from losses import (
+    RecogniserCriterion,
+    SegmentationCriterion,
+    refinement_loss,
+    resize_labels,
+    sequence_cross_entropy,
+    trimap,
+)
 from modules.ssn import SegmentationOutput
+from tests.reference import expected_losses, fill_known_weights, known_inputs, published_recogniser, small_recogniser
+
+WEIGHTS = {"vision": 1.0, "language": 1.0, "alignment": 1.0, "refinement": 1.0}
+
+
+# --- recogniser -------------------------------------------------------------------------------------------------------
+
+
+def test_terms_equal_the_published_ones():
+    model = fill_known_weights(published_recogniser("binet", dropout=0.0)).train()
+    image, mask, labels, lengths = known_inputs(seed=13, count=1)
+    terms = RecogniserCriterion(weights=WEIGHTS)(model(image, mask), labels, lengths)
+    names = {"vision": "vision_loss", "language": "language_loss", "alignment": "alignment_loss"}
+    names |= {"refinement": "refine_loss", "total": "total"}
+    for ours, theirs in names.items():
+        assert float(terms[ours]) == pytest.approx(expected_losses()[theirs], rel=1e-4), ours
+
+
+def test_cross_entropy_counts_every_step_before_the_length_and_every_round():
+    torch.manual_seed(0)
+    rounds = [torch.randn(2, 5, 7) for _ in range(3)]
+    labels = torch.tensor([[3, 4, 0, 0, 0], [1, 2, 3, 4, 0]])
+    lengths = torch.tensor([3, 5])
+    steps = [(row, step) for row, length in enumerate([3, 5]) for step in range(length)]
+    expected = sum(F.cross_entropy(each[r, s], labels[r, s]) for each in rounds for r, s in steps) / (3 * len(steps))
+    assert torch.allclose(sequence_cross_entropy(rounds, labels, lengths), expected)
+
+
+def test_a_batch_without_valid_steps_costs_nothing():
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    loss = sequence_cross_entropy([logits], torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+    loss.backward()
+    assert float(loss) == 0
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_refinement_pulls_to_one_above_the_threshold_and_to_zero_below():
+    mask = torch.tensor([[[[0.9, 0.5], [1.2, -0.1]]]])
+    assert float(refinement_loss(mask, 0.7)) == pytest.approx((0.1 + 0.2) / 2 + (0.5 + 0.1) / 2)
+    assert float(refinement_loss(torch.full((1, 1, 2, 2), 0.9), 0.7)) == pytest.approx(0.1)
+    assert float(refinement_loss(torch.zeros(1, 1, 2, 2), 0.7)) == 0
+
+
+def test_terms_of_weight_zero_are_not_computed_and_the_total_is_weighted():
+    model = small_recogniser()
+    image, mask, labels, lengths = known_inputs(seed=1, count=2)
+    output = model(image, mask)
+    weights = {"vision": 2.0, "language": 0.0, "alignment": 0.5, "refinement": 0.0}
+    terms = RecogniserCriterion(weights=weights)(output, labels, lengths)
+    assert terms.keys() == {"vision", "alignment", "total"}
+    assert torch.allclose(terms["total"], 2 * terms["vision"] + 0.5 * terms["alignment"])
+
+
+def test_a_stage_without_any_weighted_term_is_named():
+    output = small_recogniser()(*known_inputs(seed=1, count=1)[:2])
+    with pytest.raises(ValueError, match="no loss term is left"):
+        RecogniserCriterion(weights=dict.fromkeys(WEIGHTS, 0.0))(output, *known_inputs(seed=1, count=1)[2:])
+
+
+# --- segmentation -----------------------------------------------------------------------------------------------------
 
 
 def random_output(size=(9, 13), count=2) -> SegmentationOutput:

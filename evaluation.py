@@ -1,13 +1,18 @@
 """Evaluation: run a network over test sets, read its outputs, score them. It serves training, test and the reader.
 
 An evaluator gives the mapping that `metrics.json` holds: one entry per data set, their mean weighted by words, their
-plain mean. Words are sharded over the processes and every word counts once.
+plain mean. Words are sharded over the processes and every word counts once: batch size, workers and processes change no
+score.
 """
 
+import csv
+import io
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +24,13 @@ import metrics
 from charset import Charset, protocol_normalizer
 from modules.outputs import RecogniserOutput
 from trainer import AUTOCAST
+from utils import write_atomically
 
 logger = logging.getLogger(__name__)
+
+EMPTY_IN_PROTOCOL = "empty_in_protocol"  # nothing of the label counts in the protocol: there is nothing to read
+# Sums of floats differ in their last digits between batch sizes; the calibration error is kept to digits that do not.
+ECE_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Evaluator(Protocol):
     """What training and test ask of an evaluator."""
 
     headline: str  # the score that decides which weights are best
+    columns: Sequence[str]  # the scores of each data set
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
         """Scores of the network in the form of `metrics.json`."""
@@ -88,7 +99,9 @@ def score_words(readings: Sequence[ScoredWord], normalize: Callable[[str], str])
         "accuracy": metrics.word_accuracy(predictions, targets),
         "ccr": metrics.character_accuracy(predictions, targets),
         "ned": metrics.normalized_edit_distance(predictions, targets),
-        "ece": metrics.expected_calibration_error([reading.confidence for reading in readings], correct),
+        "ece": round(
+            metrics.expected_calibration_error([reading.confidence for reading in readings], correct), ECE_DIGITS
+        ),
     }
 
 
@@ -111,18 +124,21 @@ class WordEvaluator:
     device: torch.device
     precision: str = "fp32"
     headline: str = field(default="accuracy", init=False)
+    columns: Sequence[str] = field(default=("accuracy", "ccr", "ned", "ece"), init=False)
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
-        """Read every word; a word that cannot be read is counted in `skipped` under its reason."""
+        """Read every word; a word that cannot be read or scored is counted in `skipped` under its reason."""
         normalize = protocol_normalizer(self.protocol)
         was_training = model.training
         model.eval()
         datasets = {}
         for name, loader in self.loaders.items():
             readings, unreadable = self._read(model, name, loader, observers)
-            scores = score_words(readings, normalize)
-            skipped = Counter(self.filtered[name]) + unreadable
-            datasets[name] = {"samples": len(readings), "skipped": dict(skipped), **scores}
+            scored = [word for word in readings if normalize(word.label)]
+            empty = Counter({EMPTY_IN_PROTOCOL: len(readings) - len(scored)})
+            skipped = Counter(self.filtered[name]) + unreadable + empty
+            scores = score_words(scored, normalize)
+            datasets[name] = {"samples": len(scored), "skipped": dict(skipped), **scores}
         model.train(was_training)
         scores = {"model_eval": self.model_eval, "protocol": self.protocol, **summarise(datasets)}
         for observer in observers:
@@ -154,8 +170,8 @@ class WordEvaluator:
         return readings, sum((Counter(each) for each in distributed.gather([dict(unreadable)])), Counter())
 
     def table(self, scores: Mapping[str, Any]) -> str:
-        """One row per data set, weighted and mean; accuracies in per cent."""
-        return score_table(scores, ("accuracy", "ccr", "ned"))
+        """One row per data set, weighted and mean; in per cent."""
+        return score_table(scores, self.columns)
 
 
 @dataclass
@@ -169,6 +185,7 @@ class SegmentationEvaluator:
     ignore_index: int = 255
     precision: str = "fp32"
     headline: str = field(default="iou", init=False)
+    columns: Sequence[str] = field(default=("iou", "f_score"), init=False)
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
         """Segment every picture at its own size and compare with its labels."""
@@ -212,7 +229,7 @@ class SegmentationEvaluator:
 
     def table(self, scores: Mapping[str, Any]) -> str:
         """One row per data set, weighted and mean; in per cent."""
-        return score_table(scores, ("iou", "f_score"))
+        return score_table(scores, self.columns)
 
 
 def summarise(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -241,6 +258,30 @@ def score_table(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
     ]
     head = [header[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(header[1:], widths[1:], strict=True))]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *aligned])
+
+
+def score_csv(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """Scores as comma separated values, fractions in full: one row per data set, then weighted and mean."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["dataset", "samples", "skipped", *columns])
+    for name, entry in scores["datasets"].items():
+        values = [entry[column] for column in columns]
+        writer.writerow([name, entry["samples"], sum(entry["skipped"].values()), *values])
+    for name in ("weighted", "mean"):
+        writer.writerow([name, scores[name].get("samples", ""), "", *(scores[name][column] for column in columns)])
+    return file.getvalue()
+
+
+def write_scores(folder: Path, scores: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Write `metrics.json`, and its table as `metrics.md` and `metrics.csv`, each all or nothing."""
+    contents = {
+        "metrics.json": json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
+        "metrics.md": score_table(scores, columns) + "\n",
+        "metrics.csv": score_csv(scores, columns),
+    }
+    for name, content in contents.items():
+        write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
 
 
 def _per_cent(entry: Mapping[str, float], columns: Sequence[str]) -> list[str]:

@@ -54,7 +54,9 @@ from charset import protocol_normalizer
 from config import Config, load_config, save_config
 from dataset import SkipLog
 from distributed import Process
+from evaluation import write_scores
 from inference import prepare_for_inference
+from report import Report
 from trainer import Trainer
 from utils import (
     UserError,
@@ -63,7 +65,6 @@ from utils import (
     run_command_line,
     seed_everything,
     setup_logging,
-    write_atomically,
 )
 
 __all__ = ["build_criterion", "build_model", "main", "prepare_for_inference"]
@@ -115,7 +116,7 @@ def train(config: Config, *, device: torch.device, process: Process, resume: str
 def test(
     config: Config, *, device: torch.device, process: Process, model_eval: str | None, image_only: bool
 ) -> dict[str, Any]:
-    """Evaluate on every test set: `metrics.json`, prediction files and attention pictures in the work folder."""
+    """Evaluate on every test set: scores, prediction files, report and attention pictures in the work folder."""
     folder = work_folder(config)
     log_to(folder, process)
     model_eval = checked_model_eval(config, model_eval)
@@ -125,14 +126,24 @@ def test(
     if config.model.kind != "ssn":
         normalize = protocol_normalizer(evaluation_protocol(config))
         observers.append(PredictionFiles(folder=folder, model_eval=model_eval, normalize=normalize))
+        observers.append(
+            Report(
+                folder=folder / "report",
+                title=config.global_.name,
+                details={"network": config.model.name, "weights": config.model.checkpoint or "best of the run"},
+                charset=build_charset(config),
+                normalize=normalize,
+                with_attention=not image_only,
+                rank=process.rank,
+            )
+        )
         if not image_only:
             observers.append(AttentionPictures(folder=folder, model_eval=model_eval))
     scores = evaluator.evaluate(model, observers)
     if process.is_main:
-        content = json.dumps(scores, indent=2, ensure_ascii=False)
-        write_atomically(folder / "metrics.json", lambda file: file.write(content.encode()))
+        write_scores(folder, scores, evaluator.columns)
         print(evaluator.table(scores))
-        logger.info("scores, predictions and pictures are in %s", folder)
+        logger.info("scores, predictions and report (report/index.html) are in %s", folder)
     return scores
 
 
@@ -318,7 +329,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--resume", nargs="?", const="", metavar="FILE", help="go on from FILE or the newest checkpoint"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, YAML values")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may stand anywhere
     if options.resume and "=" in options.resume and not Path(options.resume).exists():
         options.overrides.append(options.resume)  # `--resume key=value`: the newest checkpoint and an override
         options.resume = ""

@@ -1,0 +1,363 @@
+"""The report of an evaluation: one HTML file to open, offline, with the words' pictures in files beside it.
+
+`<folder>/index.html` holds the scores, accuracy by length, confusions, calibration and every word with its readings;
+`<folder>/pictures/` holds sprites (many words on one picture) that the page loads when it shows their words. The page
+is made of the files of `report_template/`.
+"""
+
+import bisect
+import json
+import logging
+import string
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jinja2
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+import distributed
+from charset import Charset
+from evaluation import ScoredWord, read_logits
+from modules.outputs import RecogniserOutput
+from pictures import grey, to_pictures
+from utils import write_atomically
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).resolve().parent / "report_template"
+SPRITE_WORDS = 16  # on one sprite: few, as words that stand side by side in a sorted list come from many sprites
+MARGIN = 2  # pixels around each picture of a sprite, so that scaling mixes no neighbours
+CELL_MARGIN = 1  # the same for attention, in cells
+JPEG_QUALITY = 88
+DARKEST = 48  # grey level of no attention: the page multiplies the picture with it, and it should stay visible
+CALIBRATION_BINS = 10
+SHOWN_CONFUSIONS = 30
+NOTHING = ""  # in a confusion: no character
+
+
+@dataclass(frozen=True)
+class ReportedWord:
+    """A word with what every sub-model read, and where its pictures are.
+
+    `sprite` is the name of the sprite and `row` the word's place on it; None for a word without pictures.
+    """
+
+    dataset: str
+    word: ScoredWord
+    vision: str | None
+    language: tuple[str, ...]
+    alignment: tuple[str, ...]
+    sprite: str | None = None
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A word as the protocol compares it."""
+
+    reported: ReportedWord
+    target: str
+    prediction: str
+
+    @property
+    def right(self) -> bool:
+        return self.target == self.prediction
+
+
+class Report:
+    """An observer of an evaluation that writes the report at its end.
+
+    Args:
+        folder: where `index.html` and `pictures/` go.
+        title: heading of the page.
+        details: further facts for the head of the page, by name.
+        normalize: what the evaluation's protocol compares of a text.
+        with_attention: keep the attention of each character.
+        rank: of this process; processes write sprites of their own.
+        most_words: words that a process gives pictures and a place in the list; all others only count.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        title: str,
+        charset: Charset,
+        normalize: Callable[[str], str],
+        details: Mapping[str, str] | None = None,
+        with_attention: bool = True,
+        rank: int = 0,
+        most_words: int = 20_000,
+    ) -> None:
+        self.folder = folder
+        self.title = title
+        self.details = dict(details or {})
+        self.charset = charset
+        self.normalize = normalize
+        self.with_attention = with_attention
+        self.rank = rank
+        self.most_words = most_words
+        self._words: list[ReportedWord] = []
+        self._sprites: SpriteWriter | None = None
+        self._layout: dict[str, Any] | None = None
+
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, words: Sequence[ScoredWord]) -> None:
+        """Take note of one batch and draw its words."""
+        vision = [None] * len(words) if output.vision is None else read_logits(output.vision.logits, self.charset)[0]
+        language, alignment = (self._read_rounds(part, len(words)) for part in (output.language, output.alignment))
+        places: list[tuple[str | None, int]] = [(None, 0)] * len(words)
+        if output.vision is not None:
+            places = [self._draw(*tiles) for tiles in self._tiles(batch, output, words)]
+        for row, word in enumerate(words):
+            self._words.append(ReportedWord(dataset, word, vision[row], language[row], alignment[row], *places[row]))
+
+    def on_end(self, scores: Mapping[str, Any]) -> None:
+        """Write the page."""
+        if self._sprites is not None:
+            self._sprites.flush()
+        words = distributed.gather(self._words)
+        layout = next(iter(distributed.gather([self._layout] if self._layout else [])), None)
+        distributed.barrier()
+        if distributed.is_main():
+            self._write(words, layout, scores)
+        self._words, self._sprites = [], None
+
+    def _read_rounds(self, rounds: Sequence[Any] | None, count: int) -> list[tuple[str, ...]]:
+        """The readings of each word in every round."""
+        texts = [read_logits(each.logits, self.charset)[0] for each in rounds or ()]
+        return list(zip(*texts, strict=True)) if texts else [()] * count
+
+    def _tiles(
+        self, batch: Any, output: RecogniserOutput, words: Sequence[ScoredWord]
+    ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+        """Of each word the pictures (word, mask, refined mask; RGB) and the attention (steps, h, w) of its reading."""
+        layers = {"word": to_pictures(batch.images)}
+        for name, maps in (("mask", batch.masks), ("refined mask", output.vision.refined_mask)):
+            if maps is not None:
+                layers[name] = np.stack([grey(each) for each in maps[:, 0].float().cpu().numpy()])
+        if self._layout is None:
+            height, width = layers["word"].shape[1:3]
+            cells = list(output.vision.attention.shape[-2:])
+            self._layout = {"width": width, "height": height, "layers": list(layers), "cells": cells}
+        attention = output.vision.attention.float().cpu().numpy()
+        for row, word in enumerate(words):
+            yield [layer[row] for layer in layers.values()], attention[row, : len(word.text) + 1]
+
+    def _draw(self, pictures: list[np.ndarray], attention: np.ndarray) -> tuple[str | None, int]:
+        """Name of the sprite that gets the word, and its row there."""
+        if self._sprites is None:
+            self._sprites = SpriteWriter(self.folder / "pictures", prefix=f"{self.rank}", attention=self.with_attention)
+        if self._sprites.count >= self.most_words:
+            return None, 0
+        return self._sprites.add(pictures, attention)
+
+    def _write(self, words: Sequence[ReportedWord], layout: dict[str, Any] | None, scores: Mapping[str, Any]) -> None:
+        compared = [Comparison(each, self.normalize(each.word.label), self.normalize(each.word.text)) for each in words]
+        compared = [each for each in compared if each.target]
+        order = {name: place for place, name in enumerate(scores["datasets"])}
+        compared.sort(key=lambda each: (order[each.reported.dataset], each.reported.word.index))
+        listed = [each for each in compared if layout is None or each.reported.sprite is not None][: self.most_words]
+        page = (
+            _environment()
+            .get_template("index.html.j2")
+            .render(
+                title=self.title,
+                details={
+                    **self.details,
+                    "scored": scores["model_eval"],
+                    "protocol": f"{scores['protocol']} characters",
+                },
+                scores=scores,
+                lengths=accuracy_by_length(compared),
+                calibration=calibration(compared, CALIBRATION_BINS),
+                confusions=most_confused(compared, SHOWN_CONFUSIONS),
+                total=len(compared),
+                data=self._page_data(listed, layout, list(order)),
+            )
+        )
+        write_atomically(self.folder / "index.html", lambda file: file.write(page.encode()))
+        self._remove_old({each.sprite for each in words})
+
+    def _page_data(
+        self, listed: Sequence[Comparison], layout: Mapping[str, Any] | None, datasets: Sequence[str]
+    ) -> str:
+        """What the page's script works on, as JSON that is safe inside a script element."""
+        sprites = sorted({each.reported.sprite for each in listed if each.reported.sprite is not None})
+        content = {
+            "datasets": list(datasets),
+            "sprites": sprites,
+            "margin": MARGIN,
+            "cellMargin": CELL_MARGIN,
+            "layout": layout,
+            "attention": self.with_attention and layout is not None,
+            "folds": self.normalize("A") == "a",
+            "characters": "".join(c for c in string.printable if self.normalize(c) == c),
+            "words": [word_row(each, datasets, sprites) for each in listed],
+        }
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        return text.replace("<", "\\u003c")
+
+    def _remove_old(self, used: set[str | None]) -> None:
+        """Delete sprites that an earlier report left."""
+        for path in [*self.folder.glob("pictures/*.jpg"), *self.folder.glob("pictures/*.png")]:
+            if path.stem.partition("-")[2] not in used:
+                path.unlink()
+
+
+class SpriteWriter:
+    """Puts words on sprites: `words-<name>.jpg` with a row of pictures for each word, `attention-<name>.png`."""
+
+    def __init__(self, folder: Path, *, prefix: str, attention: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.prefix = prefix
+        self.attention = attention
+        self.count = 0  # words
+        self._number = 0  # of the sprite that is being filled
+        self._rows: list[np.ndarray] = []
+        self._attention: list[np.ndarray] = []
+
+    @property
+    def _name(self) -> str:
+        return f"{self.prefix}-{self._number:05d}"
+
+    def add(self, pictures: Sequence[np.ndarray], attention: np.ndarray) -> tuple[str, int]:
+        """Add a word: its pictures, RGB of one size, and attention (steps, h, w); returns sprite and row."""
+        place = self._name, len(self._rows)
+        self._rows.append(np.concatenate([_with_margin(each, MARGIN) for each in pictures], axis=1))
+        if self.attention:
+            self._attention.append(attention_strip(attention))
+        self.count += 1
+        if len(self._rows) == SPRITE_WORDS:
+            self.flush()
+        return place
+
+    def flush(self) -> None:
+        """Write the sprite that is being filled."""
+        if not self._rows:
+            return
+        sheet = np.concatenate(self._rows)[..., ::-1]
+        self._store(f"words-{self._name}.jpg", sheet, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        if self.attention:
+            width = max(each.shape[1] for each in self._attention)
+            strips = [np.pad(each, ((0, 0), (0, width - each.shape[1]))) for each in self._attention]
+            self._store(f"attention-{self._name}.png", np.concatenate(strips), [cv2.IMWRITE_PNG_COMPRESSION, 9])
+        self._rows, self._attention = [], []
+        self._number += 1
+
+    def _store(self, name: str, picture: np.ndarray, options: list[int]) -> None:
+        data = cv2.imencode(Path(name).suffix, picture, options)[1].tobytes()
+        write_atomically(self.folder / name, lambda file: file.write(data))
+
+
+def attention_strip(attention: np.ndarray) -> np.ndarray:
+    """Attention (steps, h, w) as grey tiles side by side, (h + 2, steps * (w + 2)) uint8; bright where it is most."""
+    largest = np.maximum(attention.max(axis=(1, 2), keepdims=True), 1e-9)
+    levels = np.rint(DARKEST + (255 - DARKEST) * np.sqrt(attention / largest)).astype(np.uint8)  # (steps, h, w)
+    return np.concatenate([_with_margin(each, CELL_MARGIN) for each in levels], axis=1)
+
+
+def _with_margin(picture: np.ndarray, pixels: int) -> np.ndarray:
+    return cv2.copyMakeBorder(picture, pixels, pixels, pixels, pixels, cv2.BORDER_REPLICATE)
+
+
+# --- what the page shows ----------------------------------------------------------------------------------------------
+
+
+def accuracy_by_length(words: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """For each length of a target that occurs: `length`, `words`, `accuracy`; shortest first."""
+    counts: dict[int, list[bool]] = defaultdict(list)
+    for each in words:
+        counts[len(each.target)].append(each.right)
+    return [
+        {"length": length, "words": len(right), "accuracy": sum(right) / len(right)}
+        for length, right in sorted(counts.items())
+    ]
+
+
+def calibration(words: Sequence[Comparison], bins: int) -> list[dict[str, Any]]:
+    """Equally wide bins of confidence: `low`, `high`, `words`, their mean `confidence` and `accuracy` (None if empty).
+
+    A bin holds its upper edge, as in `metrics.expected_calibration_error`.
+    """
+    edges = np.arange(1, bins + 1) / bins
+    members: list[list[Comparison]] = [[] for _ in range(bins)]
+    for each in words:
+        place = int(np.searchsorted(edges, each.reported.word.confidence, side="left"))
+        members[min(place, bins - 1)].append(each)
+    return [
+        {
+            "low": number / bins,
+            "high": (number + 1) / bins,
+            "words": len(group),
+            "confidence": sum(each.reported.word.confidence for each in group) / len(group) if group else None,
+            "accuracy": sum(each.right for each in group) / len(group) if group else None,
+        }
+        for number, group in enumerate(members)
+    ]
+
+
+def confusions_of(target: str, prediction: str) -> list[tuple[str, str]]:
+    """The single-character edits that turn the target into the prediction: (true, read), "" for no character."""
+    pairs = []
+    for edit in Levenshtein.editops(target, prediction):
+        true = NOTHING if edit.tag == "insert" else target[edit.src_pos]
+        read = NOTHING if edit.tag == "delete" else prediction[edit.dest_pos]
+        pairs.append((true, read))
+    return pairs
+
+
+def most_confused(words: Sequence[Comparison], most: int) -> list[dict[str, Any]]:
+    """The most frequent confusions: `true`, `read`, `count` and `share` of the occurrences of the true character.
+
+    `share` is None for characters that were read where there is none.
+    """
+    counts = Counter(pair for each in words for pair in confusions_of(each.target, each.prediction))
+    occurrences = Counter(character for each in words for character in each.target)
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
+    return [
+        {"true": true, "read": read, "count": count, "share": count / occurrences[true] if true else None}
+        for (true, read), count in ranked
+    ]
+
+
+def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) -> list[Any]:
+    """A word as the page's script gets it, without names to save space.
+
+    Data set, index, label, reading, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite (-1
+    for none), row, readings of vision, language and alignment (0 where equal to the reading), confusions ("o>0").
+    """
+    reported, word = each.reported, each.reported.word
+
+    def short(text: str | None) -> str | int | None:
+        return 0 if text == word.text else text
+
+    return [
+        datasets.index(reported.dataset),
+        word.index,
+        word.label,
+        word.text,
+        round(word.confidence * 10_000),
+        int(each.right),
+        len(each.target),
+        round(Levenshtein.normalized_similarity(each.target, each.prediction) * 1_000),
+        -1 if reported.sprite is None else bisect.bisect_left(sprites, reported.sprite),
+        reported.row,
+        short(reported.vision),
+        [short(text) for text in reported.language],
+        [short(text) for text in reported.alignment],
+        [f"{true}>{read}" for true, read in confusions_of(each.target, each.prediction)],
+    ]
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}"
+    return environment

@@ -1,0 +1,180 @@
+"""Scores: known answers, protocols, what is skipped, and that batches, workers and processes change nothing."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import main
+from batches import Batch
+from charset import PROTOCOLS, Charset
+from evaluation import EMPTY_IN_PROTOCOL, WordEvaluator, read_logits, score_csv, score_table, write_scores
+from modules.outputs import RecogniserOutput, VisionOutput
+from tests.small_networks import save_network, small_config, write_words
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CHARSET = Charset(PROTOCOLS[94])
+STEPS = 9
+
+
+class Says(nn.Module):
+    """A network that reads what it was told to, with the confidence that it was told, in order of the images."""
+
+    def __init__(self, readings: list[tuple[str, float]]):
+        super().__init__()
+        self.readings = readings
+
+    def forward(self, image, mask):
+        logits = torch.full((len(image), STEPS, CHARSET.num_classes), -1e4)
+        for row, place in enumerate(image[:, 0, 0, 0].long().tolist()):
+            text, confidence = self.readings[place]
+            for step, character in enumerate([*CHARSET.encode(text), 0]):
+                logits[row, step, character] = 0
+            # The first step shares its probability with one other class; all others are certain.
+            first = CHARSET.encode(text)[0] if text else 0
+            other = (first + 1) % CHARSET.num_classes
+            logits[row, 0, other] = torch.logit(torch.tensor(1 - confidence, dtype=torch.float64))
+            logits[row, len(text) + 1 :, 0] = 0
+        return RecogniserOutput(vision=VisionOutput(logits, logits, torch.full((len(image), STEPS, 2, 4), 0.125)))
+
+
+def batches(labels: list[str], size: int, *, broken: dict[int, str] | None = None) -> list[Batch]:
+    """Batches of words whose images hold their place."""
+    result = []
+    for start in range(0, len(labels), size):
+        places = torch.arange(start, min(start + size, len(labels)))
+        images = places.float().view(-1, 1, 1, 1).expand(-1, 3, 4, 8)
+        labels_, lengths = torch.zeros(len(places), STEPS, dtype=torch.int64), torch.ones(len(places))
+        texts = [labels[place] for place in places]
+        result.append(Batch(images, None, labels_, lengths, texts, places, (broken or {}) if start == 0 else {}))
+    return result
+
+
+def evaluator(sets: dict[str, list[Batch]], *, protocol: int = 36, filtered: dict | None = None) -> WordEvaluator:
+    return WordEvaluator(
+        loaders=sets,
+        filtered={name: (filtered or {}).get(name, {}) for name in sets},
+        charset=CHARSET,
+        protocol=protocol,
+        model_eval="vision",
+        device=torch.device("cpu"),
+    )
+
+
+LABELS = ["Hello", "it's", "A-1", "cat", "!!"]
+READINGS = [("hello", 0.9), ("its", 0.8), ("A-l", 0.7), ("cats", 0.6), ("x", 0.5)]
+
+
+def test_known_answers():
+    sets = {"one": batches(LABELS[:3], 2), "two": batches(LABELS, 4)}
+    scores = evaluator(sets).evaluate(Says(READINGS))
+    one, two = scores["datasets"]["one"], scores["datasets"]["two"]
+    assert (one["samples"], one["skipped"]) == (3, {})
+    assert one["accuracy"] == pytest.approx(2 / 3)  # hello, its; al is not a1
+    assert one["ccr"] == pytest.approx(9 / 10)
+    assert one["ned"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert one["ece"] == pytest.approx((0.1 + 0.2 + 0.7) / 3, abs=1e-5)
+    # "!!" has nothing that protocol 36 compares; "cats" has all of cat in place and one letter too many.
+    assert (two["samples"], two["skipped"]) == (4, {EMPTY_IN_PROTOCOL: 1})
+    assert two["accuracy"] == pytest.approx(2 / 4)
+    assert two["ccr"] == pytest.approx(12 / 13)
+    assert two["ned"] == pytest.approx((1 + 1 + 0.5 + 0.75) / 4)
+    assert scores["weighted"]["samples"] == 7
+    assert scores["weighted"]["accuracy"] == pytest.approx(4 / 7)
+    assert scores["mean"]["accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize(("protocol", "right"), [(36, 2), (62, 1), (94, 0)])
+def test_one_network_is_scored_by_every_protocol(protocol, right):
+    scores = evaluator({"set": batches(LABELS[:4], 4)}, protocol=protocol).evaluate(Says(READINGS))
+    assert scores["protocol"] == protocol
+    assert scores["datasets"]["set"]["accuracy"] == pytest.approx(
+        right / 4
+    )  # its = it's but in 94, hello = Hello in 36
+
+
+def test_every_word_is_accounted_for():
+    sets = {"set": batches(LABELS, 5, broken={7: "broken", 8: "broken"}), "none": []}
+    scores = evaluator(sets, filtered={"set": {"empty": 2, "broken": 1}}).evaluate(Says(READINGS))
+    entry = scores["datasets"]["set"]
+    assert entry["skipped"] == {"empty": 2, "broken": 3, EMPTY_IN_PROTOCOL: 1}
+    assert entry["samples"] + sum(entry["skipped"].values()) == len(LABELS) + 2 + 3
+    assert scores["datasets"]["none"]["samples"] == 0
+    assert scores["mean"] == pytest.approx({name: entry[name] for name in ("accuracy", "ccr", "ned", "ece")})
+
+
+def test_confidence_stops_at_the_end_of_the_text():
+    logits = Says([("ab", 0.25)])(torch.zeros(1, 3, 4, 8), None).vision.logits
+    logits[0, 4, 5] = 0.0  # steps behind the end do not count
+    texts, confidences = read_logits(logits, CHARSET)
+    assert texts in (["ab"], [chr(ord("a") + 1) + "b"])
+    assert confidences[0] == pytest.approx(0.75)
+
+
+def test_tables_hold_the_scores(tmp_path):
+    judge = evaluator({"a,b": batches(LABELS[:3], 3)})
+    scores = judge.evaluate(Says(READINGS))
+    write_scores(tmp_path, scores, judge.columns)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == scores
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [row["dataset"] for row in rows] == ["a,b", "weighted", "mean"]
+    assert float(rows[0]["accuracy"]) == scores["datasets"]["a,b"]["accuracy"]
+    assert (tmp_path / "metrics.md").read_text() == score_table(scores, judge.columns) + "\n"
+    assert "66.67" in judge.table(scores)
+    assert score_csv(scores, ("ned",)).splitlines()[0] == "dataset,samples,skipped,ned"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a network and 40 words of two sets, and the arguments of a test run."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    config = small_config("abinet")
+    save_network(folder / "net.pth", config)
+    write_words(folder / "words" / "one", 23, broken=(4,))
+    write_words(folder / "words" / "two", 17, seed=1)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    arguments = ["--config", str(folder / "config.yaml"), "--phase", "test", "--checkpoint", str(folder / "net.pth")]
+    return folder, [*arguments, "--test_root", str(folder / "words"), "--image_only", f"global.workdir={folder}"]
+
+
+@pytest.fixture(scope="module")
+def reference(run):
+    folder, arguments = run
+    main.main([*arguments, "--name", "reference", "dataset.test.batch_size=96"])
+    return (folder / "reference" / "metrics.json").read_text()
+
+
+def test_a_run_accounts_for_all_words(reference):
+    datasets = json.loads(reference)["datasets"]
+    assert {name: (e["samples"], e["skipped"]) for name, e in datasets.items()} == {
+        "one": (22, {"broken": 1}),
+        "two": (17, {}),
+    }
+
+
+@pytest.mark.parametrize(("size", "workers"), [(1, 0), (7, 0), (7, 2)])
+def test_batches_and_workers_change_nothing(run, reference, size, workers):
+    folder, arguments = run
+    name = f"run-{size}-{workers}"
+    main.main([*arguments, "--name", name, f"dataset.test.batch_size={size}", f"dataset.num_workers={workers}"])
+    assert (folder / name / "metrics.json").read_text() == reference
+    for file in ("alignment.txt", "alignment-false.txt"):
+        expected = (folder / "reference" / "one-alignment" / file).read_text()
+        assert (folder / name / "one-alignment" / file).read_text() == expected
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(run, reference):
+    folder, arguments = run
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*launcher, *arguments, "--name", "two"], cwd=REPOSITORY, check=True, timeout=300, env=environment)
+    assert (folder / "two" / "metrics.json").read_text() == reference
+    page = (folder / "two" / "report" / "index.html").read_text()
+    assert page.count('"0-0000') + page.count('"1-0000') >= 2  # sprites of both processes

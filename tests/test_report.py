@@ -1,0 +1,267 @@
+"""The report: its numbers, and the page in a real browser."""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import main
+import report
+from evaluation import ScoredWord
+from report import Comparison, ReportedWord
+from tests.small_networks import save_network, small_config, write_masks, write_words
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+
+
+def word(target: str, prediction: str, confidence: float = 0.5) -> Comparison:
+    scored = ScoredWord(0, target, prediction, confidence)
+    return Comparison(ReportedWord("set", scored, prediction, (), ()), target, prediction)
+
+
+def test_accuracy_by_length_counts_every_word():
+    rows = report.accuracy_by_length([word("ab", "ab"), word("ab", "a"), word("abc", "abc")])
+    assert rows == [{"length": 2, "words": 2, "accuracy": 0.5}, {"length": 3, "words": 1, "accuracy": 1.0}]
+
+
+def test_confusions_are_the_edits_from_label_to_reading():
+    assert report.confusions_of("hello", "hallo") == [("e", "a")]
+    assert report.confusions_of("boot", "bot") == [("o", "")]
+    assert report.confusions_of("a", "ab") == [("", "b")]
+    assert report.confusions_of("a", "a") == []
+    ranked = report.most_confused([word("oo", "00"), word("lo", "l0"), word("in", "ln")], most=2)
+    assert ranked == [
+        {"true": "o", "read": "0", "count": 3, "share": 1.0},
+        {"true": "i", "read": "l", "count": 1, "share": 1.0},
+    ]
+    assert report.most_confused([word("a", "ab")], most=5)[0]["share"] is None
+
+
+def test_calibration_bins_hold_their_upper_edge_and_every_word():
+    bins = report.calibration([word("a", "a", 0.0), word("a", "b", 0.5), word("a", "a", 0.51), word("a", "a", 1)], 2)
+    assert [each["words"] for each in bins] == [2, 2]
+    assert bins[0] == {"low": 0.0, "high": 0.5, "words": 2, "confidence": 0.25, "accuracy": 0.5}
+    assert report.calibration([], 2)[0]["accuracy"] is None
+
+
+def test_attention_strips_are_brightest_where_attention_is():
+    attention = np.zeros((3, 8, 32), np.float32)
+    attention[1, 4, 20] = 1.0
+    strip = report.attention_strip(attention)
+    assert strip.shape == (10, 3 * 34)
+    assert np.unravel_index(strip.argmax(), strip.shape) == (4 + 1, 34 + 20 + 1)
+    assert (strip[:, :34] == report.DARKEST).all()
+
+
+def test_sprites_hold_their_words_in_their_rows(tmp_path):
+    writer = report.SpriteWriter(tmp_path, prefix="0", attention=True)
+    count = report.SPRITE_WORDS + 3
+    pictures = [np.full((8, 16, 3), 10 * number, np.uint8) for number in range(count)]
+    places = [writer.add([each, 255 - each], np.ones((1 + number % 4, 2, 4))) for number, each in enumerate(pictures)]
+    writer.flush()
+    assert len(set(places)) == count
+    for (name, row), picture in zip(places, pictures, strict=True):
+        sheet = cv2.imread(str(tmp_path / f"words-{name}.jpg"))
+        assert abs(int(sheet[row * 12 + 6, 10, 0]) - int(picture[0, 0, 0])) < 4
+        assert abs(int(sheet[row * 12 + 6, 30, 0]) - (255 - int(picture[0, 0, 0]))) < 4
+    assert len(list(tmp_path.glob("attention-*.png"))) == 2
+
+
+# --- whole reports ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Test runs: a folder to give the configs, and a function that runs one and gives its report's folder."""
+    folder = tmp_path_factory.mktemp("report")
+    for name, count, seed in (("one", 31, 0), ("two", 22, 1)):
+        pictures = write_words(folder / "words" / name, count, seed=seed)
+        write_masks(folder / "masks" / name, folder / "words" / name, pictures)
+
+    def test(network: str, *more: str) -> Path:
+        config = small_config(network)
+        save_network(folder / f"{network}.pth", config)
+        (folder / f"{network}.yaml").write_text(config.to_yaml())
+        arguments = ["--config", str(folder / f"{network}.yaml"), "--phase", "test", "--name", network, *more]
+        arguments += ["--checkpoint", str(folder / f"{network}.pth"), "--test_root", str(folder / "words")]
+        main.main([*arguments, f"global.workdir={folder}", "dataset.test.batch_size=9"])
+        return folder / network / "report"
+
+    return test, folder
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    test, folder = run
+    return test("binet", f"dataset.masks.root={folder / 'masks'}") / "index.html"
+
+
+def page_data(page: Path) -> dict:
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    return json.loads(text[1])
+
+
+def test_the_page_needs_nothing_from_elsewhere(page):
+    text = page.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text)
+    assert "http" not in re.sub(r"\{.*?\}", "", text)
+    data = page_data(page)
+    assert len(data["words"]) == 53
+    assert data["layout"]["layers"] == ["word", "mask", "refined mask"]
+    stored = {path.name for path in (page.parent / "pictures").iterdir()}
+    assert stored == {
+        f"{kind}-{name}.{end}" for name in data["sprites"] for kind, end in (("words", "jpg"), ("attention", "png"))
+    }
+
+
+def test_image_only_and_networks_without_masks_leave_parts_out(run):
+    test, _ = run
+    first = test("abinet", "--image_only") / "index.html"
+    data = page_data(first)
+    assert not data["attention"]
+    assert data["layout"]["layers"] == ["word"]
+    assert not list(first.parent.glob("pictures/attention-*"))
+    (first.parent / "pictures" / "words-9-00000.jpg").write_bytes(b"of an older report")
+    test("abinet", "--image_only")
+    assert not (first.parent / "pictures" / "words-9-00000.jpg").exists()
+
+
+def test_hostile_labels_stay_text(tmp_path):
+    writer = report.Report(
+        folder=tmp_path, title="</script><b>", charset=report.Charset("ab"), normalize=str, details={"<i>": "&"}
+    )
+    label = "</script><script>alert(1)</script>"
+    scored = ScoredWord(0, label, "<img src=x>", 0.5)
+    writer._words = [ReportedWord("a<b", scored, None, (), ("<u>",))]
+    score = {"accuracy": 0.0, "ccr": 0.0, "ned": 0.0, "ece": 0.5}
+    entry = {"samples": 1, "skipped": {}, **score}
+    writer.on_end(
+        {"model_eval": "language", "protocol": 94, "datasets": {"a<b": entry}, "weighted": entry, "mean": score}
+    )
+    text = (tmp_path / "index.html").read_text()
+    assert "<script>alert" not in text
+    assert "<img" not in text
+    assert "<b>" not in text.split("<body>")[0]
+    assert page_data(tmp_path / "index.html")["words"][0][2] == label
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no chromium with chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+def found(browser) -> tuple[int, int]:
+    """Words that the filter leaves, and how many of them are wrong."""
+    text = browser.execute_script("return document.getElementById('found').textContent")
+    counts = [int(each.replace(",", "")) for each in re.findall(r"[\d,]*\d", text)]
+    return counts[0], counts[2]
+
+
+def fill(browser, **values: object) -> None:
+    """Give fields of the filter values, as typing does."""
+    for name, value in values.items():
+        browser.execute_script(
+            "const field = document.querySelector(`#filter [name=${arguments[0]}]`);"
+            "if (field.type === 'checkbox') field.checked = arguments[1]; else field.value = arguments[1];"
+            "field.dispatchEvent(new Event('input', {bubbles: true}));",
+            name,
+            value,
+        )
+
+
+def missing_pictures(browser) -> int:
+    """Backgrounds of shown tiles that do not load."""
+    return browser.execute_async_script(
+        "const done = arguments[arguments.length - 1];"
+        "const urls = new Set([...document.querySelectorAll('.tile, .tile > i')].map("
+        "  (each) => each.style.backgroundImage.slice(5, -2)));"
+        "Promise.all([...urls].map((url) => new Promise((resolve) => {"
+        "  const image = new Image(); image.onload = () => resolve(0); image.onerror = () => resolve(1);"
+        "  image.src = url;}))).then((bad) => done(urls.size ? bad.reduce((a, b) => a + b, 0) : -1));"
+    )
+
+
+def test_the_page_works_in_a_browser(browser, page):
+    browser.set_window_size(1280, 900)
+    browser.get(page.resolve().as_uri())
+    words = page_data(page)["words"]
+    wrong = sum(1 - each[5] for each in words)
+    assert found(browser) == (53, wrong)
+    assert missing_pictures(browser) == 0
+    fill(browser, wrong=True)
+    assert found(browser) == (wrong, wrong)
+    fill(browser, wrong=False, dataset="1")
+    assert found(browser)[0] == 22
+    fill(browser, dataset="", text="EXIT")
+    assert found(browser)[0] == sum("exit" in each[2].lower() for each in words)
+    fill(browser, text="", shortest=5, longest=5)
+    assert found(browser)[0] == sum(each[6] == 5 for each in words) > 0
+    fill(browser, shortest="", longest="", text="no such word")
+    assert found(browser)[0] == 0
+    fill(browser, text="", order="random")
+    assert found(browser)[0] == 53
+    browser.execute_script("document.querySelector('#confusions button').click()")
+    pair = browser.execute_script("return document.querySelector('#confusions button').dataset.confusion")
+    assert found(browser)[0] == sum(pair in each[13] for each in words)
+    browser.execute_script("document.querySelector('#confusions button').click()")
+    browser.execute_script("document.querySelector('.card > button').click()")
+    shown = browser.execute_script(
+        "const card = document.querySelector('.card.open');"
+        "return [card.querySelectorAll('figure').length, card.querySelectorAll('.more tr').length]"
+    )
+    assert shown[0] >= 1
+    assert shown[1] == 4  # heading, vision, language, alignment
+    assert missing_pictures(browser) == 0
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_its_window(browser, page, width):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 640},
+    )
+    browser.get(page.resolve().as_uri())
+    browser.execute_script("document.querySelector('#filter [name=open]').click()")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_ten_thousand_words_are_fast(browser, page, tmp_path):
+    data = page_data(page)
+    data["words"] = [[*row[:1], number, *row[2:]] for number, row in enumerate(data["words"] * 190)]
+    text = json.dumps(data).replace("\\", "\\\\")
+    (tmp_path / "index.html").write_text(
+        re.sub(r'(id="data">).*?(</script>)', rf"\g<1>{text}\g<2>", page.read_text(), flags=re.DOTALL)
+    )
+    shutil.copytree(page.parent / "pictures", tmp_path / "pictures")
+    start = time.monotonic()
+    browser.get((tmp_path / "index.html").resolve().as_uri())
+    assert found(browser)[0] == 53 * 190
+    assert time.monotonic() - start < 10
+    milliseconds = browser.execute_script(
+        "const start = performance.now(), field = document.querySelector('#filter [name=text]');"
+        "field.value = 'e'; field.dispatchEvent(new Event('input', {bubbles: true}));"
+        "return performance.now() - start"
+    )
+    assert milliseconds < 1_000  # some tens on an idle machine
+    assert browser.execute_script("return document.querySelectorAll('.card').length") < 200

@@ -8,7 +8,9 @@ the batch is smaller then and says so.
 
 import bisect
 import logging
+import multiprocessing
 import os
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -694,8 +696,15 @@ def initialize_worker(_worker: int) -> None:
     its step is done and ends its workers itself.
     """
     os.setpgrp()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed; torch's own watch misses that under forkserver."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def make_loader(

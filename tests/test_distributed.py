@@ -1,0 +1,176 @@
+"""Several processes are one: same losses, same scores, one writer. Gloo on the CPU stands for any backend."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from tiny_run import ITERATIONS, NAME, folder_of, history, losses, run, run_processes, shell, write_config
+from torch import nn
+
+import distributed
+
+STEPS = 20
+# Dropout draws other numbers in every process. SGD: Adam would blow rounding up where gradients are almost 0.
+EQUAL = (
+    f"training.iterations={STEPS}",
+    "model.vision.dropout=0.0",
+    "model.language.dropout=0.0",
+    "optimizer.type=SGD",
+    "training.sync_batchnorm=true",
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path)
+
+
+def scores(config, name):
+    return torch.load(folder_of(config, name) / f"best-{name}.pth", weights_only=True)["scores"]
+
+
+def test_two_processes_equal_one(config):
+    run(config, "--name=one", *EQUAL)
+    run_processes(config, 2, "--name=two", *EQUAL)
+    one, two = history(config, "one"), history(config, "two")
+    assert [entry["iteration"] for entry in two] == list(range(1, STEPS + 1))
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, abs=1e-5), (first["iteration"], name)
+    one, two = (scores(config, name)["weighted"] for name in ("one", "two"))
+    assert two == pytest.approx(one)
+    assert two["samples"] == 11
+
+
+def test_two_processes_read_every_test_word_once_and_write_once(config):
+    run(config, "training.iterations=2")
+    arguments = ("--phase=test", "--checkpoint", str(folder_of(config) / f"best-{NAME}.pth"), "--image_only")
+    run(config, "--name=one", *arguments)
+    run_processes(config, 2, "--name=two", *arguments)
+    results = [json.loads((folder_of(config, name) / "metrics.json").read_text()) for name in ("one", "two")]
+    assert results[0] == results[1]
+    files = [(folder_of(config, n) / "test-alignment" / "alignment.txt").read_text() for n in ("one", "two")]
+    assert files[0] == files[1]
+    assert len(files[0].splitlines()) == 11
+
+
+def test_another_number_of_processes_goes_on(config):
+    run(config, *EQUAL)
+    whole = losses(config)
+    run_processes(config, 2, "--name=changed", *EQUAL[1:], "training.iterations=6")
+    resumed = run(config, "--name=changed", "--resume", *EQUAL[1:], f"training.iterations={STEPS}")
+    assert "resumed with 1 processes after 2" in resumed.text()
+    # The schedule is that of 6 steps in the first part: only its first step is comparable.
+    assert losses(config, "changed")[0] == pytest.approx(whole[0], abs=1e-5)
+    assert [entry["iteration"] for entry in history(config, "changed")] == list(range(1, STEPS + 1))
+
+
+def test_a_loss_term_of_weight_0_trains_in_parallel(config):
+    run_processes(config, 2, "training.iterations=3", "model.vision.loss_weight=0.0", "model.language.loss_weight=0.0")
+    assert set(history(config)[0]) == {"iteration", "epoch", "loss", "alignment", "refinement", "lr"}
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(config):
+    with pytest.raises(AssertionError, match="3 processes cannot share evenly"):
+        run_processes(config, 3)
+
+
+def torchrun(*arguments, **options):
+    command = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "main.py")
+    return shell(*command, *arguments, **options)
+
+
+def test_torchrun_writes_once_and_stops_cleanly_at_a_signal(config):
+    process = torchrun(f"--config={config}", "--local_rank=0", "training.iterations=2000", "training.save_iters=1000")
+    written = folder_of(config) / "history.jsonl"
+    end = time.monotonic() + 120
+    while not (written.exists() and written.read_text().count("\n") > 3) and time.monotonic() < end:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    iterations = [entry["iteration"] for entry in history(config)]
+    assert iterations == list(range(1, len(iterations) + 1)), output
+    assert list(folder_of(config).glob(f"{NAME}_*_{iterations[-1]}.pth")), output
+    assert f"after iteration {iterations[-1]}; go on with --resume" in output
+    run(config, "--resume", f"training.iterations={iterations[-1] + 2}")
+    assert len(history(config)) == iterations[-1] + 2
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def _as_rank(rank, port, function, results):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    results.put((rank, function(rank)))
+    distributed.stop()
+
+
+def normalised_part(rank):
+    """Output, gradients and statistics of rank's uneven part of a batch of 5."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    values, weights = torch.randn(5, 3, 4, 6), torch.randn(5, 4, 4, 6)
+    rows = slice(None) if rank is None else slice(0, 2) if rank == 0 else slice(2, 5)
+    names = list(network.state_dict())
+    network = distributed.synchronized(network, True, torch.device("cpu"))
+    assert list(network.state_dict()) == names
+    output = network(values[rows])
+    (output * weights[rows]).sum().backward()
+    gradients = [distributed.summed(parameter.grad) for parameter in network.parameters()]
+    tensors = [output.detach(), *gradients, *network[1].buffers()]
+    return [tensor.numpy() for tensor in tensors]
+
+
+def test_batch_norm_over_processes_equals_batch_norm_over_the_batch(free_port):
+    context = torch.multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [context.Process(target=_as_rank, args=(r, free_port, normalised_part, results)) for r in (0, 1)]
+    for each in ranks:
+        each.start()
+    parts = [part for _, part in sorted((results.get(timeout=60) for _ in ranks), key=lambda item: item[0])]
+    for each in ranks:
+        each.join(60)
+    whole = [torch.from_numpy(array) for array in normalised_part(None)]
+    parts = [[torch.from_numpy(array) for array in part] for part in parts]
+    torch.testing.assert_close(torch.cat([parts[0][0], parts[1][0]]), whole[0], rtol=1e-5, atol=1e-6)
+    for part in parts:
+        for found, expected in zip(part[1:], whole[1:], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_one_process_needs_no_group():
+    values = torch.tensor([2.0, 4.0])
+    assert distributed.average(values) is values
+    assert distributed.summed(values) is values
+    assert distributed.gather(["a"]) == ["a"]
+    assert distributed.batch_mean(values.sum(), torch.tensor(0)) == 6.0
+    network = nn.Sequential(nn.BatchNorm2d(2))
+    assert type(distributed.synchronized(network, True, torch.device("cpu"))[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.gpu
+def test_nccl_with_one_process_runs(config):
+    process = shell(
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone", "main.py",
+        f"--config={config}", "training.sync_batchnorm=true",
+    )  # fmt: skip
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert len(history(config)) == ITERATIONS

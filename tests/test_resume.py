@@ -1,0 +1,132 @@
+"""A run that is killed anywhere and resumed is the run that was never killed, bit for bit."""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import ITERATIONS, NAME, folder_of, history, history_text, run, start, write_config
+
+from callbacks import newest_whole_checkpoint
+
+OPTIONS = ("training.ema=0.9", "training.accumulation=2")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path)
+
+
+def lines(config, name):
+    return history_text(config, name).count("\n")
+
+
+def kill_at(run, config, name, iteration, pause=0.0):
+    """SIGKILL some moments after an iteration was logged."""
+    run.wait_until(lambda: lines(config, name) >= iteration)
+    time.sleep(pause)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, run.text()
+
+
+def assert_same_runs(config, first, second):
+    assert history_text(config, first) == history_text(config, second)
+    assert [entry["iteration"] for entry in history(config, second)] == list(range(1, ITERATIONS + 1))
+    states = [newest_whole_checkpoint(folder_of(config, name), name)[1] for name in (first, second)]
+    assert states[0]["training"]["callbacks"] == states[1]["training"]["callbacks"]
+    for name, tensor in states[0]["model"].items():
+        assert torch.equal(tensor, states[1]["model"][name]), name
+
+
+def test_killed_and_resumed_equals_uninterrupted(config):
+    arguments = ("dataset.num_workers=2", *OPTIONS)
+    run(config, "--name=whole", *arguments)
+    kill_at(start(config, "--name=cut", *arguments), config, "cut", 5)
+    kill_at(start(config, "--name=cut", "--resume", *arguments), config, "cut", 13, pause=0.01)
+    run(config, "--name=cut", "--resume", *arguments)
+    assert_same_runs(config, "whole", "cut")
+
+
+def test_workers_change_nothing(config):
+    for workers in (0, 1):
+        run(config, f"--name=workers{workers}", f"dataset.num_workers={workers}", "training.iterations=6")
+    assert history_text(config, "workers0") == history_text(config, "workers1")
+
+
+def test_a_finished_run_resumed_does_nothing_more(config):
+    run(config, "training.iterations=6")
+    before = history_text(config)
+    run(config, "--resume", "training.iterations=6")
+    assert history_text(config) == before
+
+
+def test_resume_before_the_first_checkpoint_starts_again(config):
+    kill_at(start(config, "training.save_iters=100", "training.eval_iters=100"), config, NAME, 3)
+    resumed = run(config, "--resume", "training.iterations=6")
+    assert "starting from the beginning" in resumed.text()
+    assert [entry["iteration"] for entry in history(config)] == list(range(1, 7))
+
+
+def test_a_run_goes_on_longer_and_in_another_precision(config):
+    run(config, "training.iterations=6")
+    run(config, "--resume", "training.iterations=8", "training.precision=fp16")
+    run(config, "--resume", "training.iterations=10")
+    assert [entry["iteration"] for entry in history(config)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signals_save_and_end_cleanly(config, number):
+    stopped = start(config, "dataset.num_workers=1", "training.save_iters=1000")
+    stopped.wait_until(lambda: lines(config, NAME) >= 4)
+    os.killpg(stopped.pid, number)  # as a terminal does: the run and whoever shares its group
+    assert stopped.wait() == 0, stopped.text()
+    done = len(history(config))
+    assert 4 <= done < ITERATIONS
+    assert f"stopped by {number.name} after iteration {done}" in stopped.text()
+    assert "Traceback" not in stopped.text()
+    assert "worker died" not in stopped.text()
+    assert list(folder_of(config).glob(f"{NAME}_*_{done}.pth"))
+    run(config, "--resume")
+    assert len(history(config)) == ITERATIONS
+
+
+def test_left_overs_of_a_kill_while_saving_are_removed(config):
+    folder = folder_of(config)
+    folder.mkdir(parents=True)
+    (folder / ".tiny_0_3.pth.4711.tmp").write_bytes(b"half a checkpoint")
+    run(config, "training.iterations=2")
+    assert not list(folder.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_killed_ten_times_at_random_points_through_the_real_command_line(config, workers):
+    moments = random.Random(workers)
+    command = (sys.executable, "main.py", f"--config={config}", f"dataset.num_workers={workers}", *OPTIONS)
+    whole = tiny_run.shell(*command, "--name=whole")
+    output = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, output
+    kills = 0
+    while kills < 10:
+        process = tiny_run.shell(*command, "--name=cut", "--resume")
+        # Mostly within the steps; sometimes while it loads.
+        iteration = lines(config, "cut") + moments.randrange(-1, 5)
+        end = time.monotonic() + moments.uniform(3, 12)
+        while lines(config, "cut") < iteration and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.05))
+        assert process.poll() in (None, 0), process.communicate()[0]
+        if process.poll() == 0:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    process = tiny_run.shell(*command, "--name=cut", "--resume")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert kills == 10
+    assert_same_runs(config, "whole", "cut")

@@ -5,6 +5,7 @@ the data set's business (dataset.py).
 """
 
 import contextlib
+import inspect
 import logging
 import math
 import signal
@@ -32,6 +33,12 @@ RUNNING_STATISTICS = {"running_mean", "running_var"}
 STOP_CHECK_ITERATIONS = 10  # with several processes they agree on a stop signal this often, as agreeing costs a message
 LOSS_SCALE = 2.0**10  # of fp16 at the start; torch doubles it every 2,000 good steps
 WORKER_RESTARTS = 3  # a loader worker that dies (out of memory, killed) is replaced this many times in a run
+# torch 2.13 renamed it and warns of the older name.
+BUFFER_SYNC = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 SECOND_SIGNAL_AFTER = 2.0  # seconds; sooner it is the same Ctrl-C, from the terminal and from the launcher
 
 
@@ -254,8 +261,8 @@ class Trainer:
             network = DistributedDataParallel(
                 network,
                 device_ids=devices,
-                broadcast_buffers=False,
                 find_unused_parameters=find_unused_parameters,
+                **{BUFFER_SYNC: False},
             )
         return torch.compile(network) if compile_model else network
 

@@ -1,0 +1,213 @@
+"""Callbacks: one test walks all of them; then what each leaves behind."""
+
+import inspect
+import io
+import json
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import callbacks
+from callbacks import (
+    Callback,
+    Checkpoints,
+    Evaluation,
+    History,
+    NotFiniteBatches,
+    Progress,
+    TensorBoard,
+    UnreadableSamples,
+    listed_checkpoints,
+)
+from distributed import Process
+from trainer import Step
+from utils import UserError
+
+
+class Evaluator:
+    headline = "accuracy"
+
+    def __init__(self, values=(0.5, 0.25, 0.75)):
+        self.values = iter(values)
+
+    def evaluate(self, model, observers=()):
+        value = next(self.values)
+        entry = {"samples": 4, "accuracy": value}
+        return {"datasets": {"set": entry | {"skipped": {}}}, "weighted": entry, "mean": {"accuracy": value}}
+
+    def table(self, scores):
+        return f"accuracy {scores['weighted']['accuracy']}"
+
+
+class Log:
+    def __init__(self):
+        self.counts = Counter()
+
+    def update(self, skipped):
+        self.counts.update(skipped.values())
+
+
+class Batch:
+    skipped = {3: "broken"}  # noqa: RUF012
+
+    def state_dict(self):
+        return {"indices": torch.tensor([3])}
+
+
+class FakeTrainer:
+    """What a callback sees of a trainer."""
+
+    def __init__(self, iterations=10, rank=0):
+        self.iteration, self.epoch, self.iterations = 0, 0, iterations
+        self.process = Process(rank, rank, rank + 1)
+        self.evaluation_model = nn.Linear(1, 1)
+        self.extra_state = {"charset": "abc"}
+        self.called = []
+
+    def call(self, hook, *arguments):
+        self.called.append(hook)
+
+    def share_statistics(self):
+        self.called.append("share_statistics")
+
+    def state_dict(self):
+        return {"model": self.evaluation_model.state_dict(), "training": {"iteration": self.iteration}}
+
+
+def step(loss=1.0):
+    terms = {"vision": torch.tensor(loss / 2), "total": torch.tensor(loss)}
+    return Step(terms, torch.tensor(3.0), torch.tensor(True), 0.1, samples=8, data_wait=0.25, duration=1.0)
+
+
+def every_callback(folder):
+    return [
+        Progress(interval=2),
+        History(path=folder / "history.jsonl", interval=2),
+        TensorBoard(folder=folder / "tensorboard", interval=2),
+        NotFiniteBatches(folder=folder),
+        UnreadableSamples(log=Log()),
+        Evaluation(evaluator=Evaluator(), interval=4, folder=folder, name="run"),
+        Checkpoints(folder=folder, name="run", interval=4, keep=2),
+    ]
+
+
+def walk(each, trainer, steps):
+    each.on_fit_start(trainer)
+    for _ in range(steps):
+        each.on_batch_loaded(trainer, Batch())
+        trainer.iteration += 1
+        each.on_step_end(trainer, step())
+    each.on_step_skipped(trainer, Batch(), trainer.iteration)
+    each.on_epoch_end(trainer)
+    scores = Evaluator().evaluate(None)
+    each.on_evaluation_end(trainer, scores)
+    state = each.state_dict()
+    each.load_state_dict(state)
+    assert each.state_dict() == state
+    each.load_state_dict({})
+    each.on_fit_end(trainer)
+    each.on_fit_failed(trainer)
+
+
+def test_the_walk_below_knows_every_callback(tmp_path):
+    kinds = {kind for _, kind in inspect.getmembers(callbacks, inspect.isclass) if issubclass(kind, Callback)}
+    assert kinds - {Callback} == {type(each) for each in every_callback(tmp_path)}
+
+
+@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_callback_goes_through_a_run_and_only_the_main_process_writes(tmp_path, place, rank):
+    each = every_callback(tmp_path)[place]
+    walk(each, FakeTrainer(rank=rank), 10)
+    if rank and not isinstance(each, NotFiniteBatches):  # of which every process has its own
+        assert not list(tmp_path.iterdir())
+
+
+def test_history_has_every_interval_and_the_last_iteration(tmp_path):
+    walk(History(path=tmp_path / "history.jsonl", interval=4), FakeTrainer(), 10)
+    entries = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [entry["iteration"] for entry in entries] == [4, 8, 10]
+    assert entries[0] == {"iteration": 4, "epoch": 0, "loss": 1.0, "vision": 0.5, "lr": 0.1}
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    walk(Progress(interval=1), FakeTrainer(), 10)
+    shown = sys.stderr.getvalue()
+    assert "10/10" in shown
+    assert "loss=1.0000" in shown
+    assert "rate=" in shown
+
+
+def test_progress_gives_lines_elsewhere(tmp_path, caplog):
+    caplog.set_level("INFO")
+    walk(Progress(interval=4), FakeTrainer(), 10)
+    assert [record.getMessage().split("  ")[1] for record in caplog.records] == [
+        f"iteration {n}/10" for n in (4, 8, 10)
+    ]
+
+
+def test_tensorboard_has_losses_rate_gradient_speed_wait_and_scores(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    walk(TensorBoard(folder=tmp_path, interval=2), FakeTrainer(), 4)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    expected = {"loss/vision", "loss/total", "optimizer/learning_rate", "optimizer/gradient_norm"}
+    expected |= {"speed/samples_per_second", "speed/data_wait_share", "set/accuracy", "weighted/accuracy"}
+    assert expected <= set(events.Tags()["scalars"])
+    assert events.Scalars("speed/samples_per_second")[0].value == pytest.approx(8)
+    assert events.Scalars("speed/data_wait_share")[0].value == pytest.approx(0.25)
+
+
+def test_the_best_weights_are_kept_and_statistics_shared_before_they_are_judged(tmp_path):
+    each = Evaluation(evaluator=Evaluator(), interval=1, folder=tmp_path, name="run")
+    trainer = FakeTrainer()
+    for value in (0.5, 0.5, 0.75):
+        trainer.iteration += 1
+        each.on_step_end(trainer, step())
+        assert each.best == value
+    saved = torch.load(tmp_path / "best-run.pth", weights_only=True)
+    assert (saved["iteration"], saved["charset"]) == (3, "abc")
+    assert trainer.called == ["share_statistics", "on_evaluation_end"] * 3
+
+
+def test_the_last_batches_that_were_not_finite_stay(tmp_path):
+    each = NotFiniteBatches(folder=tmp_path, keep=2)
+    for iteration in (3, 5, 9):
+        each.on_step_skipped(FakeTrainer(), Batch(), iteration)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["not-finite-5-rank0.pth", "not-finite-9-rank0.pth"]
+
+
+def test_checkpoints_of_a_run_are_told_from_other_files(tmp_path):
+    """Names with underscores: neither the best weights nor another run's files are taken for checkpoints."""
+    for name in ("best-a_1_2.pth", "a_1_2_0_7.pth", "other_0_9.pth", "a_1_2.pth"):
+        (tmp_path / name).write_bytes(b"x")
+    assert listed_checkpoints(tmp_path, "a_1_2") == ["a_1_2_0_7.pth"]
+    (tmp_path / "checkpoint.yaml").write_text("{damaged")
+    assert listed_checkpoints(tmp_path, "a_1_2") == ["a_1_2_0_7.pth"]
+
+
+def test_the_list_names_the_newest_checkpoint_last(tmp_path):
+    walk(Checkpoints(folder=tmp_path, name="run", interval=2, keep=2), FakeTrainer(), 7)
+    listing = yaml.safe_load((tmp_path / "checkpoint.yaml").read_text())
+    assert listing == {"latest": "run_0_7.pth", "checkpoints": ["run_0_6.pth", "run_0_7.pth"]}
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["run_0_6.pth", "run_0_7.pth"]
+
+
+def test_a_full_disk_is_told_by_the_history(tmp_path):
+    each = History(path=tmp_path / "history.jsonl", interval=1)
+    each.on_fit_start(FakeTrainer())
+    each._file.close()
+    each._file = SimpleNamespace(write=lambda text: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"history\.jsonl: no space left"):
+        each.on_step_end(FakeTrainer(), step())

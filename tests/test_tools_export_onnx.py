@@ -55,7 +55,7 @@ def texts(bundle, logits: np.ndarray) -> list[str]:
     return [bundle.charset.decode(row) for row in logits.argmax(-1).tolist()]
 
 
-@pytest.mark.parametrize("network", ["binet", "abinet"])
+@pytest.mark.parametrize("network", ["binet", pytest.param("abinet", marks=pytest.mark.slow)])
 def test_the_recogniser_reads_as_in_torch(files, pictures, tmp_path, network, capsys):
     output = tmp_path / "net.onnx"
     assert export_onnx.main(["--checkpoint", str(files / f"{network}.pth"), "--output", str(output)]) == 0
@@ -78,6 +78,7 @@ def test_the_recogniser_reads_as_in_torch(files, pictures, tmp_path, network, ca
     assert json.loads(facts["image_size"]) == [32, 128]
 
 
+@pytest.mark.slow
 def test_ssn_and_recogniser_in_one_graph(files, pictures, tmp_path):
     output = tmp_path / "both.onnx"
     arguments = ["--checkpoint", str(files / "both.pth"), "--output", str(output)]

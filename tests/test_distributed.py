@@ -60,14 +60,12 @@ def test_two_processes_read_every_test_word_once_and_write_once(config):
 
 
 def test_another_number_of_processes_goes_on(config):
-    run(config, *EQUAL)
-    whole = losses(config)
-    run_processes(config, 2, "--name=changed", *EQUAL[1:], "training.iterations=6")
-    resumed = run(config, "--name=changed", "--resume", *EQUAL[1:], f"training.iterations={STEPS}")
+    constant = (*EQUAL[1:], "optimizer.scheduler.type=step")
+    run(config, "--name=whole", *constant, "training.iterations=7")
+    run_processes(config, 2, "--name=changed", *constant, "training.iterations=4")
+    resumed = run(config, "--name=changed", "--resume", *constant, "training.iterations=7")
     assert "resumed with 1 processes after 2" in resumed.text()
-    # The schedule is that of 6 steps in the first part: only its first step is comparable.
-    assert losses(config, "changed")[0] == pytest.approx(whole[0], abs=1e-5)
-    assert [entry["iteration"] for entry in history(config, "changed")] == list(range(1, STEPS + 1))
+    assert losses(config, "changed") == pytest.approx(losses(config, "whole"), abs=1e-5)
 
 
 def test_a_loss_term_of_weight_0_trains_in_parallel(config):
@@ -85,6 +83,7 @@ def torchrun(*arguments, **options):
     return shell(*command, *arguments, **options)
 
 
+@pytest.mark.slow
 def test_torchrun_writes_once_and_stops_cleanly_at_a_signal(config):
     process = torchrun(f"--config={config}", "--local_rank=0", "training.iterations=2000", "training.save_iters=1000")
     written = folder_of(config) / "history.jsonl"

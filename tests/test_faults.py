@@ -88,9 +88,8 @@ def test_a_batch_of_which_nothing_can_be_read_is_left_out_and_the_run_ends_if_al
     assert "tools/check_lmdb.py" in failed.text()
 
 
-@pytest.mark.parametrize("name", ["vision", "alignment"])
-def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, tmp_path, name, monkeypatch):
-    """NaN in one batch: here, by way of a network that gives NaN for one batch."""
+def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, monkeypatch):
+    """NaN in one batch."""
     import main
     from callbacks import Callback
 
@@ -115,7 +114,7 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, tmp_path, 
     assert spoil.unchanged
     log = (folder_of(config) / "log.txt").read_text()
     line = next(line for line in log.splitlines() if "iteration 3 skipped" in line)
-    assert name in line
+    assert "vision, alignment" in line or "vision, language, alignment" in line
     assert str(spoil.indices.tolist()) in line
     saved = torch.load(folder_of(config) / "not-finite-3-rank0.pth", weights_only=True)
     assert torch.equal(saved["batch"]["indices"], spoil.indices)

@@ -51,12 +51,6 @@ def test_killed_and_resumed_equals_uninterrupted(config):
     assert_same_runs(config, "whole", "cut")
 
 
-def test_workers_change_nothing(config):
-    for workers in (0, 1):
-        run(config, f"--name=workers{workers}", f"dataset.num_workers={workers}", "training.iterations=6")
-    assert history_text(config, "workers0") == history_text(config, "workers1")
-
-
 def test_a_finished_run_resumed_does_nothing_more(config):
     run(config, "training.iterations=6")
     before = history_text(config)
@@ -78,7 +72,7 @@ def test_a_run_goes_on_longer_and_in_another_precision(config):
     assert [entry["iteration"] for entry in history(config)] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stop_signals_save_and_end_cleanly(config, number):
     stopped = start(config, "dataset.num_workers=1", "training.save_iters=1000")
     stopped.wait_until(lambda: lines(config, NAME) >= 4)

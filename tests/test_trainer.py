@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import dataclass
 
 import pytest
+import tiny_run
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -235,3 +237,65 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, caplog):
     lines = [record.getMessage() for record in caplog.records if "iteration" in record.getMessage()]
     assert len(lines) == 3
     assert "12/12" in lines[-1]
+
+
+# --- a real network ---------------------------------------------------------------------------------------------------
+
+
+def whole_run(config, name, *options):
+    """Losses of four steps without dropout and augmentation."""
+    tiny_run.run(
+        config,
+        f"--name={name}",
+        "training.iterations=4",
+        "training.eval_iters=100",
+        "dataset.data_aug=false",
+        "model.vision.dropout=0.0",
+        "model.language.dropout=0.0",
+        "optimizer.lr=0.001",
+        *options,
+    )
+    return torch.tensor(tiny_run.losses(config, name))
+
+
+def test_precisions_agree_on_the_recogniser(tmp_path):
+    config = tiny_run.write_config(tmp_path)
+    full = whole_run(config, "fp32")
+    for precision in ("bf16", "fp16"):
+        low = whole_run(config, precision, f"training.precision={precision}")
+        torch.testing.assert_close(low, full, rtol=0.02, atol=0.0)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same(tmp_path):
+    config = tiny_run.write_config(tmp_path)
+    eager = whole_run(config, "eager")
+    command = (sys.executable, "main.py", f"--config={config}", "--name=compiled", "training.compile=true")
+    options = ("training.iterations=4", "training.eval_iters=100", "dataset.data_aug=false", "optimizer.lr=0.001")
+    dropout = ("model.vision.dropout=0.0", "model.language.dropout=0.0")
+    process = tiny_run.shell(*command, *options, *dropout)
+    output = process.communicate(timeout=1200)[0]
+    assert process.returncode == 0, output
+    compiled = torch.tensor(tiny_run.losses(config, "compiled"))
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, precision):
+    from config import load_config
+    from main import build_trainer
+
+    path = tiny_run.write_config(tmp_path)
+    config = load_config(path, [f"training.precision={precision}", "training.ema=0.9"])
+    trainer = build_trainer(config, device=torch.device("cuda"), process=Process())
+    batches = [batch.pin_memory() for batch, _ in zip(trainer.data, range(4), strict=False)]
+    for batch in batches[:2]:  # lazy state of optimiser and scaler
+        trainer._step(batch, 0.0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[2:]:
+            trainer._step(batch, 0.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

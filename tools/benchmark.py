@@ -1,0 +1,481 @@
+"""Measure speed: reading, training, loading, rendering and mask making, with resnet50 beside the networks."""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # lets `python tools/NAME.py` find the repository's modules
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from builders import build_charset, build_criterion, build_model, build_optimizer, build_ssn, build_training_data
+from builders import image_size as image_size_of
+from config import Config, load_config
+from distributed import Process
+from inference import prepare_for_inference
+from modules.mask_refinement import EPSILON
+from segmentation import PRECISIONS, Segmenter
+from tools.measuring import (
+    BlockClock,
+    Timing,
+    count_flops,
+    matrix_rate,
+    peak_memory,
+    seconds_of,
+    shares,
+    time_interleaved,
+)
+from tools.support import make_parser, positive
+from utils import UserError, run_command_line, seed_everything, write_atomically
+
+EXAMPLE = """  python tools/benchmark.py reading training --config configs/train.yaml --threads 2 --json speed.json
+  python tools/benchmark.py reading --config configs/small.yaml --precision fp32 --no-compile --plot growth.png
+  python tools/benchmark.py loading --config configs/small.yaml dataset.num_workers=1
+  python tools/benchmark.py rendering --render-config configs/render.yaml
+  python tools/benchmark.py masks --config configs/small_ssn.yaml"""
+
+TASKS = ("reading", "training", "loading", "rendering", "masks")
+YARDSTICK = "resnet50 224x224 fp32"
+YARDSTICK_SIZE = 224
+GROWTH_SIZES = tuple(2**power for power in range(9))  # 1 to 256
+TEXT_LENGTH = 8  # characters and end of the texts that training learns: the mean of the real training words is near
+WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the pictures that masks are made of
+
+
+@dataclass
+class Row:
+    """One form of one task. `words` are what one call works on; memory in MiB; `flops` of one call."""
+
+    task: str
+    form: str
+    words: int
+    seconds: float
+    spread: float = 0.0
+    memory: float | None = None
+    flops: int | None = None
+    matrix_share: float | None = None  # of the measured rate of the form's own precision
+    ratio: float | None = None  # words a second over the yardstick's pictures a second
+
+    @property
+    def rate(self) -> float:
+        """Words a second."""
+        return self.words / self.seconds
+
+
+@dataclass
+class Form:
+    """A way to do a task: `call` works on `words` words, its products are in `dtype`."""
+
+    call: Callable[[], object]
+    words: int
+    dtype: torch.dtype = torch.float32
+    flops: int | None = None
+
+
+@dataclass
+class Report:
+    """Everything that one run of the tool found out."""
+
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    blocks: dict[str, dict[str, float]] = field(default_factory=dict)
+    growth: list[Row] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for a file."""
+        rows = {name: [asdict(row) | {"rate": row.rate} for row in getattr(self, name)] for name in ("rows", "growth")}
+        return {"machine": self.machine, **rows, "blocks": self.blocks}
+
+
+class FullResolutionSimilarity(nn.Module):
+    """Cosine to the text prototype as it is written down: with features resized to every pixel. The slow way."""
+
+    def forward(self, feature: Tensor, mask: Tensor) -> Tensor:
+        """feature (N, E, h, w), mask (N, 1, H, W) -> (N, 1, H, W)."""
+        pixels = F.interpolate(feature.float(), size=mask.shape[-2:], mode="bilinear", align_corners=False)
+        prototype = (pixels * mask).sum(dim=(2, 3), keepdim=True)  # (N, E, 1, 1)
+        return F.cosine_similarity(pixels, prototype, dim=1, eps=EPSILON)[:, None]
+
+
+def straightforward(model: nn.Module) -> nn.Module:
+    """A copy of a recogniser that computes its mask branch without any shortcut."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "similarity"):
+            module.similarity = FullResolutionSimilarity()
+    return model
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Measures the tasks for one config on one device; every task adds its rows to `report`."""
+
+    def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
+        self.options = options
+        self.config = config
+        self.device = torch.device(options.device)
+        self.dtype = PRECISIONS[options.precision]
+        self.report = Report(machine=describe_machine(self.device))
+        self.matrix_rates: dict[torch.dtype, float] = {}
+
+    def run(self) -> Report:
+        """All tasks that were asked for."""
+        for task in self.options.tasks:
+            getattr(self, task)()
+        if self.options.plot:
+            self.growth()
+        return self.report
+
+    def reading(self) -> None:
+        """Eager float32, eager under autocast, prepared; a batch and one word; the straightforward way beside them."""
+        model = self._network().eval().requires_grad_(False)
+        batch = self.options.batch_size
+        for words in dict.fromkeys((batch, 1)):
+            forms = self._reading_forms(model, words)
+            if words == batch:
+                forms[YARDSTICK] = Form(self._yardstick(words), words)
+            with torch.no_grad():
+                self._measure("reading" if words == batch else "latency", forms)
+        with torch.no_grad():
+            clock, call = BlockClock(model, self.device), self._reading_forms(model, batch, ("autocast",))["autocast"]
+            self.report.blocks["reading"] = shares(clock, call.call, self.device, runs=self.options.runs)
+
+    def _reading_forms(self, model: nn.Module, words: int, names: Sequence[str] | None = None) -> dict[str, Form]:
+        options = self.options
+        inputs = self._inputs(words)
+        with torch.no_grad():
+            flops = count_flops(lambda: model(*inputs))
+        slow = straightforward(model)
+        makers: dict[str, Callable[[], Form]] = {
+            "straightforward": lambda: Form(lambda: slow(*inputs), words, torch.float32, flops),
+            "eager": lambda: Form(lambda: model(*inputs), words, torch.float32, flops),
+            "autocast": lambda: Form(lambda: self._with_autocast(model, inputs), words, self.dtype, flops),
+            "prepared": lambda: Form(lambda: self._prepared(model)(*inputs), words, self.dtype, flops),
+        }
+        return {name: makers[name]() for name in names or options.forms}
+
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        """The fast form, made once: compiling takes minutes."""
+        if not hasattr(self, "_fast"):
+            self._fast = prepare_for_inference(model, precision=self.options.precision, compile=self.options.compile)
+        return self._fast
+
+    def training(self) -> None:
+        """One optimisation step: forward, loss, backward, clipping, Adam."""
+        words = self.options.training_batch_size
+        model = self._network().train()
+        forms = {
+            "eager": Form(self._training_step(model, words, torch.float32), words),
+            "autocast": Form(self._training_step(model, words, self.dtype), words, self.dtype),
+        }
+        if self.options.straightforward:
+            forms["straightforward"] = Form(self._training_step(straightforward(model), words, torch.float32), words)
+        if self.options.compile:
+            compiled = self._training_step(torch.compile(model), words, self.dtype)
+            forms["compiled"] = Form(compiled, words, self.dtype)
+        flops = count_flops(forms["eager"].call)
+        for form in forms.values():
+            form.flops = flops
+        forms[YARDSTICK] = Form(self._yardstick_step(words), words)
+        self._measure("training", forms)
+        clock = BlockClock(model, self.device)
+        self.report.blocks["training"] = shares(clock, forms["autocast"].call, self.device, runs=self.options.runs)
+
+    def _training_step(self, model: nn.Module, words: int, dtype: torch.dtype) -> Callable[[], object]:
+        criterion = build_criterion(self.config)
+        optimizer = build_optimizer(self.config, model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        inputs, targets = self._inputs(words), self._targets(words)
+
+        def step() -> None:
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                loss = criterion(model(*inputs), *targets)["total"]
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip_grad or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def loading(self) -> None:
+        """The training data of the config: decoded, augmented, collated."""
+        loader = build_training_data(self.config, device=self.device, process=Process())
+        workers = max(1, self.config.dataset.num_workers)
+        batches = iter(loader)
+        next(batches)
+        runs, words = [], 0
+        for _ in range(self.options.runs):
+            start = time.perf_counter()
+            words = sum(len(batch) for batch in islice(batches, self.options.batches))
+            runs.append(time.perf_counter() - start)
+        timing = Timing(runs)
+        self._add("loading", f"{workers} workers", Form(next, words), timing)
+
+    def rendering(self) -> None:
+        """The renderer in one process; on several cores that many times as much."""
+        from rendering.endless import RenderedWords  # the engine is only needed here
+
+        words = RenderedWords(self.options.render_config, length=1 << 30)
+        count = self.options.rendered
+        words[0]
+        runs = []
+        for run in range(self.options.runs):
+            start = time.perf_counter()
+            for index in range(count):
+                words[1 + run * count + index]
+            runs.append(time.perf_counter() - start)
+        self._add("rendering", "one process", Form(list, count), Timing(runs))
+
+    def masks(self) -> None:
+        """SSN at the config's areas on pictures of the sizes that words have."""
+        areas = self.config.model.ssn.areas
+        segmenter = Segmenter(
+            build_ssn(self.config),
+            areas,
+            device=self.device,
+            precision=self.options.precision,
+            compile=self.options.compile,
+        )
+        pictures = word_pictures(self.options.batch_size)
+        forms = {f"areas {', '.join(map(str, areas))}": Form(lambda: segmenter(pictures), len(pictures), self.dtype)}
+        forms[YARDSTICK] = Form(self._yardstick(len(pictures)), len(pictures))
+        self._measure("masks", forms)
+
+    def growth(self) -> None:
+        """Time of reading against the size of the batch, with the prepared network."""
+        model = self._network().eval().requires_grad_(False)
+        for words in GROWTH_SIZES:
+            form = self._reading_forms(model, words, ("prepared",))["prepared"]
+            form.call()
+            timing = Timing([seconds_of(form.call, self.device) for _ in range(self.options.runs)])
+            self.report.growth.append(Row("reading", "prepared", words, timing.median, timing.spread))
+        plot_growth(self.report.growth, self.options.plot)
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    def _measure(self, task: str, forms: dict[str, Form]) -> None:
+        """Time the forms of a task side by side, then the memory of each."""
+        calls = {name: form.call for name, form in forms.items()}
+        timings = time_interleaved(calls, device=self.device, runs=self.options.runs)
+        yardstick = timings.get(YARDSTICK)
+        for name, form in forms.items():
+            memory = peak_memory(form.call, self.device) if self.options.memory else None
+            self._add(task, name, form, timings[name], memory, yardstick and forms[YARDSTICK].words / yardstick.median)
+
+    def _add(
+        self,
+        task: str,
+        name: str,
+        form: Form,
+        timing: Timing,
+        memory: float | None = None,
+        yardstick_rate: float | None = None,
+    ) -> None:
+        row = Row(task, name, form.words, timing.median, timing.spread, memory, form.flops)
+        if form.flops:
+            if form.dtype not in self.matrix_rates:
+                self.matrix_rates[form.dtype] = matrix_rate(self.device, form.dtype)
+            row.matrix_share = form.flops / timing.median / self.matrix_rates[form.dtype]
+        if yardstick_rate:
+            row.ratio = row.rate / yardstick_rate
+        self.report.rows.append(row)
+
+    def _network(self) -> nn.Module:
+        if self.config.model.kind != "recogniser":
+            raise UserError(f"{self.options.config}: is of kind {self.config.model.kind}; name a recogniser's config")
+        return build_model(self.config).to(self.device)
+
+    def _inputs(self, words: int) -> tuple[Tensor, Tensor | None]:
+        height, width = image_size_of(self.config)
+        image = torch.randn(words, 3, height, width, device=self.device)
+        mask = torch.rand(words, 1, height, width, device=self.device) if self.config.model.takes_masks else None
+        return image, mask
+
+    def _targets(self, words: int) -> tuple[Tensor, Tensor]:
+        steps, classes = self.config.dataset.max_length + 1, build_charset(self.config).num_classes
+        lengths = torch.full((words,), min(TEXT_LENGTH, steps), device=self.device)
+        labels = torch.randint(1, classes, (words, steps), device=self.device)
+        labels[torch.arange(steps, device=self.device) >= lengths[:, None] - 1] = 0
+        return labels, lengths
+
+    def _with_autocast(self, model: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> object:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return model(*inputs)
+
+    def _yardstick_network(self) -> nn.Module:
+        from torchvision.models import resnet50
+
+        return resnet50().to(self.device)
+
+    def _yardstick(self, pictures: int) -> Callable[[], object]:
+        network = self._yardstick_network().eval().requires_grad_(False)
+        image = torch.randn(pictures, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
+        return lambda: network(image)
+
+    def _yardstick_step(self, pictures: int) -> Callable[[], object]:
+        network = self._yardstick_network().train()
+        optimizer = torch.optim.Adam(network.parameters(), fused=True)
+        image = torch.randn(pictures, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
+        target = torch.zeros(pictures, dtype=torch.int64, device=self.device)
+
+        def step() -> None:
+            F.cross_entropy(network(image), target).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+
+def word_pictures(count: int) -> list[np.ndarray]:
+    """Pictures (H, W, 3) uint8 of noise, of a few sizes that words have."""
+    random = np.random.default_rng(0)
+    heights = np.linspace(*WORD_HEIGHTS, num=min(count, 8)).astype(int)
+    sizes = [(height, height * WORD_ASPECT) for height in heights]
+    return [random.integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8) for i in range(count)]
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on beside the code."""
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    name = capabilities.get("cpu_name", platform.processor())
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+        "threads": torch.get_num_threads(),
+        "native 16 bits": [key for key in ("amx_bf16", "avx512_bf16", "amx_fp16") if capabilities.get(key)],
+        "load before": os.getloadavg()[0],
+        "torch": torch.__version__,
+    }
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def table(report: Report) -> str:
+    """The rows and the blocks as Markdown."""
+    head = "| task | form | words | ms a word | words/s | spread | x resnet50 | MiB | GFLOP a word | of matrix rate |"
+    lines = [", ".join(f"{key}: {value}" for key, value in report.machine.items()), "", head]
+    lines.append("|---|---|" + "---:|" * 8)
+    for row in report.rows:
+        cells = (
+            row.task,
+            row.form,
+            str(row.words),
+            f"{1000 * row.seconds / row.words:.2f}",
+            f"{row.rate:.1f}",
+            f"{100 * row.spread:.0f} %",
+            _cell(row.ratio, "{:.2f}"),
+            _cell(row.memory, "{:.0f}"),
+            _cell(row.flops and row.flops / row.words / 1e9, "{:.1f}"),
+            _cell(row.matrix_share and 100 * row.matrix_share, "{:.0f} %"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    for task, blocks in report.blocks.items():
+        lines += ["", f"| {task}: block | share |", "|---|---:|"]
+        lines += [f"| {name} | {100 * share:.1f} % |" for name, share in blocks.items()]
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def plot_growth(rows: Sequence[Row], path: str) -> None:
+    """Time of a batch and words a second against the batch's size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sizes = [row.words for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    left.loglog(sizes, [row.seconds for row in rows], marker="o", base=2)
+    left.set(xlabel="words in a batch", ylabel="seconds of a batch")
+    right.semilogx(sizes, [row.rate for row in rows], marker="o", base=2)
+    right.set(xlabel="words in a batch", ylabel="words a second", ylim=(0, None))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Tasks and config overrides share the positional arguments: an override has an equals sign."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("tasks", nargs="+", metavar="TASK|key=value", help=f"{', '.join(TASKS)}; config overrides")
+    parser.add_argument("--config", metavar="YAML", help="the network and its data; rendering needs none")
+    parser.add_argument("--render-config", default="configs/render.yaml", help="for rendering (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of autocast and prepared")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        choices=("straightforward", "eager", "autocast", "prepared"),
+        default=("straightforward", "eager", "autocast", "prepared"),
+        help="ways of reading to compare (default: all)",
+    )
+    parser.add_argument("--straightforward", action="store_true", help="training: the straightforward way as well")
+    parser.add_argument("--batch-size", type=positive, default=32, help="words of reading and of masks")
+    parser.add_argument("--training-batch-size", type=positive, default=16)
+    parser.add_argument("--batches", type=positive, default=10, help="of loading, in each run")
+    parser.add_argument("--rendered", type=positive, default=100, help="words of rendering, in each run")
+    parser.add_argument("--runs", type=positive, default=5, help="rounds; medians are reported (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", metavar="FILE", help="write everything there as well")
+    parser.add_argument("--plot", metavar="PNG", help="reading at 1 to 256 words, drawn there")
+    options = parser.parse_intermixed_args(arguments)
+    options.overrides = [each for each in options.tasks if "=" in each]
+    options.tasks = [each for each in options.tasks if "=" not in each]
+    unknown = [each for each in options.tasks if each not in TASKS]
+    if unknown:
+        raise UserError(f"{unknown[0]}: is no task; choose from {', '.join(TASKS)}")
+    if options.config is None and (set(options.tasks) - {"rendering"} or options.plot):
+        raise UserError("--config: name the YAML of the network to measure, such as configs/train.yaml")
+    return options
+
+
+def without_checkpoints(config: Config) -> Config:
+    """The config with random weights: how fast a network is does not depend on them."""
+    config = config.model_copy(deep=True)
+    for part in (config.model, config.model.vision, config.model.language, config.model.ssn):
+        part.checkpoint = None
+    return config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    options = parse_arguments(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    seed_everything(0)
+    config = without_checkpoints(load_config(options.config, options.overrides)) if options.config else None
+    report = Bench(options, config).run()
+    print(table(report))
+    if options.json:
+        content = json.dumps(report.to_dict(), indent=2)
+        write_atomically(Path(options.json), lambda file: file.write(content.encode()))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command_line(main)

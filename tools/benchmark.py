@@ -245,13 +245,7 @@ class Bench:
     def masks(self) -> None:
         """SSN at the config's areas on pictures of the sizes that words have."""
         areas = self.config.model.ssn.areas
-        segmenter = Segmenter(
-            build_ssn(self.config),
-            areas,
-            device=self.device,
-            precision=self.options.precision,
-            compile=self.options.compile,
-        )
+        segmenter = Segmenter(build_ssn(self.config), areas, device=self.device, precision=self.options.precision)
         pictures = word_pictures(self.options.batch_size)
         forms = {f"areas {', '.join(map(str, areas))}": Form(lambda: segmenter(pictures), len(pictures), self.dtype)}
         forms[YARDSTICK] = Form(self._yardstick(len(pictures)), len(pictures))

@@ -16,8 +16,18 @@ $(VENV)/installed: requirements.txt
 
 venv: $(VENV)/installed  ## Make .venv from requirements.txt
 
-quickstart: venv  ## Render words, train the small BINet on the CPU, evaluate it, show where the results are
-	$(BIN)/python tools/quickstart.py
+QUICKSTART_WORDS := data/quickstart/images
+
+$(QUICKSTART_WORDS)/train: | venv
+	$(BIN)/python tools/render_words.py --config configs/quickstart_render.yaml --output data/quickstart --name train --count 10000 --seed 0
+
+$(QUICKSTART_WORDS)/test: | venv
+	$(BIN)/python tools/render_words.py --config configs/quickstart_render.yaml --output data/quickstart --name test --count 1000 --seed 1
+
+quickstart: venv $(QUICKSTART_WORDS)/train $(QUICKSTART_WORDS)/test  ## Render words, train the smallest BINet on the CPU (minutes), evaluate it
+	$(BIN)/python main.py --config=configs/quickstart.yaml
+	$(BIN)/python main.py --config=configs/quickstart.yaml --phase test
+	@echo "weights, log, TensorBoard events, predictions, attention and mask pictures: workdir/quickstart"
 
 test: venv  ## Run the tests (CPU, a few minutes)
 	$(BIN)/python -m pytest

@@ -312,11 +312,12 @@ def _build_segmentation_evaluator(
 def build_segmenter(config: Config, *, device: torch.device | str, precision: str = "auto") -> Segmenter:
     """The network that makes masks, for pictures of any size.
 
-    Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser.
+    Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser. A
+    checkpoint that carries its config is built by that one; `model.ssn` describes the network of any other.
     """
     path = segmenter_checkpoint(config)
-    bundled = build_bundled_ssn(read_checkpoint(path), path)
-    ssn, areas = bundled or (build_ssn(config), config.model.ssn.areas)
+    carried = build_carried_ssn(read_checkpoint(path), path)
+    ssn, areas = carried or (build_ssn(config), config.model.ssn.areas)
     return Segmenter(ssn, areas, device=device, precision=precision)
 
 
@@ -333,16 +334,20 @@ def segmenter_checkpoint(config: Config) -> str:
     raise UserError("model.ssn.checkpoint is not set; name the weights of the network that makes the masks")
 
 
-def build_bundled_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, list[int]] | None:
-    """The SSN that a checkpoint carries beside a recogniser, as `state["ssn"]`, and its areas; None where it has none.
+def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, list[int]] | None:
+    """The SSN that a checkpoint describes itself, and its areas; None where it describes none.
+
+    Its weights and config are the checkpoint's own, or stand beside a recogniser's as `state["ssn"]`.
 
     Args:
         path: what the checkpoint was read from, for messages.
     """
-    if "ssn" not in state:
+    part = state.get("ssn", state)
+    if "config" not in part:
         return None
-    part = state["ssn"]
-    config = with_checkpoint(Config.from_dict(part["config"], source=f"{path} (ssn.config)"), None)
+    config = with_checkpoint(Config.from_dict(part["config"], source=f"{path} (config)"), None)
+    if config.model.kind != "ssn":
+        return None
     ssn = build_ssn(config)
     load_weights(ssn, part, path)
     return ssn, config.model.ssn.areas
@@ -391,7 +396,7 @@ def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks |
         if not masks.cache:
             return OnlineMasks(segmenter)
         folder = Path(config.dataset.cache_dir or default_cache_dir()) / "masks"
-        return OnlineMasks(segmenter, cache_dir=folder, fingerprint=_mask_fingerprint(config))
+        return OnlineMasks(segmenter, cache_dir=folder, fingerprint=_mask_fingerprint(config, segmenter))
     only_rendered = all(root.startswith("render://") for root in config.dataset.train.roots)
     if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.global_.phase == "train"):
         raise UserError(
@@ -403,10 +408,11 @@ def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks |
     return masks.root or ""
 
 
-def _mask_fingerprint(config: Config) -> str:
-    """What online masks depend on beside the picture: weights and areas."""
+def _mask_fingerprint(config: Config, segmenter: Segmenter) -> str:
+    """What online masks depend on beside the picture: weights, areas and precision."""
     weights = Path(segmenter_checkpoint(config)).read_bytes()
-    return hashlib.sha256(weights + str(config.model.ssn.areas).encode()).hexdigest()[:16]
+    settings = f"{segmenter.areas} {segmenter.precision}"
+    return hashlib.sha256(weights + settings.encode()).hexdigest()[:16]
 
 
 def _open_language(config: Config, roots: list[str], *, training: bool, device: torch.device) -> tuple[list, Callable]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builders import build_bundled_ssn, build_charset, build_model, with_checkpoint
+from builders import build_carried_ssn, build_charset, build_model, with_checkpoint
 from charset import Charset
 from config import Config
 from modules.ssn import SSN
@@ -56,7 +56,7 @@ def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
     charset = Charset(state["charset"]) if "charset" in state else build_charset(config)
     model = build_model(config, charset)
     load_weights(model, state, path)
-    ssn, areas = build_bundled_ssn(state, path) or (None, ())
+    ssn, areas = build_carried_ssn(state, path) or (None, ())
     return Bundle(
         model=model.eval().requires_grad_(False),
         config=config,
@@ -72,12 +72,10 @@ def load_ssn(path: Path | str) -> tuple[SSN, tuple[int, ...]]:
     Raises:
         UserError: the file is missing, damaged, or holds no SSN with its config.
     """
-    state = read_checkpoint(path)
-    if "ssn" not in state:
-        if _carried_config(state, path).model.kind != "ssn":
-            raise UserError(f"checkpoint {path} holds no SSN; give one that main.py trained with model.name=ssn")
-        state = {"ssn": state}
-    ssn, areas = build_bundled_ssn(state, path)
+    carried = build_carried_ssn(read_checkpoint(path), path)
+    if carried is None:
+        raise UserError(f"checkpoint {path} holds no SSN with its config; give one that main.py trained")
+    ssn, areas = carried
     return ssn.eval().requires_grad_(False), tuple(areas)
 
 

@@ -23,7 +23,7 @@ import distributed
 import metrics
 from charset import Charset, protocol_normalizer
 from modules.outputs import RecogniserOutput
-from trainer import AUTOCAST
+from precision import autocast
 from utils import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,6 @@ class WordEvaluator:
         self, model: nn.Module, name: str, loader: DataLoader, observers: Sequence[Observer]
     ) -> tuple[list[ScoredWord], Counter]:
         """All readings of one data set in the order of its samples, and what could not be read."""
-        dtype = AUTOCAST[self.precision]
         readings: list[ScoredWord] = []
         unreadable: Counter = Counter()
         for batch in loader:
@@ -158,7 +157,7 @@ class WordEvaluator:
             if not len(batch):
                 continue
             batch = batch.to(self.device)
-            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            with autocast(self.device, self.precision):
                 output = model(*batch.inputs())
             texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
             rows = zip(batch.indices.tolist(), batch.texts, texts, confidences, strict=True)
@@ -208,7 +207,6 @@ class SegmentationEvaluator:
     @torch.inference_mode()
     def _count(self, model: nn.Module, loader: DataLoader) -> tuple[list[int], int, Counter]:
         """True positives, false positives, false negatives; pictures; what could not be read."""
-        dtype = AUTOCAST[self.precision]
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
         samples, unreadable = 0, Counter()
         for batch in loader:
@@ -216,7 +214,7 @@ class SegmentationEvaluator:
             if not len(batch):
                 continue
             batch = batch.to(self.device)
-            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            with autocast(self.device, self.precision):
                 probability = model.text_probability(batch.images, areas=self.areas)  # (N, H, W)
             counted = batch.labels != self.ignore_index
             text, predicted = (batch.labels == 1) & counted, (probability > 0.5) & counted

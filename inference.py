@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from modules.ssn import PUBLISHED_AREAS, SSN
-from segmentation import PRECISIONS, fold_batch_norms
+from precision import PRECISIONS
+from segmentation import fold_batch_norms
 
 # Modules that stay in float32 whatever the rest runs in: those that decide about a character, a cell or a pixel, those
 # that take probabilities or positions, and layer norms, so that the sums that run past a transformer's layers are not

@@ -1,8 +1,8 @@
 """Named loss terms and their weighted sum.
 
 A criterion is called with a network's output and the batch's targets; it gives a dict of scalar tensors: its terms,
-each unweighted, and `total`, the sum that is minimised. Terms with weight 0 are not computed. All means are taken over the
-whole (global) batch; the mean of an empty set is 0. Nothing here waits for the device.
+each unweighted, and `total`, the sum that is minimised. Terms with weight 0 are not computed. All means are taken over
+the whole (global) batch; the mean of an empty set is 0. Nothing here waits for the device.
 """
 
 import torch

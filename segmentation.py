@@ -16,9 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from modules.hrnet import resize_aligned
 from modules.ssn import PUBLISHED_AREAS, SSN, network_size
+from precision import PRECISIONS, fastest_precision
 from utils import UserError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.
 BATCH_PIXELS = {"cuda": 1 << 23, "cpu": 1 << 19}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -114,17 +114,6 @@ class Segmenter:
 def to_8_bits(probability: np.ndarray) -> np.ndarray:
     """round(255 * probability), uint8."""
     return np.rint(probability * 255).astype(np.uint8)
-
-
-def fastest_precision(device: torch.device) -> str:
-    """`bf16` where the device has instructions for products of it, else `fp32`.
-
-    A processor without them computes bfloat16 at half the speed of float32.
-    """
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    native = torch.cpu.get_capabilities()
-    return "bf16" if native.get("amx_bf16") or native.get("avx512_bf16") else "fp32"
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:

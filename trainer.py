@@ -4,6 +4,8 @@ A batch offers `inputs()` for the network, `targets()` for the criterion, `to(de
 the data set's business (dataset.py).
 """
 
+from __future__ import annotations
+
 import contextlib
 import inspect
 import logging
@@ -12,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +24,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 import distributed
-from callbacks import Callback
 from distributed import Process
+from precision import autocast
 from utils import UserError
+
+if TYPE_CHECKING:
+    from callbacks import Callback
 
 logger = logging.getLogger(__name__)
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 RUNNING_STATISTICS = {"running_mean", "running_var"}
 STOP_CHECK_ITERATIONS = 10  # with several processes they agree on a stop signal this often, as agreeing costs a message
 LOSS_SCALE = 2.0**10  # of fp16 at the start; torch doubles it every 2,000 good steps
@@ -221,7 +225,7 @@ class Trainer:
             last = number == len(parts) - 1
             sync = contextlib.nullcontext() if last or not distributed.is_distributed() else self._network.no_sync()
             with sync:
-                with self._autocast():
+                with autocast(self.device, self.precision):
                     output = self._network(*part.inputs())
                     terms = self.criterion(output, *part.targets())
                 self.scaler.scale(terms["total"] / len(parts)).backward()
@@ -247,10 +251,6 @@ class Trainer:
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = base * factor
         return self.optimizer.param_groups[0]["lr"]
-
-    def _autocast(self):
-        dtype = AUTOCAST[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _wrap(self, compile_model: bool, find_unused_parameters: bool) -> Callable:
         """The network as the loop calls it."""

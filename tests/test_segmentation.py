@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modules.ssn import SSN
-from segmentation import Segmenter, fastest_precision, fold_batch_norms, to_8_bits
+from segmentation import Segmenter, fold_batch_norms, to_8_bits
 from utils import UserError
 
 SMALL = {
@@ -143,4 +143,3 @@ def test_wrong_settings_are_named(ssn):
         Segmenter(ssn, [])
     with pytest.raises(ValueError, match="precision"):
         Segmenter(ssn, [65], precision="int8")
-    assert fastest_precision(torch.device("cpu")) in ("fp32", "bf16")

@@ -28,7 +28,8 @@ from config import Config, load_config
 from distributed import Process
 from inference import prepare_for_inference
 from modules.mask_refinement import EPSILON
-from segmentation import PRECISIONS, Segmenter
+from precision import PRECISIONS
+from segmentation import Segmenter
 from tools.measuring import (
     BlockClock,
     Timing,

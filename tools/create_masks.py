@@ -23,7 +23,8 @@ from tqdm import tqdm
 from builders import build_ssn
 from config import Config, load_config
 from lmdb_io import DATA_FILE, NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, is_lmdb, label_key
-from segmentation import PRECISIONS, Segmenter
+from precision import PRECISIONS
+from segmentation import Segmenter
 from tools.support import RejectionLog, make_parser, positive, print_summary
 from transforms import BrokenPictureError, decode_picture
 from utils import UserError, load_checkpoint, read_checkpoint, run_command_line, write_atomically

@@ -102,6 +102,7 @@ class MaskedVisionModel(VisionModel):
         self.exit_layer = nn.Conv2d(side, 1, kernel_size=1)
         self.rf = nn.Conv2d(2, 1, kernel_size=1)
         self.rf2 = nn.Conv2d(1, 1, kernel_size=1)
+        self._start_from_mask()
         self.condnet = ConditionNetwork(
             stride=stride, hidden_channels=hidden_channels, condition_channels=condition_channels
         )
@@ -110,6 +111,17 @@ class MaskedVisionModel(VisionModel):
             sft_blocks=sft_blocks, sft_channels=sft_channels, condition_channels=condition_channels
         )
         self.back = nn.Conv2d(sft_channels, width, kernel_size=3, padding=1)
+
+    def _start_from_mask(self) -> None:
+        """Let the refined mask be about the mask itself at first.
+
+        A random start lies below the loss's threshold nearly everywhere, and the loss then drives all of it to 0: the
+        features would be modulated by a black picture for good.
+        """
+        nn.init.constant_(self.rf.weight, 0.1)
+        nn.init.ones_(self.rf2.weight)
+        nn.init.zeros_(self.rf.bias)
+        nn.init.zeros_(self.rf2.bias)
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> RecogniserOutput:
         """image (N, 3, H, W), normalised, and mask (N, 1, H, W) in [0, 1], 1 = text. Outputs are in `.vision`."""

@@ -116,3 +116,14 @@ def test_autocast_gives_a_finite_reading(kind):
         logits = model(*pictures(2)).vision.logits
     logits.float().square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_the_refined_mask_starts_as_the_mask():
+    model = small_vision(masked=True).eval()
+    image = pictures(2)[0]
+    mask = torch.zeros(2, 1, 32, 128)
+    mask[..., 8:24, 20:90] = 1
+    with torch.no_grad():
+        refined = model(image, mask).vision.refined_mask
+    assert (refined[mask == 1] > 0.7).all()  # the loss keeps these at 1 ...
+    assert (refined[mask == 0] < 0.7).all()  # ... and these at 0

@@ -19,7 +19,7 @@ venv: $(VENV)/installed  ## Make .venv from requirements.txt
 QUICKSTART_WORDS := data/quickstart/images
 
 $(QUICKSTART_WORDS)/train: | venv
-	$(BIN)/python tools/render_words.py --config configs/quickstart_render.yaml --output data/quickstart --name train --count 20000 --seed 0
+	$(BIN)/python tools/render_words.py --config configs/quickstart_render.yaml --output data/quickstart --name train --count 17000 --seed 0
 
 $(QUICKSTART_WORDS)/test: | venv
 	$(BIN)/python tools/render_words.py --config configs/quickstart_render.yaml --output data/quickstart --name test --count 1000 --seed 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from batches import IMAGENET_MEAN, IMAGENET_STD
 from modules.hrnet import resize_aligned
 from modules.ssn import PUBLISHED_AREAS, SSN, network_size
 from precision import PRECISIONS, fastest_precision
@@ -21,8 +22,6 @@ from utils import UserError
 
 # Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.
 BATCH_PIXELS = {"cuda": 1 << 23, "cpu": 1 << 19}
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Segmenter:

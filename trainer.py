@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 import distributed
 from distributed import Process
 from precision import autocast
-from utils import UserError
+from utils import UserError, first_line
 
 if TYPE_CHECKING:
     from callbacks import Callback
@@ -150,9 +150,7 @@ class Trainer:
             except BaseException as error:
                 self.call("on_fit_failed")
                 if is_dead_worker(error):
-                    raise UserError(
-                        f"a loader worker died in an evaluation ({_first_line(error)}); --resume"
-                    ) from error
+                    raise UserError(f"a loader worker died in an evaluation ({first_line(error)}); --resume") from error
                 raise
             if self.stop_signal:
                 logger.info("stopped by %s after iteration %d; go on with --resume", self.stop_signal, self.iteration)
@@ -296,7 +294,7 @@ class Trainer:
                 restarts += 1
                 if restarts > WORKER_RESTARTS:
                     raise UserError(
-                        f"loader workers died {restarts} times ({_first_line(error)}); "
+                        f"loader workers died {restarts} times ({first_line(error)}); "
                         "free memory or lower dataset.num_workers, then --resume"
                     ) from error
                 logger.warning("a loader worker died; going on from iteration %d with new ones", self.iteration)
@@ -423,10 +421,6 @@ def running_statistics(network: nn.Module) -> list[Tensor]:
 def is_dead_worker(error: BaseException) -> bool:
     """Whether the loader says that one of its processes is gone; an exception inside one is another matter."""
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]
 
 
 class FiniteWatch:

@@ -117,7 +117,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         reason = "it holds objects other than tensors and plain values" if "Unsupported" in str(error) else "damaged"
         raise UserError(f"checkpoint {path} is refused ({reason}); save a state_dict with torch.save") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"checkpoint {path} is damaged or no torch file ({_first_line(error)}); use another") from error
+        raise UserError(f"checkpoint {path} is damaged or no torch file ({first_line(error)}); use another") from error
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a state_dict; save model.state_dict()")
     return dict(state)
@@ -187,5 +187,6 @@ def _strip_wrappers(name: str) -> str:
     return name
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut to a length that fits into one of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -36,7 +36,7 @@ from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
   python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST_upright --rectify
-  python tools/crop_by_word_bb.py mnt/ramdisk/max/90kDICT32px/annotation_train.txt data/training/MJ_train"""
+  python tools/crop_by_word_bb.py mnt/ramdisk/max/90kDICT32px/annotation_train.txt data/training/MJ/MJ_train"""
 
 MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
 MIN_VISIBLE = 0.5  # share of a box that must lie inside the picture

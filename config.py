@@ -63,6 +63,13 @@ def _single_rate(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value and all(rate == value[0] for rate in value) else value
 
 
+def _known_stride(value: Any) -> Any:
+    """1, 2, or a list of two of these, for rows and columns."""
+    if value in (1, 2) or (isinstance(value, list) and len(value) == 2 and all(each in (1, 2) for each in value)):
+        return value
+    raise ValueError("must be 1, 2 or [rows, columns] of these")
+
+
 Roots = Annotated[list[str], BeforeValidator(_as_list)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -70,6 +77,7 @@ FeatureWidth = Annotated[int, Field(ge=2, multiple_of=2)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Five = Field(min_length=5, max_length=5)
+Stride = Annotated[int | list[int], BeforeValidator(_known_stride)]
 Pair = Field(min_length=2, max_length=2)
 
 
@@ -271,7 +279,9 @@ class VisionConfig(Section):
     stem_width: PositiveInt = key(32, "Channels after the ResNet's first convolution.")
     widths: Annotated[list[PositiveInt], Five] = key([32, 64, 128, 256, 512], "Channels of the five stages.")
     depths: Annotated[list[PositiveInt], Five] = key([3, 4, 6, 6, 3], "Blocks of the five stages.")
-    strides: Annotated[list[Literal[1, 2]], Five] = key([2, 1, 2, 1, 1], "Stride of each stage's first block.")
+    strides: Annotated[list[Stride], Five] = key(
+        [2, 1, 2, 1, 1], "Stride of each stage's first block; [2, 1] keeps the columns."
+    )
     attention_channels: PositiveInt = key(64, "position: channels of the U-net.")
     positional_encoding: bool = key(False, "Sinusoidal positions before the encoder (ABINet: true by default).")
     segmentation: SegmentationConfig = Field(default_factory=SegmentationConfig)
@@ -527,8 +537,8 @@ def _vision_problems(config: Config) -> Iterator[tuple[str, str]]:
         )
     if vision.backbone == "transformer" and vision.d_model % vision.nhead:
         yield "model.vision.nhead", f"{vision.nhead} does not divide model.vision.d_model {vision.d_model}"
-    stride = math.prod(vision.strides)
-    for name in ("image_height", "image_width"):
+    for axis, name in enumerate(("image_height", "image_width")):
+        stride = math.prod(each if isinstance(each, int) else each[axis] for each in vision.strides)
         if getattr(dataset, name) % stride:
             yield f"dataset.{name}", f"{getattr(dataset, name)} is not a multiple of {stride}, the strides' product"
 
@@ -557,7 +567,7 @@ def _describe(error: Mapping[str, Any]) -> tuple[str, str]:
         return dotted, _unknown_key(dotted)
     if error["type"] in ("model_type", "model_attributes_type"):
         return dotted, f"must be a section of `key: value` lines, not {reprlib.repr(error['input'])}"
-    message = error["msg"].replace("Input should", "must").replace("List should", "must")
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("List should", "must")
     message = message.replace(" after validation", "").replace("'", "")
     return dotted, f"{message}, not {reprlib.repr(error['input'])}"
 

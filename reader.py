@@ -24,6 +24,7 @@ from builders import checked_model_eval
 from bundle import Bundle, load_bundle, load_ssn
 from config import Config, load_config
 from evaluation import chosen_logits
+from inference import prepare_for_inference
 from segmentation import Segmenter
 from transforms import BrokenPictureError, ResizeWord, decode_mask, decode_picture
 from utils import UserError
@@ -102,7 +103,7 @@ class Reader:
         self.takes_masks = bundle.config.model.takes_masks
         self.batch_size = batch_size
         self.model_eval = checked_model_eval(bundle.config, model_eval)
-        self._model = bundle.model.to(self.device)
+        self._model = prepare_for_inference(bundle.model.to(self.device), precision="fp32", compile=False)
         self._resize = ResizeWord(size=bundle.image_size, keep_aspect=bundle.config.dataset.multiscales)
         self._normalize = ImageNormalizer()
         self._segmenter = self._make_segmenter(bundle, ssn) if self.takes_masks and masks == "auto" else None

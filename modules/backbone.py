@@ -13,6 +13,13 @@ from torch.nn import functional as F
 
 from modules.transformer import PositionalEncoding, TransformerEncoder
 
+Stride = int | Sequence[int]
+
+
+def row_and_column(stride: Stride) -> tuple[int, int]:
+    """A stride of rows and of columns; one number stands for both."""
+    return (stride, stride) if isinstance(stride, int) else (stride[0], stride[1])
+
 
 class BackboneFeatures(NamedTuple):
     """`feature` (N, E, h, w) is what the text is read from.
@@ -29,15 +36,15 @@ class BackboneFeatures(NamedTuple):
 class ResidualBlock(nn.Module):
     """1x1 conv, BN, ReLU, 3x3 conv (the stride is here), BN, plus the input, ReLU."""
 
-    def __init__(self, *, in_channels: int, out_channels: int, stride: int = 1):
+    def __init__(self, *, in_channels: int, out_channels: int, stride: Stride = 1):
         super().__init__()
+        self.stride = row_and_column(stride)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, stride=self.stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.stride = stride
         self.downsample = None
-        if stride != 1 or in_channels != out_channels:
+        if self.stride != (1, 1) or in_channels != out_channels:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False),
                 nn.BatchNorm2d(out_channels),
@@ -46,7 +53,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The stride is taken before the 1x1 convolution, not inside it: the same numbers, and the backward pass of the
         # strided one writes outside its memory on a CPU (oneDNN, channels-last, 8 channels; torch 2.14).
-        shortcut = x if self.downsample is None else self.downsample(x[..., :: self.stride, :: self.stride])
+        rows, columns = self.stride
+        shortcut = x if self.downsample is None else self.downsample(x[..., ::rows, ::columns])
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
@@ -54,8 +62,9 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual network on word pictures: a 3x3 stem at full resolution and one stage per entry of `widths`.
 
-    `strides` are those of each stage's first block. With `mask_branch` the last two stages, `a` and `b`, also feed
-    BINet's side outputs: `cls(b)` and `side5_1(concat(side3_1(a), b))`, so the last stage must keep the size.
+    `strides` are those of each stage's first block, one number or (of rows, of columns). With `mask_branch` the last
+    two stages, `a` and `b`, also feed BINet's side outputs: `cls(b)` and `side5_1(concat(side3_1(a), b))`, so the last
+    stage must keep the size.
     """
 
     def __init__(
@@ -64,7 +73,7 @@ class ResNet(nn.Module):
         stem_width: int = 32,
         widths: Sequence[int] = (32, 64, 128, 256, 512),
         depths: Sequence[int] = (3, 4, 6, 6, 3),
-        strides: Sequence[int] = (2, 1, 2, 1, 1),
+        strides: Sequence[Stride] = (2, 1, 2, 1, 1),
         mask_branch: bool = False,
         side_channels: int = 128,
     ):
@@ -74,18 +83,18 @@ class ResNet(nn.Module):
                 f"widths {list(widths)}, depths {list(depths)} and strides {list(strides)} must have one entry for "
                 "each stage"
             )
-        if mask_branch and (len(widths) < 2 or strides[-1] != 1):
+        if mask_branch and (len(widths) < 2 or row_and_column(strides[-1]) != (1, 1)):
             raise ValueError(
                 f"the mask branch needs two stages or more and a last stride of 1, got strides {list(strides)}"
             )
-        self.strides = tuple(strides)
+        self.strides = tuple(row_and_column(stride) for stride in strides)
         self.out_channels = widths[-1]
         self.side_channels = side_channels
         self.mask_branch = mask_branch
         self.conv1 = nn.Conv2d(3, stem_width, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_width)
         channels = stem_width
-        for number, (width, depth, stride) in enumerate(zip(widths, depths, strides, strict=True), start=1):
+        for number, (width, depth, stride) in enumerate(zip(widths, depths, self.strides, strict=True), start=1):
             blocks = [ResidualBlock(in_channels=channels, out_channels=width, stride=stride)]
             blocks += [ResidualBlock(in_channels=width, out_channels=width) for _ in range(depth - 1)]
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
@@ -99,8 +108,8 @@ class ResNet(nn.Module):
     def output_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Cells (h, w) of the feature map of a picture of `image_size` (H, W)."""
         height, width = image_size
-        for stride in self.strides:
-            height, width = math.ceil(height / stride), math.ceil(width / stride)
+        for rows, columns in self.strides:
+            height, width = math.ceil(height / rows), math.ceil(width / columns)
         return height, width
 
     def forward(self, image: Tensor) -> BackboneFeatures:

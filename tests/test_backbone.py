@@ -9,7 +9,7 @@ def small_resnet(**options: object) -> ResNet:
 
 
 @pytest.mark.parametrize("size", [(32, 128), (33, 127), (7, 5), (1, 1)])
-@pytest.mark.parametrize("strides", [(2, 2, 1), (1, 1, 1), (2, 3, 1)])
+@pytest.mark.parametrize("strides", [(2, 2, 1), (1, 1, 1), (2, 3, 1), (2, (2, 1), (1, 1))])
 def test_output_size_is_what_comes_out(size, strides):
     resnet = small_resnet(strides=strides, mask_branch=True, side_channels=4).eval()
     features = resnet(torch.randn(1, 3, *size))

@@ -194,6 +194,10 @@ def test_from_dict_reads_tuples_leaves_its_argument_and_names_its_source():
         ("training: {epochs: 0}", "training.epochs: must be greater than or equal to 1, not 0"),
         ("training: {compile: 1}", "training.compile: must be a valid boolean, not 1"),
         ("training: {precision: fp8}", "training.precision: must be fp32, bf16 or fp16, not 'fp8'"),
+        (
+            "model: {vision: {strides: [2, 1, 3, 1, 1]}}",
+            "model.vision.strides[2]: must be 1, 2 or [rows, columns] of these, not 3",
+        ),
         ("training: 3", "training: must be a section of `key: value` lines, not 3"),
         ("optimizer: {lr: true}", "optimizer.lr: must be a valid number, not True"),
         ("optimizer: {lr: .nan}", "optimizer.lr: must be a finite number, not nan"),
@@ -238,6 +242,11 @@ def test_override_cannot_run_code(write):
         ("model: {language: {d_model: 256}}", "model.language.d_model", "must equal model.vision.d_model 512"),
         ("model: {alignment: {d_model: 256}}", "model.alignment.d_model", "must equal model.vision.d_model 512"),
         ("dataset: {image_width: 130}", "dataset.image_width", "not a multiple of 4"),
+        (
+            "{dataset: {image_height: 36}, model: {vision: {strides: [2, 2, [2, 1], 1, 1]}}}",
+            "dataset.image_height",
+            "not a multiple of 8",
+        ),
         ("dataset: {segmentation: {scale_range: [2, 1]}}", "dataset.segmentation.scale_range", "larger"),
         ("dataset: {train: {roots: [a]}}", "dataset.masks.root", "tools/create_masks.py"),
         ("dataset: {train: {roots: [a]}, masks: {source: online}}", "model.ssn.checkpoint", "weights"),

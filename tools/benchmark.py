@@ -1,4 +1,8 @@
-"""Measure speed: reading, training, loading, rendering and mask making, with resnet50 beside the networks."""
+"""Measure speed: reading, training, loading, rendering and mask making, with resnet50 beside the networks.
+
+How cost grows is measured by the tasks growth-batch (reading), growth-words (opening a word list) and growth-workers
+(loading).
+"""
 
 import argparse
 import copy
@@ -11,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(
@@ -21,8 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from builders import build_charset, build_criterion, build_model, build_optimizer, build_ssn, build_training_data
+from builders import (
+    build_charset,
+    build_criterion,
+    build_label_rule,
+    build_model,
+    build_optimizer,
+    build_ssn,
+    build_training_data,
+)
 from builders import image_size as image_size_of
 from config import Config, load_config
 from distributed import Process
@@ -30,13 +44,22 @@ from inference import prepare_for_inference
 from modules.mask_refinement import EPSILON
 from precision import PRECISIONS
 from segmentation import Segmenter
+from tools.growth import (
+    Point,
+    growth_table,
+    largest_steps,
+    make_curve,
+    plot_growth,
+    time_openings,
+    time_workers,
+    write_rendered_words,
+)
 from tools.measuring import (
     BlockClock,
     Timing,
     count_flops,
     matrix_rate,
     peak_memory,
-    seconds_of,
     shares,
     time_interleaved,
 )
@@ -44,15 +67,21 @@ from tools.support import make_parser, positive
 from utils import UserError, run_command_line, seed_everything, write_atomically
 
 EXAMPLE = """  python tools/benchmark.py reading training --config configs/train.yaml --threads 2 --json speed.json
-  python tools/benchmark.py reading --config configs/small.yaml --precision fp32 --no-compile --plot growth.png
+  python tools/benchmark.py growth-batch --config configs/small.yaml --precision fp32 --no-compile --plot plots
+  python tools/benchmark.py growth-words growth-workers --plot plots
   python tools/benchmark.py loading --config configs/small.yaml dataset.num_workers=1
   python tools/benchmark.py rendering --render-config configs/render.yaml
   python tools/benchmark.py masks --config configs/small_ssn.yaml"""
 
-TASKS = ("reading", "training", "loading", "rendering", "masks")
+GROWTH_TASKS = ("growth-batch", "growth-words", "growth-workers")
+TASKS = ("reading", "training", "loading", "rendering", "masks", *GROWTH_TASKS)
+WITHOUT_CONFIG = {"rendering", "growth-words", "growth-workers"}  # tasks that need none
 YARDSTICK = "resnet50 224x224 fp32"
 YARDSTICK_SIZE = 224
-GROWTH_SIZES = tuple(2**power for power in range(9))  # 1 to 256
+BATCH_SIZES = tuple(2**power for power in range(9))  # 1 to 256
+LIST_SIZES = (1_000, 10_000, 100_000, 1_000_000)
+WORKERS = (0, 1, 2, 3, 4)
+MADE_WORDS = 1000  # rendered for growth-workers where the config names no data
 TEXT_LENGTH = 8  # characters and end of the texts that training learns: the mean of the real training words is near
 WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the pictures that masks are made of
 
@@ -94,20 +123,32 @@ class Report:
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     blocks: dict[str, dict[str, float]] = field(default_factory=dict)
-    growth: list[Row] = field(default_factory=list)
+    growth: list[Point] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report for a file."""
         rows = {name: [asdict(row) | {"rate": row.rate} for row in getattr(self, name)] for name in ("rows", "growth")}
-        return {"machine": self.machine, **rows, "blocks": self.blocks}
+        return {"machine": self.machine, **rows, "blocks": self.blocks, "largest_steps": largest_steps(self.growth)}
 
 
 class FullResolutionSimilarity(nn.Module):
-    """Cosine to the text prototype as it is written down: with features resized to every pixel. The slow way."""
+    """Cosine to the text prototype as it is written down: with features resized to every pixel. The slow way.
+
+    Args:
+        image_size: height and width, pixels.
+    """
+
+    def __init__(self, *, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.image_size = image_size
+
+    def resize(self, maps: Tensor) -> Tensor:
+        """maps (N, S, h, w) -> (N, S, H, W), bilinear."""
+        return F.interpolate(maps, size=self.image_size, mode="bilinear", align_corners=False)
 
     def forward(self, feature: Tensor, mask: Tensor) -> Tensor:
         """feature (N, E, h, w), mask (N, 1, H, W) -> (N, 1, H, W)."""
-        pixels = F.interpolate(feature.float(), size=mask.shape[-2:], mode="bilinear", align_corners=False)
+        pixels = self.resize(feature.float())
         prototype = (pixels * mask).sum(dim=(2, 3), keepdim=True)  # (N, E, 1, 1)
         return F.cosine_similarity(pixels, prototype, dim=1, eps=EPSILON)[:, None]
 
@@ -117,7 +158,7 @@ def straightforward(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "similarity"):
-            module.similarity = FullResolutionSimilarity()
+            module.similarity = FullResolutionSimilarity(image_size=module.image_size)
     return model
 
 
@@ -138,9 +179,7 @@ class Bench:
     def run(self) -> Report:
         """All tasks that were asked for."""
         for task in self.options.tasks:
-            getattr(self, task)()
-        if self.options.plot:
-            self.growth()
+            getattr(self, task.replace("-", "_"))()
         return self.report
 
     def reading(self) -> None:
@@ -252,17 +291,58 @@ class Bench:
         forms[YARDSTICK] = Form(self._yardstick(len(pictures)), len(pictures))
         self._measure("masks", forms)
 
-    def growth(self) -> None:
-        """Time of reading against the size of the batch, with the prepared network."""
-        model = self._network().eval().requires_grad_(False)
-        for words in GROWTH_SIZES:
-            form = self._reading_forms(model, words, ("prepared",))["prepared"]
-            form.call()
-            timing = Timing([seconds_of(form.call, self.device) for _ in range(self.options.runs)])
-            self.report.growth.append(Row("reading", "prepared", words, timing.median, timing.spread))
-        plot_growth(self.report.growth, self.options.plot)
+    def growth_batch(self) -> None:
+        """Reading with the prepared network against the size of the batch."""
+        network = self._prepared(self._network().eval().requires_grad_(False))
+        inputs = {words: self._inputs(words) for words in BATCH_SIZES}
+        calls = {str(words): lambda words=words: network(*inputs[words]) for words in BATCH_SIZES}
+        timings = time_interleaved(calls, device=self.device, runs=self.options.runs)
+        measured = {words: (words, timings[str(words)]) for words in BATCH_SIZES}
+        self._add_growth("growth-batch", {"prepared": measured})
+
+    def growth_words(self) -> None:
+        """Opening a word list, filtered and then from the cache, against the number of its words."""
+        config = self.config or Config()
+        labels = build_label_rule(config, case_sensitive=config.dataset.case_sensitive)
+        with TemporaryDirectory() as folder:
+            openings = time_openings(Path(folder), LIST_SIZES, labels=labels, runs=self.options.runs)
+        self._add_growth("growth-words", openings)
+
+    def growth_workers(self) -> None:
+        """Loading against the number of workers: the training data of the config, rendered words where it has none."""
+        with TemporaryDirectory() as folder:
+            config = self._with_data(self.config or Config(), Path(folder))
+            measured = time_workers(
+                lambda workers: self._loader(config, workers),
+                WORKERS,
+                batches=self.options.batches,
+                runs=self.options.runs,
+            )
+        self._add_growth("growth-workers", {"loading": measured})
 
     # --- parts --------------------------------------------------------------------------------------------------------
+
+    def _with_data(self, config: Config, folder: Path) -> Config:
+        """A config that names training data: words rendered into `folder` where it names none."""
+        config = config.model_copy(deep=True)
+        if not config.dataset.train.roots and config.model.kind in ("vision", "recogniser"):
+            write_rendered_words(folder, MADE_WORDS, self.options.render_config)
+            config.dataset.train.roots = [str(folder / "images")]
+            config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
+            config.dataset.cache_index = False
+        return config
+
+    def _loader(self, config: Config, workers: int) -> DataLoader:
+        config = config.model_copy(deep=True)
+        config.dataset.num_workers = workers
+        return build_training_data(config, device=self.device, process=Process())
+
+    def _add_growth(self, task: str, forms: dict[str, dict[int, tuple[int, Timing]]]) -> None:
+        """Report the curves of a task, and draw them if asked."""
+        points = [point for form, measured in forms.items() for point in make_curve(task, form, measured)]
+        self.report.growth += points
+        if self.options.plot:
+            plot_growth(points, Path(self.options.plot) / f"{task}.png")
 
     def _measure(self, task: str, forms: dict[str, Form]) -> None:
         """Time the forms of a task side by side, then the memory of each."""
@@ -362,10 +442,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def table(report: Report) -> str:
-    """The rows and the blocks as Markdown."""
+    """The rows, the growth and the blocks as Markdown."""
     head = "| task | form | words | ms a word | words/s | spread | x resnet50 | MiB | GFLOP a word | of matrix rate |"
-    lines = [", ".join(f"{key}: {value}" for key, value in report.machine.items()), "", head]
-    lines.append("|---|---|" + "---:|" * 8)
+    lines = [", ".join(f"{key}: {value}" for key, value in report.machine.items())]
+    if report.rows:
+        lines += ["", head, "|---|---|" + "---:|" * 8]
     for row in report.rows:
         cells = (
             row.task,
@@ -380,6 +461,8 @@ def table(report: Report) -> str:
             _cell(row.matrix_share and 100 * row.matrix_share, "{:.0f} %"),
         )
         lines.append("| " + " | ".join(cells) + " |")
+    if report.growth:
+        lines += ["", *growth_table(report.growth)]
     for task, blocks in report.blocks.items():
         lines += ["", f"| {task}: block | share |", "|---|---:|"]
         lines += [f"| {name} | {100 * share:.1f} % |" for name, share in blocks.items()]
@@ -390,25 +473,6 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def plot_growth(rows: Sequence[Row], path: str) -> None:
-    """Time of a batch and words a second against the batch's size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    sizes = [row.words for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    left.loglog(sizes, [row.seconds for row in rows], marker="o", base=2)
-    left.set(xlabel="words in a batch", ylabel="seconds of a batch")
-    right.semilogx(sizes, [row.rate for row in rows], marker="o", base=2)
-    right.set(xlabel="words in a batch", ylabel="words a second", ylim=(0, None))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -416,8 +480,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Tasks and config overrides share the positional arguments: an override has an equals sign."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("tasks", nargs="+", metavar="TASK|key=value", help=f"{', '.join(TASKS)}; config overrides")
-    parser.add_argument("--config", metavar="YAML", help="the network and its data; rendering needs none")
-    parser.add_argument("--render-config", default="configs/render.yaml", help="for rendering (default: %(default)s)")
+    parser.add_argument("--config", metavar="YAML", help="the network and its data")
+    parser.add_argument("--render-config", default="configs/render.yaml", help="how rendered words look (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of autocast and prepared")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -431,20 +495,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--straightforward", action="store_true", help="training: the straightforward way as well")
     parser.add_argument("--batch-size", type=positive, default=32, help="words of reading and of masks")
     parser.add_argument("--training-batch-size", type=positive, default=16)
-    parser.add_argument("--batches", type=positive, default=10, help="of loading, in each run")
+    parser.add_argument("--batches", type=positive, default=10, help="of loading and growth-workers, in each run")
     parser.add_argument("--rendered", type=positive, default=100, help="words of rendering, in each run")
     parser.add_argument("--runs", type=positive, default=5, help="rounds; medians are reported (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", metavar="FILE", help="write everything there as well")
-    parser.add_argument("--plot", metavar="PNG", help="reading at 1 to 256 words, drawn there")
+    parser.add_argument("--plot", metavar="FOLDER", help="draw each growth task there, as FOLDER/TASK.png")
     options = parser.parse_intermixed_args(arguments)
     options.overrides = [each for each in options.tasks if "=" in each]
     options.tasks = [each for each in options.tasks if "=" not in each]
     unknown = [each for each in options.tasks if each not in TASKS]
     if unknown:
         raise UserError(f"{unknown[0]}: is no task; choose from {', '.join(TASKS)}")
-    if options.config is None and (set(options.tasks) - {"rendering"} or options.plot):
+    if options.plot and not set(options.tasks) & set(GROWTH_TASKS):
+        raise UserError(f"--plot: draws only {', '.join(GROWTH_TASKS)}; name one of them")
+    if options.config is None and set(options.tasks) - WITHOUT_CONFIG:
         raise UserError("--config: name the YAML of the network to measure, such as configs/train.yaml")
     return options
 

@@ -35,10 +35,12 @@ import cv2
 import matplotlib
 import numpy as np
 
+from bundle import load_ssn
 from charset import PROTOCOLS, protocol_normalizer
-from reader import Reader
+from reader import Reader, pick_device
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS
+from segmentation import Segmenter
 from tools.support import make_parser, map_in_processes, positive, progress, usable_cores
 from utils import UserError, run_command_line, write_atomically
 
@@ -121,6 +123,15 @@ def masks_for(words: Sequence[RenderedWord], kind: str) -> list[np.ndarray | Non
     return [np.full_like(word.mask, 255 if kind == "full" else 0) for word in words]
 
 
+def segment_words(
+    words: Sequence[dict[str, RenderedWord]], kinds: Sequence[str], ssn: str, device: str | None
+) -> dict[str, list[np.ndarray]]:
+    """The masks that one SSN makes of all words, for each kind of background: made once for all checkpoints."""
+    network, areas = load_ssn(ssn)
+    segmenter = Segmenter(network, areas, device=pick_device(device))
+    return {kind: segmenter([word[kind].image for word in words]) for kind in kinds}
+
+
 def score_checkpoint(
     name: str,
     checkpoint: str,
@@ -129,19 +140,25 @@ def score_checkpoint(
     kinds: Sequence[str],
     masks: Sequence[str],
     protocol: int,
-    ssn: str | None = None,
+    segmented: dict[str, list[np.ndarray]] | None = None,
     device: str | None = None,
 ) -> Iterator[Run]:
-    """Read all words on all backgrounds, once for each kind of masks where the network takes some."""
+    """Read all words on all backgrounds, once for each kind of masks where the network takes some.
+
+    `segmented` are the masks of the kind ssn, by background; None takes those of the SSN in the checkpoint.
+    """
     normalize = protocol_normalizer(protocol)
-    reader = Reader(checkpoint, device=device, masks="none", ssn=None)
-    if reader.takes_masks and "ssn" in masks:
-        reader = Reader(checkpoint, device=device, ssn=ssn)
+    reader = Reader(checkpoint, device=device, masks="none")
+    if reader.takes_masks and "ssn" in masks and segmented is None:
+        reader = Reader(checkpoint, device=device)
     for mask_kind in masks if reader.takes_masks else (NO_MASKS,):
         right = np.zeros((len(kinds), len(words)), bool)
         for row, kind in enumerate(kinds):
             chosen = [word[kind] for word in words]
-            given = None if mask_kind == NO_MASKS else masks_for(chosen, mask_kind)
+            if mask_kind == "ssn" and segmented is not None:
+                given = segmented[kind]
+            else:
+                given = None if mask_kind == NO_MASKS else masks_for(chosen, mask_kind)
             readings = reader.read([word.image for word in chosen], masks=given)
             right[row] = [
                 normalize(reading.text) == normalize(word.text) for reading, word in zip(readings, chosen, strict=True)
@@ -314,6 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = options.backgrounds or [kind for kind in BACKGROUND_KINDS if kind != "photo" or config.photos]
     limits = {"protocol": options.protocol, "max_length": options.max_length}
     words = render_words(config, options.count, seed=options.seed, kinds=kinds, workers=options.workers, **limits)
+    segmented = None
+    if options.ssn is not None and "ssn" in options.masks:
+        segmented = segment_words(words, kinds, options.ssn, options.device)
     runs: list[Run] = []
     for name, path in progress(checkpoints, total=len(checkpoints), unit="checkpoint", description="read"):
         runs += score_checkpoint(
@@ -323,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kinds=kinds,
             masks=options.masks,
             protocol=options.protocol,
-            ssn=options.ssn,
+            segmented=segmented,
             device=options.device,
         )
     rows = summarise(runs, kinds)

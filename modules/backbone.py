@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
         rows, columns = self.stride
         shortcut = x if self.downsample is None else self.downsample(x[..., ::rows, ::columns])
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+        return F.relu(self.bn2(self.conv2(x)).add_(shortcut), inplace=True)
 
 
 class ResNet(nn.Module):

@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(maps)), inplace=True)
         residual = self.bn2(self.conv2(residual))
-        return F.relu(residual + maps, inplace=True)
+        return F.relu(residual.add_(maps), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -66,7 +66,7 @@ class Bottleneck(nn.Module):
         residual = F.relu(self.bn1(self.conv1(maps)), inplace=True)
         residual = F.relu(self.bn2(self.conv2(residual)), inplace=True)
         residual = self.bn3(self.conv3(residual))
-        return F.relu(residual + self.downsample(maps), inplace=True)
+        return F.relu(residual.add_(self.downsample(maps)), inplace=True)
 
 
 class FusionModule(nn.Module):
@@ -204,9 +204,9 @@ class HRNet(nn.Module):
         if _sizes_nest(branches):
             while len(parts) > 1:
                 smallest = parts.pop()
-                parts[-1] = parts[-1] + resize_aligned(smallest, parts[-1].shape[-2:])
+                parts[-1] += resize_aligned(smallest, parts[-1].shape[-2:])
         for part in parts:
-            total = total + resize_aligned(part, total.shape[-2:])
+            total += resize_aligned(part, total.shape[-2:])
         return activation(norm(total))
 
 

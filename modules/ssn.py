@@ -66,9 +66,23 @@ class RefinementHead(nn.Module):
         semantic_logits = scores + self.bias_sem[:, None, None]
         key_weights, attention = self._attend(features, scores, semantic_logits)
         small_image = resize_aligned(image, features.shape[-2:])  # (N, 3, h, w)
-        evidence = torch.cat([small_image, features, attention.to(features.dtype)], dim=1)  # (N, 3 + E + C, h, w)
-        refined_logits = self.conv_ref_last(self.conv_ref(evidence))  # (N, C, h, w)
+        refined_logits = self.conv_ref_last(self._refine(features, small_image, attention))  # (N, C, h, w)
         return SegmentationOutput(semantic_logits, refined_logits, key_weights, attention)
+
+    def _refine(self, features: Tensor, small_image: Tensor, attention: Tensor) -> Tensor:
+        """`conv_ref` of concat(small_image, features, attention), (N, width, h, w).
+
+        The concatenation, as large as the features, is never made: the first convolution is a sum over its inputs.
+        """
+        first, *rest = self.conv_ref
+        weight = first.weight  # (width, 3 + E + C, 5, 5)
+        image_columns, feature_columns, attention_columns = weight.split([3, features.shape[1], NUM_CLASSES], dim=1)
+        few = torch.cat([small_image.to(weight.dtype), attention.to(weight.dtype)], dim=1)  # (N, 3 + C, h, w)
+        hidden = F.conv2d(features, feature_columns, first.bias, padding=first.padding)  # (N, width, h, w)
+        hidden += F.conv2d(few, torch.cat([image_columns, attention_columns], dim=1), padding=first.padding)
+        for layer in rest:
+            hidden = layer(hidden)
+        return hidden
 
     @staticmethod
     def _attend(features: Tensor, scores: Tensor, semantic_logits: Tensor) -> tuple[Tensor, Tensor]:

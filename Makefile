@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint format clean
+.PHONY: help venv demo quickstart test test-slow lint format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ quickstart: venv $(QUICKSTART_WORDS)/train $(QUICKSTART_WORDS)/test  ## Render w
 	$(BIN)/python main.py --config=configs/quickstart.yaml
 	$(BIN)/python main.py --config=configs/quickstart.yaml --phase test
 	@echo "weights, log, TensorBoard events, predictions, attention and mask pictures: workdir/quickstart"
+
+demo: venv  ## Read the pictures in fig/demo with the weights that come with it
+	$(BIN)/python demo.py --input fig/demo --overlay workdir/demo
 
 test: venv  ## Run the tests (CPU, a few minutes)
 	$(BIN)/python -m pytest

@@ -14,10 +14,8 @@ import main
 import report
 from evaluation import ScoredWord
 from report import Comparison, ReportedWord
+from tests.browser import fill, found, missing_pictures, page_data
 from tests.small_networks import save_network, small_config, write_masks, write_words
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
 
 
 def word(target: str, prediction: str, confidence: float = 0.5) -> Comparison:
@@ -102,11 +100,6 @@ def page(run):
     return test("binet", f"dataset.masks.root={folder / 'masks'}") / "index.html"
 
 
-def page_data(page: Path) -> dict:
-    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
-    return json.loads(text[1])
-
-
 def test_the_page_needs_nothing_from_elsewhere(page):
     text = page.read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", text)
@@ -152,52 +145,6 @@ def test_hostile_labels_stay_text(tmp_path):
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("no chromium with chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
-
-
-def found(browser) -> tuple[int, int]:
-    """Words that the filter leaves, and how many of them are wrong."""
-    text = browser.execute_script("return document.getElementById('found').textContent")
-    counts = [int(each.replace(",", "")) for each in re.findall(r"[\d,]*\d", text)]
-    return counts[0], counts[2]
-
-
-def fill(browser, **values: object) -> None:
-    """Give fields of the filter values, as typing does."""
-    for name, value in values.items():
-        browser.execute_script(
-            "const field = document.querySelector(`#filter [name=${arguments[0]}]`);"
-            "if (field.type === 'checkbox') field.checked = arguments[1]; else field.value = arguments[1];"
-            "field.dispatchEvent(new Event('input', {bubbles: true}));",
-            name,
-            value,
-        )
-
-
-def missing_pictures(browser) -> int:
-    """Backgrounds of shown tiles that do not load."""
-    return browser.execute_async_script(
-        "const done = arguments[arguments.length - 1];"
-        "const urls = new Set([...document.querySelectorAll('.tile, .tile > i')].map("
-        "  (each) => each.style.backgroundImage.slice(5, -2)));"
-        "Promise.all([...urls].map((url) => new Promise((resolve) => {"
-        "  const image = new Image(); image.onload = () => resolve(0); image.onerror = () => resolve(1);"
-        "  image.src = url;}))).then((bad) => done(urls.size ? bad.reduce((a, b) => a + b, 0) : -1));"
-    )
 
 
 def test_the_page_works_in_a_browser(browser, page):

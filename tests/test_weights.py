@@ -1,0 +1,80 @@
+"""weights/binet-small.pth: what README and the model card say of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import demo
+import main
+from reader import DEFAULT_CHECKPOINT, Reader
+from tests.browser import fill, found, missing_pictures, page_data
+
+ROOT = Path(__file__).parent.parent
+PICTURES = sorted((ROOT / "fig" / "demo").glob("*.png"))  # named after what they say
+REAL_WORDS = ROOT.parent / "shared" / "data" / "eval"
+LARGEST = 25 * 2**20  # bytes
+
+
+def test_the_file_is_small_and_whole():
+    assert DEFAULT_CHECKPOINT.stat().st_size <= LARGEST
+    content = torch.load(DEFAULT_CHECKPOINT, weights_only=True)
+    assert {"model", "config", "charset", "ssn"} <= set(content)
+    assert all(tensor.dtype == torch.float16 for tensor in content["model"].values() if tensor.dim() > 1)
+
+
+def test_a_reader_without_arguments_reads_the_pictures_of_the_demo():
+    readings = Reader().read(PICTURES)
+    right = [reading.text == path.stem for reading, path in zip(readings, PICTURES, strict=True)]
+    assert sum(right) >= len(PICTURES) - 1
+    assert all(reading.mask is not None for reading in readings)
+
+
+def test_the_demo_needs_no_flag_but_its_input(capsys, tmp_path):
+    assert demo.main(["--input", str(PICTURES[0].parent), "--overlay", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(PICTURES)
+    assert len(list(tmp_path.glob("*.png"))) == len(PICTURES)
+
+
+# --- real words -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory):
+    """Work folder of a test of the weights on real words, masks online."""
+    if not REAL_WORDS.is_dir():
+        pytest.skip("no real words here")
+    folder = tmp_path_factory.mktemp("weights")
+    for name in ("ic13_1015", "cute80"):
+        convert = [sys.executable, "tools/create_lmdb_dataset.py", REAL_WORDS / name, REAL_WORDS / name / "gt.txt"]
+        subprocess.run([*convert, folder / "words" / name], cwd=ROOT, check=True, capture_output=True)
+    arguments = ["--config", "configs/small.yaml", "--phase", "test", "--name", "run", "--image_only"]
+    arguments += ["--checkpoint", str(DEFAULT_CHECKPOINT), "--test_root", str(folder / "words")]
+    main.main([*arguments, f"global.workdir={folder}", "dataset.masks.source=online", "dataset.num_workers=0"])
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_every_real_word_is_accounted_for_and_most_are_read(tested):
+    sets = json.loads((tested / "metrics.json").read_text())["datasets"]
+    for name, words, least in (("ic13_1015", 1015, 0.65), ("cute80", 288, 0.35)):
+        assert sets[name]["samples"] + sum(sets[name]["skipped"].values()) == words
+        assert sets[name]["accuracy"] >= least
+
+
+@pytest.mark.slow
+def test_the_report_on_real_words_works_in_a_browser(tested, browser):
+    page = tested / "report" / "index.html"
+    browser.set_window_size(1280, 900)
+    browser.get(page.resolve().as_uri())
+    words = page_data(page)["words"]
+    wrong = sum(1 - each[5] for each in words)
+    assert found(browser) == (len(words), wrong)
+    assert missing_pictures(browser) == 0
+    fill(browser, wrong=True)
+    assert found(browser) == (wrong, wrong)
+    assert missing_pictures(browser) == 0
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]

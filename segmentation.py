@@ -7,7 +7,9 @@ a probability by at most 1 / 510.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ from utils import UserError
 
 # Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.
 BATCH_PIXELS = {"cuda": 1 << 23, "cpu": 1 << 19}
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Segmenter:
@@ -76,11 +81,19 @@ class Segmenter:
         """
         images = [self._to_device(picture, i) for i, picture in enumerate(pictures)]
         totals = [torch.zeros(image.shape[-2:], device=self.device) for image in images]
-        for area in self.areas:
-            for size, members in self._batches([image.shape[-2:] for image in images], area):
-                maps = self._text_maps([images[i] for i in members], size)  # (len(members), 1, h, w)
-                for i, each in zip(members, maps, strict=True):
-                    totals[i] += resize_aligned(each[None], totals[i].shape)[0, 0]  # (H, W)
+        batches = [
+            (size, members)
+            for area in self.areas
+            for size, members in self._batches([image.shape[-2:] for image in images], area)
+        ]
+
+        def text_maps(batch: tuple[tuple[int, int], list[int]]) -> list[Tensor]:
+            size, members = batch
+            return self._text_maps([images[i] for i in members], size)
+
+        for (_, members), maps in zip(batches, self._map(text_maps, batches), strict=True):
+            for i, each in zip(members, maps, strict=True):
+                totals[i] += each  # (H, W); in the order of the areas, so that the sum is the same every time
         probabilities = [(total / len(self.areas)).cpu().numpy() for total in totals]
         if not all(np.isfinite(each).all() for each in probabilities):
             raise UserError(f"SSN gives numbers that are not finite in {self.precision}; use fp32, or other weights")
@@ -103,11 +116,29 @@ class Segmenter:
             for start in range(0, len(members), step):
                 yield (height, width), members[start : start + step]
 
-    def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Probability of text of some images, resized to `size` for the network: (len(images), 1, h, w), float32."""
+    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
+        """`map`; on a CPU the items run side by side, one thread each.
+
+        A batch of words is made of small maps: threads that share each operation wait for one another more than they
+        work.
+        """
+        threads = torch.get_num_threads()
+        if self.device.type != "cpu" or min(threads, len(items)) < 2:
+            yield from map(function, items)
+            return
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield from pool.map(function, items)
+        finally:
+            torch.set_num_threads(threads)  # the pool's setting holds for threads that come later, too
+
+    @torch.inference_mode()
+    def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Probability of text, float32 (H, W) each, of images that enter the network at `size`."""
         batch = torch.cat([resize_aligned(image, size) for image in images])
         batch = ((batch - self._mean) / self._std).to(self._dtype, memory_format=torch.channels_last)
-        return self._ssn.probability(batch)
+        maps = self._ssn.probability(batch)  # (len(images), 1, h, w)
+        return [resize_aligned(each[None], image.shape[-2:])[0, 0] for each, image in zip(maps, images, strict=True)]
 
 
 def to_8_bits(probability: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import logging
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -255,6 +256,8 @@ class Trainer:
         network: Any = self.model
         if distributed.is_distributed():
             devices = [self.device] if self.device.type == "cuda" else None
+            # A 1x1 kernel's gradient may have other strides than its weight, of the same order in memory.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             # Running statistics take no part in training; `share_statistics` makes them equal where they matter.
             network = DistributedDataParallel(
                 network,

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from builders import build_model
+from builders import build_model, build_ssn
 from config import load_config
 from modules.mask_refinement import PrototypeSimilarity
+from segmentation import Segmenter
 from tools import benchmark
 from tools.growth import growth_table, largest_steps, make_curve
 from tools.measuring import BlockClock, Timing, blocks_of, count_flops, shares, time_interleaved
@@ -72,6 +73,31 @@ def test_reading_and_training_are_reported(tmp_path, capsys):
             assert row["ratio"] > 0
     assert "vision.sft" in report["blocks"]["reading"]
     assert "| reading | prepared | 2 |" in capsys.readouterr().out
+
+
+def test_loading_rendering_and_masks_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "MADE_WORDS", 6)
+    path = tmp_path / "speed.json"
+    quick = [*QUICK, "--json", str(path)]
+    data = ["dataset.train.roots=[]", "dataset.train.batch_size=2", "dataset.multiprocessing_context=fork"]
+    assert benchmark.main(["loading", "rendering", "--batches", "3", "--rendered", "2", *quick, *data]) == 0
+    loading, rendering = json.loads(path.read_text())["rows"]
+    assert (loading["form"], loading["words"], rendering["words"]) == ("1 worker", 6, 2)
+
+    quick[1] = "configs/small_ssn.yaml"
+    assert benchmark.main(["masks", "--straightforward", "--batch-size", "2", *quick, "model.ssn.areas=[65]"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["form"] for row in rows] == ["areas 65", "straightforward", benchmark.YARDSTICK]
+
+
+def test_masks_one_by_one_are_those_of_the_segmenter():
+    config = load_config("configs/small_ssn.yaml")
+    ssn = build_ssn(config)
+    pictures = benchmark.word_pictures(3)
+    plain = benchmark.one_by_one(ssn, [65, 97], pictures)
+    masks = Segmenter(ssn, [65, 97], precision="fp32").probabilities(pictures)
+    for expected, mask in zip(plain, masks, strict=True):
+        torch.testing.assert_close(torch.from_numpy(mask), expected, rtol=0, atol=1e-4)
 
 
 def curve(task, seconds, words=None):

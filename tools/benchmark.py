@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from batches import ImageNormalizer
 from builders import (
     build_charset,
     build_criterion,
@@ -56,6 +56,7 @@ from tools.growth import (
 )
 from tools.measuring import (
     BlockClock,
+    Measurement,
     Timing,
     count_flops,
     matrix_rate,
@@ -87,23 +88,13 @@ WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the
 
 
 @dataclass
-class Row:
+class Row(Measurement):
     """One form of one task. `words` are what one call works on; memory in MiB; `flops` of one call."""
 
-    task: str
-    form: str
-    words: int
-    seconds: float
-    spread: float = 0.0
     memory: float | None = None
     flops: int | None = None
     matrix_share: float | None = None  # of the measured rate of the form's own precision
     ratio: float | None = None  # words a second over the yardstick's pictures a second
-
-    @property
-    def rate(self) -> float:
-        """Words a second."""
-        return self.words / self.seconds
 
 
 @dataclass
@@ -160,6 +151,15 @@ def straightforward(model: nn.Module) -> nn.Module:
         if hasattr(module, "similarity"):
             module.similarity = FullResolutionSimilarity(image_size=module.image_size)
     return model
+
+
+def one_by_one(ssn: nn.Module, areas: Sequence[int], pictures: Sequence[np.ndarray]) -> list[Tensor]:
+    """Masks (H, W) as the published procedure is written down: float32, one word and one area after another."""
+    device, normalize = next(ssn.parameters()).device, ImageNormalizer()
+    ssn.eval()
+    with torch.no_grad():
+        images = (normalize(picture[None]).to(device) for picture in pictures)  # (1, 3, H, W)
+        return [ssn.text_probability(image, areas=areas)[0] for image in images]
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -254,18 +254,12 @@ class Bench:
         return step
 
     def loading(self) -> None:
-        """The training data of the config: decoded, augmented, collated."""
-        loader = build_training_data(self.config, device=self.device, process=Process())
-        workers = max(1, self.config.dataset.num_workers)
-        batches = iter(loader)
-        next(batches)
-        runs, words = [], 0
-        for _ in range(self.options.runs):
-            start = time.perf_counter()
-            words = sum(len(batch) for batch in islice(batches, self.options.batches))
-            runs.append(time.perf_counter() - start)
-        timing = Timing(runs)
-        self._add("loading", f"{workers} workers", Form(next, words), timing)
+        """The training data of the config: decoded, augmented, collated; rendered words where it names none."""
+        with TemporaryDirectory() as folder:
+            config = self._with_data(self.config, Path(folder))
+            workers = max(1, config.dataset.num_workers)
+            words, timing = self._time_workers(config, [workers])[workers]
+        self._add("loading", "1 worker" if workers == 1 else f"{workers} workers", Form(list, words), timing)
 
     def rendering(self) -> None:
         """The renderer in one process; on several cores that many times as much."""
@@ -285,9 +279,13 @@ class Bench:
     def masks(self) -> None:
         """SSN at the config's areas on pictures of the sizes that words have."""
         areas = self.config.model.ssn.areas
-        segmenter = Segmenter(build_ssn(self.config), areas, device=self.device, precision=self.options.precision)
+        ssn = build_ssn(self.config).to(self.device)
+        segmenter = Segmenter(ssn, areas, device=self.device, precision=self.options.precision)
         pictures = word_pictures(self.options.batch_size)
-        forms = {f"areas {', '.join(map(str, areas))}": Form(lambda: segmenter(pictures), len(pictures), self.dtype)}
+        name = f"areas {', '.join(map(str, areas))}"
+        forms = {name: Form(lambda: segmenter(pictures), len(pictures), self.dtype)}
+        if self.options.straightforward:
+            forms["straightforward"] = Form(lambda: one_by_one(ssn, areas, pictures), len(pictures))
         forms[YARDSTICK] = Form(self._yardstick(len(pictures)), len(pictures))
         self._measure("masks", forms)
 
@@ -312,12 +310,7 @@ class Bench:
         """Loading against the number of workers: the training data of the config, rendered words where it has none."""
         with TemporaryDirectory() as folder:
             config = self._with_data(self.config or Config(), Path(folder))
-            measured = time_workers(
-                lambda workers: self._loader(config, workers),
-                WORKERS,
-                batches=self.options.batches,
-                runs=self.options.runs,
-            )
+            measured = self._time_workers(config, WORKERS)
         self._add_growth("growth-workers", {"loading": measured})
 
     # --- parts --------------------------------------------------------------------------------------------------------
@@ -332,10 +325,15 @@ class Bench:
             config.dataset.cache_index = False
         return config
 
-    def _loader(self, config: Config, workers: int) -> DataLoader:
-        config = config.model_copy(deep=True)
-        config.dataset.num_workers = workers
-        return build_training_data(config, device=self.device, process=Process())
+    def _time_workers(self, config: Config, workers: Sequence[int]) -> dict[int, tuple[int, Timing]]:
+        """Load the training data of a config with each number of workers: number -> (words, timing)."""
+
+        def make_loader(number: int) -> DataLoader:
+            changed = config.model_copy(deep=True)
+            changed.dataset.num_workers = number
+            return build_training_data(changed, device=self.device, process=Process())
+
+        return time_workers(make_loader, workers, batches=self.options.batches, runs=self.options.runs)
 
     def _add_growth(self, task: str, forms: dict[str, dict[int, tuple[int, Timing]]]) -> None:
         """Report the curves of a task, and draw them if asked."""
@@ -492,7 +490,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=("straightforward", "eager", "autocast", "prepared"),
         help="ways of reading to compare (default: all)",
     )
-    parser.add_argument("--straightforward", action="store_true", help="training: the straightforward way as well")
+    parser.add_argument(
+        "--straightforward", action="store_true", help="training, masks: the straightforward way as well"
+    )
     parser.add_argument("--batch-size", type=positive, default=32, help="words of reading and of masks")
     parser.add_argument("--training-batch-size", type=positive, default=16)
     parser.add_argument("--batches", type=positive, default=10, help="of loading and growth-workers, in each run")

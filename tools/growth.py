@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from batches import LabelRule
 from dataset import WordDataset
 from lmdb_io import LmdbWriter
-from tools.measuring import Timing
+from tools.measuring import Measurement, Timing
 from transforms import ResizeWord
 
 OPENINGS = ("first opening", "second opening")
@@ -30,32 +30,19 @@ PREFETCHED = 2  # batches that a worker of a data loader makes ahead: torch's de
 MARGIN = 1.1  # a step up to here counts as linear: medians of a few rounds differ by as much
 
 
-@dataclass
-class Point:
-    """What one size costs.
+@dataclass(kw_only=True)
+class Point(Measurement):
+    """What one size costs; `task` and `form` name the curve that this is a point of.
 
     Fields:
-        task, form: the curve that this is a point of.
         size: what the cost grows with: words in a batch, words in a list, or workers.
-        words: what was worked on in `seconds`.
-        spread: (slowest - fastest) / median of the rounds.
         step: cost ratio over size ratio since the point before; None at the first.
         exponent: slope of the logarithms of cost and size since the point before; None where the size did not grow.
     """
 
-    task: str
-    form: str
     size: int
-    words: int
-    seconds: float
-    spread: float = 0.0
     step: float | None = None
     exponent: float | None = None
-
-    @property
-    def rate(self) -> float:
-        """Words a second."""
-        return self.words / self.seconds
 
     @property
     def extent(self) -> int:
@@ -90,7 +77,7 @@ AXES = {
 def make_curve(task: str, form: str, measured: Mapping[int, tuple[int, Timing]]) -> list[Point]:
     """The points of one curve from size -> (words, timing), sizes ascending, with the steps between them."""
     points = [
-        Point(task, form, size, words, timing.median, timing.spread) for size, (words, timing) in measured.items()
+        Point(task, form, words, timing.median, timing.spread, size=size) for size, (words, timing) in measured.items()
     ]
     for before, point in pairwise(points):
         growth = point.extent / before.extent

@@ -34,6 +34,22 @@ class Timing:
         return (max(self.runs) - min(self.runs)) / self.median
 
 
+@dataclass
+class Measurement:
+    """One form of one task: `words` are what was worked on in `seconds`; `spread` as in `Timing`."""
+
+    task: str
+    form: str
+    words: int
+    seconds: float
+    spread: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Words a second."""
+        return self.words / self.seconds
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 """The fast form of a network for reading: folded batch norms, 16-bit weights, channels-last maps, compiled."""
 
+import contextlib
 import copy
 import re
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.utils import _pytree
 
 from modules.ssn import PUBLISHED_AREAS, SSN
@@ -45,24 +47,31 @@ def prepare_for_inference(model: nn.Module, precision: str = "bf16", compile: bo
     if PRECISIONS[precision] != torch.float32:
         _lower_precision(network, PRECISIONS[precision])
     if compile:
-        on_cpu = next(network.parameters()).device.type == "cpu"
-        # Freezing folds what depends on weights alone and lays weights out for the processor's matrix instructions.
-        network.compile(fullgraph=True, dynamic=True, options={"freezing": True} if on_cpu else None)
-    return (PreparedSSN if isinstance(model, SSN) else PreparedNetwork)(network)
+        network.compile(fullgraph=True, dynamic=True)
+    frozen = compile and next(network.parameters()).device.type == "cpu"
+    return (PreparedSSN if isinstance(model, SSN) else PreparedNetwork)(network, frozen=frozen)
 
 
 class PreparedNetwork(nn.Module):
-    """Calls a network without gradients; what `prepare_for_inference` returns."""
+    """Calls a network without gradients; what `prepare_for_inference` returns.
 
-    def __init__(self, network: nn.Module):
+    Args:
+        network: what is called.
+        frozen: whether a compiler folds what depends on weights alone, and lays weights out for the processor's matrix
+            instructions. torch takes that as a global setting only, to be on whenever it compiles: at any call.
+    """
+
+    def __init__(self, network: nn.Module, *, frozen: bool):
         super().__init__()
         self.network = network
+        self.frozen = frozen
         self.eval()
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor | None) -> Any:
         """What the network gives for its inputs, see there; float32."""
-        return self.network(*map(_channels_last, inputs))
+        with inductor_config.patch(freezing=True) if self.frozen else contextlib.nullcontext():
+            return self.network(*map(_channels_last, inputs))
 
 
 class PreparedSSN(PreparedNetwork):

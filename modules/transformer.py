@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modules.dropout import Dropout, dropout
+
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
@@ -31,7 +33,7 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, *, length: int, d_model: int = 512, dropout: float = 0.1):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.register_buffer("pe", sinusoids(length, d_model)[:, None])
 
     def positions(self) -> Tensor:
@@ -42,15 +44,16 @@ class PositionalEncoding(nn.Module):
         return self.dropout(sequence + self.positions()[:, : sequence.shape[1]])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v: q (N, nhead, L, D), k and v (N, nhead, S, D) -> (N, nhead, L, D)."""
-    if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype != torch.float32:
-        # Written out: forward and back, the fused kernel of a CPU takes nearly twice the time in 16 bits.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0) -> Tensor:
+    """dropout(softmax(q k^T / sqrt(D) + mask)) v: q (N, nhead, L, D), k and v (N, nhead, S, D) -> (N, nhead, L, D)."""
+    lowered = q.dtype != torch.float32 and torch.is_grad_enabled()
+    if q.device.type == "cpu" and (lowered or p > 0):
+        # Written out: the fused kernel of a CPU takes nearly twice the time to go back in 16 bits, and has no dropout.
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (N, nhead, L, S)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
-        return F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return dropout(scores.softmax(dim=-1).to(v.dtype), p) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
 
 
 class MultiheadAttention(nn.Module):
@@ -83,8 +86,7 @@ class MultiheadAttention(nn.Module):
             q = F.linear(query, query_weight, query_bias).expand(memory.shape[0], -1, -1)
             k, v = F.linear(memory, memory_weight, memory_bias).chunk(2, dim=-1)
         q, k, v = (self._split_heads(x) for x in (q, k, v))
-        dropout = self.dropout if self.training else 0.0
-        attended = attend(q, k, v, mask, dropout)  # (N, nhead, L, D)
+        attended = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (N, nhead, L, D)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # (N, L, E)
 
     def _split_heads(self, sequence: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class _FeedForwardLayer(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.linear1 = nn.Linear(d_model, d_inner)
         self.linear2 = nn.Linear(d_inner, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def feed_forward(self, sequence: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(sequence))))

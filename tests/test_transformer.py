@@ -1,12 +1,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from modules.transformer import (
     MultiheadAttention,
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    attend,
     sinusoids,
 )
 
@@ -24,6 +26,28 @@ def test_attention_equals_torch():
     torch.testing.assert_close(ours(query, memory, allowed), expected)
     expected, _ = theirs(query, query, query)
     torch.testing.assert_close(ours(query, query), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_16_bit_training_equals_the_fused_kernel(masked):
+    q, k, v = (torch.randn(2, 4, length, 8) for length in (5, 7, 7))
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, 5, 7) > 0.3
+        mask[..., 0] = True
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    lowered = attend(*(each.bfloat16().requires_grad_() for each in (q, k, v)), mask)
+    assert lowered.dtype == torch.bfloat16
+    torch.testing.assert_close(lowered.float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_attention_drops_cells_only_where_asked():
+    q, k, v = (torch.randn(2, 4, length, 8) for length in (5, 7, 7))
+    torch.testing.assert_close(attend(q, k, v, p=0.0), F.scaled_dot_product_attention(q, k, v))
+    torch.manual_seed(0)
+    mean = torch.stack([attend(q, k, v, p=0.2) for _ in range(2000)]).mean(dim=0)
+    assert not torch.equal(attend(q, k, v, p=0.2), attend(q, k, v, p=0.2))
+    torch.testing.assert_close(mean, attend(q, k, v), rtol=0, atol=0.08)
 
 
 def test_a_shared_query_equals_a_repeated_one():

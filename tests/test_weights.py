@@ -66,6 +66,15 @@ def test_every_real_word_is_accounted_for_and_most_are_read(tested):
 
 
 @pytest.mark.slow
+def test_a_reader_reads_real_words_as_main_does(tested):
+    folder = REAL_WORDS / "ic13_1015"
+    pictures = [line.split("\t")[0] for line in (folder / "gt.txt").read_text().splitlines()]
+    read = [reading.text for reading in Reader().read([folder / picture for picture in pictures])]
+    lines = (tested / "ic13_1015-alignment" / "alignment.txt").read_text().splitlines()
+    assert read == [line.split("\t")[1] for line in lines]
+
+
+@pytest.mark.slow
 def test_the_report_on_real_words_works_in_a_browser(tested, browser):
     page = tested / "report" / "index.html"
     browser.set_window_size(1280, 900)

@@ -114,8 +114,10 @@ class ResNet(nn.Module):
 
     def forward(self, image: Tensor) -> BackboneFeatures:
         """image (N, 3, H, W) -> features on h x w cells."""
-        # Channels side by side: no reordering around a convolution, and the cells become a sequence without a copy.
-        image = image.contiguous(memory_format=torch.channels_last)
+        if image.is_cuda or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            # Channels side by side: no reordering around a convolution, and the cells become a sequence without a copy.
+            # Not where a CPU trains in float32: its sums over a batch then depend more on how many processes share it.
+            image = image.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, stem_width, H, W)
         stages = []
         for number in range(1, len(self.strides) + 1):

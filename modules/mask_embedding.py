@@ -22,9 +22,13 @@ class ConditionNetwork(nn.Sequential):
 
     def forward(self, mask: Tensor) -> Tensor:
         first, *rest = self
-        # The copies are never made: all are the same, so their weights add up.
-        weight = first.weight.sum(dim=1, keepdim=True)
-        condition = F.conv2d(mask.to(weight.dtype), weight, first.bias, stride=first.stride)
+        # The copies are never made: all are the same, so their weights add up. A convolution whose windows do not
+        # overlap is one product for each window; written so, the channels of a cell lie side by side for what follows.
+        weight = first.weight.sum(dim=1)  # (hidden_channels, *stride)
+        rows, columns = first.stride
+        windows = mask.to(weight.dtype).unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+        windows = windows.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (N, h, w, rows * columns)
+        condition = F.linear(windows, weight.flatten(1), first.bias).permute(0, 3, 1, 2)
         for layer in rest:
             condition = layer(condition)
         return condition

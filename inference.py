@@ -72,8 +72,11 @@ class PreparedNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, *inputs: Tensor | None) -> Any:
         """What the network gives for its inputs, see there; float32."""
-        with inductor_config.patch(freezing=True) if self.frozen else contextlib.nullcontext():
+        with self._compiler_settings():
             return self.network(*map(_channels_last, inputs))
+
+    def _compiler_settings(self) -> contextlib.AbstractContextManager:
+        return inductor_config.patch(freezing=True) if self.frozen else contextlib.nullcontext()
 
 
 class PreparedSSN(PreparedNetwork):
@@ -82,7 +85,8 @@ class PreparedSSN(PreparedNetwork):
     @torch.no_grad()
     def text_probability(self, image: Tensor, *, areas: Sequence[int] = PUBLISHED_AREAS) -> Tensor:
         """As of `SSN`: (N, 3, H, W) -> (N, H, W) in [0, 1]."""
-        return self.network.text_probability(image, areas=areas)
+        with self._compiler_settings():
+            return self.network.text_probability(image, areas=areas)
 
 
 def _channels_last(value: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from charset import PROTOCOLS, Charset
-from config import Config
+from config import Config, SSNConfig
 from dataset import (
     EqualSizeBatchSampler,
     JoinedDataset,
@@ -49,7 +49,7 @@ from optimization import (
 )
 from segmentation import Segmenter
 from transforms import AugmentWord, CropSegmentation, ResizeWord
-from utils import UserError, load_checkpoint, load_weights, read_checkpoint
+from utils import UserError, load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,8 @@ def with_checkpoint(config: Config, checkpoint: str | None) -> Config:
 
 def _with_checkpoint(model: nn.Module, path: str | None, config: Config) -> nn.Module:
     if path is not None:
-        load_checkpoint(model, path, strict=config.model.strict)
+        state = read_checkpoint(path)
+        load_weights(model, ssn_part(state) if isinstance(model, SSN) else state, path, strict=config.model.strict)
     return model
 
 
@@ -313,11 +314,14 @@ def build_segmenter(config: Config, *, device: torch.device | str, precision: st
     """The network that makes masks, for pictures of any size.
 
     Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser. A
-    checkpoint that carries its config is built by that one; `model.ssn` describes the network of any other.
+    checkpoint that carries its config is built by that one; `model.ssn` describes the network of any other, and its
+    areas are taken where they are not the default ones.
     """
     path = segmenter_checkpoint(config)
     carried = build_carried_ssn(read_checkpoint(path), path)
     ssn, areas = carried or (build_ssn(config), config.model.ssn.areas)
+    if config.model.ssn.areas != SSNConfig().areas:  # its own wish goes before what the checkpoint was trained for
+        areas = config.model.ssn.areas
     return Segmenter(ssn, areas, device=device, precision=precision)
 
 
@@ -342,7 +346,7 @@ def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, 
     Args:
         path: what the checkpoint was read from, for messages.
     """
-    part = state.get("ssn", state)
+    part = ssn_part(state)
     if "config" not in part:
         return None
     config = with_checkpoint(Config.from_dict(part["config"], source=f"{path} (config)"), None)
@@ -351,6 +355,11 @@ def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, 
     ssn = build_ssn(config)
     load_weights(ssn, part, path)
     return ssn, config.model.ssn.areas
+
+
+def ssn_part(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint holds of the SSN: all of it, or what stands beside a recogniser."""
+    return state.get("ssn", state)
 
 
 def checked_model_eval(config: Config, wanted: str | None) -> str:

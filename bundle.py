@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builders import build_carried_ssn, build_charset, build_model, with_checkpoint
+from builders import build_carried_ssn, build_charset, build_model, ssn_part, with_checkpoint
 from charset import Charset
 from config import Config
 from modules.ssn import SSN
@@ -101,8 +101,7 @@ def save_bundle(
     content = {"model": _stored(checkpoint_weights(state), half), "config": portable(config), "charset": charset}
     content |= {name: state[name] for name in ("iteration", "scores") if name in state}
     if ssn is not None:
-        state = read_checkpoint(ssn)
-        state = state.get("ssn", state)
+        state = ssn_part(read_checkpoint(ssn))
         content["ssn"] = {
             "model": _stored(checkpoint_weights(state), half),
             "config": portable(_carried_config(state, ssn)),

@@ -334,7 +334,8 @@ class SSNConfig(Section):
     head_width: PositiveInt = key(64, "Channels of the refining convolutions.")
     areas: Annotated[list[PositiveInt], Field(min_length=1)] = key(
         [385, 513, 641, 769, 897, 1025, 1153, 1281],
-        "Sides of the square areas, pixels, at which a picture is segmented; masks are the mean.",
+        "Sides of the square areas, pixels, at which a picture is segmented; masks are the mean. Left at this default, "
+        "a checkpoint that carries its own areas is used with those.",
     )
     loss_weights: SSNLossWeightsConfig = Field(default_factory=SSNLossWeightsConfig)
 

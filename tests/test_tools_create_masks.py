@@ -14,22 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from config import Config
 from lmdb_io import LmdbReader, LmdbWriter, image_key, label_key
 from masks import LmdbMasks
 from modules.ssn import SSN
 from segmentation import Segmenter
+from tests import small_networks
 from tools import create_masks
 from utils import UserError
 
-TINY = {
-    "widths": [4, 8, 12, 16],
-    "stem_width": 8,
-    "num_modules": [1, 1, 1],
-    "num_blocks": 1,
-    "bottlenecks": 1,
-    "bottleneck_width": 4,
-    "head_width": 8,
-}
+TINY = {key: value for key, value in small_networks.SSN.items() if key != "areas"}
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -209,6 +203,36 @@ def test_other_widths_name_tensors_and_key(setup):
 def test_wrong_arguments_are_named(setup, changed, message):
     with pytest.raises(UserError, match=message):
         create_masks.main([*setup["plain"], *changed])
+
+
+def test_a_checkpoint_that_describes_itself_needs_no_config(setup):
+    described = Config.from_dict({"model": {"name": "ssn", "ssn": TINY | {"areas": [65]}}})
+    ssn = {"model": setup["ssn"].state_dict(), "config": described.to_dict()}
+    torch.save(ssn, setup["folder"] / "own.pth")
+    torch.save({"model": {}, "ssn": ssn}, setup["folder"] / "bundle.pth")  # as beside a recogniser
+    create_masks.main(setup["plain"])
+    expected = contents(setup["folder"] / "masks")
+    common = ["--device", "cpu", "--input", str(setup["folder"] / "words")]
+    for name in ("own", "bundle"):
+        checkpoint, output = setup["folder"] / f"{name}.pth", setup["folder"] / f"masks-{name}"
+        create_masks.main([*common, "--checkpoint", str(checkpoint), "--output", str(output)])
+        assert contents(output) == expected
+        create_masks.main([*setup["plain"], "--checkpoint", str(checkpoint), "--output", str(output) + "-configured"])
+        assert contents(Path(f"{output}-configured")) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "{folder}/ssn.pth"], "--config"),
+        (["--checkpoint", "{folder}/ssn.pth", "model.ssn.stem_width=8"], "model.ssn.stem_width=8.*--config"),
+        ([], "--checkpoint"),
+    ],
+)
+def test_without_a_config_the_checkpoint_must_tell_all(setup, arguments, message):
+    arguments = [each.format(folder=setup["folder"]) for each in arguments]
+    with pytest.raises(UserError, match=message):
+        create_masks.main([*arguments, *setup["plain"][-4:]])
 
 
 def test_weights_are_needed(setup):

@@ -20,17 +20,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from builders import build_ssn
-from config import Config, load_config
+from builders import build_ssn, ssn_part
+from bundle import load_ssn
+from config import load_config
 from lmdb_io import DATA_FILE, NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, is_lmdb, label_key
+from modules.ssn import SSN
 from precision import PRECISIONS
 from segmentation import Segmenter
 from tools.support import RejectionLog, make_parser, positive, print_summary
 from transforms import BrokenPictureError, decode_picture
-from utils import UserError, load_checkpoint, read_checkpoint, run_command_line, write_atomically
+from utils import UserError, load_weights, read_checkpoint, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --checkpoint ssn.pth \\
     --input data/training/label/real --output data/masks
+  python tools/create_masks.py --checkpoint weights/binet-small.pth --input data/training/label/real --output data/masks
 
 A run that was stopped goes on where it stopped when it is started again in the same way. A word whose picture cannot
 be decoded gets no mask; it is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how masks were made."""
@@ -53,7 +56,9 @@ class Word:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("--config", required=True, help="YAML whose model.ssn describes the network")
+    parser.add_argument(
+        "--config", help="YAML whose model.ssn describes the network (default: the checkpoint's own description)"
+    )
     parser.add_argument("--checkpoint", help="weights of SSN (default: the config's model.ssn.checkpoint)")
     parser.add_argument("--input", required=True, metavar="LMDB", help="word LMDB, or a folder of them")
     parser.add_argument("--output", required=True, metavar="MASK_LMDB", help="LMDB to make, or a folder for them")
@@ -78,10 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     options = parse_arguments(arguments)
     pairs = paired_paths(Path(options.input), Path(options.output))
-    config, checkpoint = read_config(options)
-    segmenter = load_segmenter(config, checkpoint, options)
+    checkpoint, segmenter = load_segmenter(options)
     settings = {
-        "checkpoint": _digest(Path(checkpoint).read_bytes()),
+        "checkpoint": _digest(checkpoint.read_bytes()),
         "areas": list(segmenter.areas),
         "precision": segmenter.precision,
     }
@@ -108,39 +112,51 @@ def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def read_config(options: argparse.Namespace) -> tuple[Config, str]:
-    """The config with the command line's areas, and the path of SSN's weights."""
-    overrides = list(options.overrides)
-    if options.areas:
-        overrides.append(f"model.ssn.areas={options.areas}")
-    config = load_config(options.config, overrides)
-    whole = config.model.checkpoint if config.model.kind == "ssn" else None
-    checkpoint = options.checkpoint or config.model.ssn.checkpoint or whole
-    if checkpoint is None:
-        raise UserError("no weights: give --checkpoint, or set model.ssn.checkpoint in the config")
-    config.model.ssn.checkpoint = None  # the command line's replaces it
-    return config, checkpoint
-
-
-def load_segmenter(config: Config, checkpoint: str, options: argparse.Namespace) -> Segmenter:
-    """SSN of the config with its weights, ready for pictures.
+def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
+    """The file of SSN's weights, and SSN with them, ready for pictures.
 
     Raises:
-        UserError: the checkpoint cannot be read or is of other widths; the device is not there.
+        UserError: the checkpoint is missing, cannot be read, or is of other widths; nothing describes the network; the
+            device is not there.
     """
-    ssn = build_ssn(config)
-    read_checkpoint(checkpoint)  # what is wrong with the file itself is no matter of widths
-    try:
-        load_checkpoint(ssn, checkpoint)
-    except UserError as error:
-        raise UserError(f"{error} (here: model.ssn of {options.config}, its widths and depths)") from error
+    checkpoint, ssn, areas = configured_ssn(options) if options.config else carried_ssn(options)
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"--device {options.device} cannot be used ({first_line}); give cpu or cuda") from error
-    return Segmenter(ssn, config.model.ssn.areas, device=device, precision=options.precision)
+    return Path(checkpoint), Segmenter(ssn, areas, device=device, precision=options.precision)
+
+
+def carried_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]]:
+    """Checkpoint, network and areas as the checkpoint itself describes them."""
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]}: there is no config to change; give one with --config")
+    if options.checkpoint is None:
+        raise UserError("no weights: give --checkpoint, or --config with model.ssn.checkpoint in it")
+    try:
+        ssn, areas = load_ssn(options.checkpoint)
+    except UserError as error:
+        raise UserError(f"{error}, or describe its network with --config") from error
+    return options.checkpoint, ssn, options.areas or areas
+
+
+def configured_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]]:
+    """Checkpoint, network and areas as the config describes them."""
+    config = load_config(options.config, options.overrides)
+    whole = config.model.checkpoint if config.model.kind == "ssn" else None
+    checkpoint = options.checkpoint or config.model.ssn.checkpoint or whole
+    if checkpoint is None:
+        raise UserError("no weights: give --checkpoint, or set model.ssn.checkpoint in the config")
+    config.model.ssn.checkpoint = None  # the command line's replaces it
+    ssn = build_ssn(config)
+    state = read_checkpoint(checkpoint)  # what is wrong with the file itself is no matter of widths
+    try:
+        load_weights(ssn, ssn_part(state), checkpoint)
+    except UserError as error:
+        raise UserError(f"{error} (here: model.ssn of {options.config}, its widths and depths)") from error
+    return checkpoint, ssn, options.areas or config.model.ssn.areas
 
 
 class MaskOutput:

@@ -1,0 +1,43 @@
+"""builders.py: which weights and settings a network is built with. That each kind builds and trains: test_main.py."""
+
+import pytest
+import torch
+
+from builders import build_model, build_segmenter
+from config import Config
+from modules.ssn import SSN
+from tests import small_networks
+
+TINY = {key: value for key, value in small_networks.SSN.items() if key != "areas"}
+
+
+def ssn_config(**changes) -> Config:
+    return Config.from_dict({"model": {"name": "ssn", "ssn": {**TINY, **changes}}})
+
+
+@pytest.fixture
+def ssn():
+    torch.manual_seed(0)
+    return SSN(**TINY)
+
+
+@pytest.fixture
+def beside_a_recogniser(ssn, tmp_path):
+    """A checkpoint that carries an SSN for the area 65 beside other weights."""
+    path = tmp_path / "bundle.pth"
+    part = {"model": ssn.state_dict(), "config": ssn_config(areas=[65]).to_dict()}
+    torch.save({"model": {}, "ssn": part}, path)
+    return path
+
+
+@pytest.mark.parametrize(("changes", "areas"), [({}, (65,)), ({"areas": [97, 129]}, (97, 129))])
+def test_areas_are_the_checkpoints_unless_the_config_names_some(beside_a_recogniser, changes, areas):
+    config = Config.from_dict({"model": {"ssn": {"checkpoint": str(beside_a_recogniser), **changes}}})
+    assert build_segmenter(config, device="cpu").areas == areas
+
+
+def test_an_ssn_is_loaded_from_beside_a_recogniser(beside_a_recogniser, ssn):
+    config = ssn_config()
+    config.model.checkpoint = str(beside_a_recogniser)
+    built = build_model(config).state_dict()
+    assert all(torch.equal(tensor, built[name]) for name, tensor in ssn.state_dict().items())

@@ -4,7 +4,7 @@ Keys of such a file: `model` (weights), `config` (plain data, as `Config.to_dict
 of their classes) and, for masks of pictures that come without, `ssn`: {`model`, `config`} in the same forms.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,19 @@ def load_ssn(path: Path | str) -> tuple[SSN, tuple[int, ...]]:
 
 
 def save_bundle(
-    output: Path | str, recogniser: Path | str, ssn: Path | str | None = None, *, half: bool = False
+    output: Path | str,
+    recogniser: Path | str,
+    ssn: Path | str | None = None,
+    *,
+    areas: Sequence[int] = (),
+    half: bool = False,
 ) -> dict[str, Any]:
     """Write the recogniser of one checkpoint and the SSN of another to one file, without the state of their training.
 
     Paths of the machines they were trained on are left out of the configs.
 
     Args:
+        areas: those that the recogniser's masks were made with; none: those that the SSN's checkpoint names.
         half: store matrices and kernels as 16-bit numbers, which halves the file; vectors keep 32 bits.
 
     Returns:
@@ -102,10 +108,9 @@ def save_bundle(
     content |= {name: state[name] for name in ("iteration", "scores") if name in state}
     if ssn is not None:
         state = ssn_part(read_checkpoint(ssn))
-        content["ssn"] = {
-            "model": _stored(checkpoint_weights(state), half),
-            "config": portable(_carried_config(state, ssn)),
-        }
+        config = _carried_config(state, ssn)
+        config.model.ssn.areas = list(areas) or config.model.ssn.areas
+        content["ssn"] = {"model": _stored(checkpoint_weights(state), half), "config": portable(config)}
     save_atomically(content, Path(output))
     load_bundle(output)  # what cannot be read back is found here, not by who receives the file
     return content

@@ -205,5 +205,8 @@ def test_a_half_precision_bundle_reads_the_same_and_carries_no_paths(files, tmp_
     pictures = [picture(seed) for seed in range(6)]
     half, whole = Reader(output, device="cpu"), Reader(files / "both.pth", device="cpu")
     assert load_bundle(output).model.vision.cls.weight.dtype == torch.float32
+    bundle_weights.main([*arguments, "--output", str(output), "--areas", "97", "129", "--overwrite"])
+    assert load_bundle(files / "both.pth").areas == (65,)
+    assert load_bundle(output).areas == (97, 129)
     similar = [a.text == b.text for a, b in zip(half.read(pictures), whole.read(pictures), strict=True)]
     assert sum(similar) >= 4  # random weights read at the edge of many characters

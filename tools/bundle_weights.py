@@ -10,7 +10,7 @@ sys.path.insert(
 )  # lets `python tools/NAME.py` find the repository's modules
 
 from bundle import save_bundle
-from tools.support import make_parser, print_summary
+from tools.support import make_parser, positive, print_summary
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/bundle_weights.py --recogniser workdir/small/best-small.pth \\
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Path(options.output)
     if output.exists() and not options.overwrite:
         raise UserError(f"--output {output} exists; give another path or --overwrite")
-    content = save_bundle(output, options.recogniser, options.ssn, half=options.half)
+    content = save_bundle(output, options.recogniser, options.ssn, areas=options.areas, half=options.half)
     parts = {"recogniser": content["model"], "SSN": content.get("ssn", {}).get("model", {})}
     counts = {f"{name}: numbers": sum(tensor.numel() for tensor in part.values()) for name, part in parts.items()}
     print_summary(f"wrote {output}", {**counts, "bytes": output.stat().st_size})
@@ -35,6 +35,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--recogniser", required=True, metavar="FILE", help="checkpoint of main.py")
     parser.add_argument("--ssn", metavar="FILE", help="checkpoint of main.py; leave out for a network without masks")
+    parser.add_argument(
+        "--areas",
+        type=positive,
+        nargs="+",
+        default=(),
+        metavar="SIDE",
+        help="those that the recogniser's masks were made with (default: those that the SSN's checkpoint names)",
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
     parser.add_argument("--half", action="store_true", help="store matrices and kernels in 16 bits: half the size")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")

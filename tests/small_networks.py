@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from builders import build_model
+from bundle import save_bundle
 from config import Config
 from lmdb_io import LmdbWriter
 
@@ -64,6 +65,14 @@ def save_network(path: Path, config: Config, *, seed: int = 0) -> Path:
     charset = "".join(line.split("\t")[1] for line in characters)
     torch.save({"model": model.state_dict(), "config": config.to_dict(), "charset": charset}, path)
     return path
+
+
+def save_networks(folder: Path) -> Path:
+    """Checkpoints `binet.pth`, `abinet.pth`, `ssn.pth`, and `both.pth`: the first and the last in one file."""
+    for seed, name in enumerate(("binet", "abinet", "ssn")):
+        save_network(folder / f"{name}.pth", small_config(name), seed=seed)
+    save_bundle(folder / "both.pth", folder / "binet.pth", folder / "ssn.pth")
+    return folder
 
 
 def write_words(path: Path, count: int, *, seed: int = 0, broken: tuple[int, ...] = ()) -> list[np.ndarray]:

@@ -8,9 +8,8 @@ import pytest
 
 import demo
 import main
-from bundle import save_bundle
 from lmdb_io import LmdbReader, image_key
-from tests.small_networks import save_network, small_config, write_words
+from tests.small_networks import save_networks, small_config, write_words
 from utils import UserError
 
 WORDS = 7
@@ -19,10 +18,7 @@ WORDS = 7
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     """A folder with a bundle, an LMDB of words, and the same words as files."""
-    folder = tmp_path_factory.mktemp("demo")
-    save_network(folder / "binet.pth", small_config("binet"))
-    save_network(folder / "ssn.pth", small_config("ssn"), seed=2)
-    save_bundle(folder / "both.pth", folder / "binet.pth", folder / "ssn.pth")
+    folder = save_networks(tmp_path_factory.mktemp("demo"))
     write_words(folder / "words", WORDS)
     (folder / "pictures").mkdir()
     words = LmdbReader(folder / "words")

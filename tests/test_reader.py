@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import reader as reader_module
-from bundle import load_bundle, save_bundle
+from bundle import load_bundle
 from reader import Reader
-from tests.small_networks import save_network, small_config
+from tests.small_networks import save_networks, small_config
 from tools import bundle_weights
 from utils import UserError, read_checkpoint
 
@@ -21,12 +21,7 @@ from utils import UserError, read_checkpoint
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Checkpoints of a recogniser with masks, one without, and an SSN; the two in one file."""
-    folder = tmp_path_factory.mktemp("weights")
-    save_network(folder / "binet.pth", small_config("binet"))
-    save_network(folder / "abinet.pth", small_config("abinet"), seed=1)
-    save_network(folder / "ssn.pth", small_config("ssn"), seed=2)
-    save_bundle(folder / "both.pth", folder / "binet.pth", folder / "ssn.pth")
-    return folder
+    return save_networks(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from batches import ImageNormalizer
-from bundle import load_bundle, save_bundle
+from bundle import load_bundle
 from lmdb_io import LmdbReader, image_key
-from tests.small_networks import save_network, small_config, write_words
+from tests.small_networks import save_networks, write_words
 from tools import export_onnx
 from transforms import decode_picture, resize
 from utils import UserError
@@ -25,12 +25,7 @@ TOLERANCE = 1e-3
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("onnx")
-    save_network(folder / "binet.pth", small_config("binet"))
-    save_network(folder / "abinet.pth", small_config("abinet"), seed=1)
-    save_network(folder / "ssn.pth", small_config("ssn"), seed=2)
-    save_bundle(folder / "both.pth", folder / "binet.pth", folder / "ssn.pth")
-    return folder
+    return save_networks(tmp_path_factory.mktemp("onnx"))
 
 
 @pytest.fixture(scope="module")

@@ -141,3 +141,15 @@ def test_compiled_form_reads_batches_of_any_size(precision):
             leaves(compiled(image[:size], mask[:size])), leaves(eager(image[:size], mask[:size])), strict=True
         ):
             assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+@pytest.mark.slow
+def test_compiled_networks_of_one_class_stay_apart():
+    models = [small_language().eval() for _ in range(2)]
+    compiled = [prepare_for_inference(model, precision="fp32") for model in models]
+    arguments = torch.rand(3, 26, 37).softmax(-1), torch.tensor([4, 9, 26])
+    for _ in range(2):
+        for model, fast in zip(models, compiled, strict=True):
+            with torch.no_grad():
+                expected = model(*arguments).language[0].logits
+            torch.testing.assert_close(fast(*arguments).language[0].logits, expected, rtol=1e-4, atol=1e-5)

@@ -5,13 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import demo
 import main
+from batches import ImageNormalizer
+from bundle import load_bundle
+from config import load_config
+from inference import prepare_for_inference
 from reader import DEFAULT_CHECKPOINT, Reader
+from segmentation import Segmenter
 from tests.browser import fill, found, missing_pictures, page_data
+from tests.reference import fill_known_weights
+from transforms import ResizeWord, decode_picture
 
 ROOT = Path(__file__).parent.parent
 PICTURES = sorted((ROOT / "fig" / "demo").glob("*.png"))  # named after what they say
@@ -87,3 +95,41 @@ def test_the_report_on_real_words_works_in_a_browser(tested, browser):
     assert found(browser) == (wrong, wrong)
     assert missing_pictures(browser) == 0
     assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+@pytest.fixture(scope="module")
+def real_inputs():
+    """Images (N, 3, 32, 128) and SSN's masks (N, 1, 32, 128) of every real word."""
+    if not REAL_WORDS.is_dir():
+        pytest.skip("no real words here")
+    bundle = load_bundle(DEFAULT_CHECKPOINT)
+    pictures = [decode_picture(path.read_bytes()) for path in sorted(REAL_WORDS.glob("*/images/*"))]
+    masks = Segmenter(bundle.ssn, bundle.areas)(pictures)
+    resize = ResizeWord(size=bundle.image_size, keep_aspect=bundle.config.dataset.multiscales)
+    sized = [resize(picture, mask, None) for picture, mask in zip(pictures, masks, strict=True)]
+    images = ImageNormalizer()(np.stack([picture for picture, _ in sized]))
+    return images, torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).float() / 255
+
+
+def shipped_network():
+    return load_bundle(DEFAULT_CHECKPOINT).model.eval()
+
+
+def full_size_network():
+    nothing = ["model.vision.checkpoint=null", "model.language.checkpoint=null"]
+    return fill_known_weights(main.build_model(load_config("configs/train.yaml", nothing))).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_network", [shipped_network, full_size_network])
+def test_the_16_bit_form_reads_the_characters_of_float32(make_network, real_inputs):
+    network = make_network()
+    fast = prepare_for_inference(network, precision="bf16", compile=True)
+    same = []
+    with torch.inference_mode():
+        for image, mask in zip(*(each.split(32) for each in real_inputs), strict=True):
+            expected, read = (form(image, mask).alignment[-1].logits.argmax(-1) for form in (network, fast))
+            same.append(read == expected)  # (N, T)
+    share = float(torch.cat(same).double().mean())
+    print(f"{make_network.__name__}: {100 * share:.3f} % of the positions of {len(real_inputs[0])} words")
+    assert share >= 0.999

@@ -15,6 +15,7 @@ from torch import Tensor
 from builders import build_carried_ssn, build_charset, build_model, ssn_part, with_checkpoint
 from charset import Charset
 from config import Config
+from inference import FLOAT32_MODULES
 from modules.ssn import SSN
 from utils import UserError, checkpoint_weights, load_weights, read_checkpoint, save_atomically
 
@@ -93,7 +94,8 @@ def save_bundle(
 
     Args:
         areas: those that the recogniser's masks were made with; none: those that the SSN's checkpoint names.
-        half: store matrices and kernels as 16-bit numbers, which halves the file; vectors keep 32 bits.
+        half: store matrices and kernels as 16-bit numbers, which about halves the file; those that decide about a
+            character or see the picture first keep 32 bits, as vectors do.
 
     Returns:
         what was written.
@@ -136,8 +138,14 @@ def _carried_config(state: Mapping[str, Any], path: Path | str) -> Config:
 
 
 def _stored(weights: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """Weights as they are written: vectors (norms, biases) stay as they are, they cost nothing and need their range."""
+    """Weights as they are written: 16 bits for what the fast form computes in 16 bits (`inference.FLOAT32_MODULES`).
+
+    Vectors (norms, biases) stay as they are: they cost nothing and need their range.
+    """
+
+    def is_halved(name: str, tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and tensor.dim() > 1 and not FLOAT32_MODULES.search(name.rpartition(".")[0])
+
     return {
-        name: tensor.half() if half and tensor.is_floating_point() and tensor.dim() > 1 else tensor.clone()
-        for name, tensor in weights.items()
+        name: tensor.half() if half and is_halved(name, tensor) else tensor.clone() for name, tensor in weights.items()
     }

@@ -31,7 +31,9 @@ def test_the_file_is_small_and_whole():
     assert DEFAULT_CHECKPOINT.stat().st_size <= LARGEST
     content = torch.load(DEFAULT_CHECKPOINT, weights_only=True)
     assert {"model", "config", "charset", "ssn"} <= set(content)
-    assert all(tensor.dtype == torch.float16 for tensor in content["model"].values() if tensor.dim() > 1)
+    numbers = [(tensor.numel(), tensor.dtype) for part in (content, content["ssn"]) for tensor in part["model"].values()]
+    halves = sum(count for count, dtype in numbers if dtype == torch.float16)
+    assert halves > 0.95 * sum(count for count, _ in numbers)
 
 
 def test_a_reader_without_arguments_reads_the_pictures_of_the_demo():

@@ -1,6 +1,11 @@
-"""What the data loader hands to the loop: batches with named fields, and how samples become one."""
+"""What the data loader hands to the loop: batches with named fields, and how samples become one.
+
+Pictures, masks and labels of pixels stay in 8 bits until a batch is on its device: workers hand over, and a GPU
+receives, a quarter of the bytes.
+"""
 
 import dataclasses
+import functools
 import itertools
 import string
 from collections.abc import Iterator, Sequence
@@ -157,8 +162,8 @@ class Batch(_Batch):
     """N words.
 
     Fields:
-        images: (N, 3, H, W) float32, normalised with ImageNet's mean and deviation.
-        masks: (N, 1, H, W) float32 in [0, 1], 1 = text; None for a network without masks.
+        images: (N, 3, H, W) uint8, RGB.
+        masks: (N, 1, H, W) uint8, 255 = text; None for a network without masks.
         labels: (N, T) int64 classes of the normalised labels, 0 from their end on.
         lengths: (N,) int64, the end counted.
         texts: N labels as stored.
@@ -175,8 +180,8 @@ class Batch(_Batch):
     skipped: dict[int, str] = field(default_factory=dict)
 
     def inputs(self) -> tuple[Tensor, Tensor | None]:
-        """What the network is called with."""
-        return self.images, self.masks
+        """What the network is called with: normalised images and masks in [0, 1], float32."""
+        return normalize_images(self.images), None if self.masks is None else self.masks / 255.0
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """What the criterion is called with, behind the network's output."""
@@ -215,8 +220,8 @@ class SegmentationBatch(_Batch):
     """N pictures of one size and their labels.
 
     Fields:
-        images: (N, 3, H, W) float32, normalised with ImageNet's mean and deviation.
-        labels: (N, H, W) int64: 0, 1 = text, ignore_index where nothing is known.
+        images: (N, 3, H, W) uint8, RGB.
+        labels: (N, H, W) uint8: 0, 1 = text, ignore_index where nothing is known.
         names: N names of the samples.
         indices, skipped: as of Batch.
     """
@@ -228,12 +233,12 @@ class SegmentationBatch(_Batch):
     skipped: dict[int, str] = field(default_factory=dict)
 
     def inputs(self) -> tuple[Tensor]:
-        """What SSN is called with."""
-        return (self.images,)
+        """What SSN is called with: normalised images, float32."""
+        return (normalize_images(self.images),)
 
     def targets(self) -> tuple[Tensor]:
-        """What its criterion is called with, behind the network's output."""
-        return (self.labels,)
+        """What its criterion is called with, behind the network's output: int64."""
+        return (self.labels.long(),)
 
 
 # --- collation --------------------------------------------------------------------------------------------------------
@@ -245,21 +250,28 @@ def part_skipped(samples: Sequence[Any]) -> tuple[list[Any], dict[int, str]]:
     return read, {sample.index: sample.reason for sample in samples if isinstance(sample, Skipped)}
 
 
-class ImageNormalizer:
-    """Pictures (N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, mean and deviation of ImageNet."""
+def stack_pictures(pictures: Sequence[np.ndarray]) -> Tensor:
+    """N RGB pictures (H, W, 3) uint8 -> (N, 3, H, W) uint8; a pixel's channels stay side by side in memory."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
-    def __init__(self, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
-        self.scale = (1.0 / (255.0 * torch.tensor(std))).view(3, 1, 1)
-        self.offset = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1)
 
-    def __call__(self, pictures: np.ndarray) -> Tensor:
-        planes = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return planes.mul_(self.scale).add_(self.offset)
+def normalize_images(images: Tensor) -> Tensor:
+    """RGB levels 0 to 255 (N, 3, H, W) -> float32 with ImageNet's mean and deviation, a plane after another."""
+    scale, offset = _scale_and_offset(images.device)
+    return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).mul_(scale).add_(offset)
 
-    def inverse(self, images: Tensor) -> Tensor:
-        """Normalised images (..., 3, H, W) -> RGB in [0, 1]."""
-        scale, offset = self.scale.to(images), self.offset.to(images)
-        return ((images - offset) / (255.0 * scale)).clamp(0, 1)
+
+@functools.cache
+def _scale_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(3, 1, 1) each; kept, since to fetch them from the host would make a GPU's queue wait at every batch."""
+    with torch.inference_mode(False):
+        mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
+        return (1.0 / (255.0 * std)).view(3, 1, 1), (-mean / std).view(3, 1, 1)
+
+
+def _stacked(pictures: Sequence[np.ndarray], size: tuple[int, int]) -> Tensor:
+    """`stack_pictures`, and (0, 3, *size) of none."""
+    return stack_pictures(pictures) if pictures else torch.empty(0, 3, *size, dtype=torch.uint8)
 
 
 class WordCollate:
@@ -275,20 +287,18 @@ class WordCollate:
         self.labels = labels
         self.size = size
         self.with_masks = with_masks
-        self.normalize = ImageNormalizer()
 
     def __call__(self, samples: Sequence[WordSample | Skipped]) -> Batch:
         read, skipped = part_skipped(samples)
         texts = [sample.text for sample in read]
         labels, lengths = self.labels.encode(texts)
-        pictures = np.stack([s.image for s in read]) if read else np.empty((0, *self.size, 3), np.uint8)
         masks = None
         if read and read[0].mask is not None:
-            masks = torch.from_numpy(np.stack([sample.mask for sample in read])).unsqueeze(1).float().div_(255.0)
+            masks = torch.from_numpy(np.stack([sample.mask for sample in read])).unsqueeze(1)
         elif not read and self.with_masks:
-            masks = torch.empty(0, 1, *self.size)
+            masks = torch.empty(0, 1, *self.size, dtype=torch.uint8)
         return Batch(
-            images=self.normalize(pictures),
+            images=_stacked([sample.image for sample in read], self.size),
             masks=masks,
             labels=labels,
             lengths=lengths,
@@ -328,15 +338,13 @@ class SegmentationCollate:
 
     def __init__(self, *, size: tuple[int, int] = (32, 128)) -> None:
         self.size = size
-        self.normalize = ImageNormalizer()
 
     def __call__(self, samples: Sequence[SegmentationSample | Skipped]) -> SegmentationBatch:
         read, skipped = part_skipped(samples)
-        pictures = np.stack([s.image for s in read]) if read else np.empty((0, *self.size, 3), np.uint8)
-        labels = np.stack([s.labels for s in read]) if read else np.empty((0, *self.size), np.uint8)
+        labels = np.stack([sample.labels for sample in read]) if read else np.empty((0, *self.size), np.uint8)
         return SegmentationBatch(
-            images=self.normalize(pictures),
-            labels=torch.from_numpy(labels).long(),
+            images=_stacked([sample.image for sample in read], self.size),
+            labels=torch.from_numpy(labels),
             names=[sample.name for sample in read],
             indices=torch.tensor([sample.index for sample in read], dtype=torch.int64),
             skipped=skipped,

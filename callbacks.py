@@ -424,7 +424,7 @@ def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence
     """One picture for each word of a batch: word, masks, attention and reading."""
     attention = output.vision.attention.float().cpu().numpy()
     refined = output.vision.refined_mask
-    masks = None if batch.masks is None else batch.masks[:, 0].float().cpu().numpy()
+    masks = None if batch.masks is None else (batch.masks[:, 0] / 255.0).cpu().numpy()
     refined = None if refined is None else refined[:, 0].float().cpu().numpy()
     for row, (reading, picture) in enumerate(zip(readings, to_pictures(batch.images), strict=True)):
         yield reading_picture(

@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from batches import (
     Batch,
-    ImageNormalizer,
     LabelRule,
     LanguageBatch,
     LanguageCollate,
@@ -46,7 +45,6 @@ from word_index import MISSING, default_cache_dir, open_word_index
 __all__ = [
     "Batch",
     "EqualSizeBatchSampler",
-    "ImageNormalizer",
     "JoinedDataset",
     "LabelRule",
     "LanguageBatch",

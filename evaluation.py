@@ -215,7 +215,7 @@ class SegmentationEvaluator:
                 continue
             batch = batch.to(self.device)
             with autocast(self.device, self.precision):
-                probability = model.text_probability(batch.images, areas=self.areas)  # (N, H, W)
+                probability = model.text_probability(*batch.inputs(), areas=self.areas)  # (N, H, W)
             counted = batch.labels != self.ignore_index
             text, predicted = (batch.labels == 1) & counted, (probability > 0.5) & counted
             counts += torch.stack([(text & predicted).sum(), (~text & predicted).sum(), (text & ~predicted).sum()])

@@ -10,8 +10,6 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from batches import ImageNormalizer
-
 TEXT_COLOUR = (255, 60, 60)  # of a mask laid over its word
 MARGIN = 2  # pixels between two pictures of a grid
 CAPTION_HEIGHT = 14
@@ -19,9 +17,8 @@ BACKGROUND = 245
 
 
 def to_pictures(images: Tensor) -> np.ndarray:
-    """Network input (N, 3, H, W), normalised -> RGB pictures (N, H, W, 3) uint8."""
-    pixels = (ImageNormalizer().inverse(images.float()) * 255).round().byte()
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    """Images of a batch (N, 3, H, W) uint8 -> pictures (N, H, W, 3)."""
+    return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grey(mask: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from batches import ImageNormalizer
+from batches import normalize_images, stack_pictures
 from builders import checked_model_eval
 from bundle import Bundle, load_bundle, load_ssn
 from config import Config, load_config
@@ -105,7 +105,6 @@ class Reader:
         self.model_eval = checked_model_eval(bundle.config, model_eval)
         self._model = prepare_for_inference(bundle.model.to(self.device), precision="fp32", compile=False)
         self._resize = ResizeWord(size=bundle.image_size, keep_aspect=bundle.config.dataset.multiscales)
-        self._normalize = ImageNormalizer()
         self._segmenter = self._make_segmenter(bundle, ssn) if self.takes_masks and masks == "auto" else None
 
     @classmethod
@@ -159,11 +158,10 @@ class Reader:
     def _read_pictures(self, pictures: list[np.ndarray], given: list[np.ndarray | None]) -> list[Reading]:
         masks = self._complete(pictures, given) if self.takes_masks else [None] * len(pictures)
         sized = [self._resize(picture, mask, None) for picture, mask in zip(pictures, masks, strict=True)]
-        images = self._normalize(np.stack([picture for picture, _ in sized])).to(self.device)
+        images = normalize_images(stack_pictures([picture for picture, _ in sized]).to(self.device))
         inputs = None
         if self.takes_masks:
-            inputs = torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).float().div_(255.0)
-            inputs = inputs.to(self.device)
+            inputs = torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).to(self.device) / 255.0
         with torch.inference_mode():
             output = self._model(images, inputs)
             probabilities, classes = chosen_logits(output, self.model_eval).float().softmax(-1).max(-1)  # (N, T)

@@ -137,7 +137,8 @@ class Report:
     ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         """Of each word the pictures (word, mask, refined mask; RGB) and the attention (steps, h, w) of its reading."""
         layers = {"word": to_pictures(batch.images)}
-        for name, maps in (("mask", batch.masks), ("refined mask", output.vision.refined_mask)):
+        masks = None if batch.masks is None else batch.masks / 255.0
+        for name, maps in (("mask", masks), ("refined mask", output.vision.refined_mask)):
             if maps is not None:
                 layers[name] = np.stack([grey(each) for each in maps[:, 0].float().cpu().numpy()])
         if self._layout is None:

@@ -185,14 +185,14 @@ class HRNet(nn.Module):
         for stage in range(self.num_stages):
             branches = self._enter_stage(getattr(self, f"transition{stage + 1}"), branches)
             branches = getattr(self, f"stage{stage + 2}")(branches)  # (N, E_i, h_i, w_i) for each i
-        return self._mix(branches)
+        return self.mix(branches)
 
     @staticmethod
     def _enter_stage(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
         """One branch more than before: the new one, half as large, starts from the smallest there was."""
         return [path(branches[min(i, len(branches) - 1)]) for i, path in enumerate(transition)]
 
-    def _mix(self, branches: list[Tensor]) -> Tensor:
+    def mix(self, branches: list[Tensor]) -> Tensor:
         """Bring all branches to the first one's size, concatenate, mix by `last_layer`: (N, E, h_0, w_0).
 
         The concatenation is never made: a 1x1 convolution and an interpolation commute, so each branch is convolved

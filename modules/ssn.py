@@ -66,10 +66,10 @@ class RefinementHead(nn.Module):
         semantic_logits = scores + self.bias_sem[:, None, None]
         key_weights, attention = self._attend(features, scores, semantic_logits)
         small_image = resize_aligned(image, features.shape[-2:])  # (N, 3, h, w)
-        refined_logits = self.conv_ref_last(self._refine(features, small_image, attention))  # (N, C, h, w)
+        refined_logits = self.conv_ref_last(self.refine(features, small_image, attention))  # (N, C, h, w)
         return SegmentationOutput(semantic_logits, refined_logits, key_weights, attention)
 
-    def _refine(self, features: Tensor, small_image: Tensor, attention: Tensor) -> Tensor:
+    def refine(self, features: Tensor, small_image: Tensor, attention: Tensor) -> Tensor:
         """`conv_ref` of concat(small_image, features, attention), (N, width, h, w).
 
         The concatenation, as large as the features, is never made: the first convolution is a sum over its inputs.

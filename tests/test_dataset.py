@@ -43,6 +43,7 @@ from dataset import (
 )
 from lmdb_io import LmdbReader, LmdbWriter
 from masks import find_mask_lmdb
+from pictures import to_pictures
 from sampling import SampleGenerators
 from transforms import AugmentWord, CropSegmentation, ResizeWord
 from utils import UserError
@@ -416,14 +417,16 @@ class TestBatches:
         data = open_masked(words)
         batch = WordCollate(RULE)(data.__getitems__(range(4)))
         assert batch.images.shape == (4, 3, 32, 128)
-        assert batch.images.dtype == torch.float32
-        assert batch.images.is_contiguous()
         assert batch.masks.shape == (4, 1, 32, 128)
-        assert (batch.masks.min(), batch.masks.max()) == (0.0, 1.0)
-        pixel = data[1].image[10, 50] / 255.0
-        expected = (pixel - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-        np.testing.assert_allclose(batch.images[1, :, 10, 50], expected, atol=1e-5)
-        np.testing.assert_allclose(WordCollate(RULE).normalize.inverse(batch.images)[1, :, 10, 50], pixel, atol=1e-6)
+        assert batch.images.dtype == batch.masks.dtype == torch.uint8
+        np.testing.assert_array_equal(to_pictures(batch.images)[1], data[1].image)
+        images, masks = batch.inputs()
+        assert images.dtype == masks.dtype == torch.float32
+        assert images.is_contiguous()
+        assert (masks.min(), masks.max()) == (0.0, 1.0)
+        expected = (data[1].image[10, 50] / 255.0 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+        np.testing.assert_allclose(images[1, :, 10, 50], expected, atol=1e-5)
+        assert torch.equal(batch.inputs()[0], images), "inputs must not change the batch"
 
     def test_labels_are_normalised_texts_are_raw_lengths_count_the_end(self, words):
         batch = WordCollate(RULE)(open_set(words).__getitems__([3, 5]))
@@ -433,7 +436,7 @@ class TestBatches:
         assert batch.labels.shape == (2, 26)
         assert batch.labels[0, 3:].eq(0).all()
         assert batch.masks is None
-        assert batch.inputs() == (batch.images, None)
+        assert batch.inputs()[1] is None
         assert batch.targets() == (batch.labels, batch.lengths)
 
     def test_parts_hold_every_sample_once_in_order(self, words):
@@ -657,7 +660,8 @@ class TestSegmentation:
         batch = SegmentationCollate()([data[SampleKey(epoch, 1)] for epoch in range(3)])
         assert batch.images.shape == (3, 3, 48, 64)
         assert batch.labels.shape == (3, 48, 64)
-        assert batch.labels.dtype == torch.int64
+        assert batch.inputs()[0].dtype == torch.float32
+        assert batch.targets()[0].dtype == torch.int64
         assert set(batch.labels.unique().tolist()) <= {0, 1, 255}
         assert not torch.equal(batch.images[0], batch.images[1])
         again = SegmentationCollate()([data[SampleKey(0, 1)]])

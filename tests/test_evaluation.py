@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import main
-from batches import Batch
+from batches import IMAGENET_MEAN, IMAGENET_STD, Batch
 from charset import PROTOCOLS, Charset
 from evaluation import EMPTY_IN_PROTOCOL, WordEvaluator, read_logits, score_csv, score_table, write_scores
 from modules.outputs import RecogniserOutput, VisionOutput
@@ -24,7 +24,7 @@ STEPS = 9
 
 
 class Says(nn.Module):
-    """A network that reads what it was told to, with the confidence that it was told, in order of the images."""
+    """A network that reads what it was told to, with the confidence that it was told, at the place of each image."""
 
     def __init__(self, readings: list[tuple[str, float]]):
         super().__init__()
@@ -32,7 +32,8 @@ class Says(nn.Module):
 
     def forward(self, image, mask):
         logits = torch.full((len(image), STEPS, CHARSET.num_classes), -1e4)
-        for row, place in enumerate(image[:, 0, 0, 0].long().tolist()):
+        places = (image[:, 0, 0, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]) * 255
+        for row, place in enumerate(places.round().long().tolist()):
             text, confidence = self.readings[place]
             for step, character in enumerate([*CHARSET.encode(text), 0]):
                 logits[row, step, character] = 0
@@ -49,7 +50,7 @@ def batches(labels: list[str], size: int, *, broken: dict[int, str] | None = Non
     result = []
     for start in range(0, len(labels), size):
         places = torch.arange(start, min(start + size, len(labels)))
-        images = places.float().view(-1, 1, 1, 1).expand(-1, 3, 4, 8)
+        images = places.byte().view(-1, 1, 1, 1).expand(-1, 3, 4, 8)
         labels_, lengths = torch.zeros(len(places), STEPS, dtype=torch.int64), torch.ones(len(places))
         texts = [labels[place] for place in places]
         result.append(Batch(images, None, labels_, lengths, texts, places, (broken or {}) if start == 0 else {}))
@@ -110,7 +111,7 @@ def test_every_word_is_accounted_for():
 
 
 def test_confidence_stops_at_the_end_of_the_text():
-    logits = Says([("ab", 0.25)])(torch.zeros(1, 3, 4, 8), None).vision.logits
+    logits = Says([("ab", 0.25)])(*batches(["ab"], 1)[0].inputs()).vision.logits
     logits[0, 4, 5] = 0.0  # steps behind the end do not count
     texts, confidences = read_logits(logits, CHARSET)
     assert texts in (["ab"], [chr(ord("a") + 1) + "b"])

@@ -98,7 +98,7 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, monkeypatc
 
         def on_batch_loaded(self, trainer, batch):
             if trainer.iteration == 2:
-                batch.images.fill_(float("nan"))
+                batch.images = torch.full(batch.images.shape, float("nan"))
                 self.before = {key: value.clone() for key, value in trainer.model.named_parameters()}
                 self.indices = batch.indices
 

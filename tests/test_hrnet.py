@@ -46,7 +46,7 @@ def test_mixing_branch_by_branch_equals_mixing_the_concatenation(size):
         nn.init.uniform_(norm.running_var, 0.5, 2)
     mix, *rest = network.last_layer
     seen = {}
-    network._mix, original = lambda branches: seen.setdefault("branches", branches)[0], network._mix
+    network.mix, original = lambda branches: seen.setdefault("branches", branches)[0], network.mix
     network(torch.randn(2, 3, *size))
     branches = seen["branches"]
     together = torch.cat([resize_aligned(branch, branches[0].shape[-2:]) for branch in branches], dim=1)

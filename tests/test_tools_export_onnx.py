@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from batches import ImageNormalizer
+from batches import normalize_images, stack_pictures
 from bundle import load_bundle
 from lmdb_io import LmdbReader, image_key
 from tests.small_networks import save_networks, write_words
@@ -56,7 +56,7 @@ def test_the_recogniser_reads_as_in_torch(files, pictures, tmp_path, network, ca
     assert export_onnx.main(["--checkpoint", str(files / f"{network}.pth"), "--output", str(output)]) == 0
     assert "wrote" in capsys.readouterr().out
     bundle = load_bundle(files / f"{network}.pth")
-    images = ImageNormalizer()(np.stack([resize(each, (32, 128)) for each in pictures]))
+    images = normalize_images(stack_pictures([resize(each, (32, 128)) for each in pictures]))
     masks = torch.stack([torch.from_numpy(resize(each, (32, 128)).mean(2) / 255).float()[None] for each in pictures])
     inputs = {"image": images} | ({"mask": masks} if network == "binet" else {})
     with torch.inference_mode():

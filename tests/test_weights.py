@@ -11,7 +11,7 @@ import torch
 
 import demo
 import main
-from batches import ImageNormalizer
+from batches import normalize_images, stack_pictures
 from bundle import load_bundle
 from config import load_config
 from inference import prepare_for_inference
@@ -110,7 +110,7 @@ def real_inputs():
     masks = Segmenter(bundle.ssn, bundle.areas)(pictures)
     resize = ResizeWord(size=bundle.image_size, keep_aspect=bundle.config.dataset.multiscales)
     sized = [resize(picture, mask, None) for picture, mask in zip(pictures, masks, strict=True)]
-    images = ImageNormalizer()(np.stack([picture for picture, _ in sized]))
+    images = normalize_images(stack_pictures([picture for picture, _ in sized]))
     return images, torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).float() / 255
 
 

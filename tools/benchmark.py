@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from batches import ImageNormalizer
+from batches import normalize_images, stack_pictures
 from builders import (
     build_charset,
     build_criterion,
@@ -41,7 +42,9 @@ from builders import image_size as image_size_of
 from config import Config, load_config
 from distributed import Process
 from inference import prepare_for_inference
+from modules.hrnet import HRNet, resize_aligned
 from modules.mask_refinement import EPSILON
+from modules.ssn import RefinementHead
 from precision import PRECISIONS
 from segmentation import Segmenter
 from tools.growth import (
@@ -145,20 +148,35 @@ class FullResolutionSimilarity(nn.Module):
 
 
 def straightforward(model: nn.Module) -> nn.Module:
-    """A copy of a recogniser that computes its mask branch without any shortcut."""
+    """A copy of a recogniser or of SSN that computes what it does as the papers write it, without any shortcut."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "similarity"):
             module.similarity = FullResolutionSimilarity(image_size=module.image_size)
+        if isinstance(module, HRNet):
+            module.mix = partial(mix_concatenated, module)
+        if isinstance(module, RefinementHead):
+            module.refine = partial(refine_concatenated, module)
     return model
+
+
+def mix_concatenated(hrnet: HRNet, branches: Sequence[Tensor]) -> Tensor:
+    """`HRNet.mix` as it is written down: all branches at the first one's size, concatenated, then convolved."""
+    size = branches[0].shape[-2:]
+    return hrnet.last_layer(torch.cat([resize_aligned(branch, size) for branch in branches], dim=1))
+
+
+def refine_concatenated(head: RefinementHead, features: Tensor, small_image: Tensor, attention: Tensor) -> Tensor:
+    """`RefinementHead.refine` as it is written down."""
+    return head.conv_ref(torch.cat([small_image, features, attention], dim=1))
 
 
 def one_by_one(ssn: nn.Module, areas: Sequence[int], pictures: Sequence[np.ndarray]) -> list[Tensor]:
     """Masks (H, W) as the published procedure is written down: float32, one word and one area after another."""
-    device, normalize = next(ssn.parameters()).device, ImageNormalizer()
+    device = next(ssn.parameters()).device
     ssn.eval()
     with torch.no_grad():
-        images = (normalize(picture[None]).to(device) for picture in pictures)  # (1, 3, H, W)
+        images = (normalize_images(stack_pictures([each]).to(device)) for each in pictures)  # (1, 3, H, W)
         return [ssn.text_probability(image, areas=areas)[0] for image in images]
 
 
@@ -285,7 +303,8 @@ class Bench:
         name = f"areas {', '.join(map(str, areas))}"
         forms = {name: Form(lambda: segmenter(pictures), len(pictures), self.dtype)}
         if self.options.straightforward:
-            forms["straightforward"] = Form(lambda: one_by_one(ssn, areas, pictures), len(pictures))
+            slow = straightforward(ssn)
+            forms["straightforward"] = Form(lambda: one_by_one(slow, areas, pictures), len(pictures))
         forms[YARDSTICK] = Form(self._yardstick(len(pictures)), len(pictures))
         self._measure("masks", forms)
 

@@ -145,12 +145,12 @@ def time_workers(
 
 
 def time_loading(loader: DataLoader, batches: int, *, skip: int) -> tuple[float, int]:
-    """Seconds and words of so many batches, after `skip` that wait for the workers to start."""
+    """Seconds and words of so many batches, brought into the network's form, after `skip` that wait for the workers."""
     iterator = iter(loader)
     for _ in islice(iterator, skip):
         pass
     start = time.perf_counter()
-    words = sum(len(batch) for batch in islice(iterator, batches))
+    words = sum(len(batch.inputs()[0]) for batch in islice(iterator, batches))
     return time.perf_counter() - start, words
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.dropout import Dropout, dropout
+from modules.dropout import Dropout, dropout, relu_dropout
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
@@ -106,7 +106,10 @@ class _FeedForwardLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def feed_forward(self, sequence: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(sequence))))
+        hidden = self.linear1(sequence)  # (N, L, d_inner)
+        if self.training and self.activation is F.relu:
+            return self.linear2(relu_dropout(hidden, self.dropout.p))
+        return self.linear2(self.dropout(self.activation(hidden)))
 
 
 class TransformerEncoderLayer(_FeedForwardLayer):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from modules.dropout import Dropout, dropout
+from modules.dropout import Dropout, dropout, relu_dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -25,6 +25,19 @@ def test_the_gradient_is_that_of_the_kept_numbers():
     result.sum().backward()
     torch.testing.assert_close(values.grad * values.detach(), result.detach())
     assert set((values.grad == 0).flatten().tolist()) == {False, True}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relu_and_dropout_in_one_are_both_in_turn(dtype):
+    values = torch.randn(64, 65).to(dtype).requires_grad_()
+    results, gradients = [], []
+    for function in (relu_dropout, lambda values, p: dropout(values.relu(), p)):
+        torch.manual_seed(5)
+        results.append(function(values, 0.3))
+        gradients += torch.autograd.grad(results[-1].square().sum(), values)
+    assert torch.equal(*results)
+    assert torch.equal(*gradients)
+    assert torch.equal(relu_dropout(values, 0.0), values.relu())
 
 
 def test_the_generator_of_torch_decides():

@@ -39,9 +39,10 @@ class PrototypeSimilarity(nn.Module):
     def resize(self, maps: Tensor) -> Tensor:
         """maps (N, S, h, w) -> (N, S, H, W), bilinear.
 
-        As products where the channels lie apart: a CPU's backward pass is ten times as fast as the interpolation's.
+        As products where the channels lie apart: a CPU's backward pass is ten times as fast as the interpolation's. And
+        where a compiler builds one: it would add up the interpolation's gradients number by number.
         """
-        if not maps.is_contiguous():
+        if not maps.is_contiguous() and not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
             size = (len(self.rows), len(self.columns))
             return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
         return self.rows.to(maps.dtype) @ (maps @ self.columns.to(maps.dtype).T)

@@ -96,9 +96,13 @@ class RefinementHead(nn.Module):
             belief = F.normalize(semantic_logits.flatten(2).float().softmax(dim=1), dim=2)  # (N, C, P)
             overlap = belief @ belief.transpose(1, 2)  # (N, C, C)
             overlap = torch.exp(overlap * (1 - torch.eye(NUM_CLASSES, device=overlap.device)))
-            weights = torch.exp(scores - scores.amax(dim=1, keepdim=True))  # (N, C, P)
-            weights = weights / (overlap @ weights + 1e-12)
-            keys = weights @ cells.transpose(1, 2) / weights.sum(dim=2, keepdim=True)  # (N, C, E)
+            shifted = scores - scores.amax(dim=1, keepdim=True)  # (N, C, P)
+            weights = shifted.exp()
+            total = overlap @ weights + 1e-12
+            # weights / sum of weights, which are all 0 where no cell has the class by far: taken from their logarithms.
+            shares = (shifted - total.log()).softmax(dim=2)
+            weights = weights / total
+            keys = shares @ cells.transpose(1, 2)  # (N, C, E)
             attention = (keys @ cells).softmax(dim=1)  # (N, C, P)
         size = features.shape[-2:]
         return weights.unflatten(2, size), attention.unflatten(2, size)

@@ -142,6 +142,19 @@ def test_a_uniform_picture_gives_a_finite_answer():
     assert small_ssn().eval().text_probability(torch.zeros(1, 3, 9, 9), areas=[33]).isfinite().all()
 
 
+def test_a_class_that_no_cell_has_gives_finite_answers():
+    """Scores so far apart that the weights of a class are 0 everywhere in float32."""
+    network = SSN(**SMALL).eval()
+    with torch.no_grad():
+        network.semrfnhead.conv_sem.weight.copy_(torch.tensor([1e4, -1e4]).view(2, 1, 1, 1).expand(2, 40, 1, 1))
+    image = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    output = network(image)
+    assert (output.attention_key[:, 1] == 0).all()
+    output.refined_logits.sum().backward()
+    assert output.refined_logits.isfinite().all()
+    assert image.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_weights_stay_close(dtype):
     network = small_ssn().eval()

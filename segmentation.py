@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from batches import IMAGENET_MEAN, IMAGENET_STD
+from batches import normalize_images
 from modules.hrnet import resize_aligned
 from modules.ssn import PUBLISHED_AREAS, SSN, network_size
 from precision import PRECISIONS, fastest_precision
@@ -62,8 +62,6 @@ class Segmenter:
             raise ValueError(f"precision is {precision!r}; it must be auto, {', '.join(PRECISIONS)}")
         self.batch_pixels = batch_pixels or BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cpu"])
         self._dtype = PRECISIONS[self.precision]
-        self._mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1) * 255
         network = fold_batch_norms(copy.deepcopy(ssn).eval().requires_grad_(False).float())
         self._ssn: SSN = network.to(self.device, self._dtype, memory_format=torch.channels_last)
 
@@ -136,7 +134,7 @@ class Segmenter:
     def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Probability of text, float32 (H, W) each, of images that enter the network at `size`."""
         batch = torch.cat([resize_aligned(image, size) for image in images])
-        batch = ((batch - self._mean) / self._std).to(self._dtype, memory_format=torch.channels_last)
+        batch = normalize_images(batch).to(self._dtype, memory_format=torch.channels_last)
         maps = self._ssn.probability(batch)  # (len(images), 1, h, w)
         return [resize_aligned(each[None], image.shape[-2:])[0, 0] for each, image in zip(maps, images, strict=True)]
 

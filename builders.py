@@ -72,7 +72,7 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
     else:
         builders = {"vision": build_vision_model, "language": build_language_model, "recogniser": build_recogniser}
         model = builders[config.model.kind](config, charset or build_charset(config))
-    return _with_checkpoint(model, config.model.checkpoint, config)
+    return _with_weights(model, config.model.checkpoint, config)
 
 
 def build_recogniser(config: Config, charset: Charset) -> nn.Module:
@@ -118,7 +118,7 @@ def build_vision_model(config: Config, charset: Charset) -> nn.Module:
     else:
         blocks = ("normalize", "sft_blocks", "sft_channels", "condition_channels", "hidden_channels")
         model = MaskedVisionModel(**common, **{name: getattr(vision.segmentation, name) for name in blocks})
-    return _with_checkpoint(model, vision.checkpoint, config)
+    return _with_weights(model, vision.checkpoint, config)
 
 
 def build_attention(config: Config, *, cells: tuple[int, int]) -> nn.Module:
@@ -140,7 +140,7 @@ def build_language_model(config: Config, charset: Charset) -> nn.Module:
     language = config.model.language
     options = language.model_dump(exclude={"checkpoint", "loss_weight"})
     model = LanguageModel(num_classes=charset.num_classes, num_steps=config.dataset.max_length + 1, **options)
-    return _with_checkpoint(model, language.checkpoint, config)
+    return _with_weights(model, language.checkpoint, config)
 
 
 def build_alignment_model(config: Config, charset: Charset) -> nn.Module:
@@ -151,7 +151,7 @@ def build_alignment_model(config: Config, charset: Charset) -> nn.Module:
 def build_ssn(config: Config) -> SSN:
     """The text segmentation network, with `model.ssn.checkpoint`."""
     options = config.model.ssn.model_dump(exclude={"checkpoint", "areas", "loss_weights"})
-    return _with_checkpoint(SSN(**options), config.model.ssn.checkpoint, config)
+    return _with_weights(SSN(**options), config.model.ssn.checkpoint, config)
 
 
 def build_charset(config: Config) -> Charset:
@@ -174,7 +174,7 @@ def with_checkpoint(config: Config, checkpoint: str | None) -> Config:
     return config
 
 
-def _with_checkpoint(model: nn.Module, path: str | None, config: Config) -> nn.Module:
+def _with_weights(model: nn.Module, path: str | None, config: Config) -> nn.Module:
     if path is not None:
         state = read_checkpoint(path)
         load_weights(model, ssn_part(state) if isinstance(model, SSN) else state, path, strict=config.model.strict)
@@ -381,6 +381,11 @@ def evaluation_protocol(config: Config) -> int:
 def _open_words(config: Config, roots: list[str], *, training: bool, device: torch.device) -> tuple[list, Callable]:
     data, size = config.dataset, image_size(config)
     labels = build_label_rule(config, case_sensitive=data.case_sensitive if training else data.eval_case_sensitive)
+    if training and not data.case_sensitive and any(map(str.isupper, labels.charset.characters)):
+        logger.warning(
+            "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
+            data.charset_path,
+        )
     transform = AugmentWord if training and data.data_aug else ResizeWord
     datasets = open_word_datasets(
         roots,

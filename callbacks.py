@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_LIST = "checkpoint.yaml"
+ONE_FIELD = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # keeps a label one field of one line
 
 
 class Callback:
@@ -56,6 +57,9 @@ class Callback:
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """After the last step of an epoch; `trainer.epoch` counts it already."""
+
+    def on_evaluation_start(self, trainer: Trainer) -> None:
+        """Before an evaluation, which may take long, or fail."""
 
     def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
         """After an evaluation; `scores` is what `metrics.json` holds."""
@@ -264,15 +268,24 @@ class Evaluation(Callback):
         self.best = -math.inf
         self.last_iteration = -1
 
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if trainer.iteration and self._is_due(trainer):  # a kill came between the checkpoint and its evaluation
+            self._evaluate(trainer)
+
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        if trainer.iteration % self.interval == 0 and trainer.iteration >= self.start:
+        if self._is_due(trainer):
             self._evaluate(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         if trainer.iteration >= trainer.iterations and self.last_iteration != trainer.iteration:
             self._evaluate(trainer)
 
+    def _is_due(self, trainer: Trainer) -> bool:
+        reached = trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
+        return reached and self.last_iteration != trainer.iteration
+
     def _evaluate(self, trainer: Trainer) -> None:
+        trainer.call("on_evaluation_start")
         self.last_iteration = trainer.iteration
         trainer.share_statistics()
         scores = self.evaluator.evaluate(trainer.evaluation_model, self.observers)
@@ -297,6 +310,7 @@ class Checkpoints(Callback):
     """`<name>_<epoch>_<iteration>.pth` each `interval` iterations, at a stop signal, at the end; the last `keep` stay.
 
     `checkpoint.yaml` lists them, newest last. Put this callback last, so that what it saves is what the others did.
+    Where an evaluation falls on the same step, it saves before that, too: an evaluation that fails costs no step.
     """
 
     def __init__(self, *, folder: Path, name: str, interval: int, keep: int, start: int = 0):
@@ -311,13 +325,19 @@ class Checkpoints(Callback):
             for left in self.folder.glob(".*.tmp"):  # of a run that was killed while it saved
                 left.unlink(missing_ok=True)
 
+    def on_evaluation_start(self, trainer: Trainer) -> None:
+        if self._is_due(trainer) or trainer.iteration == trainer.iterations:
+            self.save(trainer)
+
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        due = trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
-        if due and trainer.iteration != trainer.iterations:  # the last one is saved at the end
+        if self._is_due(trainer) and trainer.iteration != trainer.iterations:  # the last one is saved at the end
             self.save(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         self.save(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
 
     def save(self, trainer: Trainer) -> None:
         state = trainer.state_dict()  # on every process: it gathers
@@ -397,7 +417,7 @@ class PredictionFiles:
         folder.mkdir(parents=True, exist_ok=True)
         wrong = [each for each in readings if self.normalize(each.text) != self.normalize(each.label)]
         for name, listed in ((self.model_eval, readings), (f"{self.model_eval}-false", wrong)):
-            lines = "".join(f"{each.label}\t{each.text}\n" for each in listed)
+            lines = "".join(f"{each.label.translate(ONE_FIELD)}\t{each.text}\n" for each in listed)
             (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
 
 

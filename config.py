@@ -70,6 +70,13 @@ def _known_stride(value: Any) -> Any:
     raise ValueError("must be 1, 2 or [rows, columns] of these")
 
 
+def _folder_name(value: Any) -> Any:
+    """A name that stays inside the folder that it is joined to."""
+    if isinstance(value, str) and (not value or value in (".", "..") or "/" in value or "\\" in value):
+        raise ValueError("must be the name of one folder")
+    return value
+
+
 Roots = Annotated[list[str], BeforeValidator(_as_list)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -102,13 +109,15 @@ def _is_section(field: FieldInfo) -> bool:
 class GlobalConfig(Section):
     """The run as a whole."""
 
-    name: str = key("run", "Name of the run: its folder below workdir and its checkpoint files.", pattern=r"^[^/\\]+$")
+    name: Annotated[str, BeforeValidator(_folder_name)] = key(
+        "run", "Name of the run: its folder below workdir and its checkpoint files."
+    )
     phase: Literal["train", "test"] = key("train", "train, or test: evaluate only (--phase sets it).")
     stage: Literal["pretrain-vision", "pretrain-language", "train-semi-super", "train-super", "train-ssn"] = key(
         "train-super", "Published name of the stage; informative, model.name decides what is trained."
     )
     workdir: str = key("workdir", "Folder that holds one folder for each run.", min_length=1)
-    seed: int | None = key(None, "Seed of weights, order and augmentation; null means 0.", ge=0)
+    seed: int | None = key(None, "Seed of weights, order and augmentation; null means 0.", ge=0, lt=2**63)
 
 
 class TrainDataConfig(Section):
@@ -136,7 +145,9 @@ class MasksConfig(Section):
     """Where text masks come from."""
 
     source: Literal["lmdb", "online", "none"] = key(
-        "lmdb", "lmdb: files; online: SSN in the loop; none (the default of a network without segmentation)."
+        "lmdb",
+        "lmdb: files (rendered words bring their own); online: SSN in the loop; none (the default of a "
+        "network without segmentation).",
     )
     root: str | None = key(None, "Folder of mask LMDBs; the masks of <root of images>/X are in <masks.root>/X.")
     cache: bool = key(False, "Keep the online mask of each word on disk, in cache_dir, for later epochs and runs.")
@@ -165,7 +176,9 @@ class DatasetConfig(Section):
     test: TestDataConfig = Field(default_factory=TestDataConfig)
     charset_path: str = key("data/charset_36.txt", "Characters of the network, one `id<TAB>character` per line.")
     eval_protocol: Literal[36, 62, 94] | None = key(
-        None, "Score on 36 (case and punctuation blind), 62 or 94 characters; null: on the charset's own."
+        None,
+        "Score on 36 (case and punctuation blind), 62 or 94 characters; null: the charset's own where "
+        "eval_case_sensitive is true, else 36.",
     )
     max_length: PositiveInt = key(25, "Longest word, characters; the network reads one step more for the end.")
     image_height: PositiveInt = key(32, "Height of the network's input, pixels.")
@@ -178,7 +191,9 @@ class DatasetConfig(Section):
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
     use_sm: bool = key(False, "Spelling mutation of language inputs.")
     smooth_label: bool = key(False, "Smooth the language inputs' one-hot characters.")
-    smooth_factor: float = key(0.1, "Probability that smoothing spreads over the other characters.", ge=0, lt=1)
+    smooth_factor: float = key(
+        0.1, "Largest share of a character that smoothing spreads over all; drawn for each word.", ge=0, lt=1
+    )
     multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = key(
         None, "How workers start; null: the platform's way."
     )
@@ -521,6 +536,8 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
         for name, d_model in (("language", language.d_model), ("alignment", model.alignment.d_model)):
             if d_model != vision.d_model:
                 yield f"model.{name}.d_model", f"{d_model} must equal model.vision.d_model {vision.d_model}"
+    if config.global_.phase == "train":
+        yield from _loss_problems(config)
     smallest, largest = config.dataset.segmentation.scale_range
     if smallest > largest:
         yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
@@ -544,6 +561,22 @@ def _vision_problems(config: Config) -> Iterator[tuple[str, str]]:
             yield f"dataset.{name}", f"{getattr(dataset, name)} is not a multiple of {stride}, the strides' product"
 
 
+def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
+    model = config.model
+    weights = {
+        "model.vision.loss_weight": model.vision.loss_weight,
+        "model.language.loss_weight": model.language.loss_weight,
+        "model.alignment.loss_weight": model.alignment.loss_weight,
+        "model.vision.segmentation.loss_weight": model.takes_masks and model.vision.segmentation.loss_weight,
+    }
+    if model.kind == "ssn":
+        weights = {f"model.ssn.loss_weights.{name}": weight for name, weight in model.ssn.loss_weights}
+    elif model.kind != "recogniser":
+        weights = {name: weight for name, weight in weights.items() if name.startswith(f"model.{model.kind}.")}
+    if not any(weights.values()):
+        yield next(iter(weights)), f"all weights of the loss are 0; set one of {', '.join(weights)}"
+
+
 def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:
     masks = config.dataset.masks
     if masks.source == "lmdb" and masks.root is None:
@@ -552,7 +585,7 @@ def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:
             "missing: the network reads masks from LMDBs (make them with tools/create_masks.py), "
             "else set dataset.masks.source=online or model.vision.segmentation.enabled=false",
         )
-    if masks.source == "online" and config.model.ssn.checkpoint is None:
+    if masks.source == "online" and config.model.ssn.checkpoint is None and config.model.checkpoint is None:
         yield "model.ssn.checkpoint", "missing: dataset.masks.source=online needs the weights of a trained SSN"
 
 
@@ -566,6 +599,8 @@ def _describe(error: Mapping[str, Any]) -> tuple[str, str]:
     dotted = re.sub(r"\.\[", "[", ".".join(f"[{part}]" if isinstance(part, int) else part for part in error["loc"]))
     if error["type"] == "extra_forbidden":
         return dotted, _unknown_key(dotted)
+    if error["type"] == "invalid_key":
+        return dotted, f"{_unknown_key(re.sub(r'[][]', '', dotted))} (a key is text)"
     if error["type"] in ("model_type", "model_attributes_type"):
         return dotted, f"must be a section of `key: value` lines, not {reprlib.repr(error['input'])}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("List should", "must")

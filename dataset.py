@@ -36,9 +36,9 @@ from batches import (
     WordSample,
 )
 from lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
-from masks import LmdbMasks, MaskSource, OnlineMasks, find_mask_lmdb
+from masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
 from sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler, as_key
-from transforms import BrokenPictureError, CropSegmentation, Picture, WordTransform, decode_mask, decode_picture
+from transforms import BrokenPictureError, CropSegmentation, Mask, Picture, WordTransform, decode_mask, decode_picture
 from utils import UserError
 from word_index import MISSING, default_cache_dir, open_word_index
 
@@ -190,6 +190,7 @@ class RenderedDataset(Dataset):
         source: `source[SampleKey]` -> (picture uint8 RGB, mask uint8, text), and its length.
         labels, transform, seed, stream, name: as of WordDataset; a text that is not usable is skipped when it comes.
         with_masks: keep the masks.
+        segmenter: pictures -> masks that take the place of the exact ones; None keeps those.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class RenderedDataset(Dataset):
         labels: LabelRule,
         transform: WordTransform,
         with_masks: bool = True,
+        segmenter: Segmenter | None = None,
         seed: int = 0,
         stream: int = 0,
         name: str = "rendered",
@@ -207,6 +209,7 @@ class RenderedDataset(Dataset):
         self.labels = labels
         self.transform = transform
         self.with_masks = with_masks
+        self.segmenter = segmenter
         self.name = name
         self.filtered: dict[str, int] = {}
         self._generators = SampleGenerators(seed, stream)
@@ -215,13 +218,30 @@ class RenderedDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: SampleKey | int) -> WordSample | Skipped:
-        key = as_key(key)
-        picture, mask, text = self.source[key]
-        reason = self.labels.unusable(text)
-        if reason:
-            return Skipped(key.index, reason)
-        picture, mask = self.transform(picture, mask if self.with_masks else None, self._generators.at(key))
-        return WordSample(picture, mask, text, key.index)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[WordSample | Skipped]:
+        """The samples of a batch, drawn together: masks made on the spot are made in one call."""
+        keys = [as_key(key) for key in keys]
+        words = [self.source[key] for key in keys]
+        samples: list[Any] = [
+            Skipped(key.index, reason) if (reason := self.labels.unusable(text)) else None
+            for key, (_, _, text) in zip(keys, words, strict=True)
+        ]
+        usable = [place for place, sample in enumerate(samples) if sample is None]
+        masks = self._masks([words[place] for place in usable])
+        for place, mask in zip(usable, masks, strict=True):
+            picture, text = words[place][0], words[place][2]
+            picture, mask = self.transform(picture, mask, self._generators.at(keys[place]))
+            samples[place] = WordSample(picture, mask, text, keys[place].index)
+        return samples
+
+    def _masks(self, words: list[tuple[Picture, Mask, str]]) -> Sequence[Mask | None]:
+        if not self.with_masks:
+            return [None] * len(words)
+        if self.segmenter is None or not words:
+            return [mask for _, mask, _ in words]
+        return self.segmenter([picture for picture, _, _ in words])
 
     def describe(self, index: int) -> str:
         """Name of a sample, for messages."""
@@ -319,8 +339,8 @@ def open_word_datasets(
 
     Args:
         roots: LMDBs or folders of LMDBs.
-        masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), a network that makes them, or
-            None for none.
+        masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), beside which rendered words
+            bring their own; a network that makes all of them; or None for none.
         length: words of an epoch of a renderer; None takes its own number.
         labels, transform, seed, cache_dir: as of WordDataset.
 
@@ -338,7 +358,9 @@ def open_word_datasets(
     for stream, ((root, path), name) in enumerate(zip(found, names, strict=True)):
         common = {"transform": transform, "seed": seed, "stream": stream, "name": name}
         if root is None:
-            datasets.append(_open_renderer(path, labels, length=length, with_masks=masks is not None, **common))
+            segmenter = masks.segmenter if isinstance(masks, OnlineMasks) else None
+            common |= {"with_masks": masks is not None, "segmenter": segmenter}
+            datasets.append(_open_renderer(path, labels, length=length, **common))
             continue
         source = LmdbMasks(find_mask_lmdb(masks, root, path)) if isinstance(masks, str | Path) else masks
         datasets.append(WordDataset(path, labels=labels, masks=source, cache_dir=cache_dir, **common))

@@ -7,7 +7,7 @@ Examples:
 
 Prints one line for each picture: path, reading, confidence (tab separated), or JSON objects with --json. With --overlay
 each picture is drawn with its mask and the attention of each character. Exit status: 0, also when some of the pictures
-are broken (their lines say so); 1 when all are; 2 for a mistake in the command.
+are broken (their lines say so); 2 when all are, or for a mistake in the command.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import cv2
 
-from pictures import reading_picture
+from pictures import on_picture, reading_picture
 from reader import MASK_SOURCES, Reader, Reading, to_picture
-from utils import UserError, run_command_line
+from utils import ArgumentParser, UserError, run_command_line
 
 PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 OVERLAY_HEIGHT = 64  # pixels of each drawing of the word
@@ -46,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             draw_overlay(path, reading, overlay)
         print(as_json(path, reading, overlay) if options.json else as_line(path, reading), flush=True)
         read_any = read_any or reading.error is None
-    return 0 if read_any else 1
+    return 0 if read_any else 2
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """See `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", required=True, action="append", metavar="PATH", help="picture, folder or pattern; repeatable"
     )
@@ -136,13 +136,14 @@ def draw_overlay(path: Path, reading: Reading, output: Path) -> None:
     picture = to_picture(path)
     scale = OVERLAY_HEIGHT / picture.shape[0]
     picture = cv2.resize(picture, (max(round(picture.shape[1] * scale), 1), OVERLAY_HEIGHT))
+    size, refined = picture.shape[:2], reading.refined_mask
     drawing = reading_picture(
         picture,
         caption=f"{reading.text} {reading.confidence:.2f}",
         characters=reading.text,
-        attention=reading.attention,
+        attention=[on_picture(weights, size, reading.extent) for weights in reading.attention],
         mask=reading.mask,
-        refined_mask=reading.refined_mask,
+        refined_mask=None if refined is None else on_picture(refined, size, reading.extent),
         over_picture=True,
     )
     if not cv2.imwrite(str(output), drawing[..., ::-1]):

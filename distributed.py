@@ -152,9 +152,19 @@ def average(values: Tensor) -> Tensor:
 def average_buffers(buffers: list[Tensor]) -> None:
     """Put the average over the processes into each of some tensors, in one message."""
     if is_distributed() and buffers:
-        flat = average(torch.cat([buffer.flatten().float() for buffer in buffers]))
-        for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(values.view_as(buffer))
+        put_back(average(flattened(buffers)), buffers)
+
+
+def flattened(tensors: list[Tensor]) -> Tensor:
+    """The numbers of some float tensors in one vector: one kernel of a GPU, one message, where each had its own."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+@torch.no_grad()
+def put_back(values: Tensor, tensors: list[Tensor]) -> None:
+    """Fill the tensors from a vector of the form that `flattened` gives."""
+    parts = values.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def any_process(flag: bool) -> bool:

@@ -26,6 +26,10 @@ FLOAT32_MODULES = re.compile(
 # Modules whose output goes on in float32: a sum over many residual blocks starts there, or a softmax is taken of it.
 FLOAT32_OUTPUTS = re.compile(r"(^|^vision\.)(conv0|back|attention\.k_decoder\.\d+)$")
 
+# Pictures that go through the network together on a CPU. A larger batch is read in parts: its maps would leave the
+# caches, and from 32 MiB on the C library has the system clear the memory of each map anew.
+CPU_BATCH = 64
+
 # A compiler's name of a parameter or buffer.
 WEIGHT = re.compile(r"\._(parameters|buffers)\[")
 
@@ -90,7 +94,8 @@ class PreparedNetwork(nn.Module):
     def forward(self, *inputs: Tensor | None) -> Any:
         """What the network gives for its inputs, see there; float32."""
         with self._compiler_settings():
-            return self.network(*map(_channels_last, inputs))
+            outputs = [self.network(*map(_channels_last, part)) for part in _parts(inputs)]
+        return outputs[0] if len(outputs) == 1 else _pytree.tree_map(_concatenated, *outputs)
 
     def _compiler_settings(self) -> contextlib.AbstractContextManager:
         return inductor_config.patch(freezing=True) if self.frozen else contextlib.nullcontext()
@@ -104,6 +109,21 @@ class PreparedSSN(PreparedNetwork):
         """As of `SSN`: (N, 3, H, W) -> (N, H, W) in [0, 1]."""
         with self._compiler_settings():
             return self.network.text_probability(image, areas=areas)
+
+
+def _parts(inputs: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
+    """The inputs, cut along the batch into parts of at most CPU_BATCH and of nearly one size where a CPU reads them."""
+    first = next(value for value in inputs if value is not None)
+    parts = -(-len(first) // CPU_BATCH)
+    if first.device.type != "cpu" or parts <= 1:
+        return [tuple(inputs)]
+    cut = [[None] * parts if value is None else value.tensor_split(parts) for value in inputs]
+    return list(zip(*cut, strict=True))
+
+
+def _concatenated(*leaves: Tensor | None) -> Tensor | None:
+    """The outputs of the parts of a batch as that of the batch."""
+    return None if leaves[0] is None else torch.cat(leaves)
 
 
 def _channels_last(value: Tensor | None) -> Tensor | None:

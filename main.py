@@ -56,9 +56,11 @@ from dataset import SkipLog
 from distributed import Process
 from evaluation import write_scores
 from inference import prepare_for_inference
+from precision import use_whole_float32
 from report import Report
 from trainer import Trainer
 from utils import (
+    ArgumentParser,
     UserError,
     explain_full_disk,
     read_checkpoint,
@@ -79,14 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = pick_device(options.local_rank)
     process = distributed.start(device.type)
     folder = work_folder(config)
-    try:
-        if config.global_.phase == "test":
-            test(config, device=device, process=process, model_eval=options.model_eval, image_only=options.image_only)
-        else:
-            with claimed(folder, process, keep=options.resume is not None), explain_full_disk(folder):
-                train(config, device=device, process=process, resume=options.resume, debug=options.debug)
-    finally:
-        distributed.stop()
+    if config.global_.phase == "test":
+        test(config, device=device, process=process, model_eval=options.model_eval, image_only=options.image_only)
+    else:
+        with claimed(folder, process, keep=options.resume is not None), explain_full_disk(folder):
+            train(config, device=device, process=process, resume=options.resume, debug=options.debug)
+    distributed.stop()  # not after a failure, see `run_command_line`
     return 0
 
 
@@ -108,8 +108,9 @@ def train(config: Config, *, device: torch.device, process: Process, resume: str
             "%s: %.2f M parameters, %d iterations, %s", config.model.name, parameters / 1e6, trainer.iterations, device
         )
     if state is not None:
-        trainer.load_state_dict(state)
+        load_training_state(trainer, state)
         logger.info("resumed after iteration %d", trainer.iteration)
+        state = None  # weights and momenta, which would stay in memory to the end
     trainer.fit()
 
 
@@ -120,9 +121,12 @@ def test(
     folder = work_folder(config)
     log_to(folder, process)
     model_eval = checked_model_eval(config, model_eval)
+    use_whole_float32()
     # In float32 and not compiled the fast form gives the network's own answers, at no start-up cost.
     model = prepare_for_inference(build_trained_model(config).to(device), precision="fp32", compile=False)
     evaluator = build_evaluator(config, device=device, process=process, model_eval=model_eval)
+    if process.is_main and not (folder / "config.yaml").exists():  # that of a training stays
+        save_config(config, folder / "config.yaml")
     observers = []
     if config.model.kind != "ssn":
         normalize = protocol_normalizer(evaluation_protocol(config))
@@ -291,11 +295,30 @@ def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
     return state
 
 
+def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Let a run go on from a checkpoint.
+
+    Raises:
+        UserError: it is of another network or optimiser.
+    """
+    try:
+        trainer.load_state_dict(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {reason}); resume with the "
+            "model and the optimizer.type that it was trained with, or start from its weights with --checkpoint"
+        ) from error
+
+
 def log_to(folder: Path, process: Process, *, debug: bool = False) -> None:
     """Log to the terminal and `log.txt`; processes other than the main one only warn."""
     if process.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        setup_logging(folder / "log.txt", level=logging.DEBUG if debug else logging.INFO)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            setup_logging(folder / "log.txt", level=logging.DEBUG if debug else logging.INFO)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); set global.workdir") from error
     else:
         setup_logging(level=logging.WARNING)
 
@@ -305,7 +328,7 @@ def log_to(folder: Path, process: Process, *, debug: bool = False) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The published flags and ours; see `--help`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="what to build and how (configs/)")
@@ -322,7 +345,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--model_strict",
         nargs="?",
         const="false",
-        choices=("true", "false"),
+        metavar="{true,false}",
         help="false (or no value): load what fits of a checkpoint",
     )
     parser.add_argument("--model_eval", choices=SUB_MODELS, help="sub-model to score")
@@ -331,9 +354,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, YAML values")
     options = parser.parse_intermixed_args(arguments)  # overrides may stand anywhere
+    # An override behind a flag whose value may be left out is no value of it.
     if options.resume and "=" in options.resume and not Path(options.resume).exists():
-        options.overrides.append(options.resume)  # `--resume key=value`: the newest checkpoint and an override
+        options.overrides.append(options.resume)
         options.resume = ""
+    if options.model_strict and "=" in options.model_strict:
+        options.overrides.append(options.model_strict)
+        options.model_strict = "false"
+    if options.model_strict not in (None, "true", "false"):
+        parser.error(f"argument --model_strict: {options.model_strict!r} is neither true nor false")
     return options
 
 

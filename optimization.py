@@ -45,9 +45,20 @@ def make_optimizer(
 ) -> Optimizer:
     """Adam, AdamW or SGD in torch's fused form: one kernel, and a step that can be called off on the device."""
     if kind == "SGD":
-        return torch.optim.SGD(groups, momentum=momentum, fused=True)
+        return _with_velocities(torch.optim.SGD(groups, momentum=momentum, fused=True))
     family = torch.optim.AdamW if kind == "AdamW" or decoupled_decay else torch.optim.Adam
     return family(groups, betas=tuple(betas), eps=eps, fused=True)
+
+
+def _with_velocities(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """The optimiser with all momenta at 0, where torch's first step would start them, too.
+
+    torch makes them at that step without values; where it is called off they stay so, and the next step would use them.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def with_warmup(schedule: Schedule, iterations: int) -> Schedule:

@@ -62,12 +62,23 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet
 
 
+def on_picture(values: np.ndarray, size: tuple[int, int], extent: tuple[float, float]) -> np.ndarray:
+    """The part of a map (h, w) over a network's input that lies on the picture, at the picture's size.
+
+    Args:
+        size: height and width of the picture.
+        extent: parts of the input's height and width that the picture fills, as of `reader.Reading`.
+    """
+    whole = tuple(max(round(side / part), side) for side, part in zip(size, extent, strict=True))
+    return cv2.resize(values.astype(np.float32), whole[::-1])[: size[0], : size[1]]
+
+
 def reading_picture(
     picture: np.ndarray,
     *,
     caption: str,
     characters: Sequence[str],
-    attention: np.ndarray,
+    attention: Sequence[np.ndarray],
     mask: np.ndarray | None = None,
     refined_mask: np.ndarray | None = None,
     over_picture: bool = False,
@@ -78,7 +89,7 @@ def reading_picture(
         picture: (H, W, 3) uint8.
         caption: written below the picture.
         characters: names of the steps to show; as many as `attention` has at most.
-        attention: (T, h, w).
+        attention: a map (h, w) for each step.
         mask, refined_mask: of any size.
         over_picture: draw the masks as colour over the picture instead of grey.
     """

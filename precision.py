@@ -11,6 +11,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def use_whole_float32() -> None:
+    """Let the convolutions of a GPU compute in float32 proper in this program: torch lets cuDNN round to 10 bits."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def fastest_precision(device: torch.device) -> str:
     """`bf16` where the device has instructions for products of it, else `fp32`.
 

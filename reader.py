@@ -25,6 +25,7 @@ from bundle import Bundle, load_bundle, load_ssn
 from config import Config, load_config
 from evaluation import chosen_logits
 from inference import prepare_for_inference
+from precision import use_whole_float32
 from segmentation import Segmenter
 from transforms import BrokenPictureError, ResizeWord, decode_mask, decode_picture
 from utils import UserError
@@ -52,8 +53,11 @@ class Reading:
         confidence: product of the probabilities of its characters and of its end, in [0, 1].
         characters: each character with its own confidence.
         mask: float32 (H, W) of the picture's size in [0, 1], 1 = text: what the network was given; None without masks.
-        attention: float32 (len(text), h, w), where the vision model looked for each character; each sums to 1.
-        refined_mask: float32 at the network's size, about 1 on text; None for a network without masks.
+        attention: float32 (len(text), h, w) over the network's input, where the vision model looked for each character;
+            each sums to 1.
+        refined_mask: float32 over the network's input, at its size, about 1 on text; None for a network without masks.
+        extent: parts of the input's height and width, in (0, 1], that the picture fills from the upper left corner: all
+            of them where it was stretched, less where it kept its shape (`dataset.multiscales`).
         error: why the picture could not be read, else None.
     """
 
@@ -63,6 +67,7 @@ class Reading:
     mask: np.ndarray | None = None
     attention: np.ndarray | None = None
     refined_mask: np.ndarray | None = None
+    extent: tuple[float, float] = (1.0, 1.0)
     error: str | None = None
 
 
@@ -103,6 +108,7 @@ class Reader:
         self.takes_masks = bundle.config.model.takes_masks
         self.batch_size = batch_size
         self.model_eval = checked_model_eval(bundle.config, model_eval)
+        use_whole_float32()  # readings are those of the test
         self._model = prepare_for_inference(bundle.model.to(self.device), precision="fp32", compile=False)
         self._resize = ResizeWord(size=bundle.image_size, keep_aspect=bundle.config.dataset.multiscales)
         self._segmenter = self._make_segmenter(bundle, ssn) if self.takes_masks and masks == "auto" else None
@@ -167,10 +173,16 @@ class Reader:
             probabilities, classes = chosen_logits(output, self.model_eval).float().softmax(-1).max(-1)  # (N, T)
         attention, refined = _array(output.vision.attention), output.vision.refined_mask
         refined = [None] * len(pictures) if refined is None else _array(refined)[:, 0]
+        extents = [self._extent(picture) for picture in pictures]
         return [
             self._reading(*row)
-            for row in zip(probabilities.tolist(), classes.tolist(), masks, attention, refined, strict=True)
+            for row in zip(probabilities.tolist(), classes.tolist(), masks, attention, refined, extents, strict=True)
         ]
+
+    def _extent(self, picture: np.ndarray) -> tuple[float, float]:
+        """Parts of the input's height and width that a picture fills."""
+        height, width = self._resize.fitted(picture.shape[:2])
+        return height / self._resize.size[0], width / self._resize.size[1]
 
     def _complete(self, pictures: list[np.ndarray], given: list[np.ndarray | None]) -> list[np.ndarray]:
         """A mask, uint8 (H, W), for each picture: the one that was given, else SSN's, else an empty one."""
@@ -191,6 +203,7 @@ class Reader:
         mask: np.ndarray | None,
         attention: np.ndarray,
         refined: np.ndarray | None,
+        extent: tuple[float, float],
     ) -> Reading:
         text = self.charset.decode(classes)
         counted = probabilities[: len(text) + 1]  # the end too, unless the text fills every step
@@ -201,6 +214,7 @@ class Reader:
             mask=None if mask is None else mask.astype(np.float32) / 255,
             attention=attention[: len(text)],
             refined_mask=refined,
+            extent=extent,
         )
 
     def _make_segmenter(self, bundle: Bundle, ssn: str | os.PathLike | None) -> Segmenter:

@@ -7,7 +7,9 @@ the data set's business (dataset.py).
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import itertools
 import logging
 import math
 import signal
@@ -21,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 import distributed
@@ -120,9 +121,7 @@ class Trainer:
         self.max_skipped_steps = max_skipped_steps
         self.extra_state = extra_state or {}
         self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=precision == "fp16")
-        self.ema = (
-            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
-        )
+        self.ema = AveragedWeights(model, decay=ema_decay) if ema_decay else None
         self.iteration = 0  # steps done
         self.epoch = 0
         self.batch_in_epoch = 0  # batches of this epoch done
@@ -203,16 +202,17 @@ class Trainer:
         """Forward, backward and update; the update is left out on the device where anything is not finite."""
         self.model.train()
         rate = self._set_learning_rate()
-        statistics = [buffer.clone() for buffer in self._statistics]
+        statistics = distributed.flattened(self._statistics) if self._statistics else None
         terms = self._forward_backward(batch.to(self.device))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.clip_grad or math.inf, foreach=True)
         finite = torch.isfinite(torch.stack([*terms.values(), norm])).all()
         self._update(finite)
-        for buffer, before in zip(self._statistics, statistics, strict=True):
-            buffer.copy_(torch.where(finite, buffer, before))  # a bad batch spoils the running statistics as well
+        if statistics is not None:  # a bad batch spoils the running statistics as well
+            kept = torch.where(finite, distributed.flattened(self._statistics), statistics)
+            distributed.put_back(kept, self._statistics)
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self.ema.update(self.model)
         samples = len(batch) * self.process.world_size
         return Step(terms, norm.detach(), finite, rate, samples, data_wait=waited, duration=0.0)
 
@@ -369,18 +369,22 @@ class Trainer:
             "callbacks": {type(each).__name__: each.state_dict() for each in self.callbacks},
         }
         if self.ema is not None:
-            training |= {"model": self.model.state_dict(), "ema_steps": self.ema.n_averaged}
+            training |= {"model": self.model.state_dict(), "ema_steps": self.ema.steps}
         return {"model": self.evaluation_model.state_dict(), "training": training, **self.extra_state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken."""
+        """Go on exactly where `state_dict` was taken.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: it was taken of another network or optimiser.
+        """
         training = state["training"]
         self.model.load_state_dict(training.get("model", state["model"]))
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model"])
             if "ema_steps" in training:
-                self.ema.n_averaged.copy_(training["ema_steps"])
-        self.optimizer.load_state_dict(training["optimizer"])
+                self.ema.steps = int(training["ema_steps"])
+        self._load_optimizer(training["optimizer"])
         if training["scaler"]:  # empty unless that run had fp16
             self.scaler.load_state_dict(training["scaler"])
         self._watch.in_a_row = training.get("skipped_in_a_row", 0)
@@ -399,6 +403,17 @@ class Trainer:
                 len(training["random"]),
             )
 
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Momenta and steps of a checkpoint; rate, decay and the like stay those of the config."""
+        both = state["param_groups"], self.optimizer.param_groups
+        taken, own = ({"betas", "momentum"} & groups[0].keys() for groups in both)
+        if taken != own:
+            raise ValueError("it holds the state of another optimizer.type")
+        settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(configured)
+
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -414,6 +429,36 @@ class Trainer:
         """Run one hook of every callback, in order."""
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
+
+
+class AveragedWeights:
+    """Exponential moving average of a network's weights and buffers; whole numbers among them are copied.
+
+    It counts its steps on the host: torch's `AveragedModel` brings a counter to the device, which stalls a GPU.
+
+    Attributes:
+        module: the averaged network.
+        steps: updates so far; the first one copies.
+    """
+
+    def __init__(self, network: nn.Module, *, decay: float) -> None:
+        self.module = copy.deepcopy(network).requires_grad_(False)
+        self.decay = decay
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Move towards the network as it is now."""
+        ours, theirs = (list(itertools.chain(each.parameters(), each.buffers())) for each in (self.module, network))
+        averaged = [place for place, tensor in enumerate(ours) if tensor.is_floating_point() and self.steps]
+        copied = sorted(set(range(len(ours))) - set(averaged))
+        for places, change in ((averaged, self._approach), (copied, torch._foreach_copy_)):
+            if places:
+                change([ours[place] for place in places], [theirs[place] for place in places])
+        self.steps += 1
+
+    def _approach(self, ours: list[Tensor], theirs: list[Tensor]) -> None:
+        torch._foreach_lerp_(ours, theirs, 1 - self.decay)
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:

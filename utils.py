@@ -1,5 +1,6 @@
-"""Errors, logging, seeds and checkpoint files: what every part needs and no part owns."""
+"""Command lines, errors, logging, seeds and checkpoint files: what every part needs and no part owns."""
 
+import argparse
 import contextlib
 import errno
 import logging
@@ -7,11 +8,13 @@ import os
 import pickle
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -29,8 +32,19 @@ class UserError(ValueError):
     """A mistake of the user's: the message names the key or file at fault and the remedy, in one or two lines."""
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's own, but a mistake on the command line is told in one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def run_command_line(main: Callable[[], int | None]) -> None:
-    """Run a program's `main`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run a program's `main`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C status 130.
+
+    One process of several that fails ends at once: to leave the group in order it would wait for the others, which wait
+    for its share of the step, and nobody would read why (NCCL).
+    """
     try:
         status = main()
     except UserError as error:
@@ -42,6 +56,15 @@ def run_command_line(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has gone; nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status or 0)
 
 
@@ -114,7 +137,8 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "it holds objects other than tensors and plain values" if "Unsupported" in str(error) else "damaged"
+        foreign = re.search(r"(?i)unsupported (global|class)|unrecognized function|can only build", str(error))
+        reason = "it holds objects other than tensors and plain values" if foreign else "damaged"
         raise UserError(f"checkpoint {path} is refused ({reason}); save a state_dict with torch.save") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"checkpoint {path} is damaged or no torch file ({first_line(error)}); use another") from error
@@ -126,6 +150,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
 def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint: ours and the published form keep them under `model`, a plain one at the top."""
     weights = state.get("model", state)
+    weights = weights if isinstance(weights, Mapping) else {}
     return {_strip_wrappers(name): value for name, value in weights.items() if isinstance(value, Tensor)}
 
 

@@ -1,10 +1,13 @@
 """builders.py: which weights and settings a network is built with. That each kind builds and trains: test_main.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from builders import build_model, build_segmenter
+from builders import build_model, build_segmenter, build_training_data
 from config import Config
+from distributed import Process
 from modules.ssn import SSN
 from tests import small_networks
 
@@ -41,3 +44,15 @@ def test_an_ssn_is_loaded_from_beside_a_recogniser(beside_a_recogniser, ssn):
     config.model.checkpoint = str(beside_a_recogniser)
     built = build_model(config).state_dict()
     assert all(torch.equal(tensor, built[name]) for name, tensor in ssn.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("charset", "case_sensitive", "warned"), [(94, False, True), (94, True, False), (36, False, False)]
+)
+def test_a_charset_whose_upper_case_is_never_taught_is_told(tmp_path, caplog, charset, case_sensitive, warned):
+    small_networks.write_words(tmp_path / "words", 3)
+    path = str(Path(__file__).resolve().parents[1] / "data" / f"charset_{charset}.txt")
+    config = small_networks.small_config("abinet", charset_path=path, case_sensitive=case_sensitive)
+    config.dataset.train.roots = [str(tmp_path / "words")]
+    build_training_data(config, device=torch.device("cpu"), process=Process())
+    assert ("dataset.case_sensitive=true" in caplog.text) == warned

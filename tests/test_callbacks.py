@@ -19,12 +19,14 @@ from callbacks import (
     Evaluation,
     History,
     NotFiniteBatches,
+    PredictionFiles,
     Progress,
     TensorBoard,
     UnreadableSamples,
     listed_checkpoints,
 )
 from distributed import Process
+from evaluation import ScoredWord
 from trainer import Step
 from utils import UserError
 
@@ -178,7 +180,7 @@ def test_the_best_weights_are_kept_and_statistics_shared_before_they_are_judged(
         assert each.best == value
     saved = torch.load(tmp_path / "best-run.pth", weights_only=True)
     assert (saved["iteration"], saved["charset"]) == (3, "abc")
-    assert trainer.called == ["share_statistics", "on_evaluation_end"] * 3
+    assert trainer.called == ["on_evaluation_start", "share_statistics", "on_evaluation_end"] * 3
 
 
 def test_the_last_batches_that_were_not_finite_stay(tmp_path):
@@ -186,6 +188,16 @@ def test_the_last_batches_that_were_not_finite_stay(tmp_path):
     for iteration in (3, 5, 9):
         each.on_step_skipped(FakeTrainer(), Batch(), iteration)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["not-finite-5-rank0.pth", "not-finite-9-rank0.pth"]
+
+
+def test_predictions_are_one_line_each_whatever_the_label_holds(tmp_path):
+    files = PredictionFiles(folder=tmp_path, model_eval="vision", normalize=str.lower)
+    words = [ScoredWord(0, "a\tb\nc", "abc", 0.5), ScoredWord(1, "Word", "word", 0.5)]
+    files.on_batch("set", None, None, words)
+    files.on_end({"datasets": {"set": {}}})
+    folder = tmp_path / "set-vision"
+    assert (folder / "vision.txt").read_text() == "a\\tb\\nc\tabc\nWord\tword\n"
+    assert (folder / "vision-false.txt").read_text() == "a\\tb\\nc\tabc\n"
 
 
 def test_checkpoints_of_a_run_are_told_from_other_files(tmp_path):

@@ -411,6 +411,21 @@ class TestJoined:
         assert batch.texts == ["word"]
         assert batch.skipped == {1: "empty", 2: "too_long"}
 
+    def test_a_network_that_makes_masks_makes_those_of_rendered_words_too(self):
+        calls = []
+
+        def segmenter(pictures):
+            calls.append(len(pictures))
+            return [np.full(each.shape[:2], 7, np.uint8) for each in pictures]
+
+        keys = [SampleKey(2, index) for index in range(3)]
+        exact = RenderedDataset(Drawn(), labels=RULE, transform=ResizeWord()).__getitems__(keys)
+        made = RenderedDataset(Drawn(), labels=RULE, transform=ResizeWord(), segmenter=segmenter).__getitems__(keys)
+        assert calls == [1], "one call for a batch, without the words that are skipped"
+        assert (made[0].image == exact[0].image).all()
+        assert (made[0].mask == 7).all()
+        assert len(np.unique(exact[0].mask)) > 1
+
 
 class TestBatches:
     def test_shapes_values_and_normalisation(self, words):

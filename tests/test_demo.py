@@ -9,6 +9,7 @@ import pytest
 import demo
 import main
 from lmdb_io import LmdbReader, image_key
+from pictures import on_picture
 from tests.small_networks import save_networks, small_config, write_words
 from utils import UserError
 
@@ -69,7 +70,7 @@ def test_json_lines_hold_characters_and_errors(capsys, setup, tmp_path):
     assert status == 0
     assert "a.png" in broken["error"]
     assert "".join(each["text"] for each in whole["characters"]) == whole["text"]
-    assert run(capsys, setup, "--input", str(tmp_path / "a.png"))[0] == 1
+    assert run(capsys, setup, "--input", str(tmp_path / "a.png"))[0] == 2
     assert run(capsys, setup, "--input", str(tmp_path))[1][0].startswith("error:")
 
 
@@ -91,3 +92,16 @@ def test_no_masks_may_be_asked_for(capsys, setup):
         demo.main(arguments)
     assert demo.main([*arguments, "--masks", "none"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == WORDS
+
+
+@pytest.mark.parametrize("extent", [(1.0, 1.0), (1.0, 0.25), (0.5, 1.0)])
+def test_a_map_over_the_input_lies_where_its_part_of_the_picture_is(extent):
+    """A spot in the middle of what the picture fills of the input comes to the middle of the picture."""
+    values = np.zeros((32, 128), np.float32)
+    row, column = int(16 * extent[0]), int(64 * extent[1])
+    values[row - 2 : row + 2, column - 2 : column + 2] = 1
+    drawn = on_picture(values, (64, 100), extent)
+    assert drawn.shape == (64, 100)
+    rows, columns = np.nonzero(drawn > 0.5)
+    assert abs(rows.mean() - 31.5) < 1.5
+    assert abs(columns.mean() - 49.5) < 1.5

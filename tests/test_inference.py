@@ -100,6 +100,22 @@ def test_a_word_reads_the_same_alone_as_in_a_batch():
         torch.testing.assert_close(ours, theirs[1:2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_batch_in_parts_reads_as_in_one(masked, monkeypatch):
+    fast = prepare_for_inference(with_statistics(small_recogniser(masked=masked)), precision="fp32", compile=False)
+    image, mask, *_ = known_inputs(5, 7)
+    inputs = (image, mask) if masked else (image, None)
+    together = fast(*inputs)
+    calls = []
+    fast.network.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
+    monkeypatch.setattr("inference.CPU_BATCH", 3)
+    in_parts = fast(*inputs)
+    assert sorted(calls) == [2, 2, 3]
+    assert type(in_parts) is type(together)
+    for ours, theirs in zip(leaves(in_parts), leaves(together), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stages_work_alone(precision):
     image, mask, *_ = known_inputs(5, 2)

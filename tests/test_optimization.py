@@ -76,3 +76,19 @@ def test_optimisers_have_their_type_and_are_fused(kind, decoupled, family):
     optimizer = make_optimizer(kind, groups, decoupled_decay=decoupled)
     assert type(optimizer) is family
     assert optimizer.defaults["fused"]
+
+
+def test_a_first_step_that_is_called_off_leaves_sgd_as_it_was():
+    torch.manual_seed(0)
+    plain, spared = nn.Linear(64, 64), nn.Linear(64, 64)
+    spared.load_state_dict(plain.state_dict())
+    inputs = torch.randn(8, 64)
+    for network, flags in ((plain, (0.0, 0.0)), (spared, (1.0, 0.0, 0.0))):
+        optimizer = make_optimizer("SGD", parameter_groups(network, lr=0.1, weight_decay=0.01))
+        for flag in flags:
+            optimizer.zero_grad()
+            network(inputs).square().mean().backward()
+            optimizer.found_inf = torch.tensor(flag)
+            optimizer.step()
+    for ours, theirs in zip(spared.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -41,6 +41,13 @@ def texts(readings) -> list[str]:
     return [reading.text for reading in readings]
 
 
+def test_the_extent_says_what_of_the_input_a_picture_fills(reader, files):
+    assert reader.read([picture(height=40, width=40)])[0].extent == (1.0, 1.0)
+    keeping = Reader(files / "both.pth", device="cpu", config=small_config(multiscales=True))
+    extents = [each.extent for each in keeping.read([picture(height=h, width=w) for h, w in ((40, 40), (16, 128))])]
+    assert extents == [(1.0, 0.25), (0.5, 1.0)]
+
+
 def test_every_form_of_a_picture_gives_the_same_reading(reader, tmp_path):
     array = picture()
     (tmp_path / "word.png").write_bytes(png(array))

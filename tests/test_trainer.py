@@ -10,13 +10,23 @@ import pytest
 import tiny_run
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from callbacks import Callback, Checkpoints, History, NotFiniteBatches, Progress, newest_whole_checkpoint
+from callbacks import (
+    Callback,
+    Checkpoints,
+    Evaluation,
+    History,
+    NotFiniteBatches,
+    Progress,
+    newest_whole_checkpoint,
+)
 from dataset import ResumableBatchSampler
 from distributed import Process
+from main import load_training_state
 from optimization import make_optimizer, parameter_groups, poly_schedule
-from trainer import Trainer
+from trainer import AveragedWeights, Trainer
 from utils import UserError
 
 SAMPLES, BATCH, ITERATIONS = 40, 8, 12
@@ -214,6 +224,82 @@ def test_averaged_weights_are_those_that_are_saved(tmp_path):
     _, state = newest_whole_checkpoint(tmp_path, "toy")
     assert not torch.equal(state["model"]["0.weight"], trainer.model[0].weight)
     assert torch.equal(state["model"]["0.weight"], trainer.ema.module[0].weight)
+
+
+def test_averaged_weights_are_torchs():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+    ours = AveragedWeights(network, decay=0.7)
+    for _ in range(4):
+        network(torch.randn(5, 3))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        theirs.update_parameters(network)
+        ours.update(network)
+    for (name, mine), other in zip(ours.module.state_dict().items(), theirs.module.state_dict().values(), strict=True):
+        if mine.is_floating_point():  # torch averages the count of batches as well
+            torch.testing.assert_close(mine, other, msg=name)
+    assert ours.module[1].num_batches_tracked == 4
+    assert not any(parameter.requires_grad for parameter in ours.module.parameters())
+
+
+class FailingEvaluator:
+    """Breaks at its first evaluations."""
+
+    headline, columns = "accuracy", ()
+
+    def __init__(self, failures):
+        self.failures = failures
+        self.evaluated = []
+
+    def evaluate(self, model, observers=()):
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("evaluation failed")
+        self.evaluated.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"datasets": {}, "weighted": {"accuracy": 0.5}, "mean": {}}
+
+    def table(self, scores):
+        return ""
+
+
+@pytest.mark.parametrize("iterations", [12, 5])
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, iterations):
+    def trainer(evaluator):
+        evaluation = Evaluation(evaluator=evaluator, interval=5, folder=tmp_path, name="toy")
+        return make_trainer(tmp_path, callbacks=[evaluation], iterations=iterations)
+
+    with pytest.raises(RuntimeError, match="evaluation failed"):
+        trainer(FailingEvaluator(1)).fit()
+    path, state = newest_whole_checkpoint(tmp_path, "toy")
+    assert path.name.endswith("_5.pth")
+    evaluator = FailingEvaluator(0)
+    resumed = trainer(evaluator)
+    resumed.load_state_dict(state)
+    resumed.fit()
+    assert len(evaluator.evaluated) == {12: 3, 5: 1}[iterations]
+    for name, tensor in evaluator.evaluated[0].items():
+        assert torch.equal(tensor, state["model"][name]), name
+
+
+def test_a_resumed_run_has_the_configured_decay_and_refuses_another_optimiser(tmp_path):
+    make_trainer(tmp_path).fit()
+    _, state = newest_whole_checkpoint(tmp_path, "toy")
+    resumed = make_trainer(tmp_path)
+    for group in resumed.optimizer.param_groups:
+        group["weight_decay"] = 0.2
+    resumed.load_state_dict(state)
+    assert {group["weight_decay"] for group in resumed.optimizer.param_groups} == {0.2}
+    assert resumed.optimizer.state_dict()["state"]
+    resumed.optimizer = make_optimizer("SGD", parameter_groups(resumed.model, lr=0.1, weight_decay=0.0))
+    with pytest.raises(UserError, match=r"optimizer\.type"):
+        load_training_state(resumed, state)
+    resumed = make_trainer(tmp_path)
+    del state["model"]["0.weight"]
+    with pytest.raises(UserError, match=r"0\.weight"):
+        load_training_state(resumed, state)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

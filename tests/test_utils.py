@@ -48,6 +48,28 @@ def test_old_non_zip_files_load(weights, tmp_path):
     load_checkpoint(small_network(), tmp_path / "old.pth")
 
 
+def test_a_file_without_tensors_is_told(tmp_path):
+    torch.save({"model": None}, tmp_path / "none.pth")
+    with pytest.raises(UserError, match=r"0\.weight"):
+        load_checkpoint(small_network(), tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize(("error", "status"), [("UserError('no disk')", 2), ("RuntimeError('no disk')", 1)])
+def test_a_process_of_several_that_fails_ends_at_once_and_says_why(error, status):
+    """At exit a group of NCCL would be taken down together; nothing that is registered there may run."""
+    program = (
+        "import atexit, time, utils, torch.distributed as dist\n"
+        "atexit.register(time.sleep, 60)\n"
+        "def main():\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        f"    raise {error.replace('UserError', 'utils.UserError')}\n"
+        "utils.run_command_line(main)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert result.returncode == status
+    assert "no disk" in result.stderr
+
+
 def test_missing_extra_and_reshaped_tensors_are_named(weights, tmp_path):
     weights["stranger"] = weights.pop("0.bias")
     weights["1.weight"] = torch.ones(7)

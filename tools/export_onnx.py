@@ -1,17 +1,21 @@
 """Export a recogniser to ONNX, alone or with the SSN that makes its masks in the same graph.
 
 Alone, the inputs are what the network reads:
-  image   float32 (N, 3, 32, 128): RGB picture, resized bilinearly to the network's size (aspect not kept), divided by
-          255, minus mean (0.485, 0.456, 0.406), divided by deviation (0.229, 0.224, 0.225)
-  mask    float32 (N, 1, 32, 128) in [0, 1], 1 = text, resized the same way; only for a network that reads with masks
+  image   float32 (N, 3, 32, 128): RGB picture, brought to the network's size, divided by 255, minus mean (0.485, 0.456,
+          0.406), divided by deviation (0.229, 0.224, 0.225)
+  mask    float32 (N, 1, 32, 128) in [0, 1], 1 = text, brought to that size likewise; only for a network that reads with
+          masks
 With --ssn the input is the picture itself, and the graph does the rest:
-  picture float32 (N, 3, h, w): RGB, 0 to 255, resized bilinearly to the size given by --ssn-size (32 k + 1 each)
+  picture float32 (N, 3, h, w): RGB, 0 to 255, brought to the size given by --ssn-size (32 k + 1 each)
+A picture is brought to a size by bilinear interpolation, as the network was trained (`keep_aspect` of the metadata):
+  false   stretched to that size
+  true    scaled until one side fits and filled up with black, mask 0, on the right or below
 Outputs:
   logits     float32 (N, steps, classes): class 0 is the end of the text, class i the i-th character of the charset;
              read the largest class of every step up to the first 0
   attention  float32 (N, steps, h, w): where the vision model looked at every step
   text_mask  float32 (N, 1, h, w), with --ssn: probability of text of the picture's pixels
-N is free. Charset, sizes, mean and deviation are in the file's metadata.
+N is free. Charset, sizes, keep_aspect, mean and deviation are in the file's metadata.
 """
 
 import argparse
@@ -46,7 +50,7 @@ EXAMPLE = """  python tools/export_onnx.py --checkpoint weights/binet-small.pth 
   python tools/export_onnx.py --checkpoint weights/binet-small.pth --ssn --output binet-with-ssn.onnx"""
 
 OPSET = 18
-SSN_SIZE = (65, 257)  # height, width: about the area of four network inputs, in the shape of a word
+SSN_SIZE = (161, 641)  # height, width: in the shape of the network's input, about the area that masks are made at
 
 
 class Recogniser(nn.Module):
@@ -133,7 +137,7 @@ def export_with_ssn(
     if not bundle.config.model.takes_masks:
         raise UserError("--ssn: this network reads without masks; export it without --ssn")
     if any(side < 33 or side % 32 != 1 for side in ssn_size):
-        raise UserError(f"--ssn-size {ssn_size[0]} {ssn_size[1]}: both must be 32 k + 1, such as 65 257")
+        raise UserError(f"--ssn-size {ssn_size[0]} {ssn_size[1]}: both must be 32 k + 1, such as 161 641")
     network = SegmentingRecogniser(Recogniser(bundle.model, model_eval), ssn, bundle.image_size)
     export(network, {"picture": torch.rand(2, 3, *ssn_size) * 255}, ("logits", "attention", "text_mask"), path)
     describe(path, facts_of(bundle, model_eval) | {"input": "picture", "picture_size": list(ssn_size)})
@@ -145,6 +149,7 @@ def facts_of(bundle: Bundle, model_eval: str) -> dict[str, object]:
         "charset": bundle.charset.characters,
         "model_eval": model_eval,
         "image_size": list(bundle.image_size),
+        "keep_aspect": bundle.config.dataset.multiscales,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }
@@ -186,7 +191,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs=2,
         default=SSN_SIZE,
         metavar=("HEIGHT", "WIDTH"),
-        help="size of the pictures that a graph with SSN takes (default: 65 257)",
+        help="size of the pictures that a graph with SSN takes (default: 161 641)",
     )
     parser.add_argument("--model_eval", metavar="NAME", help="sub-model whose logits to give (default: the last)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lmdb_io import LmdbWriter
-from utils import UserError
+from utils import ArgumentParser, UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,9 +52,9 @@ PICTURE_ERRORS = (
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; decode_picture refuses by the header instead
 
 
-def make_parser(description: str, example: str) -> argparse.ArgumentParser:
+def make_parser(description: str, example: str) -> ArgumentParser:
     """A parser whose `--help` ends with `example`, kept as it is laid out."""
-    return argparse.ArgumentParser(
+    return ArgumentParser(
         description=description,
         epilog=f"example:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

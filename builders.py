@@ -23,6 +23,7 @@ from dataset import (
     SegmentationCollate,
     ShardedSampler,
     WordCollate,
+    WordDataset,
     default_cache_dir,
     make_loader,
     open_segmentation_datasets,
@@ -49,7 +50,7 @@ from optimization import (
 )
 from segmentation import Segmenter
 from transforms import AugmentWord, CropSegmentation, ResizeWord
-from utils import UserError, load_weights, read_checkpoint
+from utils import RENDER_SCHEME, UserError, load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +288,7 @@ def build_evaluator(
         model_eval=model_eval,
         device=device,
         precision=precision,
+        numbers={dataset.name: dataset.number for dataset in datasets if isinstance(dataset, WordDataset)},
     )
 
 
@@ -411,7 +413,7 @@ def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks |
             return OnlineMasks(segmenter)
         folder = Path(config.dataset.cache_dir or default_cache_dir()) / "masks"
         return OnlineMasks(segmenter, cache_dir=folder, fingerprint=_mask_fingerprint(config, segmenter))
-    only_rendered = all(root.startswith("render://") for root in config.dataset.train.roots)
+    only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
     if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.global_.phase == "train"):
         raise UserError(
             "the network reads with masks and dataset.masks.root is not set; name the folder of mask LMDBs "

@@ -422,7 +422,10 @@ class PredictionFiles:
 
 
 class AttentionPictures:
-    """`<dataset>-<model_eval>/attn/<index>.jpg`: each word with its masks and the attention of each character."""
+    """`<dataset>-<model_eval>/attn/<number>.jpg`: each word with its masks and the attention of each character.
+
+    The number is that of the word in its LMDB.
+    """
 
     def __init__(self, *, folder: Path, model_eval: str):
         self.folder = folder
@@ -434,7 +437,7 @@ class AttentionPictures:
         folder = self.folder / f"{dataset}-{self.model_eval}" / "attn"
         folder.mkdir(parents=True, exist_ok=True)
         for reading, picture in zip(readings, evaluation_pictures(batch, output, readings), strict=True):
-            cv2.imwrite(str(folder / f"{reading.index:06d}.jpg"), picture[..., ::-1])
+            cv2.imwrite(str(folder / f"{reading.number:09d}.jpg"), picture[..., ::-1])
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
         """Every picture is written already."""

@@ -17,7 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 from rapidfuzz import fuzz, process
 
-from utils import UserError
+from modules.ssn import PUBLISHED_AREAS
+from utils import RENDER_SCHEME, UserError
 from yaml_io import Document, dump_yaml, parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,6 @@ ABINET_DEFAULTS = {
 
 # Published keys that nothing reads any more: they are named in a warning and ignored.
 DEAD_KEYS = ("dataset.one_hot_y", "training.stats_iters", "model.ensemble", "model.use_vision")
-
-RENDER_SCHEME = "render://"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schema
@@ -348,7 +347,7 @@ class SSNConfig(Section):
     bottleneck_width: PositiveInt = key(64, "Inner channels of those; they give four times as many.")
     head_width: PositiveInt = key(64, "Channels of the refining convolutions.")
     areas: Annotated[list[PositiveInt], Field(min_length=1)] = key(
-        [385, 513, 641, 769, 897, 1025, 1153, 1281],
+        list(PUBLISHED_AREAS),
         "Sides of the square areas, pixels, at which a picture is segmented; masks are the mean. Left at this default, "
         "a checkpoint that carries its own areas is used with those.",
     )
@@ -361,7 +360,7 @@ class ModelConfig(Section):
     name: Annotated[
         Literal[VISION, LANGUAGE, ABINET, BINET, SSN],
         BeforeValidator(lambda name: ALIASES.get(name, name) if isinstance(name, str) else name),
-    ] = key(BINET, f"Network to build; short: {', '.join(ALIASES)}.")
+    ] = key(BINET, f"Network to build, by its published name; short: {', '.join(ALIASES)}.")
     iter_size: PositiveInt = key(3, "Rounds of language and alignment.")
     checkpoint: str | None = key(None, "Weights of the whole network; loaded after the sub-models'.")
     strict: bool = key(True, "A checkpoint must have every tensor and no other.")

@@ -39,7 +39,7 @@ from lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
 from masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
 from sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler, as_key
 from transforms import BrokenPictureError, CropSegmentation, Mask, Picture, WordTransform, decode_mask, decode_picture
-from utils import UserError
+from utils import RENDER_SCHEME, UserError
 from word_index import MISSING, default_cache_dir, open_word_index
 
 __all__ = [
@@ -74,7 +74,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BROKEN = "broken"  # the picture cannot be decoded
-RENDER_SCHEME = "render://"
 TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
 
 
@@ -131,7 +130,7 @@ class WordDataset(Dataset):
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[WordSample | Skipped]:
         """The samples of a batch, read together: masks made on the spot are made in one call."""
         keys = [as_key(key) for key in keys]
-        read = self._read_words([int(self.index.numbers[key.index]) for key in keys])
+        read = self._read_words([self.number(key.index) for key in keys])
         if self.masks is not None:
             self._add_masks(read)
         samples: list[WordSample | Skipped] = []
@@ -146,12 +145,16 @@ class WordDataset(Dataset):
 
     def picture(self, index: int) -> Picture:
         """The picture of a sample as stored, RGB uint8; raises BrokenPictureError."""
-        data = self.reader.get(image_key(int(self.index.numbers[index])))
+        data = self.reader.get(image_key(self.number(index)))
         return decode_picture(data if data is not None else b"")
+
+    def number(self, index: int) -> int:
+        """Number of a sample in the LMDB, from 1: that of its keys."""
+        return int(self.index.numbers[index])
 
     def describe(self, index: int) -> str:
         """File and key of a sample, for messages."""
-        return f"{self.reader.path} {image_key(int(self.index.numbers[index]))}"
+        return f"{self.reader.path} {image_key(self.number(index))}"
 
     def _read_words(self, numbers: list[int]) -> list[Any]:
         """For each number [number, picture, None, text], or the reason why it cannot be read."""

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import distributed
 import metrics
-from charset import Charset, protocol_normalizer
+from charset import NULL, Charset, protocol_normalizer
 from modules.outputs import RecogniserOutput
 from precision import autocast
 from utils import write_atomically
@@ -41,6 +41,7 @@ class ScoredWord:
     label: str  # as stored
     text: str
     confidence: float  # product of the probabilities of its characters and of the end token, in [0, 1]
+    number: int = 0  # of its entry in the LMDB, which counts from 1, those that the filter leaves out as well
 
 
 class Observer(Protocol):
@@ -73,7 +74,8 @@ def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float
     Everything is computed on the device; the host gets two small tensors for the whole batch.
     """
     probabilities, ids = logits.float().softmax(-1).max(-1)  # (N, T)
-    after_end = ((ids == 0).cumsum(1) - (ids == 0).long()) > 0  # steps behind the first end token
+    ends = ids == NULL
+    after_end = (ends.cumsum(1) - ends.long()) > 0  # steps behind the first end token
     confidences = probabilities.masked_fill(after_end, 1.0).prod(1)
     return [charset.decode(row) for row in ids.tolist()], confidences.tolist()
 
@@ -114,6 +116,7 @@ class WordEvaluator:
         protocol: charset of the comparison, 36, 62 or 94.
         filtered: name -> reason -> words that are not read at all.
         precision: fp32, bf16 or fp16 (autocast).
+        numbers: name -> index of a sample -> number of its entry in the LMDB; without, samples are counted from 1.
     """
 
     loaders: Mapping[str, DataLoader]
@@ -123,6 +126,7 @@ class WordEvaluator:
     model_eval: str
     device: torch.device
     precision: str = "fp32"
+    numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
     headline: str = field(default="accuracy", init=False)
     columns: Sequence[str] = field(default=("accuracy", "ccr", "ned", "ece"), init=False)
 
@@ -160,7 +164,9 @@ class WordEvaluator:
             with autocast(self.device, self.precision):
                 output = model(*batch.inputs())
             texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
-            rows = zip(batch.indices.tolist(), batch.texts, texts, confidences, strict=True)
+            indices = batch.indices.tolist()
+            numbers = map(self.numbers.get(name, lambda index: index + 1), indices)
+            rows = zip(indices, batch.texts, texts, confidences, numbers, strict=True)
             read = [ScoredWord(*row) for row in rows]
             readings += read
             for observer in observers:

@@ -87,7 +87,7 @@ def with_total(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str,
     return terms | {"total": sum(weights[name] * term for name, term in terms.items())}
 
 
-# Text segmentation (DESIGN 5, "SSN", training; TexRNet, section 4).
+# Text segmentation (TexRNet, section 4).
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:

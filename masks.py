@@ -189,5 +189,6 @@ def find_mask_lmdb(mask_root: str | Path, image_root: str | Path, image_lmdb: st
         if is_lmdb(candidate):
             return candidate
     raise UserError(
-        f"{candidates[0]}: no mask LMDB for {image_lmdb}; make it with tools/create_masks.py or set dataset.masks.root"
+        f"{candidates[0]}: no mask LMDB for {image_lmdb}; make it with tools/create_masks.py, set "
+        "dataset.masks.root, or let SSN make masks on the spot (dataset.masks.source=online)"
     )

@@ -330,7 +330,7 @@ def most_confused(words: Sequence[Comparison], most: int) -> list[dict[str, Any]
 def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) -> list[Any]:
     """A word as the page's script gets it, without names to save space.
 
-    Data set, index, label, reading, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite (-1
+    Data set, number, label, reading, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite (-1
     for none), row, readings of vision, language and alignment (0 where equal to the reading), confusions ("o>0").
     """
     reported, word = each.reported, each.reported.word
@@ -340,7 +340,7 @@ def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) 
 
     return [
         datasets.index(reported.dataset),
-        word.index,
+        word.number,
         word.label,
         word.text,
         round(word.confidence * 10_000),

@@ -1,6 +1,6 @@
 """Text masks for pictures of any sizes: SSN over one or several sizes, in batches, in the precision that is fastest.
 
-The procedure is the published one (DESIGN 5, "Masks at test time"; `SSN.text_probability`), with the pictures that
+The procedure is the published one (`SSN.text_probability`), with the pictures that
 enter the network at one size sharing a forward pass. A mask holds round(255 * probability): storing it in 8 bits moves
 a probability by at most 1 / 510.
 """

@@ -26,6 +26,7 @@ UNUSED_PUBLISHED = re.compile(
 # Prefixes that wrappers put before every name: DistributedDataParallel / DataParallel, torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 NAMES_SHOWN = 5
+RENDER_SCHEME = "render://"  # begins a data root that is no file but a renderer's YAML
 
 
 class UserError(ValueError):

@@ -70,8 +70,9 @@ def draw_panels(axes: Axes) -> None:
 def draw_masks(axes: Axes, word: RenderedWord) -> None:
     """From the picture to its text mask."""
     thumbnail(axes, word.image, (0.15, 3.05), 3.3)
-    label(axes, (1.8, 2.75), "word picture\n3 × 32 × 128")
+    label(axes, (1.8, 2.75), "word picture\n(vision: 32 × 128)")
     box(axes, (4.4, 7.15), (3.45, 1.25), "HRNet-W48\n+ refining head", SSN)
+    label(axes, (6.12, 7.08), "in 8 sizes; trained apart")
     thumbnail(axes, word.mask, (8.55, 7.37), 3.3)
     label(axes, (10.2, 7.27), "text mask")
     arrow(axes, (1.8, 4.05), (4.35, 7.78), corner="up")

@@ -1,6 +1,6 @@
 """HRNetV2: keeps a map of high resolution beside ever smaller ones and lets them exchange what they know.
 
-Sun et al., "High-Resolution Representations for Labeling Pixels and Regions" (2019); DESIGN 5, "SSN".
+Sun et al., "High-Resolution Representations for Labeling Pixels and Regions" (2019).
 
 Legend: N images, H x W pixels, E_i channels of branch i (`widths`), E = sum of the E_i, h_i x w_i cells of branch i
 (H / 4, H / 8, H / 16, ... rounded up).
@@ -169,7 +169,7 @@ class HRNet(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Kaiming normal over the inputs of a convolution: a network this deep does not start to learn with less."""
+        """Kaiming normal, variance 2 / (k * k * outputs): a network this deep does not start to learn with less."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

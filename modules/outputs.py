@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NULL_CLASS = 0
+NULL_CLASS = 0  # as `charset.NULL`
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """SSN, the semantic segmentation network for text: TexRNet's refinement head on HRNet.
 
-Xu et al., "Rethinking Text Segmentation" (CVPR 2021), section 4; BINet section 3.2; DESIGN 5, "SSN".
+Xu et al., "Rethinking Text Segmentation" (CVPR 2021), section 4; BINet section 3.2.
 
 Legend: N images, H x W pixels, h x w cells (a quarter of the pixels, rounded up), P = h * w, E channels of the
 backbone, C = 2 classes (0 = background, 1 = text).

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const names = ["dataset", "index", "label", "text", "confidence", "right", "length", "similarity", "sprite", "row",
+  const names = ["dataset", "number", "label", "text", "confidence", "right", "length", "similarity", "sprite", "row",
     "vision", "language", "alignment", "confusions"];
   const words = data.words.map((row) => Object.fromEntries(names.map((name, place) => [name, row[place]])));
   for (const word of words) {
@@ -183,7 +183,7 @@
     meta.append(
       element("span", "mark", word.right ? "✓ right" : "✗ wrong"),
       element("span", "", `${(word.confidence / 100).toFixed(1)} % sure`),
-      element("span", "", `${data.datasets[word.dataset]} #${word.index + 1}`));
+      element("span", "", `${data.datasets[word.dataset]} #${word.number}`));
     button.append(meta);
     button.addEventListener("click", () => toggle(made, button, word));
     made.append(button);

@@ -133,6 +133,7 @@ class TestWords:
         data = open_set(path)
         assert [data[index].text for index in range(len(data))] == ["one", "two", "three"]
         assert data.describe(2).endswith("image-000000005")
+        assert data.number(2) == 5
 
     def test_plain_index_means_epoch_0(self, words):
         data = open_masked(words, transform=AugmentWord())

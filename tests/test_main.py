@@ -219,7 +219,8 @@ def test_each_test_set_has_its_row_and_its_files(data):
         lines = (folder / f"set-a-{model_eval}" / f"{model_eval}.txt").read_text().splitlines()
         assert [line.split("\t")[0] for line in lines] == WORDS[:5]
         assert (folder / f"set-a-{model_eval}" / f"{model_eval}-false.txt").exists()
-        assert len(list((folder / f"set-b-{model_eval}" / "attn").glob("*.jpg"))) == 3
+        pictures = sorted(path.name for path in (folder / f"set-b-{model_eval}" / "attn").iterdir())
+        assert pictures == [f"{number:09d}.jpg" for number in (1, 2, 3)], "named by the keys of the LMDB"
 
 
 def test_image_only_leaves_attention_out_and_a_folder_gives_all_its_sets(data):

@@ -270,9 +270,13 @@ def markdown(rows: Sequence[dict], kinds: Sequence[str], *, words: int) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+MASK_NAMES = {"ssn": "SSN's masks", "exact": "exact masks", "none": "empty masks", "full": "all-text masks"}
+MASK_NAMES |= {"other": "another word's masks"}
+
+
 def label_of(row: dict) -> str:
     """Name of a network and its masks."""
-    return row["name"] if row["masks"] == NO_MASKS else f"{row['name']} ({row['masks']} masks)"
+    return row["name"] if row["masks"] == NO_MASKS else f"{row['name']} ({MASK_NAMES[row['masks']]})"
 
 
 def scores_csv(runs: Sequence[Run], kinds: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ class Axes(NamedTuple):
 
 AXES = {
     "growth-batch": Axes("words in a batch", "seconds of a batch", "log", "linear"),
-    "growth-words": Axes("words in the list", "seconds to open it", "log", "log"),
+    "growth-words": Axes("words in the list", "seconds to open it", "log", "linear"),
     "growth-workers": Axes("workers", "process-seconds a word", "linear", "linear"),
 }
 

@@ -315,10 +315,11 @@ class LanguageCollate:
         self.labels = labels
 
     def __call__(self, samples: Sequence[LanguageSample]) -> LanguageBatch:
-        classes = torch.from_numpy(np.stack([sample.classes for sample in samples])).long()  # (N, T)
+        classes = np.array([sample.classes for sample in samples], np.int64).reshape(len(samples), self.labels.steps)
+        classes = torch.from_numpy(classes)  # (N, T); a process may have no share of a small batch
         probabilities = torch.zeros(*classes.shape, self.labels.charset.num_classes)  # (N, T, C)
         probabilities.scatter_(2, classes.unsqueeze(2), 1.0)
-        if samples[0].noise is not None:
+        if samples and samples[0].noise is not None:
             noise = torch.from_numpy(np.stack([sample.noise for sample in samples]))  # (N, T, C)
             probabilities = probabilities * (1 - noise.sum(-1, keepdim=True)) + noise
         texts = [sample.text for sample in samples]

@@ -50,7 +50,11 @@ def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
         UserError: the file is missing or damaged, carries no config and none is given, or holds no network that reads
             pictures.
     """
-    state = read_checkpoint(path)
+    return _built(read_checkpoint(path), path, config)
+
+
+def _built(state: Mapping[str, Any], path: Path | str, config: Config | None = None) -> Bundle:
+    """The networks of a checkpoint's content; `path` names it in messages."""
     config = with_checkpoint(config or _carried_config(state, path), None)
     if config.model.kind not in ("vision", "recogniser"):
         raise UserError(f"checkpoint {path} holds {config.model.name}, which reads no pictures; give a recogniser's")
@@ -113,8 +117,10 @@ def save_bundle(
         config = _carried_config(state, ssn)
         config.model.ssn.areas = list(areas) or config.model.ssn.areas
         content["ssn"] = {"model": _stored(checkpoint_weights(state), half), "config": portable(config)}
+    # What cannot be read is found here, not by who receives the file.
+    if _built(content, recogniser).ssn is None and ssn is not None:
+        raise UserError(f"--ssn {ssn}: holds no SSN; give a checkpoint that main.py trained with model.name=ssn")
     save_atomically(content, Path(output))
-    load_bundle(output)  # what cannot be read back is found here, not by who receives the file
     return content
 
 

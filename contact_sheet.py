@@ -69,9 +69,12 @@ def _paste(sheet: Image.Image, picture: np.ndarray, left: int, top: int, width: 
     sheet.paste(image, (left + (width - size[0]) // 2, top + (height - size[1]) // 2))
 
 
+MOST_CHARACTERS = 200  # of a caption that are looked at; no cell is wide enough for more
+
+
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """`text` on one line, shortened to `width` pixels."""
-    text = " ".join(text.split())
+    text = " ".join(text[:MOST_CHARACTERS].split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -69,14 +69,14 @@ class Evaluator(Protocol):
 
 @torch.no_grad()
 def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float]]:
-    """Greedy reading of logits (N, T, C): texts up to the first end token, and their confidences.
+    """Greedy reading of logits (N, T, C): texts up to the first end token, and their confidences, 0 where they are NaN.
 
     Everything is computed on the device; the host gets two small tensors for the whole batch.
     """
     probabilities, ids = logits.float().softmax(-1).max(-1)  # (N, T)
     ends = ids == NULL
     after_end = (ends.cumsum(1) - ends.long()) > 0  # steps behind the first end token
-    confidences = probabilities.masked_fill(after_end, 1.0).prod(1)
+    confidences = probabilities.masked_fill(after_end, 1.0).prod(1).nan_to_num(0.0)
     return [charset.decode(row) for row in ids.tolist()], confidences.tolist()
 
 

@@ -23,6 +23,7 @@ NUM_SAMPLES = "num-samples"
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 PARTIAL_SUFFIX = ".partial"  # what is being written; never taken for an LMDB by find_lmdbs
+MOST_SAMPLES = 999_999_999  # keys have nine digits
 
 _IDENTITY_FILE = "identity.txt"
 _WRITER_LOCK_FILE = "writer.lock"
@@ -202,6 +203,8 @@ class LmdbWriter:
 
     def _check_target(self) -> None:
         """Raise UserError unless the result may take the name `path`."""
+        if self.path.name.endswith(PARTIAL_SUFFIX):
+            raise UserError(f"{self.path}: names that end in {PARTIAL_SUFFIX} are of unfinished LMDBs; choose another")
         if not self.path.exists() and not self.path.is_symlink():
             return
         if not self.path.is_dir():
@@ -368,9 +371,10 @@ class LmdbReader:
             count = int(stored)
         except ValueError:
             count = -1
-        if count < 0:
+        if not 0 <= count <= MOST_SAMPLES:
             raise UserError(
-                f"{self.path}: {NUM_SAMPLES} is {stored[:20]!r}, not a number; mend it with tools/check_lmdb.py --fix"
+                f"{self.path}: {NUM_SAMPLES} is {stored[:20]!r}, not a number of samples; "
+                "mend it with tools/check_lmdb.py --fix"
             )
         return count
 

@@ -27,7 +27,7 @@ from evaluation import chosen_logits
 from inference import prepare_for_inference
 from precision import use_whole_float32
 from segmentation import Segmenter
-from transforms import BrokenPictureError, ResizeWord, decode_mask, decode_picture
+from transforms import BrokenPictureError, ResizeWord, decode_mask, decode_picture, to_8_bits
 from utils import UserError
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "weights" / "binet-small.pth"
@@ -291,9 +291,7 @@ def _decoded(image: Source, decode: Callable[[bytes], np.ndarray], mode: str) ->
         return _from_array(image, mode)
     if isinstance(image, Image.Image):
         try:
-            if image.mode.startswith("I;16"):  # Pillow would cut such levels off at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.array(image.convert(mode))
+            return np.array(to_8_bits(image).convert(mode))
         except (OSError, ValueError, SyntaxError) as error:
             raise BrokenPictureError(f"picture of Pillow: {error}") from error
     raise TypeError(f"a picture is a path, bytes, PIL image or uint8 array, not {type(image).__name__}")

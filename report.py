@@ -9,6 +9,7 @@ import bisect
 import json
 import logging
 import string
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,9 @@ class Report:
     def _draw(self, pictures: list[np.ndarray], attention: np.ndarray) -> tuple[str | None, int]:
         """Name of the sprite that gets the word, and its row there."""
         if self._sprites is None:
-            self._sprites = SpriteWriter(self.folder / "pictures", prefix=f"{self.rank}", attention=self.with_attention)
+            # Other names than an earlier report's, whose page shows its own pictures until this one takes its place.
+            prefix = f"{time.time_ns():x}-{self.rank}"
+            self._sprites = SpriteWriter(self.folder / "pictures", prefix=prefix, attention=self.with_attention)
         if self._sprites.count >= self.most_words:
             return None, 0
         return self._sprites.add(pictures, attention)
@@ -181,7 +184,7 @@ class Report:
                 data=self._page_data(listed, layout, list(order)),
             )
         )
-        write_atomically(self.folder / "index.html", lambda file: file.write(page.encode()))
+        write_atomically(self.folder / "index.html", lambda file: file.write(page.encode(errors="backslashreplace")))
         self._remove_old({each.sprite for each in words})
 
     def _page_data(

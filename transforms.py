@@ -11,13 +11,15 @@ Matrices map points of the source to points of the result, in continuous coordin
 import functools
 import io
 import math
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Protocol
 
 import cv2
 import numpy as np
 from numpy.random import Generator
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 Picture = np.ndarray  # (H, W, 3) uint8, RGB
 Mask = np.ndarray  # (H, W) uint8, 255 = text
@@ -31,6 +33,23 @@ _GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 
 if hasattr(cv2, "setLogLevel"):
     cv2.setLogLevel(2)  # errors only: a picture that cannot be decoded is reported by the data set, with its name
+
+
+# What Pillow's decoders raise on damaged or hostile files.
+PICTURE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    AttributeError,
+    Image.DecompressionBombError,
+)
 
 
 class BrokenPictureError(ValueError):
@@ -62,9 +81,16 @@ def _decode(data: bytes | memoryview, flags: int, mode: str) -> np.ndarray:
         return picture
     try:  # formats that OpenCV was built without; PIL also refuses what was cut short
         with Image.open(io.BytesIO(data)) as opened:
-            return np.ascontiguousarray(opened.convert(mode))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return np.ascontiguousarray(to_8_bits(opened).convert(mode))
+    except PICTURE_ERRORS as error:
         raise BrokenPictureError(str(error)) from error
+
+
+def to_8_bits(picture: Image.Image) -> Image.Image:
+    """A picture of 16-bit greys at 8 bits, any other as it is; Pillow's own conversions cut levels off at 255."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture
 
 
 # --- magnitudes -------------------------------------------------------------------------------------------------------

@@ -113,8 +113,11 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_atomically(state: Mapping[str, Any], path: Path) -> None:

@@ -145,8 +145,12 @@ def _last_number(transaction: lmdb.Transaction, prefix: bytes) -> int:
     with transaction.cursor() as cursor:
         # ":" follows "9": the entry before it is the last one with the prefix.
         found = cursor.prev() if cursor.set_range(prefix + b":") else cursor.last()
-        number = cursor.key()[len(prefix) :] if found else b""
-        return int(number) if cursor.key().startswith(prefix) and number.isdigit() else 0
+        while found and cursor.key().startswith(prefix):
+            number = cursor.key()[len(prefix) :]
+            if len(number) == _DIGITS and number.isdigit():
+                return int(number)
+            found = cursor.prev()  # a stray key
+        return 0
 
 
 def _chunks(

@@ -89,6 +89,8 @@ def parse_yaml(text: str | bytes, source: str) -> Document:
         raise UserError(f"{place}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:  # not text at all
         raise UserError(f"{source}:1: not YAML: {' '.join(str(error).split())}") from error
+    except (TypeError, ValueError) as error:  # a collection of another kind than its tag says
+        raise UserError(f"{source}:1: not YAML: {error}") from error
     except RecursionError as error:
         raise UserError(f"{source}:1: nested too deeply") from error
     return Document(data, source, dict(_key_lines(node)))

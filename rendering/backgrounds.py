@@ -181,7 +181,9 @@ def find_photos(folder: str) -> list[str]:
     """
     if not Path(folder).is_dir():
         raise UserError(f"photos: {folder}: no such folder; name a folder of pictures")
-    found = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    found = sorted(
+        str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()
+    )
     if not found:
         raise UserError(f"photos: {folder}: holds no picture ({', '.join(PHOTO_SUFFIXES)})")
     return found
@@ -201,7 +203,8 @@ def read_photo(path: str) -> np.ndarray:
         raise UserError(f"photos: {path}: cannot be decoded; mend it or take it out of the folder")
     scale = _PHOTO_SIDE / max(photo.shape[:2])
     if scale < 1:
-        photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        size = max(1, round(photo.shape[1] * scale)), max(1, round(photo.shape[0] * scale))
+        photo = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
     return cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
 
 

@@ -30,6 +30,10 @@ class WordSource:
         words, frequencies = zip(*self._usable(), strict=True) if config.file else self._english()
         chances = np.asarray(frequencies, np.float64) ** (1 / config.temperature)
         self._words = words
+        if not 0 < chances.sum() < np.inf:
+            raise UserError(
+                f"words.temperature: {config.temperature:g} is too small for these counts; 1 takes them as is"
+            )
         self._cumulated = np.cumsum(chances / chances.sum())
         cases = config.cases
         weights = np.array([cases.upper, cases.title, cases.lower, cases.mixed])
@@ -102,7 +106,7 @@ def read_words(path: Path) -> Iterator[tuple[str, float]]:
         UserError: the file cannot be read, is not UTF-8, or a count is not a positive number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot read the word list ({error.strerror})") from error
     except UnicodeDecodeError as error:

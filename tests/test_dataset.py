@@ -135,6 +135,14 @@ class TestWords:
         assert data.describe(2).endswith("image-000000005")
         assert data.number(2) == 5
 
+    def test_a_stray_key_hides_no_word(self, tmp_path):
+        with LmdbWriter(tmp_path / "set") as writer:
+            for text in ("one", "two"):
+                writer.append(png(word_picture(1)), text)
+            writer.put("label-000000002-old", "x")
+            writer.put("image-999999999x", "x")
+        assert [open_set(tmp_path / "set")[index].text for index in range(2)] == ["one", "two"]
+
     def test_plain_index_means_epoch_0(self, words):
         data = open_masked(words, transform=AugmentWord())
         for index in range(len(data)):
@@ -603,6 +611,9 @@ class TestLanguage:
         assert batch.lengths.tolist() == [6, 4]
         assert batch.inputs() == (batch.probabilities, batch.input_lengths)
         assert sum(len(part) for part in batch.split(2)) == 2
+        nothing = LanguageCollate(RULE)([])  # the share of a process in a batch smaller than the processes
+        assert len(nothing) == 0
+        assert nothing.probabilities.shape == (0, 26, 37)
 
     def test_smoothing_keeps_distributions(self, table):
         data = LanguageDataset(table, labels=RULE, smooth_label=True, smooth_factor=0.1)

@@ -179,3 +179,8 @@ def test_processes_change_nothing(run, reference):
     assert (folder / "two" / "metrics.json").read_text() == reference
     page = (folder / "two" / "report" / "index.html").read_text()
     assert page.count('"0-0000') + page.count('"1-0000') >= 2  # sprites of both processes
+
+
+def test_a_network_that_gives_no_numbers_is_scored_as_sure_of_nothing():
+    logits = torch.full((2, STEPS, CHARSET.num_classes), float("nan"))
+    assert read_logits(logits, CHARSET)[1] == [0.0, 0.0]

@@ -193,6 +193,18 @@ def test_mistakes_are_named(files, tmp_path, monkeypatch):
     assert Reader(device="cpu").read([picture()])[0].text
 
 
+def test_a_bundle_that_cannot_be_used_takes_no_name(files, tmp_path):
+    output = tmp_path / "bundle.pth"
+    arguments = ["--recogniser", str(files / "binet.pth"), "--output", str(output), "--overwrite"]
+    assert bundle_weights.main([*arguments, "--ssn", str(files / "ssn.pth")]) == 0
+    before = output.read_bytes()
+    with pytest.raises(UserError, match="no SSN"):
+        bundle_weights.main([*arguments, "--ssn", str(files / "binet.pth")])
+    with pytest.raises(UserError, match="no pictures"):
+        bundle_weights.main(["--recogniser", str(files / "ssn.pth"), "--output", str(output), "--overwrite"])
+    assert output.read_bytes() == before
+
+
 def test_a_half_precision_bundle_reads_the_same_and_carries_no_paths(files, tmp_path, capsys):
     arguments = ["--recogniser", str(files / "binet.pth"), "--ssn", str(files / "ssn.pth"), "--half"]
     output = tmp_path / "half.pth"

@@ -345,6 +345,8 @@ class TestWords:
         path = tmp_path / "words.txt"
         path.write_text("# header\n\nalpha\t3\nbeta\n", encoding="utf-8")
         assert list(read_words(path)) == [("alpha", 3.0), ("beta", 1.0)]
+        path.write_text("alpha\n", encoding="utf-8-sig")
+        assert list(read_words(path)) == [("alpha", 1.0)]
         path.write_text("alpha\tmany\n")
         with pytest.raises(UserError, match=r"words\.txt:1"):
             list(read_words(path))

@@ -242,3 +242,22 @@ def test_exit_status_for_scripts(tmp_path, broken):
     missing = run(tmp_path / "missing")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: ")
+
+
+def test_masks_of_segmentation_data_are_checked_where_pairs_have_names(tmp_path):
+    with LmdbWriter(tmp_path / "pairs") as writer:
+        writer.append(_encode(0), "whole", _mask())
+        writer.append(_encode(1), "small", _mask(size=(9, 9)))
+        writer.append(_encode(2), "broken", b"junk")
+        writer.append(_encode(3), "none")
+    status, found = _check(tmp_path / "pairs")
+    assert status == 1
+    assert found["pairs"]["whole"] == 1
+
+
+def test_an_lmdb_without_a_whole_sample_does_not_keep_the_others_from_their_copies(tmp_path):
+    for name in ("a", "c"):
+        _write_words(tmp_path / "root" / name)
+    _write(tmp_path / "root" / "b", [(b"junk", "x")])
+    assert check_lmdb.main([str(tmp_path / "root"), "--workers", "1", "--fix", str(tmp_path / "clean")]) == 1
+    assert sorted(path.name for path in (tmp_path / "clean").iterdir()) == ["a", "c"]

@@ -189,3 +189,10 @@ def test_real_vocabulary_is_complete(tmp_path):
     listed = {line.lower() for line in path.read_text().splitlines() if line and not line.startswith("#")}
     train, validation = _make(tmp_path, "--corpus", path, "--flatten")
     assert len(train) + len(validation) == len(listed)
+
+
+def test_a_corpus_of_one_long_line_is_cut_between_words(tmp_path):
+    text = "alpha é beta gamma " * 80_000  # more than is read at once; the cuts fall anywhere
+    (tmp_path / "corpus.txt").write_text(" " + text + "delta", encoding="utf-8")
+    train, validation = _make(tmp_path, "--corpus", tmp_path / "corpus.txt")
+    assert Counter(train + validation) == {"alpha": 80_000, "beta": 80_000, "gamma": 80_000, "delta": 1}

@@ -278,3 +278,25 @@ def test_survives_being_killed(setup):
     shutil.rmtree(setup["folder"] / "out")
     subprocess.run(command, check=True, capture_output=True)
     assert contents(setup["folder"] / "out") == whole
+
+
+def test_a_record_of_other_masks_is_no_proof_that_these_are_complete(setup):
+    """A kill between the record and the LMDB's rename, when masks were replaced by others."""
+    masks, record = setup["folder"] / "masks", setup["folder"] / "masks-masks.json"
+    create_masks.main([*setup["plain"], "--areas", "33"])
+    small = record.read_text()
+    create_masks.main([*setup["plain"], "--areas", "65", "--overwrite"])
+    record.write_text(small)
+    with pytest.raises(UserError, match="--overwrite"):
+        create_masks.main([*setup["plain"], "--areas", "33"])
+    assert masks.exists()
+
+
+def test_masks_below_the_words_are_not_taken_for_words(setup, capsys):
+    root = setup["folder"] / "root"
+    write_words(root / "a", 2)
+    arguments = [*setup["common"], "--input", str(root), "--output", str(root / "masks")]
+    create_masks.main(arguments)
+    assert create_masks.main(arguments) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert not (root / "masks" / "masks").exists()

@@ -262,3 +262,43 @@ def test_a_source_without_masks_is_named(tmp_path):
     for name in tool.FORMATS:
         with pytest.raises(UserError, match=name):
             run(tmp_path, name)
+
+
+def test_totaltext_masks_of_regions_are_not_taken_for_those_of_pixels(totaltext):
+    for split, stem in (("Train", "img11"), ("Test", "img1")):
+        region = totaltext / "source" / "groundtruth_textregion" / "Text_Region_Mask" / split / f"{stem}.png"
+        save(region, np.full(SIZE, 255, np.uint8))
+    output = run(totaltext, "totaltext")
+    assert len(names(output)) == 2
+    assert (mask_of(output, "img11") == 0).mean() > 0.5
+
+
+def test_pairs_of_equal_names_are_all_kept(tmp_path):
+    for number, folder in enumerate("abc"):
+        save(tmp_path / "source" / folder / "1.jpg", scene(number))
+        save(tmp_path / "source" / folder / "X_labels" / "1.png", np.full(SIZE, number % 2, np.uint8))
+    assert len(names(run(tmp_path, "coco_ts"))) == 3
+
+
+def test_icdar13_masks_with_a_palette_are_read_by_their_colours(icdar13):
+    path = next((icdar13 / "source").rglob("100_GT.bmp"))
+    expected = mask_of(run(icdar13, "icdar13", output="rgb"), "100")
+    with Image.open(path) as opened:
+        opened.convert("P", palette=Image.Palette.ADAPTIVE, colors=8).save(path.with_suffix(".png"))
+    path.unlink()
+    assert np.array_equal(mask_of(run(icdar13, "icdar13", output="palette"), "100"), expected)
+
+
+@pytest.mark.parametrize("box", [[500, 500, 600, 600], [float("nan"), 0, 9, 9]])
+def test_words_that_cannot_be_cut_out_are_counted(tmp_path, box):
+    source = tmp_path / "source"
+    save(source / "image" / "1.jpg", scene())
+    save(source / "semantic_label" / "1_maskfg.png", np.full(SIZE, 100, np.uint8))
+    save(source / "image" / "2.jpg", scene(1))
+    save(source / "semantic_label" / "2_maskfg.png", np.full(SIZE, 100, np.uint8))
+    (source / "annotation").mkdir()
+    (source / "annotation" / "1_anno.json").write_text(json.dumps({"0": {"bbox": [20, 10, 50, 30]}}))
+    (source / "annotation" / "2_anno.json").write_text(json.dumps({"0": {"bbox": box}}))
+    assert names(run(tmp_path, "textseg", "--words")) == ["1_001"]
+    (line,) = (tmp_path / "out-rejected.tsv").read_text().splitlines()[1:]
+    assert line.startswith("2")

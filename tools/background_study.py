@@ -41,7 +41,7 @@ from reader import Reader, pick_device
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS
 from segmentation import Segmenter
-from tools.support import make_parser, map_in_processes, positive, progress, usable_cores
+from tools.support import make_parser, map_in_processes, positive, progress, seed_number, usable_cores
 from utils import UserError, run_command_line, write_atomically
 
 matplotlib.use("Agg")
@@ -388,7 +388,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUND_KINDS, help="(default: all there are)")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs, for the background photo")
     parser.add_argument("--count", type=positive, default=1000, help="words (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1_000_003, help="of the words; not one of the training data's")
+    parser.add_argument(
+        "--seed", type=seed_number, default=1_000_003, help="of the words; not one of the training data's"
+    )
     parser.add_argument("--config", metavar="YAML", help="how words look (configs/render.yaml)")
     parser.add_argument("--protocol", type=int, choices=PROTOCOLS, default=36, help="(default: %(default)s)")
     parser.add_argument("--max-length", type=positive, default=25, help="longest word (default: %(default)s)")

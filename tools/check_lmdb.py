@@ -33,7 +33,8 @@ from tools.support import (
     print_summary,
     progress,
 )
-from utils import UserError, run_command_line
+from transforms import to_8_bits
+from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/check_lmdb.py data/training --charset data/charset_36.txt
   python tools/check_lmdb.py data/training/IIIT5k --against data/evaluation --contact-sheet sheet.png
@@ -123,7 +124,7 @@ def check_sample(
     picture, problem = decode_picture(image, max_pixels)
     if picture is None:
         return Sample(index, *problem, label=label)
-    kind, size, pixels = picture.format or "", picture.size, picture.convert("RGB")
+    kind, size, pixels = picture.format or "", picture.size, to_8_bits(picture).convert("RGB")
     mask_empty = False
     if segmentation or masks is not None:
         mask = reader.get(mask_key(index)) if segmentation else masks.get(image_key(index))
@@ -259,8 +260,8 @@ class Checker:
 
 
 def is_segmentation(reader: LmdbReader) -> bool:
-    """Whether the LMDB holds pictures with masks and no labels."""
-    return next(reader.keys("mask-"), None) is not None and next(reader.keys("label-"), None) is None
+    """Whether the LMDB holds pictures with masks; labels, where it has some, only name the pairs."""
+    return next(reader.keys("mask-"), None) is not None
 
 
 def _stored_count(reader: LmdbReader) -> int | None:
@@ -394,9 +395,9 @@ def collect_pictures(root: str, checker: Checker, *, near: bool) -> PictureSet:
 
 
 def _beside(output: str, path: Path, alone: bool) -> Path:
-    """`output` itself for a single LMDB, else with the LMDB's name before the suffix."""
+    """`output` itself for a single LMDB, else with the LMDB's path below the folder before the suffix."""
     target = Path(output)
-    return target if alone else target.with_name(f"{target.stem}-{path.name}{target.suffix}")
+    return target if alone else target.with_name(f"{target.stem}-{'-'.join(path.parts)}{target.suffix}")
 
 
 def _write_json(target: str, reports: list[Report]) -> None:
@@ -405,7 +406,7 @@ def _write_json(target: str, reports: list[Report]) -> None:
         print(text)
         return
     try:
-        Path(target).write_text(text + "\n", encoding="utf-8")
+        write_atomically(Path(target), lambda file: file.write(text.encode() + b"\n"))
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror}); name another --json") from error
 
@@ -446,9 +447,11 @@ def main(arguments: list[str] | None = None) -> int:
             if options.json != "-":
                 print_report(report)
             if options.contact_sheet:
-                sheet = _beside(options.contact_sheet, path, len(lmdbs) == 1)
+                sheet = _beside(options.contact_sheet, path.relative_to(options.lmdb), len(lmdbs) == 1)
                 write_contact_sheet(report, mask_path, sheet, options.cells)
-            if options.fix:
+            if options.fix and len(lmdbs) > 1 and not report.good:
+                log.add(str(path), "no whole sample, no copy")
+            elif options.fix:
                 write_clean_copy(report, mask_path, options.lmdb, Path(options.fix), overwrite=options.overwrite)
     if options.json:
         _write_json(options.json, reports)

@@ -27,7 +27,7 @@ sys.path.insert(
 )  # lets `python tools/NAME.py` find the repository's modules
 
 from charset import Charset
-from tools.support import RejectionLog, make_parser, positive, print_summary, progress
+from tools.support import RejectionLog, make_parser, positive, print_summary, progress, seed_number
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/create_language_data.py data/language_train.csv data/language_test.csv
@@ -136,13 +136,25 @@ def _lines(path: Path, bar: tqdm) -> Iterator[bytes]:
         with open(path, "rb") as raw:
             opener = _OPENERS.get(path.suffix)
             text: BinaryIO = opener(raw) if opener else raw
+            rest = b""
             while line := text.readline(_LINE_LIMIT):
+                line, rest = _whole_words(rest + line)
                 yield line
                 if raw.tell() != position:
                     bar.update(raw.tell() - position)
                     position = raw.tell()
+            if rest:
+                yield rest
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy or unpack it again") from error
+
+
+def _whole_words(line: bytes) -> tuple[bytes, bytes]:
+    """A piece of a line that is too long to hold, up to its last blank, and what follows; a whole line stays whole."""
+    if line.endswith(b"\n") or len(line) < _LINE_LIMIT:
+        return line, b""
+    cut = max(line.rfind(blank) for blank in (b" ", b"\t", b"\r")) + 1
+    return (line[:cut], line[cut:]) if cut else (line, b"")
 
 
 def frequency_list(language: str, seed: int) -> dict[str, float]:
@@ -228,6 +240,8 @@ def draw_rows(words: dict[str, float], count: int, temperature: float, seed: int
     order = generator.permutation(len(words))
     weights = np.fromiter(words.values(), np.float64, len(words))[order] ** (1 / temperature)
     edges = np.cumsum(weights)
+    if not 0 < edges[-1] < np.inf:
+        raise UserError(f"--temperature {temperature:g}: is too small for these frequencies; 1 takes them as they are")
     edges = np.floor(edges * (count / edges[-1]) + generator.uniform(0.01, 0.99)).astype(np.int64)
     edges[-1] = count
     repeats = np.diff(edges, prepend=0)
@@ -345,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"once; {DEFAULT_COUNT} from the word-frequency list)",
     )
     parser.add_argument("--validation-share", type=_share, default=0.05, help="of the distinct words (default: 0.05)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
     parser.add_argument("--rejected", metavar="FILE", help="what was left out (default: TRAIN-rejected.tsv)")
     options = parser.parse_args(arguments)

@@ -74,7 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=positive, default=256, help="words read, sorted by size and committed together"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists, from the start")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of config keys")
     return parser.parse_args(arguments)
 
@@ -103,7 +103,10 @@ def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
     Raises:
         UserError: no LMDB there, or an output would lie inside of or be an input.
     """
-    found = find_lmdbs(source)
+    inside = [each for each in find_lmdbs(source) if target.resolve() in each.resolve().parents]
+    found = [each for each in find_lmdbs(source) if each not in inside]  # not the masks of an earlier run
+    if not found:
+        raise UserError(f"--input {source} lies in --output {target}; choose another output")
     pairs = [(each, target / each.relative_to(source)) for each in found]
     for _, output in pairs:
         for each in found:
@@ -189,13 +192,15 @@ class MaskOutput:
         """Find out whether there is anything to do; raises UserError when something else is in the way."""
         if self.overwrite or not self.target.exists():
             return
-        made_with = None
+        record: dict[str, Any] = {}
         if is_lmdb(self.target) and self._record_path.is_file():
             try:
-                made_with = json.loads(self._record_path.read_text(encoding="utf-8")).get("settings")
-            except (ValueError, AttributeError):  # not ours, or damaged: as good as none
-                made_with = None
-        if made_with != self.settings:
+                record = dict(json.loads(self._record_path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):  # not ours, or damaged: as good as none
+                record = {}
+        # The record of other masks: a kill came before these, or those, took their name.
+        foreign = "masks" in record and record["masks"] != _sample_digest(LmdbReader(self.target), self.count)
+        if record.get("settings") != self.settings or foreign:
             raise UserError(
                 f"{self.target}: exists and was made of other pictures or with other settings; "
                 "choose another output or replace it with --overwrite"
@@ -217,8 +222,9 @@ class MaskOutput:
             writer.put(NUM_SAMPLES, str(self.count))
             broken = rejected.counts.total()
             check_masks(self.reader, writer, broken=broken)
-        record = json.dumps({"settings": self.settings, "words": self.count, "without_mask": broken}, indent=1)
-        write_atomically(self._record_path, lambda file: file.write(record.encode() + b"\n"))
+            facts = {"settings": self.settings, "words": self.count, "without_mask": broken}
+            record = json.dumps(facts | {"masks": _sample_digest(writer, self.count)}, indent=1)
+            write_atomically(self._record_path, lambda file: file.write(record.encode() + b"\n"))
         counts = {"words": self.count, "masks": self.count - broken, "made in this run": len(todo) - broken}
         print_summary(f"{self.target}: areas {list(segmenter.areas)}, {segmenter.precision}", counts, rejected)
 
@@ -313,6 +319,12 @@ def check_masks(reader: LmdbReader, writer: LmdbWriter, *, broken: int) -> None:
 
 def _failed(writer: LmdbWriter, difference: str) -> UserError:
     return UserError(f"{writer.path}: the masks do not match the source ({difference}); run again with --overwrite")
+
+
+def _sample_digest(masks: LmdbReader | LmdbWriter, count: int) -> str:
+    """Names the content of a mask LMDB by some of its masks."""
+    chosen = np.unique(np.linspace(1, max(count, 1), min(SIZES_CHECKED, max(count, 1))).astype(int)).tolist()
+    return _digest(b"\0".join(masks.get(image_key(index)) or b"" for index in chosen))
 
 
 def _digest(data: bytes) -> str:

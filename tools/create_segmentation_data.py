@@ -99,10 +99,12 @@ class PictureIndex:
         return next((each for each in found if each.parent.name == mask.parent.name), found[0] if found else None)
 
 
-def read_values(path: Path) -> np.ndarray:
-    """The stored values of a mask, (H, W) or (H, W, 3): palette indices stay indices."""
+def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
+    """The stored values of a mask, (H, W) or (H, W, 3): palette indices stay indices, unless `colours` are wanted."""
     try:
         with Image.open(path) as opened:
+            if colours and opened.mode == "P":
+                return np.asarray(opened.convert("RGB"))
             return np.asarray(opened if opened.mode in ("P", "L", "RGB") else _flattened(opened))
     except PICTURE_ERRORS as error:
         raise UnusableError("damaged mask", f"{path.name}: {error}") from error
@@ -129,6 +131,7 @@ def entries_of(
             yield str(mask), "picture missing"
             continue
         name = stem if stem not in names else f"{mask.parent.name}_{stem}"
+        name = next(each for each in (name, *(f"{name}_{i}" for i in itertools.count(2))) if each not in names)
         names.add(name)
         yield Entry(name, picture, lambda mask=mask: read(mask))
 
@@ -170,7 +173,7 @@ def parse_icdar13(text: str) -> list[list[Character]]:
 
 def read_icdar13(mask_path: Path) -> Truth:
     """Coloured pixels are text; those of the characters to ignore, and the white ones in their boxes, are ignored."""
-    colors = read_values(mask_path)
+    colors = read_values(mask_path, colours=True)
     if colors.ndim == 2:
         colors = np.repeat(colors[..., None], 3, axis=2)
     white = (colors == 255).all(axis=2)
@@ -229,8 +232,12 @@ def totaltext_entries(source: Path, split: str | None) -> Iterator[Entry | tuple
     def is_mask(path: Path) -> bool:
         return any(part.lower().startswith("groundtruth") for part in path.relative_to(source).parts[:-1])
 
+    def has_pixels(path: Path) -> bool:  # the set ships masks of whole regions as well
+        return any(part.lower().startswith("groundtruth_pixel") for part in path.relative_to(source).parts[:-1])
+
     polygons = {re.sub("^(poly_)?gt_", "", each.stem): each for each in files_below(source, {".txt"})}
-    masks = [each for each in files_below(source, PICTURE_SUFFIXES) if is_mask(each) and in_split(each, source, split)]
+    found = files_below(source, PICTURE_SUFFIXES)
+    masks = [each for each in found if has_pixels(each) and in_split(each, source, split)]
     index = PictureIndex(source, is_mask)
     return entries_of(masks, index, lambda mask: mask.stem, lambda mask: read_totaltext(mask, polygons))
 
@@ -295,6 +302,8 @@ def read_textseg(mask_path: Path, annotation: Path | None) -> Truth:
 def _box_of_numbers(numbers: Sequence[float]) -> Box:
     """The box around x, y, x, y, ...: two corners or four."""
     points = np.array(numbers, dtype=float).reshape(-1, 2)
+    if not len(points) or not np.isfinite(points).all():
+        raise ValueError(f"{numbers} are no corners")
     return (*points.min(axis=0).tolist(), *(points.max(axis=0) + 1).tolist())
 
 
@@ -357,7 +366,10 @@ class PairFolder:
     def __enter__(self) -> "PairFolder":
         shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
         for name in ("images", "masks"):
-            (self.partial / name).mkdir(parents=True)
+            try:
+                (self.partial / name).mkdir(parents=True)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another output") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_details: object) -> None:
@@ -390,8 +402,10 @@ class PairLmdb:
         self.writer.append(picture, name, mask)
 
 
-def pairs_of(entry: Entry, *, words: bool, margin: float) -> Iterator[tuple[str, str, bytes, bytes]]:
+def pairs_of(entry: Entry, *, words: bool, margin: float) -> Iterator[tuple[str, str, bytes, bytes] | tuple[str, str]]:
     """(name, file ending, encoded picture, encoded mask) of a whole picture or of each of its words.
+
+    A word that cannot be cut out is (name, reason).
 
     Raises:
         UnusableError: the picture or what is known of it cannot be used.
@@ -413,8 +427,11 @@ def pairs_of(entry: Entry, *, words: bool, margin: float) -> Iterator[tuple[str,
     for number, box in enumerate(truth.boxes, start=1):
         rows, columns = pixel_slices(box, picture.shape, margin=margin)
         crop = picture[rows, columns]
+        name = f"{entry.name}_{number:03d}"
         if crop.size:
-            yield f"{entry.name}_{number:03d}", ".png", _png(crop[..., ::-1]), _png(truth.mask[rows, columns])
+            yield name, ".png", _png(crop[..., ::-1]), _png(truth.mask[rows, columns])
+        else:
+            yield name, "box outside the picture"
 
 
 def _png(picture: np.ndarray) -> bytes:
@@ -460,6 +477,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             try:
                 for pair in pairs_of(entry, words=options.words, margin=options.margin):
+                    if len(pair) == 2:
+                        rejected.add(*pair)
+                        continue
                     writer.add(*pair)
                     kept += 1
             except UnusableError as error:

@@ -4,7 +4,9 @@ import functools
 import itertools
 import os
 import re
+import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +69,9 @@ class CropSettings:
     max_pixels: int = MAX_PIXELS
 
 
+DAMAGE = (zlib.error, struct.error, EOFError)  # of compressed parts
+
+
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     """The raw (imname, wordBB, txt) of every picture in a gt.mat; the large `charBB` is not read."""
     from scipy.io import loadmat
@@ -79,7 +84,7 @@ def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
         raise UserError(f"{gt_file}: cannot be read ({error.strerror or error}); name SynthText's gt.mat") from error
     except NotImplementedError as error:
         raise UserError(f"{gt_file}: is a MATLAB 7.3 file; save it in MATLAB as version 7") from error
-    except (MatReadError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+    except (MatReadError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, *DAMAGE) as error:
         raise UserError(f"{gt_file}: is no whole MATLAB file ({error}); copy or unpack it again") from error
     missing = [field for field in fields if field not in content]
     if missing:
@@ -154,7 +159,12 @@ def _crop_word(name: str, picture: np.ndarray, box: np.ndarray, word: str, setti
         return Word(name, reason=problem[0], detail=problem[1] or f"corners {np.round(box, 1).tolist()}")
     crop = crop_rectified(picture, box) if settings.rectify else crop_upright(picture, box)
     parameters = [cv2.IMWRITE_JPEG_QUALITY, settings.quality] if settings.extension == ".jpg" else []
-    _, encoded = cv2.imencode(settings.extension, np.ascontiguousarray(crop[..., ::-1]), parameters)
+    try:
+        _, encoded = cv2.imencode(settings.extension, np.ascontiguousarray(crop[..., ::-1]), parameters)
+    except cv2.error:
+        encoded = None
+    if not isinstance(encoded, np.ndarray):
+        return Word(name, reason="too large for the format", detail=f"{crop.shape[1]} x {crop.shape[0]} pixels")
     return Word(name, image=encoded.tobytes(), label=word)
 
 

@@ -23,6 +23,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ from evaluation import chosen_logits
 from modules.hrnet import resize_aligned
 from modules.ssn import SSN
 from tools.support import make_parser, print_summary
-from utils import UserError, run_command_line
+from utils import UserError, explain_full_disk, run_command_line
 
 EXAMPLE = """  python tools/export_onnx.py --checkpoint weights/binet-small.pth --output binet.onnx
   python tools/export_onnx.py --checkpoint weights/binet-small.pth --ssn --output binet-with-ssn.onnx"""
@@ -87,8 +88,28 @@ class SegmentingRecogniser(nn.Module):
         return *self.recogniser(image, mask), text_mask
 
 
-def export(network: nn.Module, examples: dict[str, Tensor], outputs: Sequence[str], path: Path) -> None:
-    """Write an ONNX file of one graph with a free batch size; `examples` gives name and shape of the inputs."""
+def export(
+    network: nn.Module, examples: dict[str, Tensor], outputs: Sequence[str], path: Path, facts: dict[str, object]
+) -> None:
+    """Write an ONNX file of one graph with a free batch size, all or nothing.
+
+    Args:
+        examples: name and shape of the inputs.
+        facts: what goes into the metadata.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with explain_full_disk(path):
+            _export_graph(network, examples, outputs, temporary)
+            describe(temporary, facts)
+            temporary.replace(path)
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _export_graph(network: nn.Module, examples: dict[str, Tensor], outputs: Sequence[str], path: Path) -> None:
     batch = torch.export.Dim("batch", min=1)
     noise = io.StringIO()  # the exporter reports its steps on stdout
     with contextlib.redirect_stdout(noise), warnings.catch_warnings(), torch.no_grad():
@@ -122,8 +143,8 @@ def export_recogniser(bundle: Bundle, path: Path, *, model_eval: str) -> None:
     examples = {"image": torch.zeros(2, 3, height, width)}
     if bundle.config.model.takes_masks:
         examples["mask"] = torch.rand(2, 1, height, width)
-    export(Recogniser(bundle.model, model_eval), examples, ("logits", "attention"), path)
-    describe(path, facts_of(bundle, model_eval) | {"input": "image"})
+    facts = facts_of(bundle, model_eval) | {"input": "image"}
+    export(Recogniser(bundle.model, model_eval), examples, ("logits", "attention"), path, facts)
 
 
 def export_with_ssn(
@@ -139,8 +160,9 @@ def export_with_ssn(
     if any(side < 33 or side % 32 != 1 for side in ssn_size):
         raise UserError(f"--ssn-size {ssn_size[0]} {ssn_size[1]}: both must be 32 k + 1, such as 161 641")
     network = SegmentingRecogniser(Recogniser(bundle.model, model_eval), ssn, bundle.image_size)
-    export(network, {"picture": torch.rand(2, 3, *ssn_size) * 255}, ("logits", "attention", "text_mask"), path)
-    describe(path, facts_of(bundle, model_eval) | {"input": "picture", "picture_size": list(ssn_size)})
+    facts = facts_of(bundle, model_eval) | {"input": "picture", "picture_size": list(ssn_size)}
+    examples = {"picture": torch.rand(2, 3, *ssn_size) * 255}
+    export(network, examples, ("logits", "attention", "text_mask"), path, facts)
 
 
 def facts_of(bundle: Bundle, model_eval: str) -> dict[str, object]:

@@ -22,7 +22,7 @@ from contact_sheet import Cell, make_contact_sheet
 from lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS, SPLITS, OutputConfig
-from tools.support import make_parser, map_in_processes, positive, print_summary, progress, usable_cores
+from tools.support import make_parser, map_in_processes, positive, print_summary, progress, seed_number, usable_cores
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/render_words.py --output data/rendered --name words --count 10000 --seed 0
@@ -142,14 +142,6 @@ def share(text: str) -> float:
     return number
 
 
-def whole(text: str) -> int:
-    """An argparse type: a whole number from 0."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
-
-
 def folder_name(text: str) -> str:
     """An argparse type: the name of one folder."""
     if text in ("", ".", "..") or "/" in text or "\\" in text:
@@ -164,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of images/ and masks/")
     parser.add_argument("--name", required=True, type=folder_name, help="name of both LMDBs")
     parser.add_argument("--count", type=positive, default=10000, help="number of words (default: 10000)")
-    parser.add_argument("--seed", type=whole, default=0, help="another seed, other words (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="another seed, other words (default: 0)")
     parser.add_argument("--config", metavar="YAML", help="settings, such as configs/render.yaml (default: built in)")
     parser.add_argument("--difficulty", type=share, metavar="0..1", help="0: clear words, 1: hard ones")
     parser.add_argument("--backgrounds", choices=("mixed", *BACKGROUND_KINDS), help="one kind for all words, or mixed")

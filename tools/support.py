@@ -5,12 +5,10 @@ import itertools
 import multiprocessing
 import os
 import stat
-import struct
 import sys
 import threading
 import time
 import unicodedata
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lmdb_io import LmdbWriter
+from transforms import PICTURE_ERRORS, to_8_bits
 from utils import ArgumentParser, UserError
 
 Item = TypeVar("Item")
@@ -32,22 +31,6 @@ Result = TypeVar("Result")
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MAX_PIXELS = 1 << 26  # 8192 x 8192: no word is larger, and a decoded picture of it still fits a worker's memory
-
-# What Pillow's decoders raise on damaged or hostile files.
-PICTURE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    MemoryError,
-    AttributeError,
-    Image.DecompressionBombError,
-)
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; decode_picture refuses by the header instead
 
@@ -66,6 +49,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def seed_number(text: str) -> int:
+    """An argparse type: a whole number from 0 that every generator takes."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
     return number
 
 
@@ -107,6 +98,9 @@ class Word:
     words: int = 1
 
 
+HEADER = "entry\treason\tdetail\n"
+
+
 class RejectionLog:
     """Counts what a tool leaves out, by reason, and lists every entry in a tab-separated file (entry, reason, detail).
 
@@ -124,17 +118,33 @@ class RejectionLog:
         return cls(chosen or f"{os.path.abspath(output)}-rejected.tsv")
 
     def __enter__(self) -> "RejectionLog":
+        if self.path is not None and self.path.exists() and not self._is_a_log():
+            raise UserError(f"{self.path}: exists and is no list of rejected entries; name another with --rejected")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: Any) -> None:
-        if self._file is not None:
+        if self._file is None:
+            if kind is None and self.path is not None:
+                self.path.unlink(missing_ok=True)  # of an earlier run
+            return
+        try:
             self._file.close()
             if kind is None:
                 os.replace(self._partial, self.path)
-            else:
-                self._partial.unlink()
-        elif kind is None and self.path is not None:
-            self.path.unlink(missing_ok=True)  # of an earlier run
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _is_a_log(self) -> bool:
+        try:
+            with self.path.open("rb") as file:
+                return file.readline() == HEADER.encode()
+        except OSError:  # a folder
+            return False
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.path}: cannot be written ({error.strerror}); make room or name another")
 
     @property
     def _partial(self) -> Path:
@@ -149,10 +159,10 @@ class RejectionLog:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._partial.open("w", encoding="utf-8", errors="backslashreplace")
-                self._file.write("entry\treason\tdetail\n")
+                self._file.write(HEADER)
             self._file.write(f"{_one_field(entry)}\t{reason}\t{_one_field(detail)}\n")
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room or name another") from error
+            raise self._unwritable(error) from error
 
 
 def _one_field(text: str) -> str:
@@ -193,7 +203,7 @@ def decode_picture(
         if width * height > max_pixels:
             return None, ("too large", f"{width} x {height} pixels")
         image.load()
-        return image if mode is None else image.convert(mode), ("", "")
+        return image if mode is None else to_8_bits(image).convert(mode), ("", "")
     except Image.UnidentifiedImageError:
         return None, ("not a picture", f"begins with {data[:8]!r}")
     except PICTURE_ERRORS as error:

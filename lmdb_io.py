@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ NUM_SAMPLES = "num-samples"
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 PARTIAL_SUFFIX = ".partial"  # what is being written; never taken for an LMDB by find_lmdbs
-MOST_SAMPLES = 999_999_999  # keys have nine digits
+MOST_SAMPLES = sys.maxsize  # what len() can tell
 
 _IDENTITY_FILE = "identity.txt"
 _WRITER_LOCK_FILE = "writer.lock"

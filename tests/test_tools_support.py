@@ -94,7 +94,7 @@ def test_log_has_one_line_an_entry_whatever_its_characters(tmp_path):
 
 
 def test_log_of_nothing_removes_that_of_an_earlier_run(tmp_path):
-    (tmp_path / "log.tsv").write_text("old")
+    (tmp_path / "log.tsv").write_text("entry\treason\tdetail\nold\tone\t\n")
     with RejectionLog(tmp_path / "log.tsv"):
         pass
     assert os.listdir(tmp_path) == []

@@ -265,12 +265,11 @@ def is_segmentation(reader: LmdbReader) -> bool:
 
 
 def _stored_count(reader: LmdbReader) -> int | None:
+    reader.get(NUM_SAMPLES)  # what is no LMDB is told here
     try:
         return len(reader)
     except UserError:
-        if reader.get(NUM_SAMPLES) is None or not reader.get(NUM_SAMPLES).isdigit():
-            return None
-        raise
+        return None
 
 
 def _count_problems(num_samples: int | None, indices: np.ndarray) -> Iterator[tuple[str, int, str]]:

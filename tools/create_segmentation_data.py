@@ -131,7 +131,8 @@ def entries_of(
             yield str(mask), "picture missing"
             continue
         name = stem if stem not in names else f"{mask.parent.name}_{stem}"
-        name = next(each for each in (name, *(f"{name}_{i}" for i in itertools.count(2))) if each not in names)
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        name = next(each for each in itertools.chain([name], numbered) if each not in names)
         names.add(name)
         yield Entry(name, picture, lambda mask=mask: read(mask))
 

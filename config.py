@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from rapidfuzz import fuzz, process
 
 from modules.ssn import PUBLISHED_AREAS
-from utils import RENDER_SCHEME, UserError
+from utils import RENDER_SCHEME, UserError, is_folder_name
 from yaml_io import Document, dump_yaml, parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,7 @@ def _known_stride(value: Any) -> Any:
 
 
 def _folder_name(value: Any) -> Any:
-    """A name that stays inside the folder that it is joined to."""
-    if isinstance(value, str) and (not value or value in (".", "..") or "/" in value or "\\" in value):
+    if isinstance(value, str) and not is_folder_name(value):
         raise ValueError("must be the name of one folder")
     return value
 

@@ -13,6 +13,7 @@ _PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
 _GAP = 6
 _CAPTION_SIZE = 12
+MOST_CHARACTERS = 200  # of a caption that are looked at; no cell is wide enough for more
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,6 @@ def _paste(sheet: Image.Image, picture: np.ndarray, left: int, top: int, width: 
     size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
     image = Image.fromarray(picture).convert("RGB").resize(size, Image.Resampling.BILINEAR)
     sheet.paste(image, (left + (width - size[0]) // 2, top + (height - size[1]) // 2))
-
-
-MOST_CHARACTERS = 200  # of a caption that are looked at; no cell is wide enough for more
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

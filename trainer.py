@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import itertools
 import logging
 import math
 import signal
@@ -449,16 +448,21 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Move towards the network as it is now."""
-        ours, theirs = (list(itertools.chain(each.parameters(), each.buffers())) for each in (self.module, network))
-        averaged = [place for place, tensor in enumerate(ours) if tensor.is_floating_point() and self.steps]
-        copied = sorted(set(range(len(ours))) - set(averaged))
-        for places, change in ((averaged, self._approach), (copied, torch._foreach_copy_)):
-            if places:
-                change([ours[place] for place in places], [theirs[place] for place in places])
+        ours, theirs = _numbers_and_counts(self.module), _numbers_and_counts(network)
+        if self.steps:
+            torch._foreach_lerp_(ours[0], theirs[0], 1 - self.decay)
+        else:
+            torch._foreach_copy_(ours[0], theirs[0])
+        if ours[1]:
+            torch._foreach_copy_(ours[1], theirs[1])
         self.steps += 1
 
-    def _approach(self, ours: list[Tensor], theirs: list[Tensor]) -> None:
-        torch._foreach_lerp_(ours, theirs, 1 - self.decay)
+
+def _numbers_and_counts(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """A network's parameters and buffers: those of fractions, and those of whole numbers."""
+    tensors = [*network.parameters(), *network.buffers()]
+    numbers = [each for each in tensors if each.is_floating_point()]
+    return numbers, [each for each in tensors if not each.is_floating_point()]
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:

@@ -33,6 +33,11 @@ class UserError(ValueError):
     """A mistake of the user's: the message names the key or file at fault and the remedy, in one or two lines."""
 
 
+def is_folder_name(text: str) -> bool:
+    """Whether a text names one folder, which stays inside the one that it is joined to."""
+    return text not in ("", ".", "..") and "/" not in text and "\\" not in text
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's own, but a mistake on the command line is told in one line, as all others are."""
 

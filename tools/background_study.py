@@ -50,7 +50,13 @@ from matplotlib import pyplot
 EXAMPLE = """  python tools/background_study.py --checkpoint binet=a/best-a.pth --checkpoint binet=b/best-b.pth \\
       --checkpoint abinet=c/best-c.pth --ssn ssn/best-ssn.pth --count 2000 --seed 7 --output workdir/background-study"""
 
-MASKS = ("ssn", "exact", "none", "full", "other")
+MASKS = {  # kind -> name in the plot
+    "ssn": "SSN's masks",
+    "exact": "exact masks",
+    "none": "empty masks",
+    "full": "all-text masks",
+    "other": "another word's masks",
+}
 NO_MASKS = "-"  # of a network that takes none
 PLAIN = "plain"
 RESAMPLES = 2000
@@ -270,13 +276,9 @@ def markdown(rows: Sequence[dict], kinds: Sequence[str], *, words: int) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-MASK_NAMES = {"ssn": "SSN's masks", "exact": "exact masks", "none": "empty masks", "full": "all-text masks"}
-MASK_NAMES |= {"other": "another word's masks"}
-
-
 def label_of(row: dict) -> str:
     """Name of a network and its masks."""
-    return row["name"] if row["masks"] == NO_MASKS else f"{row['name']} ({MASK_NAMES[row['masks']]})"
+    return row["name"] if row["masks"] == NO_MASKS else f"{row['name']} ({MASKS[row['masks']]})"
 
 
 def scores_csv(runs: Sequence[Run], kinds: Sequence[str]) -> str:

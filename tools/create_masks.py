@@ -103,8 +103,8 @@ def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
     Raises:
         UserError: no LMDB there, or an output would lie inside of or be an input.
     """
-    inside = [each for each in find_lmdbs(source) if target.resolve() in each.resolve().parents]
-    found = [each for each in find_lmdbs(source) if each not in inside]  # not the masks of an earlier run
+    # Masks of an earlier run may lie below the words.
+    found = [each for each in find_lmdbs(source) if target.resolve() not in each.resolve().parents]
     if not found:
         raise UserError(f"--input {source} lies in --output {target}; choose another output")
     pairs = [(each, target / each.relative_to(source)) for each in found]

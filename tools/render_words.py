@@ -23,7 +23,7 @@ from lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS, SPLITS, OutputConfig
 from tools.support import make_parser, map_in_processes, positive, print_summary, progress, seed_number, usable_cores
-from utils import UserError, run_command_line
+from utils import UserError, is_folder_name, run_command_line
 
 EXAMPLE = """  python tools/render_words.py --output data/rendered --name words --count 10000 --seed 0
   python tools/render_words.py --output data/rendered --name hard --count 2000 --difficulty 0.9 --contact-sheet hard.png
@@ -144,7 +144,7 @@ def share(text: str) -> float:
 
 def folder_name(text: str) -> str:
     """An argparse type: the name of one folder."""
-    if text in ("", ".", "..") or "/" in text or "\\" in text:
+    if not is_folder_name(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of one folder")
     return text
 

@@ -30,6 +30,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+REJECTION_HEADER = "entry\treason\tdetail\n"
 MAX_PIXELS = 1 << 26  # 8192 x 8192: no word is larger, and a decoded picture of it still fits a worker's memory
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; decode_picture refuses by the header instead
@@ -98,9 +99,6 @@ class Word:
     words: int = 1
 
 
-HEADER = "entry\treason\tdetail\n"
-
-
 class RejectionLog:
     """Counts what a tool leaves out, by reason, and lists every entry in a tab-separated file (entry, reason, detail).
 
@@ -139,7 +137,7 @@ class RejectionLog:
     def _is_a_log(self) -> bool:
         try:
             with self.path.open("rb") as file:
-                return file.readline() == HEADER.encode()
+                return file.readline() == REJECTION_HEADER.encode()
         except OSError:  # a folder
             return False
 
@@ -159,7 +157,7 @@ class RejectionLog:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._partial.open("w", encoding="utf-8", errors="backslashreplace")
-                self._file.write(HEADER)
+                self._file.write(REJECTION_HEADER)
             self._file.write(f"{_one_field(entry)}\t{reason}\t{_one_field(detail)}\n")
         except OSError as error:
             raise self._unwritable(error) from error

@@ -55,6 +55,7 @@ from utils import RENDER_SCHEME, UserError, load_weights, read_checkpoint
 logger = logging.getLogger(__name__)
 
 SUB_MODELS = ("alignment", "vision", "language")
+MIN_TRAINING_SIDE = 7  # pixels; words of smaller images are left out of training, as published
 
 # --- networks and losses ----------------------------------------------------------------------------------------------
 
@@ -388,15 +389,16 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
             "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
             data.charset_path,
         )
-    transform = AugmentWord if training and data.data_aug else ResizeWord
+    resize = ResizeWord(size=size, fit=data.fit, random_aspect=training and data.multiscales)
     datasets = open_word_datasets(
         roots,
         labels=labels,
-        transform=transform(size=size, keep_aspect=data.multiscales),
+        transform=AugmentWord(resize) if training and data.data_aug else resize,
         masks=_mask_source(config, device=device),
         seed=config.global_.seed or 0,
         cache_dir=(data.cache_dir or default_cache_dir()) if data.cache_index else None,
         length=data.train.length,
+        min_side=MIN_TRAINING_SIDE if training else 1,
     )
     return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
 

@@ -184,7 +184,14 @@ class DatasetConfig(Section):
     case_sensitive: bool = key(False, "Keep the case of labels in training (needs a charset with upper case).")
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
     data_aug: bool = key(True, "Augment training samples: geometry, deterioration, colour.")
-    multiscales: bool = key(False, "Keep the aspect of the picture when resizing, instead of stretching it.")
+    multiscales: bool = key(
+        False,
+        "Keep the aspect when resizing, centred, borders replicated; in training, half of the time, a random aspect.",
+    )
+    align_left: bool = key(
+        False,
+        "Keep the aspect when resizing, at the left edge, the rest black: a letter's place tells its number.",
+    )
     num_workers: int = key(4, "Data loading processes for each training process; 0 loads in the loop.", ge=0)
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
     use_sm: bool = key(False, "Spelling mutation of language inputs.")
@@ -199,6 +206,11 @@ class DatasetConfig(Section):
     cache_dir: str | None = key(None, "Folder of those files and of cached masks; null: the user's cache folder.")
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)
+
+    @property
+    def fit(self) -> Literal["stretch", "centre", "left"]:
+        """How an image gets the network's size (`transforms.ResizeWord`)."""
+        return "centre" if self.multiscales else "left" if self.align_left else "stretch"
 
 
 class TrainingConfig(Section):
@@ -420,7 +432,7 @@ class Config(Section):
         Raises:
             UserError: with one line for each thing that is wrong.
         """
-        return _validated(Document(_plain(mapping), source, {}), {})
+        return _validated(Document(_migrated(_plain(mapping)), source, {}), {})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dicts, lists, numbers, strings, None) that `from_dict` reads back equal."""
@@ -429,6 +441,15 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back equal."""
         return dump_yaml(self.to_dict(), width=120)
+
+
+def _migrated(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The resolved config of an older checkpoint in today's keys: there `multiscales` was what `align_left` is now."""
+    dataset = mapping.get("dataset")
+    if isinstance(dataset, dict) and "cache_dir" in dataset and "align_left" not in dataset:  # resolved, and older
+        align_left = dataset.get("multiscales", False)
+        return mapping | {"dataset": dataset | {"multiscales": False, "align_left": align_left}}
+    return mapping
 
 
 def _plain(value: Any) -> Any:
@@ -539,6 +560,8 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
     smallest, largest = config.dataset.segmentation.scale_range
     if smallest > largest:
         yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
+    if config.dataset.multiscales and config.dataset.align_left:
+        yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
     reads_files = [root for root in config.dataset.train.roots if not root.startswith(RENDER_SCHEME)]
     if config.global_.phase == "train" and reads_files and model.takes_masks:
         yield from _mask_problems(config)

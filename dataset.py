@@ -74,6 +74,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BROKEN = "broken"  # the picture cannot be decoded
+TINY = "tiny"  # a side of the picture is too short
 TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
 
 
@@ -92,6 +93,7 @@ class WordDataset(Dataset):
         stream: tells data sets of one run apart, so that equal indices are not augmented alike.
         name: of the set, in results and messages; None takes the folder's.
         cache_dir: folder that keeps the result of the filter; None filters anew.
+        min_side: pixels; a word whose image has a shorter side is skipped when it comes.
 
     Raises:
         UserError: this is no LMDB, or the masks do not belong to it.
@@ -108,11 +110,13 @@ class WordDataset(Dataset):
         stream: int = 0,
         name: str | None = None,
         cache_dir: str | Path | None = None,
+        min_side: int = 1,
     ) -> None:
         self.reader = LmdbReader(path)
         self.name = name or Path(os.path.abspath(path)).name
         self.transform = transform
         self.masks = masks
+        self.min_side = min_side
         self.index = open_word_index(self.reader, labels, cache_dir=cache_dir)
         self.filtered = self.index.filtered  # reason -> words that the filter left out
         self._generators = SampleGenerators(seed, stream)
@@ -167,9 +171,12 @@ class WordDataset(Dataset):
                     words.append(MISSING)
                     continue
                 try:
-                    words.append([number, decode_picture(data), None, bytes(text).decode()])
+                    picture = decode_picture(data)
                 except BrokenPictureError:
                     words.append(BROKEN)
+                    continue
+                tiny = min(picture.shape[:2]) < self.min_side
+                words.append(TINY if tiny else [number, picture, None, bytes(text).decode()])
         return words
 
     def _add_masks(self, words: list[Any]) -> None:
@@ -337,6 +344,7 @@ def open_word_datasets(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     length: int | None = None,
+    min_side: int = 1,
 ) -> list[WordDataset | RenderedDataset]:
     """Open every LMDB of some roots, and renderers for roots of the form `render://FILE.yaml`.
 
@@ -345,7 +353,7 @@ def open_word_datasets(
         masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), beside which rendered words
             bring their own; a network that makes all of them; or None for none.
         length: words of an epoch of a renderer; None takes its own number.
-        labels, transform, seed, cache_dir: as of WordDataset.
+        labels, transform, seed, cache_dir, min_side: as of WordDataset.
 
     Returns:
         One data set for each LMDB, in the order of the roots and of the paths below them, with different names.
@@ -366,7 +374,8 @@ def open_word_datasets(
             datasets.append(_open_renderer(path, labels, length=length, **common))
             continue
         source = LmdbMasks(find_mask_lmdb(masks, root, path)) if isinstance(masks, str | Path) else masks
-        datasets.append(WordDataset(path, labels=labels, masks=source, cache_dir=cache_dir, **common))
+        common |= {"masks": source, "cache_dir": cache_dir, "min_side": min_side}
+        datasets.append(WordDataset(path, labels=labels, **common))
     return datasets
 
 

@@ -13,8 +13,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import cv2
 import numpy as np
@@ -24,6 +23,7 @@ from PIL import Image
 Picture = np.ndarray  # (H, W, 3) uint8, RGB
 Mask = np.ndarray  # (H, W) uint8, 255 = text
 Size = tuple[int, int]  # height, width
+Fit = Literal["stretch", "centre", "left"]  # how an image gets the network's size: see ResizeWord
 
 MAX_SIDE = 4096  # pixels; larger pictures are brought down to it first (OpenCV's warps end at 32,767)
 
@@ -119,12 +119,22 @@ def rotation(rng: Generator, size: Size, *, degrees: float = 45.0) -> np.ndarray
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
 
-def affine(rng: Generator, size: Size, *, scale: float = 2.0, shear: tuple[float, float] = (45.0, 15.0)) -> np.ndarray:
-    """Matrix (3, 3) of a scaling by 1/`scale` to `scale` and shears of up to `shear` degrees along x and y."""
-    factor = scale ** symmetric(rng, 1.0)
+def affine(
+    rng: Generator,
+    size: Size,
+    *,
+    degrees: float = 45.0,
+    scale: tuple[float, float] = (0.5, 2.0),
+    shear: tuple[float, float] = (45.0, 15.0),
+) -> np.ndarray:
+    """Matrix (3, 3) of a scaling, a rotation by up to `degrees` and shears of up to `shear` degrees along x and y."""
+    turn = rotation(rng, size, degrees=degrees)
+    factor = rng.uniform(*scale)
     along_x = math.tan(math.radians(symmetric(rng, shear[0])))
     along_y = math.tan(math.radians(symmetric(rng, shear[1])))
-    return np.array([[factor, factor * along_x, 0.0], [factor * along_y, factor, 0.0], [0.0, 0.0, 1.0]])
+    # A shear along x, then one along y, then the rotation.
+    shears = np.array([[1.0, along_x, 0.0], [along_y, 1.0 + along_x * along_y, 0.0], [0.0, 0.0, 1.0]])
+    return np.diag((factor, factor, 1.0)) @ turn @ shears
 
 
 def perspective(rng: Generator, size: Size, *, distortion: float = 0.5) -> np.ndarray:
@@ -198,8 +208,8 @@ def _noise_table() -> np.ndarray:
 
 
 def gaussian_noise(picture: Picture, rng: Generator, *, variance: float = 20.0) -> Picture:
-    """Add normal noise of a variance of up to `variance` (grey levels squared), per pixel and channel."""
-    factor = math.sqrt(one_sided(rng, variance)) / NOISE_DEVIATION
+    """Add normal noise of a variance of 1 to `variance` (grey levels squared), per pixel and channel."""
+    factor = math.sqrt(max(one_sided(rng, variance), 1.0)) / NOISE_DEVIATION
     table = _noise_table()
     if picture.size * 2 > table.size:
         table = np.resize(table, picture.size * 2)
@@ -234,25 +244,22 @@ def line_kernel(pixels: int, direction: int) -> np.ndarray:
     return kernel / kernel.sum()
 
 
-def rescale(picture: Picture, rng: Generator, *, base: Size, steps: float = 4.0) -> Picture:
-    """Lose detail: down to `base` halved up to `steps` times (the levels of a picture pyramid), and back up."""
-    step = round(one_sided(rng, steps))
-    height, width = max(base[0] >> step, 1), max(base[1] >> step, 1)
-    if height >= picture.shape[0] and width >= picture.shape[1]:
-        return picture  # the level is larger than the picture: nothing would be lost
-    small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+PYRAMID_BASE = (128, 512)  # height and width of the lowest level
+
+
+def rescale(picture: Picture, rng: Generator, *, base: Size = PYRAMID_BASE, steps: float = 4.0) -> Picture:
+    """Lose detail: to the size `base`, up to `steps` levels of a Gaussian pyramid down, and back to its own size."""
+    small = resize(picture, base)
+    for _ in range(round(rng.uniform(0.0, steps))):
+        small = cv2.pyrDown(small)
     return resize(small, picture.shape[:2])
 
 
-def deteriorate(picture: Picture, rng: Generator, *, base: Size) -> Picture:
-    """Noise, motion blur and loss of detail, in random order; `base` is the lowest level of the pyramid."""
-    kinds: list[Callable[[Picture], Picture]] = [
-        lambda each: gaussian_noise(each, rng),
-        lambda each: motion_blur(each, rng),
-        lambda each: rescale(each, rng, base=base),
-    ]
-    for kind in rng.permutation(3):
-        picture = kinds[kind](picture)
+def deteriorate(picture: Picture, rng: Generator) -> Picture:
+    """Noise, motion blur and loss of detail, in random order."""
+    kinds = (gaussian_noise, motion_blur, rescale)
+    for kind in rng.permutation(len(kinds)):
+        picture = kinds[kind](picture, rng)
     return picture
 
 
@@ -315,20 +322,31 @@ class ResizeWord:
 
     Args:
         size: height and width.
-        keep_aspect: scale until one side fits and fill the rest (right or below) with black, not text.
+        fit: "stretch" to it; or keep the aspect, "centre" with the borders replicated, or at the upper "left", the rest
+            black and no text.
+        random_aspect: half of the time, stretch to the whole height and a random width from the height on, centred,
+            instead; needs a generator.
     """
 
-    def __init__(self, *, size: Size = (32, 128), keep_aspect: bool = False) -> None:
+    def __init__(self, *, size: Size = (32, 128), fit: Fit = "stretch", random_aspect: bool = False) -> None:
         self.size = tuple(size)
-        self.keep_aspect = keep_aspect
+        self.fit = fit
+        self.random_aspect = random_aspect
 
-    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
-        size = self.fitted(picture.shape[:2])
-        return self.pad(resize(picture, size)), None if mask is None else self.pad(resize(mask, size))
+    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator | None) -> tuple[Picture, Mask | None]:
+        size = self.draw_size(picture.shape[:2], rng)
+        return self.place(picture, size), None if mask is None else self.place(mask, size)
+
+    def draw_size(self, size: Size, rng: Generator | None) -> Size:
+        """Height and width that an image of `size` gets inside of the network's size."""
+        if self.random_aspect and rng.random() < 0.5:
+            height, width = self.size
+            return height, int(rng.integers(min(height, width), width + 1))
+        return self.fitted(size)
 
     def fitted(self, size: Size) -> Size:
-        """Height and width that a picture of `size` gets before the filling."""
-        if not self.keep_aspect:
+        """As `draw_size`, without chance."""
+        if self.fit == "stretch":
             return self.size
         scale = min(self.size[0] / size[0], self.size[1] / size[1])
         return (
@@ -336,70 +354,76 @@ class ResizeWord:
             min(max(round(size[1] * scale), 1), self.size[1]),
         )
 
-    def pad(self, picture: np.ndarray) -> np.ndarray:
-        """Fill up to the network's size."""
-        below, right = self.size[0] - picture.shape[0], self.size[1] - picture.shape[1]
+    def corner(self, size: Size) -> tuple[int, int]:
+        """Row and column of the network's input where an image that got `size` begins."""
+        if self.fit != "centre":
+            return 0, 0
+        return (self.size[0] - size[0] + 1) // 2, (self.size[1] - size[1] + 1) // 2
+
+    def place(self, picture: np.ndarray, size: Size) -> np.ndarray:
+        """Resize a picture or mask to `size` and fill up to the network's."""
+        picture = resize(picture, size)
+        below, right = self.size[0] - size[0], self.size[1] - size[1]
         if not below and not right:
             return picture
-        return cv2.copyMakeBorder(picture, 0, below, 0, right, cv2.BORDER_CONSTANT, value=0)
+        border = cv2.BORDER_REPLICATE if self.fit == "centre" else cv2.BORDER_CONSTANT
+        top, left = self.corner(size)
+        return cv2.copyMakeBorder(picture, top, below - top, left, right - left, border, value=0)
 
 
 class AugmentWord:
     """The published training augmentation, then resizing; kinds and magnitudes are drawn for every sample.
 
     Args:
-        size, keep_aspect: as of ResizeWord.
-        geometry, deterioration, color: probability of each.
+        resize: brings the result to the network's size.
+        deterioration, color, geometry: probability of each; they come in this order.
     """
 
     def __init__(
         self,
+        resize: ResizeWord | None = None,
         *,
-        size: Size = (32, 128),
-        keep_aspect: bool = False,
-        geometry: float = 0.5,
         deterioration: float = 0.25,
         color: float = 0.25,
+        geometry: float = 0.5,
     ) -> None:
-        self.resize = ResizeWord(size=size, keep_aspect=keep_aspect)
+        self.resize = resize or ResizeWord()
         self.size = self.resize.size
-        self.geometry = geometry
         self.deterioration = deterioration
         self.color = color
+        self.geometry = geometry
 
     def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
         draws = rng.random(3).tolist()
-        moved, deteriorated = draws[0] < self.geometry, draws[1] < self.deterioration
         picture, mask = limit_size(picture), None if mask is None else limit_size(mask)
-        if moved:
-            picture, mask = self._move(picture, mask, rng, whole=deteriorated)
-        if deteriorated:
-            picture = deteriorate(picture, rng, base=(4 * self.size[0], 4 * self.size[1]))
-        picture, mask = self.resize(picture, mask, rng)
-        if draws[2] < self.color:  # pointwise, so it may as well follow the resizing, where there are fewer pixels
+        if draws[0] < self.deterioration:
+            picture = deteriorate(picture, rng)
+        if draws[1] < self.color:
             picture = color_jitter(picture, rng)
-        return picture, mask
-
-    def _move(self, picture: Picture, mask: Mask | None, rng: Generator, *, whole: bool) -> tuple[Picture, Mask | None]:
-        """One kind of geometry, with one kind of interpolation. `whole` asks for the grown canvas at its own size.
-
-        Otherwise a canvas larger than the network's input is never made: resizing it down picks bilinear samples of it
-        without smoothing, so that warping straight to the smaller size takes the same samples and costs far less. A
-        smaller canvas is made: there the warp itself loses detail.
-        """
-        size = picture.shape[:2]
+        if draws[2] >= self.geometry:
+            return self.resize(picture, mask, rng)
         kind = (rotation, affine, perspective)[rng.integers(3)]
-        matrix, canvas = fit_canvas(kind(rng, size), size)
+        matrix, canvas = fit_canvas(kind(rng, picture.shape[:2]), picture.shape[:2])
         interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))]
-        final = self.resize.fitted(canvas)
-        if not whole and canvas[0] >= final[0] and canvas[1] >= final[1]:
-            matrix = np.diag((final[1] / canvas[1], final[0] / canvas[0], 1.0)) @ matrix
-            canvas = final
-        if mask is None:
-            return warp(picture, matrix, canvas, interpolation), None
-        # As a fourth channel the mask gets the picture's warp to the last pixel, and four channels cost what three do.
-        both = warp(cv2.merge((picture, mask)), matrix, canvas, interpolation)
-        return cv2.cvtColor(both, cv2.COLOR_RGBA2RGB), cv2.extractChannel(both, 3)
+        size = self.resize.draw_size(canvas, rng)
+        if canvas[0] >= size[0] and canvas[1] >= size[1]:
+            # The canvas, larger than what the network sees of it, is never made: resizing it down picks bilinear
+            # samples without smoothing, so that warping straight to the smaller size takes the same samples for less.
+            # A smaller canvas is made: there the warp itself loses detail.
+            matrix = np.diag((size[1] / canvas[1], size[0] / canvas[0], 1.0)) @ matrix
+            canvas = size
+        picture, mask = warp_pair(picture, mask, matrix, canvas, interpolation)
+        return self.resize.place(picture, size), None if mask is None else self.resize.place(mask, size)
+
+
+def warp_pair(
+    picture: Picture, mask: Mask | None, matrix: np.ndarray, size: Size, interpolation: int
+) -> tuple[Picture, Mask | None]:
+    """`warp` of a picture and its mask, alike to the last pixel."""
+    if mask is None:
+        return warp(picture, matrix, size, interpolation), None
+    both = warp(cv2.merge((picture, mask)), matrix, size, interpolation)  # four channels cost what three do
+    return cv2.cvtColor(both, cv2.COLOR_RGBA2RGB), cv2.extractChannel(both, 3)
 
 
 def limit_size(picture: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:

@@ -173,6 +173,18 @@ def test_saved_config_is_read_back_equal(tmp_path, path):
     assert Config.from_dict(config.to_dict()) == config
 
 
+def test_older_checkpoints_keep_the_fit_that_they_were_trained_with():
+    """`multiscales` of a resolved config without `align_left` is what `align_left` is now."""
+    older = Config.from_dict({"dataset": {"multiscales": True}}).to_dict()
+    del older["dataset"]["align_left"]
+    dataset = Config.from_dict(older).dataset
+    assert (dataset.multiscales, dataset.align_left, dataset.fit) == (False, True, "left")
+    assert older["dataset"]["multiscales"] is True
+    assert Config.from_dict({"dataset": {"multiscales": True}}).dataset.fit == "centre"
+    with pytest.raises(UserError, match="align_left"):
+        Config.from_dict({"dataset": {"multiscales": True, "align_left": True}})
+
+
 def test_from_dict_reads_tuples_leaves_its_argument_and_names_its_source():
     mapping = {"optimizer": {"args": {"betas": (0.5, 0.6)}}, "model": {"ensemble": "", "name": "ssn"}}
     before = copy.deepcopy(mapping)

@@ -57,6 +57,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_pair(value: Any) -> Any:
+    return [value, value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def _single_rate(value: Any) -> Any:
     """Published YAMLs may give one learning rate for each layer group; equal ones mean a single rate."""
     return value[0] if isinstance(value, list) and value and all(rate == value[0] for rate in value) else value
@@ -82,6 +86,7 @@ FeatureWidth = Annotated[int, Field(ge=2, multiple_of=2)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Five = Field(min_length=5, max_length=5)
+Share = Annotated[list[Weight], Field(min_length=2, max_length=2), BeforeValidator(_as_pair)]
 Stride = Annotated[int | list[int], BeforeValidator(_known_stride)]
 Pair = Field(min_length=2, max_length=2)
 
@@ -126,7 +131,14 @@ class TrainDataConfig(Section):
     )
     batch_size: PositiveInt = key(384, "Samples in one optimiser step over all processes.")
     length: PositiveInt | None = key(
-        None, "Samples in an epoch for render:// roots; null for the renderer's own number."
+        None,
+        "Samples in an epoch: of each render:// root (null: its own number), or, with shares, of the mixture (null: "
+        "all samples).",
+    )
+    shares: list[Share] | None = key(
+        None,
+        "Share of each root in every batch: a number, or [first, last] that it changes between over the run; each root "
+        "is passed through in its own order before it repeats. null: every sample once an epoch.",
     )
 
 
@@ -562,6 +574,8 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
         yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
     if config.dataset.multiscales and config.dataset.align_left:
         yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
+    if config.global_.phase == "train":
+        yield from _share_problems(config.dataset.train)
     reads_files = [root for root in config.dataset.train.roots if not root.startswith(RENDER_SCHEME)]
     if config.global_.phase == "train" and reads_files and model.takes_masks:
         yield from _mask_problems(config)
@@ -596,6 +610,15 @@ def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
         weights = {name: weight for name, weight in weights.items() if name.startswith(f"model.{model.kind}.")}
     if not any(weights.values()):
         yield next(iter(weights)), f"all weights of the loss are 0; set one of {', '.join(weights)}"
+
+
+def _share_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:
+    if train.shares is None:
+        return
+    if len(train.shares) != len(train.roots):
+        yield "dataset.train.shares", f"{len(train.shares)} shares for {len(train.roots)} roots; give one for each root"
+    elif not all(map(sum, zip(*train.shares, strict=True))):
+        yield "dataset.train.shares", "all are 0 at the start or at the end of the run; give one of them more"
 
 
 def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:

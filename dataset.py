@@ -37,7 +37,15 @@ from batches import (
 )
 from lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
 from masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
-from sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler, as_key
+from sampling import (
+    EqualSizeBatchSampler,
+    MixtureBatchSampler,
+    ResumableBatchSampler,
+    SampleGenerators,
+    SampleKey,
+    ShardedSampler,
+    as_key,
+)
 from transforms import BrokenPictureError, CropSegmentation, Mask, Picture, WordTransform, decode_mask, decode_picture
 from utils import RENDER_SCHEME, UserError
 from word_index import MISSING, default_cache_dir, open_word_index
@@ -51,6 +59,7 @@ __all__ = [
     "LanguageCollate",
     "LanguageDataset",
     "LmdbMasks",
+    "MixtureBatchSampler",
     "OnlineMasks",
     "RenderedDataset",
     "ResumableBatchSampler",
@@ -117,6 +126,7 @@ class WordDataset(Dataset):
         self.transform = transform
         self.masks = masks
         self.min_side = min_side
+        self.root = 0  # number of the root that it was found in
         self.index = open_word_index(self.reader, labels, cache_dir=cache_dir)
         self.filtered = self.index.filtered  # reason -> words that the filter left out
         self._generators = SampleGenerators(seed, stream)
@@ -221,6 +231,7 @@ class RenderedDataset(Dataset):
         self.with_masks = with_masks
         self.segmenter = segmenter
         self.name = name
+        self.root = 0  # as of WordDataset
         self.filtered: dict[str, int] = {}
         self._generators = SampleGenerators(seed, stream)
 
@@ -283,7 +294,7 @@ class JoinedDataset(Dataset):
         by_dataset: dict[int, list[tuple[int, int, SampleKey]]] = {}
         for row, key in enumerate(map(as_key, keys)):
             place, local = self.locate(key.index)
-            by_dataset.setdefault(place, []).append((row, key.index, SampleKey(key.epoch, local)))
+            by_dataset.setdefault(place, []).append((row, key.index, key._replace(index=local)))
         samples: list[Any] = [None] * len(keys)
         for place, wanted in by_dataset.items():
             dataset = self.datasets[place]
@@ -356,26 +367,27 @@ def open_word_datasets(
         labels, transform, seed, cache_dir, min_side: as of WordDataset.
 
     Returns:
-        One data set for each LMDB, in the order of the roots and of the paths below them, with different names.
+        One data set for each LMDB, in the order of the roots and of the paths below them, with different names; its
+        `root` is the number of the root that it was found in.
     """
-    found: list[tuple[str | None, Path | str]] = []
-    for root in map(str, roots):
-        if root.startswith(RENDER_SCHEME):
-            found.append((None, root))
-        else:
-            found += [(root, path) for path in find_lmdbs(root)]
+    found: list[tuple[int, Path | str]] = []
+    for number, root in enumerate(map(str, roots)):
+        paths = [root] if root.startswith(RENDER_SCHEME) else find_lmdbs(root)
+        found += [(number, path) for path in paths]
     names = _distinct_names([str(path) for _, path in found])
     datasets: list[WordDataset | RenderedDataset] = []
-    for stream, ((root, path), name) in enumerate(zip(found, names, strict=True)):
+    for stream, ((number, path), name) in enumerate(zip(found, names, strict=True)):
         common = {"transform": transform, "seed": seed, "stream": stream, "name": name}
-        if root is None:
+        if isinstance(path, str):
             segmenter = masks.segmenter if isinstance(masks, OnlineMasks) else None
             common |= {"with_masks": masks is not None, "segmenter": segmenter}
             datasets.append(_open_renderer(path, labels, length=length, **common))
-            continue
-        source = LmdbMasks(find_mask_lmdb(masks, root, path)) if isinstance(masks, str | Path) else masks
-        common |= {"masks": source, "cache_dir": cache_dir, "min_side": min_side}
-        datasets.append(WordDataset(path, labels=labels, **common))
+        else:
+            named = isinstance(masks, str | Path)
+            source = LmdbMasks(find_mask_lmdb(masks, roots[number], path)) if named else masks
+            common |= {"masks": source, "cache_dir": cache_dir, "min_side": min_side}
+            datasets.append(WordDataset(path, labels=labels, **common))
+        datasets[-1].root = number
     return datasets
 
 
@@ -437,6 +449,7 @@ class LanguageDataset(Dataset):
         self.use_sm = use_sm
         self.smooth_label = smooth_label
         self.smooth_factor = smooth_factor
+        self.root = 0  # as of WordDataset
         self._generators = SampleGenerators(seed, stream)
         self.filtered: dict[str, int] = {}
         self._inputs, self._targets = self._read()
@@ -632,6 +645,7 @@ class SegmentationDataset(Dataset):
         self.name = name or Path(os.path.abspath(source.path)).name
         self.transform = transform
         self.ignore_index = ignore_index
+        self.root = 0  # as of WordDataset
         self.filtered = source.filtered
         self._generators = SampleGenerators(seed, stream)
         self._classes = (np.arange(256) >= TEXT_THRESHOLD).astype(np.uint8)  # by grey level
@@ -691,15 +705,17 @@ def open_segmentation_datasets(
         transform, ignore_index, ignore_level, seed: as of SegmentationDataset.
     """
     sources: list[SegmentationFolder | SegmentationLmdb] = []
-    for root in map(Path, roots):
+    numbers: list[int] = []  # of each source's root
+    for number, root in enumerate(map(Path, roots)):
         if _is_pair_folder(root):
             sources.append(SegmentationFolder(root))
-            continue
-        for path in find_lmdbs(root):
-            mask_path = None if LmdbReader(path).get(mask_key(1)) is not None or mask_root is None else mask_root
-            sources.append(SegmentationLmdb(path, mask_path and find_mask_lmdb(mask_path, root, path)))
+        else:
+            for path in find_lmdbs(root):
+                mask_path = None if LmdbReader(path).get(mask_key(1)) is not None or mask_root is None else mask_root
+                sources.append(SegmentationLmdb(path, mask_path and find_mask_lmdb(mask_path, root, path)))
+        numbers += [number] * (len(sources) - len(numbers))
     names = _distinct_names([str(source.path) for source in sources])
-    return [
+    datasets = [
         SegmentationDataset(
             source,
             transform=transform,
@@ -711,6 +727,9 @@ def open_segmentation_datasets(
         )
         for stream, (source, name) in enumerate(zip(sources, names, strict=True))
     ]
+    for dataset, number in zip(datasets, numbers, strict=True):
+        dataset.root = number
+    return datasets
 
 
 def _is_pair_folder(root: Path) -> bool:

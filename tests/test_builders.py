@@ -1,5 +1,6 @@
 """builders.py: which weights and settings a network is built with. That each kind builds and trains: test_main.py."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,21 @@ def test_an_ssn_is_loaded_from_beside_a_recogniser(beside_a_recogniser, ssn):
     config.model.checkpoint = str(beside_a_recogniser)
     built = build_model(config).state_dict()
     assert all(torch.equal(tensor, built[name]) for name, tensor in ssn.state_dict().items())
+
+
+def test_roots_have_their_shares_of_every_batch(tmp_path):
+    """A folder of two LMDBs is one root: one share, one order."""
+    for name, words in (("one/a", 3), ("one/b", 5), ("two", 4)):
+        small_networks.write_words(tmp_path / name, words)
+    config = small_networks.small_config("abinet", data_aug=False)
+    config.dataset.train.roots = [str(tmp_path / "one"), str(tmp_path / "two")]
+    config.dataset.train.shares = [[3, 0], [1, 4]]
+    config.dataset.train.batch_size = config.dataset.train.length = 4
+    config.training.epochs = 4
+    batches = itertools.islice(build_training_data(config, device=torch.device("cpu"), process=Process()), 5)
+    counts = [int((batch.indices < 8).sum()) for batch in batches]
+    assert [len(counts), counts[-1]] == [5, 0]
+    assert sum(counts[:4]) in (7, 8)  # 3, 2.25, 1.5, 0.75
 
 
 @pytest.mark.parametrize(

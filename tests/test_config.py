@@ -173,6 +173,23 @@ def test_saved_config_is_read_back_equal(tmp_path, path):
     assert Config.from_dict(config.to_dict()) == config
 
 
+def test_shares_are_numbers_or_pairs_one_for_each_root(tmp_path):
+    roots = ["dataset.train.roots=[a, b]", "dataset.masks.root=m"]
+    path = tmp_path / "config.yaml"
+    path.write_text("{}")
+    shares = load_config(path, [*roots, "dataset.train.shares=[0.5, [1, 0]]"]).dataset.train.shares
+    assert shares == [[0.5, 0.5], [1, 0]]
+    for wrong, message in (
+        ("[1]", "1 shares for 2 roots"),
+        ("[[0, 1], [0, 1]]", "all are 0 at the start"),
+        ("[1, -1]", "shares"),
+        ("[1, [1, 2, 3]]", "shares"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(path, [*roots, f"dataset.train.shares={wrong}"])
+    assert load_config(path, ["global.phase=test", "dataset.train.shares=[1]"]).dataset.train.shares == [[1, 1]]
+
+
 def test_older_checkpoints_keep_the_fit_that_they_were_trained_with():
     """`multiscales` of a resolved config without `align_left` is what `align_left` is now."""
     older = Config.from_dict({"dataset": {"multiscales": True}}).to_dict()

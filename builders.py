@@ -50,12 +50,13 @@ from optimization import (
     with_warmup,
 )
 from segmentation import Segmenter
-from transforms import AugmentWord, CropSegmentation, ResizeWord
+from transforms import AugmentWord, CropSegmentation, RandAugmentWord, ResizeWord
 from utils import RENDER_SCHEME, UserError, load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 SUB_MODELS = ("alignment", "vision", "language")
+AUGMENTATIONS = {True: AugmentWord, "rand": RandAugmentWord}  # by dataset.data_aug
 MIN_TRAINING_SIDE = 7  # pixels; words of smaller images are left out of training, as published
 
 # --- networks and losses ----------------------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
     datasets = open_word_datasets(
         roots,
         labels=labels,
-        transform=AugmentWord(resize) if training and data.data_aug else resize,
+        transform=AUGMENTATIONS[data.data_aug](resize) if training and data.data_aug else resize,
         masks=_mask_source(config, device=device),
         seed=config.global_.seed or 0,
         cache_dir=(data.cache_dir or default_cache_dir()) if data.cache_index else None,

@@ -73,6 +73,12 @@ def _known_stride(value: Any) -> Any:
     raise ValueError("must be 1, 2 or [rows, columns] of these")
 
 
+def _known_augmentation(value: Any) -> Any:
+    if isinstance(value, bool) or value == "rand":
+        return value
+    raise ValueError("must be true, false or rand")
+
+
 def _folder_name(value: Any) -> Any:
     if isinstance(value, str) and not is_folder_name(value):
         raise ValueError("must be the name of one folder")
@@ -195,7 +201,9 @@ class DatasetConfig(Section):
     image_width: PositiveInt = key(128, "Width of the network's input, pixels.")
     case_sensitive: bool = key(False, "Keep the case of labels in training (needs a charset with upper case).")
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
-    data_aug: bool = key(True, "Augment training samples: geometry, deterioration, colour.")
+    data_aug: Annotated[bool | Literal["rand"], BeforeValidator(_known_augmentation)] = key(
+        True, "Augmentation of training samples: true, the published one; rand, RandAugment as of PARSeq; false, none."
+    )
     multiscales: bool = key(
         False,
         "Keep the aspect when resizing, centred, borders replicated; in training, half of the time, a random aspect.",

@@ -114,8 +114,12 @@ INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTE
 
 def rotation(rng: Generator, size: Size, *, degrees: float = 45.0) -> np.ndarray:
     """Matrix (3, 3) of a rotation by up to `degrees` either way."""
-    angle = math.radians(symmetric(rng, degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
+    return turn(symmetric(rng, degrees))
+
+
+def turn(degrees: float) -> np.ndarray:
+    """Matrix (3, 3) of a rotation."""
+    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
 
@@ -128,13 +132,13 @@ def affine(
     shear: tuple[float, float] = (45.0, 15.0),
 ) -> np.ndarray:
     """Matrix (3, 3) of a scaling, a rotation by up to `degrees` and shears of up to `shear` degrees along x and y."""
-    turn = rotation(rng, size, degrees=degrees)
+    turned = rotation(rng, size, degrees=degrees)
     factor = rng.uniform(*scale)
     along_x = math.tan(math.radians(symmetric(rng, shear[0])))
     along_y = math.tan(math.radians(symmetric(rng, shear[1])))
     # A shear along x, then one along y, then the rotation.
     shears = np.array([[1.0, along_x, 0.0], [along_y, 1.0 + along_x * along_y, 0.0], [0.0, 0.0, 1.0]])
-    return np.diag((factor, factor, 1.0)) @ turn @ shears
+    return np.diag((factor, factor, 1.0)) @ turned @ shears
 
 
 def perspective(rng: Generator, size: Size, *, distortion: float = 0.5) -> np.ndarray:
@@ -210,12 +214,16 @@ def _noise_table() -> np.ndarray:
 def gaussian_noise(picture: Picture, rng: Generator, *, variance: float = 20.0) -> Picture:
     """Add normal noise of a variance of 1 to `variance` (grey levels squared), per pixel and channel."""
     factor = math.sqrt(max(one_sided(rng, variance), 1.0)) / NOISE_DEVIATION
-    table = _noise_table()
-    if picture.size * 2 > table.size:
-        table = np.resize(table, picture.size * 2)
-    start = int(rng.integers(table.size - picture.size))
-    noise = table[start : start + picture.size].reshape(picture.shape)
-    return cv2.addWeighted(picture, 1.0, noise, factor, -NOISE_MIDDLE * factor)
+    return cv2.addWeighted(picture, 1.0, _noise_levels(picture.shape, rng), factor, -NOISE_MIDDLE * factor)
+
+
+def _noise_levels(shape: tuple[int, ...], rng: Generator) -> np.ndarray:
+    """A random part of the noise table, in some shape."""
+    size, table = math.prod(shape), _noise_table()
+    if size * 2 > table.size:
+        table = np.resize(table, size * 2)
+    start = int(rng.integers(table.size - size))
+    return table[start : start + size].reshape(shape)
 
 
 DIRECTIONS = 36  # of motion blur: steps of 5 degrees
@@ -285,11 +293,9 @@ def color_jitter(
         if kind == 0:
             picture = _stretch(picture, factors[0], 0.0)
         elif kind == 1:
-            mean = cv2.mean(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))[0]
-            picture = _stretch(picture, factors[1], (1.0 - factors[1]) * mean)
+            picture = _contrast(picture, factors[1])
         elif kind == 2:
-            grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-            picture = cv2.addWeighted(picture, factors[2], grey, 1.0 - factors[2], 0.0)
+            picture = _saturate(picture, factors[2])
         else:
             picture = _turn_hue(picture, turn)
     return picture
@@ -298,6 +304,16 @@ def color_jitter(
 def _stretch(picture: Picture, factor: float, offset: float) -> Picture:
     """factor x level + offset, within [0, 255]."""
     return cv2.addWeighted(picture, factor, picture, 0.0, offset)  # saturates, and is faster than a table
+
+
+def _contrast(picture: Picture, factor: float) -> Picture:
+    mean = cv2.mean(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))[0]
+    return _stretch(picture, factor, (1.0 - factor) * mean)
+
+
+def _saturate(picture: Picture, factor: float) -> Picture:
+    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(picture, factor, grey, 1.0 - factor, 0.0)
 
 
 def _turn_hue(picture: Picture, turn: float) -> Picture:
@@ -414,6 +430,113 @@ class AugmentWord:
             canvas = size
         picture, mask = warp_pair(picture, mask, matrix, canvas, interpolation)
         return self.resize.place(picture, size), None if mask is None else self.resize.place(mask, size)
+
+
+class RandAugmentWord:
+    """RandAugment as PARSeq uses it (Bautista and Atienza, 2022), then resizing.
+
+    `layers` times one of the fifteen operations is drawn, and applied half of the time, at `magnitude` (drawn around it
+    with a deviation of 0.5), to either side where it has sides. Rotations and shears enlarge the canvas, so that no
+    letter is cut off; borders are replicated.
+
+    Args:
+        resize: brings the result to the network's size; a larger image is first brought to four times its area.
+        layers: operations that are drawn.
+        magnitude: of 10.
+        probability: of each operation that is drawn.
+    """
+
+    def __init__(
+        self,
+        resize: ResizeWord | None = None,
+        *,
+        layers: int = 3,
+        magnitude: float = 5.0,
+        probability: float = 0.5,
+    ) -> None:
+        self.resize = resize or ResizeWord()
+        self.size = self.resize.size
+        self.layers = layers
+        self.magnitude = magnitude
+        self.probability = probability
+
+    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
+        size = self._bounded(picture.shape[:2])
+        picture, mask = resize(picture, size), None if mask is None else resize(mask, size)
+        pixels, matrices = list(PIXEL_OPERATIONS.values()), list(MATRIX_OPERATIONS.values())
+        for _ in range(self.layers):
+            number = int(rng.integers(len(pixels) + len(matrices)))
+            level = min(max(rng.normal(self.magnitude, 0.5), 0.0), 10.0) / 10
+            applied, side = rng.random(2) < (self.probability, 0.5)
+            if not applied:
+                continue
+            level = level if side else -level
+            if number < len(pixels):
+                picture = pixels[number](picture, level, rng)
+                continue
+            matrix, canvas = matrices[number - len(pixels)](level, picture.shape[:2]), picture.shape[:2]
+            if not matrix[:2, 2].any():
+                matrix, canvas = fit_canvas(matrix, canvas)
+            size = self._bounded(canvas)
+            matrix = np.diag((size[1] / canvas[1], size[0] / canvas[0], 1.0)) @ matrix
+            picture, mask = warp_pair(picture, mask, matrix, size, cv2.INTER_LINEAR)
+        return self.resize(picture, mask, rng)
+
+    def _bounded(self, size: Size) -> Size:
+        """A size of the same shape and at most four times the network's area, which bounds the time of a word."""
+        scale = math.sqrt(4 * self.size[0] * self.size[1] / (size[0] * size[1]))
+        if scale >= 1:
+            return size
+        return tuple(min(max(round(side * scale), 1), MAX_SIDE) for side in size)
+
+
+def _auto_contrast(picture: Picture, level: float, rng: Generator) -> Picture:
+    channels = [cv2.normalize(each, None, 0, 255, cv2.NORM_MINMAX) for each in cv2.split(picture)]
+    return cv2.merge(channels)
+
+
+def _equalize(picture: Picture, level: float, rng: Generator) -> Picture:
+    return cv2.merge([cv2.equalizeHist(each) for each in cv2.split(picture)])
+
+
+def _solarize(picture: Picture, level: float, rng: Generator) -> Picture:
+    levels = np.arange(256)
+    return cv2.LUT(picture, np.where(levels < 256 * (1 - abs(level)), levels, 255 - levels).astype(np.uint8))
+
+
+def _blur(picture: Picture, level: float, rng: Generator) -> Picture:
+    deviation = max(abs(level) * picture.shape[0] / 20, 0.1)  # a twentieth of the height at most
+    return cv2.GaussianBlur(picture, (0, 0), deviation, borderType=cv2.BORDER_REPLICATE)
+
+
+def _poisson_noise(picture: Picture, level: float, rng: Generator) -> Picture:
+    """Noise of a variance in proportion to the brightness, of a deviation of up to 30 grey levels in white."""
+    deviations = np.sqrt(abs(level) * np.arange(256) / 255).astype(np.float32)  # parts of NOISE_DEVIATION
+    noise = _noise_levels(picture.shape, rng).astype(np.float32) - np.float32(NOISE_MIDDLE)
+    return cv2.add(picture, cv2.multiply(noise, cv2.LUT(picture, deviations)), dtype=cv2.CV_8U)
+
+
+# (image, level from -1 to 1, generator) -> image. What has no two sides takes the level's size, or none.
+PIXEL_OPERATIONS = {
+    "auto_contrast": _auto_contrast,
+    "equalize": _equalize,
+    "invert": lambda picture, level, rng: cv2.bitwise_not(picture),
+    "posterize": lambda picture, level, rng: picture & np.uint8(256 - (1 << round(7 * abs(level)))),
+    "solarize": _solarize,
+    "color": lambda picture, level, rng: _saturate(picture, 1 + 0.9 * level),
+    "contrast": lambda picture, level, rng: _contrast(picture, 1 + 0.9 * level),
+    "brightness": lambda picture, level, rng: _stretch(picture, 1 + 0.9 * level, 0.0),
+    "gaussian_blur": _blur,
+    "poisson_noise": _poisson_noise,
+}
+# (level, height and width) -> matrix (3, 3). A translation keeps the canvas.
+MATRIX_OPERATIONS = {
+    "rotate": lambda level, size: turn(30 * level),
+    "shear_x": lambda level, size: np.array([[1, 0.9 * level, 0], [0, 1, 0], [0, 0, 1.0]]),
+    "shear_y": lambda level, size: np.array([[1, 0, 0], [0.2 * level, 1, 0], [0, 0, 1.0]]),
+    "translate_x": lambda level, size: np.array([[1, 0, 0.1 * level * size[1]], [0, 1, 0], [0, 0, 1.0]]),
+    "translate_y": lambda level, size: np.array([[1, 0, 0], [0, 1, 0.3 * level * size[0]], [0, 0, 1.0]]),
+}
 
 
 def warp_pair(

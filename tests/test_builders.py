@@ -11,6 +11,8 @@ from config import Config
 from distributed import Process
 from modules.ssn import SSN
 from tests import small_networks
+from transforms import AugmentWord, RandAugmentWord, ResizeWord
+from utils import UserError
 
 TINY = {key: value for key, value in small_networks.SSN.items() if key != "areas"}
 
@@ -45,6 +47,21 @@ def test_an_ssn_is_loaded_from_beside_a_recogniser(beside_a_recogniser, ssn):
     config.model.checkpoint = str(beside_a_recogniser)
     built = build_model(config).state_dict()
     assert all(torch.equal(tensor, built[name]) for name, tensor in ssn.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "kind"), [(True, AugmentWord), ("rand", RandAugmentWord), (False, ResizeWord)]
+)
+def test_training_words_are_augmented_as_asked_for(tmp_path, augmentation, kind):
+    small_networks.write_words(tmp_path / "words", 3)
+    config = small_networks.small_config("abinet", data_aug=augmentation, multiscales=True)
+    config.dataset.train.roots = [str(tmp_path / "words")]
+    words = build_training_data(config, device=torch.device("cpu"), process=Process()).dataset.datasets[0]
+    assert type(words.transform) is kind
+    resize = getattr(words.transform, "resize", words.transform)
+    assert (resize.fit, resize.random_aspect, words.min_side) == ("centre", True, 7)
+    with pytest.raises(UserError, match="data_aug: must be true, false or rand"):
+        small_networks.small_config("abinet", data_aug="much")
 
 
 def test_roots_have_their_shares_of_every_batch(tmp_path):

@@ -13,6 +13,7 @@ from transforms import (
     AugmentWord,
     BrokenPictureError,
     CropSegmentation,
+    RandAugmentWord,
     ResizeWord,
     affine,
     color_jitter,
@@ -342,6 +343,77 @@ class TestWordTransforms:
             picture, mask = AugmentWord()(as_color(pattern()), pattern(), rng(seed))
             torch.from_numpy(np.ascontiguousarray(picture))
             torch.from_numpy(np.ascontiguousarray(mask))
+
+
+class TestRandAugment:
+    def test_picture_and_mask_get_the_same_warp(self, monkeypatch):
+        monkeypatch.setattr(transforms, "PIXEL_OPERATIONS", {})
+        for mask in (pattern(), pattern(31, 64), pattern(120, 400)):
+            for seed in range(20):
+                augment = RandAugmentWord(ResizeWord(fit="centre"), probability=1.0)
+                moved, moved_mask = augment(as_color(mask), mask, rng(seed))
+                assert (ResizeWord(fit="centre")(mask, None, None)[0] != moved_mask).any()
+                np.testing.assert_array_equal(moved[..., 0], moved_mask)
+
+    def test_three_of_fifteen_operations_are_drawn_and_half_of_them_applied(self, monkeypatch):
+        applied = []
+
+        def noting(name, change):
+            return lambda *args: applied.append(name) or change(*args)
+
+        for table in (transforms.PIXEL_OPERATIONS, transforms.MATRIX_OPERATIONS):
+            for name, change in table.items():
+                monkeypatch.setitem(table, name, noting(name, change))
+        for seed in range(3000):
+            RandAugmentWord()(as_color(pattern(16, 40)), None, rng(seed))
+        assert len(applied) == pytest.approx(3000 * 3 / 2, rel=0.05)
+        counts = np.array([applied.count(name) for name in set(applied)])
+        assert len(counts) == 15
+        np.testing.assert_allclose(counts, 300, atol=70)
+
+    @pytest.mark.parametrize("name", transforms.PIXEL_OPERATIONS)
+    def test_each_operation_changes_the_image_and_keeps_its_form(self, name):
+        picture = cv2.merge([pattern(), pattern()[::-1].copy(), pattern() // 2 + 60])
+        before = picture.copy()
+        for level in (0.5, -0.5):
+            changed = transforms.PIXEL_OPERATIONS[name](picture, level, rng())
+            assert changed.shape == picture.shape
+            assert changed.dtype == np.uint8
+            assert np.abs(changed.astype(int) - picture).max() > 5
+        np.testing.assert_array_equal(picture, before)
+
+    @pytest.mark.parametrize("name", ["color", "contrast", "brightness", "rotate", "shear_x", "shear_y"])
+    def test_magnitude_decides_how_much(self, name):
+        picture = cv2.merge([pattern(), pattern()[::-1].copy(), pattern() // 2 + 60])
+        if name in transforms.PIXEL_OPERATIONS:
+            changes = [transforms.PIXEL_OPERATIONS[name](picture, level, rng()) for level in (0.0, 0.3, 0.9)]
+            sizes = [np.abs(each.astype(int) - picture).mean() for each in changes]
+        else:
+            sizes = [
+                np.abs(transforms.MATRIX_OPERATIONS[name](level, (40, 100)) - np.eye(3)).sum()
+                for level in (0, 0.3, 0.9)
+            ]
+        assert sizes[0] <= 0.6 < 2 * sizes[1] < 2.1 * sizes[2] or sizes[0] == 0 < sizes[1] < sizes[2]
+
+    @pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2), (1, 40000), (40000, 1), (31, 77), (500, 900)])
+    def test_any_size_of_picture_at_bounded_cost(self, size, monkeypatch):
+        areas = []
+        monkeypatch.setattr(transforms, "warp", lambda *args: areas.append(args[2][0] * args[2][1]) or warp(*args))
+        picture, mask = np.full((*size, 3), 90, np.uint8), np.full(size, 255, np.uint8)
+        for seed in range(20):
+            result, moved = RandAugmentWord(probability=1.0)(picture, mask, rng(seed))
+            assert result.shape == (32, 128, 3)
+            assert moved.shape == (32, 128)
+        assert max(areas) <= 1.05 * 4 * 32 * 128
+
+    def test_depends_on_the_generator_only_and_leaves_its_input(self):
+        picture, mask = as_color(pattern()), pattern()
+        for seed in range(30):
+            first, second = (RandAugmentWord()(picture, mask, rng(seed)) for _ in range(2))
+            np.testing.assert_array_equal(first[0], second[0])
+            np.testing.assert_array_equal(first[1], second[1])
+        np.testing.assert_array_equal(picture, as_color(pattern()))
+        np.testing.assert_array_equal(mask, pattern())
 
 
 class TestCropSegmentation:

@@ -174,6 +174,16 @@ class RenderConfig(Section):
     degradation: DegradationConfig = Field(default_factory=DegradationConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
 
+    def with_difficulty(self, difficulty: float) -> "RenderConfig":
+        """The same settings at another difficulty.
+
+        Raises:
+            ValueError: it is not between 0 and 1.
+        """
+        if not 0 <= difficulty <= 1:
+            raise ValueError(f"difficulty={difficulty}: must be from 0 to 1")
+        return self.model_copy(update={"difficulty": float(difficulty)})
+
     def probability(self, at_half: float) -> float:
         """The probability `at_half` (of difficulty 0.5) at this difficulty."""
         return min(1.0, at_half * 2 * self.difficulty)

@@ -89,6 +89,7 @@ class WordRenderer:
         text: str | None = None,
         background: str | None = None,
         salts: Mapping[Stream, int] | None = None,
+        difficulty: float | None = None,
     ) -> RenderedWord:
         """Render word `index` of `seed`.
 
@@ -96,14 +97,18 @@ class WordRenderer:
             text: write this instead of a drawn text.
             background: use this kind instead of a drawn one; the letters stay.
             salts: another number for a stream draws that concern anew and leaves the others.
+            difficulty: of this word, 0 to 1; None: the one of the config.
 
         Raises:
             UserError: no font can draw `text`, or `background` is no kind.
+            ValueError: `difficulty` is not between 0 and 1.
         """
-        salts = salts or {}
-        drawing = self._draw_letters(seed, index, text, salts)
+        salts, config = salts or {}, self.config
+        if difficulty is not None:
+            config = config.with_difficulty(difficulty)
+        drawing = self._draw_letters(seed, index, text, salts, config)
         kind = background or self.backgrounds.draw_kind(_stream(seed, index, Stream.BACKGROUND_KIND, salts))
-        return self._finish(drawing, kind, seed, index, salts)
+        return self._finish(drawing, kind, seed, index, salts, config)
 
     def render_on_backgrounds(
         self, seed: int, index: int, kinds: Sequence[str] | None = None, *, text: str | None = None
@@ -115,17 +120,19 @@ class WordRenderer:
         """
         if kinds is None:
             kinds = [kind for kind in BACKGROUND_KINDS if kind != "photo" or self.config.photos]
-        drawing = self._draw_letters(seed, index, text, {})
-        return {kind: self._finish(drawing, kind, seed, index, {}) for kind in kinds}
+        drawing = self._draw_letters(seed, index, text, {}, self.config)
+        return {kind: self._finish(drawing, kind, seed, index, {}, self.config) for kind in kinds}
 
-    def _draw_letters(self, seed: int, index: int, text: str | None, salts: Mapping[Stream, int]) -> _Drawing:
+    def _draw_letters(
+        self, seed: int, index: int, text: str | None, salts: Mapping[Stream, int], config: RenderConfig
+    ) -> _Drawing:
         word_rng = _stream(seed, index, Stream.WORD, salts)
         font_rng = _stream(seed, index, Stream.FONT, salts)
         text = self.words.draw(word_rng) if text is None else text
         typeface = self.fonts.choose(text, font_rng)
         height, letters = self._set(text, typeface, _stream(seed, index, Stream.LAYOUT, salts))
-        style = draw_style(self.config.effects, _stream(seed, index, Stream.EFFECTS, salts))
-        warp = draw_warp(letters, height, self.config, _stream(seed, index, Stream.GEOMETRY, salts))
+        style = draw_style(config.effects, _stream(seed, index, Stream.EFFECTS, salts))
+        warp = draw_warp(letters, height, config, _stream(seed, index, Stream.GEOMETRY, salts))
         alpha = warp.apply(letter_stroke(letters, style))
         return _Drawing(text, typeface.family, letters, style, warp, alpha)
 
@@ -147,28 +154,37 @@ class WordRenderer:
         letters = set_letters(self.fonts.open(typeface, size), text, unit=unit, spacing=spacing, bounce=bounce)
         return height, letters
 
-    def _finish(self, drawing: _Drawing, kind: str, seed: int, index: int, salts: Mapping[Stream, int]) -> RenderedWord:
+    def _finish(
+        self,
+        drawing: _Drawing,
+        kind: str,
+        seed: int,
+        index: int,
+        salts: Mapping[Stream, int],
+        config: RenderConfig,
+    ) -> RenderedWord:
         if kind not in BACKGROUND_KINDS:
             raise UserError(f"background: {kind!r} is none of {', '.join(BACKGROUND_KINDS)}")
         picture = self.backgrounds.make(kind, drawing.warp, _stream(seed, index, Stream.BACKGROUND, salts))
-        picture = self._paint(drawing, picture, _stream(seed, index, Stream.COLOURS, salts))
+        picture = _paint(drawing, picture, config, _stream(seed, index, Stream.COLOURS, salts))
         rng = _stream(seed, index, Stream.DEGRADATION, salts)
-        image = degrade(picture, drawing.warp.unit, self.config, rng)
+        image = degrade(picture, drawing.warp.unit, config, rng)
         mask = drawing.alpha
-        if self.config.output.mask == "binary":
+        if config.output.mask == "binary":
             mask = np.where(mask > 127, np.uint8(255), np.uint8(0))
         return RenderedWord(image, mask, drawing.text, drawing.family, kind)
 
-    def _paint(self, drawing: _Drawing, picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The letters, and what lies under them, on the background."""
-        letters, style, warp = drawing.letters, drawing.style, drawing.warp
-        share = drawing.alpha * np.float32(1 / 255)
-        picture, darkest, lightest = _make_room(picture, drawing.alpha, self.config.colours.min_contrast)
-        colour = draw_letter_colour(darkest, lightest, self.config, rng)
-        if style.has_under:
-            picture = lay_under(picture, letters, style, warp, colour, rng)
-        fill = paint_fill(letters, style, warp, colour, rng)
-        return blend(picture, fill, share)
+
+def _paint(drawing: _Drawing, picture: np.ndarray, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
+    """The letters, and what lies under them, on the background."""
+    letters, style, warp = drawing.letters, drawing.style, drawing.warp
+    share = drawing.alpha * np.float32(1 / 255)
+    picture, darkest, lightest = _make_room(picture, drawing.alpha, config.colours.min_contrast)
+    colour = draw_letter_colour(darkest, lightest, config, rng)
+    if style.has_under:
+        picture = lay_under(picture, letters, style, warp, colour, rng)
+    fill = paint_fill(letters, style, warp, colour, rng)
+    return blend(picture, fill, share)
 
 
 def _make_room(picture: np.ndarray, alpha: np.ndarray, contrast: float) -> tuple[np.ndarray, float, float]:

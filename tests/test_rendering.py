@@ -184,6 +184,14 @@ class TestDifficulty:
         assert config.probability(config.geometry.rotation) == 0
         assert config.probability(config.degradation.blur) == 0
 
+    def test_a_word_may_have_a_difficulty_of_its_own(self, make, renderer):
+        hard = make("difficulty=0.9")
+        assert all(same(renderer.render(3, i, difficulty=0.9), hard.render(3, i)) for i in range(5))
+        assert same(renderer.render(3, 0, difficulty=0.5), renderer.render(3, 0))
+        assert renderer.config.difficulty == 0.5
+        with pytest.raises(ValueError, match="difficulty"):
+            renderer.render(3, 0, difficulty=1.1)
+
     def test_hard_words_have_less_detail(self, make):
         def sharpness(difficulty):
             renderer = make(f"difficulty={difficulty}", "background=plain", "degradation.noise=0")

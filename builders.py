@@ -406,8 +406,10 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
         masks=_mask_source(config, device=device),
         seed=config.global_.seed or 0,
         cache_dir=(data.cache_dir or default_cache_dir()) if data.cache_index else None,
-        length=data.train.length if training and data.train.shares is None else None,
         min_side=MIN_TRAINING_SIDE if training else 1,
+        length=data.train.length if training and data.train.shares is None else None,
+        split=0 if training else 1,
+        difficulty=data.train.difficulty if training else None,
     )
     return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
 

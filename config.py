@@ -146,6 +146,11 @@ class TrainDataConfig(Section):
         "Share of each root in every batch: a number, or [first, last] that it changes between over the run; each root "
         "is passed through in its own order before it repeats. null: every sample once an epoch.",
     )
+    difficulty: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Pair, BeforeValidator(_as_pair)] | None = key(
+        None,
+        "Difficulty of render:// words, 0 to 1: a number, or [first, last] that it changes between over the run; null: "
+        "that of the file. For rendered LMDBs: shares that change, of one LMDB for each difficulty.",
+    )
 
 
 class TestDataConfig(Section):
@@ -583,7 +588,7 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
     if config.dataset.multiscales and config.dataset.align_left:
         yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
     if config.global_.phase == "train":
-        yield from _share_problems(config.dataset.train)
+        yield from _mixture_problems(config.dataset.train)
     reads_files = [root for root in config.dataset.train.roots if not root.startswith(RENDER_SCHEME)]
     if config.global_.phase == "train" and reads_files and model.takes_masks:
         yield from _mask_problems(config)
@@ -620,7 +625,9 @@ def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
         yield next(iter(weights)), f"all weights of the loss are 0; set one of {', '.join(weights)}"
 
 
-def _share_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:
+def _mixture_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:
+    if train.difficulty and not any(root.startswith(RENDER_SCHEME) for root in train.roots):
+        yield "dataset.train.difficulty", "no root is render://FILE.yaml, and words of files have theirs already"
     if train.shares is None:
         return
     if len(train.shares) != len(train.roots):

@@ -354,8 +354,10 @@ def open_word_datasets(
     masks: str | Path | OnlineMasks | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
-    length: int | None = None,
     min_side: int = 1,
+    length: int | None = None,
+    split: int = 0,
+    difficulty: tuple[float, float] | None = None,
 ) -> list[WordDataset | RenderedDataset]:
     """Open every LMDB of some roots, and renderers for roots of the form `render://FILE.yaml`.
 
@@ -363,8 +365,8 @@ def open_word_datasets(
         roots: LMDBs or folders of LMDBs.
         masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), beside which rendered words
             bring their own; a network that makes all of them; or None for none.
-        length: words of an epoch of a renderer; None takes its own number.
         labels, transform, seed, cache_dir, min_side: as of WordDataset.
+        length, split, difficulty: of renderers, as of `rendering.RenderedWords`.
 
     Returns:
         One data set for each LMDB, in the order of the roots and of the paths below them, with different names; its
@@ -381,7 +383,8 @@ def open_word_datasets(
         if isinstance(path, str):
             segmenter = masks.segmenter if isinstance(masks, OnlineMasks) else None
             common |= {"with_masks": masks is not None, "segmenter": segmenter}
-            datasets.append(_open_renderer(path, labels, length=length, **common))
+            source = _open_renderer(path, length=length, seed=seed, split=split, stream=stream, difficulty=difficulty)
+            datasets.append(RenderedDataset(source, labels=labels, **common))
         else:
             named = isinstance(masks, str | Path)
             source = LmdbMasks(find_mask_lmdb(masks, roots[number], path)) if named else masks
@@ -391,11 +394,10 @@ def open_word_datasets(
     return datasets
 
 
-def _open_renderer(root: str, labels: LabelRule, *, length: int | None, seed: int, **common: Any) -> RenderedDataset:
+def _open_renderer(root: str, **options: Any) -> Any:
     from rendering.endless import RenderedWords  # the engine is only needed for such roots
 
-    source = RenderedWords(root.removeprefix(RENDER_SCHEME), length=length, seed=seed)
-    return RenderedDataset(source, labels=labels, seed=seed, **common)
+    return RenderedWords(root.removeprefix(RENDER_SCHEME), **options)
 
 
 def _distinct_names(paths: Sequence[str]) -> list[str]:

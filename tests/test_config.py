@@ -190,6 +190,20 @@ def test_shares_are_numbers_or_pairs_one_for_each_root(tmp_path):
     assert load_config(path, ["global.phase=test", "dataset.train.shares=[1]"]).dataset.train.shares == [[1, 1]]
 
 
+def test_difficulty_is_of_rendered_roots(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("{dataset: {masks: {root: m}}}")
+    roots = "dataset.train.roots=[a, render://b.yaml]"
+    assert load_config(path, [roots, "dataset.train.difficulty=0.3"]).dataset.train.difficulty == [0.3, 0.3]
+    assert load_config(path, [roots, "dataset.train.difficulty=[0, 1]"]).dataset.train.difficulty == [0, 1]
+    for override, message in (
+        ("dataset.train.difficulty=[0, 2]", "less than or equal to 1"),
+        ("dataset.train.roots=[a]", "no root is render://"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(path, [roots, "dataset.train.difficulty=0.3", override])
+
+
 def test_older_checkpoints_keep_the_fit_that_they_were_trained_with():
     """`multiscales` of a resolved config without `align_left` is what `align_left` is now."""
     older = Config.from_dict({"dataset": {"multiscales": True}}).to_dict()

@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import threading
-from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from batches import (
     WordCollate,
     WordSample,
 )
+from language_csv import read_pairs
 from lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
 from masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
 from sampling import (
@@ -421,8 +421,7 @@ def _distinct_names(paths: Sequence[str]) -> list[str]:
 class LanguageDataset(Dataset):
     """Pairs of a spelling and the right one, of a tab-separated file with columns `inp` and `gt`.
 
-    Texts are normalised by the rule; pairs of which one side is empty or too long are left out and counted. Nothing is
-    quoted in the file. All texts are kept as bytes in two arrays, which forked workers share.
+    Texts are normalised by the rule; pairs of which one side is empty or too long are left out and counted.
 
     Args:
         path: the file, UTF-8.
@@ -453,8 +452,7 @@ class LanguageDataset(Dataset):
         self.smooth_factor = smooth_factor
         self.root = 0  # as of WordDataset
         self._generators = SampleGenerators(seed, stream)
-        self.filtered: dict[str, int] = {}
-        self._inputs, self._targets = self._read()
+        self._inputs, self._targets, self.filtered = read_pairs(self.path, labels)
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in self.filtered.items()) or "none"
         logger.info("%s: %s pairs; left out: %s", self.path, f"{len(self):,}", left_out)
 
@@ -480,62 +478,6 @@ class LanguageDataset(Dataset):
         noise = rng.random((self.labels.steps, self.labels.charset.num_classes), dtype=np.float32)
         share = np.float32(rng.uniform(0.0, self.smooth_factor))
         return noise * (share / noise.sum(1, keepdims=True))
-
-    def _read(self) -> tuple["TextArray", "TextArray"]:
-        inputs, targets, reasons = TextArray(), TextArray(), Counter()
-        try:
-            with open(self.path, encoding="utf-8-sig", newline="\n") as file:
-                columns = file.readline().rstrip("\r\n").split("\t")
-                if "inp" not in columns or "gt" not in columns:
-                    raise UserError(
-                        f"{self.path}: the first line is {columns}, not a tab-separated header with inp and gt; "
-                        "make the file with tools/create_language_data.py"
-                    )
-                for line in file:
-                    fields = line.rstrip("\r\n").split("\t")
-                    if len(fields) != len(columns):
-                        reasons["fields"] += 1
-                        continue
-                    text, target = fields[columns.index("inp")], fields[columns.index("gt")]
-                    reason = self.labels.unusable(text) or self.labels.unusable(target)
-                    if reason:
-                        reasons[reason] += 1
-                        continue
-                    inputs.append(self.labels.normalize(text))
-                    targets.append(self.labels.normalize(target))
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}); check dataset roots") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}: is not UTF-8 text ({error}); a language root is a CSV file") from error
-        self.filtered = dict(reasons)
-        return inputs.freeze(), targets.freeze()
-
-
-class TextArray:
-    """A list of texts in two arrays: workers that are forked share them, as they would not share text objects."""
-
-    def __init__(self) -> None:
-        self._data: Any = bytearray()
-        self._ends: Any = array("q", [0])
-
-    def append(self, text: str) -> None:
-        """Add a text."""
-        self._data += text.encode()
-        self._ends.append(len(self._data))
-
-    def freeze(self) -> "TextArray":
-        """Turn into arrays; nothing can be added any more."""
-        self._data = np.frombuffer(bytes(self._data), np.uint8)
-        self._ends = np.array(self._ends, np.int64)
-        return self
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"text {index} of {len(self)}")
-        return self._data[self._ends[index] : self._ends[index + 1]].tobytes().decode()
 
 
 _MUTATION_COUNTS = np.cumsum([0.7, 0.15, 0.1, 0.05])  # none, one, two, three characters

@@ -309,7 +309,11 @@ def _build_segmentation_evaluator(
     loaders = {}
     for dataset in datasets:
         batches = EqualSizeBatchSampler(
-            dataset.sizes(), config.dataset.test.batch_size, rank=process.rank, world_size=process.world_size
+            len(dataset),
+            dataset.size,
+            config.dataset.test.batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
         )
         loaders[dataset.name] = make_loader(dataset, collate, batch_sampler=batches, **_loading(config))
     return SegmentationEvaluator(

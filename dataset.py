@@ -46,7 +46,16 @@ from sampling import (
     ShardedSampler,
     as_key,
 )
-from transforms import BrokenPictureError, CropSegmentation, Mask, Picture, WordTransform, decode_mask, decode_picture
+from transforms import (
+    BrokenPictureError,
+    CropSegmentation,
+    Mask,
+    Picture,
+    WordTransform,
+    decode_mask,
+    decode_picture,
+    picture_size,
+)
 from utils import RENDER_SCHEME, UserError
 from word_index import MISSING, default_cache_dir, open_word_index
 
@@ -528,6 +537,10 @@ class SegmentationFolder:
         image, mask = self.pairs[index]
         return image.read_bytes(), mask.read_bytes()
 
+    def image(self, index: int) -> Path:
+        """The file of an image."""
+        return self.pairs[index][0]
+
     def describe(self, index: int) -> str:
         """Stem of a pair."""
         return self.pairs[index][0].stem
@@ -557,6 +570,10 @@ class SegmentationLmdb:
     def read(self, index: int) -> tuple[bytes | None, bytes | None]:
         """The encoded picture and mask."""
         return self.images.get(image_key(index + 1)), self.masks.get(self.mask_key(index + 1))
+
+    def image(self, index: int) -> bytes:
+        """An encoded image, empty where there is none."""
+        return self.images.get(image_key(index + 1)) or b""
 
     def describe(self, index: int) -> str:
         """Key of a pair."""
@@ -616,15 +633,12 @@ class SegmentationDataset(Dataset):
             picture, labels = self.transform(picture, labels, self._generators.at(key))
         return SegmentationSample(picture, labels, self.source.describe(key.index), key.index)
 
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of every picture, (0, 0) of those that cannot be read; reads all of them."""
-        sizes = []
-        for index in range(len(self)):
-            try:
-                sizes.append(decode_picture(self.source.read(index)[0] or b"").shape[:2])
-            except BrokenPictureError:
-                sizes.append((0, 0))
-        return sizes
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image, from its header where that tells; (0, 0) where it cannot be read."""
+        try:
+            return picture_size(self.source.image(index))
+        except BrokenPictureError:
+            return 0, 0
 
     def describe(self, index: int) -> str:
         """File and key of a sample, for messages."""

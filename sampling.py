@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -257,14 +257,17 @@ class EqualSizeBatchSampler(Sampler[list[SampleKey]]):
     Pictures are read at their own size in evaluation; padding them to a common one would change what a network sees.
 
     Args:
-        sizes: the size of each sample, anything that can be compared.
+        length: samples of the data set.
+        size: index -> size of a sample, anything that can be compared; only asked for this process's samples.
         batch_size: most samples of one batch.
     """
 
-    def __init__(self, sizes: Sequence[Hashable], batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, size: Callable[[int], Hashable], batch_size: int, *, rank: int = 0, world_size: int = 1
+    ) -> None:
         groups: dict[Hashable, list[int]] = {}
-        for index in ShardedSampler(len(sizes), rank=rank, world_size=world_size):
-            groups.setdefault(sizes[index.index], []).append(index.index)
+        for key in ShardedSampler(length, rank=rank, world_size=world_size):
+            groups.setdefault(size(key.index), []).append(key.index)
         self.batches = [
             [SampleKey(0, index) for index in group[start : start + batch_size]]
             for group in groups.values()

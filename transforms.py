@@ -13,6 +13,7 @@ import io
 import math
 import struct
 import zlib
+from pathlib import Path
 from typing import Literal, Protocol
 
 import cv2
@@ -52,6 +53,9 @@ PICTURE_ERRORS = (
 )
 
 
+HEADER_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whose header says the size that decoding gives
+
+
 class BrokenPictureError(ValueError):
     """Bytes that are no whole picture."""
 
@@ -84,6 +88,19 @@ def _decode(data: bytes | memoryview, flags: int, mode: str) -> np.ndarray:
             return np.ascontiguousarray(to_8_bits(opened).convert(mode))
     except PICTURE_ERRORS as error:
         raise BrokenPictureError(str(error)) from error
+
+
+def picture_size(data: bytes | Path) -> Size:
+    """Height and width of an image's bytes or file, as `decode_picture` would give it; raises BrokenPictureError.
+
+    Only the header is read of the usual formats, so that a damaged rest shows later.
+    """
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=HEADER_FORMATS) as opened:
+            return opened.size[::-1]
+    except PICTURE_ERRORS:
+        data = data if isinstance(data, bytes) else data.read_bytes()
+        return decode_picture(data).shape[:2]
 
 
 def to_8_bits(picture: Image.Image) -> Image.Image:

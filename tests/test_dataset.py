@@ -13,8 +13,10 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dataset
+import transforms
 import word_index
 from charset import Charset
 from dataset import (
@@ -584,13 +586,18 @@ class TestSamplers:
 
     def test_equal_size_batches(self):
         sizes = [(1, 2), (3, 4), (1, 2), (1, 2), (3, 4), (5, 6)]
-        seen = []
+        seen, asked = [], []
+
+        def size(index):
+            asked.append(index)
+            return sizes[index]
+
         for rank in range(2):
-            for batch in EqualSizeBatchSampler(sizes, 2, rank=rank, world_size=2):
+            for batch in EqualSizeBatchSampler(len(sizes), size, 2, rank=rank, world_size=2):
                 assert len({sizes[key.index] for key in batch}) == 1
                 assert len(batch) <= 2
                 seen += [key.index for key in batch]
-        assert sorted(seen) == list(range(6))
+        assert sorted(seen) == asked == list(range(6))  # each process asks for its own sizes only
 
 
 class TestLanguage:
@@ -689,7 +696,18 @@ class TestSegmentation:
             for data in opened:
                 np.testing.assert_array_equal(data[index].image, word_picture(index + 1))
                 np.testing.assert_array_equal(data[index].labels, word_mask(index + 1) // 255)
-        assert opened[0].sizes() == [(24, 41), (24, 42), (24, 43), (24, 44)]
+            assert [data.size(index) for index in range(4)] == [(24, 41), (24, 42), (24, 43), (24, 44)]
+
+    def test_sizes_come_from_headers(self, folder, monkeypatch):
+        turned = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
+        turned.getexif()[0x0112] = 6
+        turned.save(folder / "images/w1.jpg", exif=turned.getexif())
+        (folder / "images/w2.jpg").write_bytes(b"no picture")
+        (folder / "images/w3.jpg").write_bytes(cv2.imencode(".tiff", word_picture(3))[1].tobytes())  # no header is read
+        data = open_segmentation_datasets([folder])[0]
+        assert [data.size(index) for index in range(4)] == [(8, 16), (0, 0), (24, 43), (24, 44)]
+        monkeypatch.setattr(transforms, "decode_picture", lambda _: pytest.fail("decoded"))
+        assert [data.size(index) for index in (0, 3)] == [(8, 16), (24, 44)]
 
     def test_training_crops_are_of_one_size_and_drawn_by_epoch(self, folder):
         data = open_segmentation_datasets([folder], transform=CropSegmentation(size=(48, 64)))[0]

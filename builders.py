@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dataset import (
     LabelRule,
     LanguageCollate,
     LanguageDataset,
+    MixtureBatchSampler,
     OnlineMasks,
     ResumableBatchSampler,
     SegmentationCollate,
@@ -49,12 +50,14 @@ from optimization import (
     with_warmup,
 )
 from segmentation import Segmenter
-from transforms import AugmentWord, CropSegmentation, ResizeWord
+from transforms import AugmentWord, CropSegmentation, RandAugmentWord, ResizeWord
 from utils import RENDER_SCHEME, UserError, load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 SUB_MODELS = ("alignment", "vision", "language")
+AUGMENTATIONS = {True: AugmentWord, "rand": RandAugmentWord}  # by dataset.data_aug
+MIN_TRAINING_SIDE = 7  # pixels; words of smaller images are left out of training, as published
 
 # --- networks and losses ----------------------------------------------------------------------------------------------
 
@@ -252,14 +255,21 @@ def build_training_data(config: Config, *, device: torch.device, process: Proces
     dataset = JoinedDataset(datasets)
     if not len(dataset):
         raise UserError(f"dataset.train.roots {roots} hold no usable sample; see the counts above")
-    sampler = ResumableBatchSampler(
-        len(dataset),
-        config.dataset.train.batch_size,
-        seed=config.global_.seed or 0,
-        rank=process.rank,
-        world_size=process.world_size,
-    )
+    sampler = build_training_sampler(config, datasets, process=process)
     return make_loader(dataset, collate, batch_sampler=sampler, **_loading(config))
+
+
+def build_training_sampler(config: Config, datasets: Sequence[Any], *, process: Process) -> ResumableBatchSampler:
+    """The order of training samples: over all data sets alike, or by the shares of their roots."""
+    train = config.dataset.train
+    options = {"seed": config.global_.seed or 0, "rank": process.rank, "world_size": process.world_size}
+    if train.shares is None:
+        sampler = ResumableBatchSampler(sum(map(len, datasets)), train.batch_size, **options)
+    else:
+        lengths = [sum(len(each) for each in datasets if each.root == place) for place in range(len(train.roots))]
+        sampler = MixtureBatchSampler(lengths, train.shares, train.batch_size, length=train.length, **options)
+    sampler.run_batches = config.training.iterations or config.training.epochs * len(sampler)
+    return sampler
 
 
 def build_evaluator(
@@ -388,15 +398,18 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
             "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
             data.charset_path,
         )
-    transform = AugmentWord if training and data.data_aug else ResizeWord
+    resize = ResizeWord(size=size, fit=data.fit, random_aspect=training and data.multiscales)
     datasets = open_word_datasets(
         roots,
         labels=labels,
-        transform=transform(size=size, keep_aspect=data.multiscales),
+        transform=AUGMENTATIONS[data.data_aug](resize) if training and data.data_aug else resize,
         masks=_mask_source(config, device=device),
         seed=config.global_.seed or 0,
         cache_dir=(data.cache_dir or default_cache_dir()) if data.cache_index else None,
-        length=data.train.length,
+        min_side=MIN_TRAINING_SIDE if training else 1,
+        length=data.train.length if training and data.train.shares is None else None,
+        split=0 if training else 1,
+        difficulty=data.train.difficulty if training else None,
     )
     return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
 
@@ -446,6 +459,8 @@ def _open_language(config: Config, roots: list[str], *, training: bool, device: 
         )
         for stream, root in enumerate(roots)
     ]
+    for number, dataset in enumerate(datasets):
+        dataset.root = number
     return datasets, LanguageCollate(labels)
 
 

@@ -57,6 +57,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_pair(value: Any) -> Any:
+    return [value, value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def _single_rate(value: Any) -> Any:
     """Published YAMLs may give one learning rate for each layer group; equal ones mean a single rate."""
     return value[0] if isinstance(value, list) and value and all(rate == value[0] for rate in value) else value
@@ -67,6 +71,12 @@ def _known_stride(value: Any) -> Any:
     if value in (1, 2) or (isinstance(value, list) and len(value) == 2 and all(each in (1, 2) for each in value)):
         return value
     raise ValueError("must be 1, 2 or [rows, columns] of these")
+
+
+def _known_augmentation(value: Any) -> Any:
+    if isinstance(value, bool) or value == "rand":
+        return value
+    raise ValueError("must be true, false or rand")
 
 
 def _folder_name(value: Any) -> Any:
@@ -82,6 +92,7 @@ FeatureWidth = Annotated[int, Field(ge=2, multiple_of=2)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Five = Field(min_length=5, max_length=5)
+Share = Annotated[list[Weight], Field(min_length=2, max_length=2), BeforeValidator(_as_pair)]
 Stride = Annotated[int | list[int], BeforeValidator(_known_stride)]
 Pair = Field(min_length=2, max_length=2)
 
@@ -126,7 +137,19 @@ class TrainDataConfig(Section):
     )
     batch_size: PositiveInt = key(384, "Samples in one optimiser step over all processes.")
     length: PositiveInt | None = key(
-        None, "Samples in an epoch for render:// roots; null for the renderer's own number."
+        None,
+        "Samples in an epoch: of each render:// root (null: its own number), or, with shares, of the mixture (null: "
+        "all samples).",
+    )
+    shares: list[Share] | None = key(
+        None,
+        "Share of each root in every batch: a number, or [first, last] that it changes between over the run; each root "
+        "is passed through in its own order before it repeats. null: every sample once an epoch.",
+    )
+    difficulty: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Pair, BeforeValidator(_as_pair)] | None = key(
+        None,
+        "Difficulty of render:// words, 0 to 1: a number, or [first, last] that it changes between over the run; null: "
+        "that of the file. For rendered LMDBs: shares that change, of one LMDB for each difficulty.",
     )
 
 
@@ -183,8 +206,17 @@ class DatasetConfig(Section):
     image_width: PositiveInt = key(128, "Width of the network's input, pixels.")
     case_sensitive: bool = key(False, "Keep the case of labels in training (needs a charset with upper case).")
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
-    data_aug: bool = key(True, "Augment training samples: geometry, deterioration, colour.")
-    multiscales: bool = key(False, "Keep the aspect of the picture when resizing, instead of stretching it.")
+    data_aug: Annotated[bool | Literal["rand"], BeforeValidator(_known_augmentation)] = key(
+        True, "Augmentation of training samples: true, the published one; rand, RandAugment as of PARSeq; false, none."
+    )
+    multiscales: bool = key(
+        False,
+        "Keep the aspect when resizing, centred, borders replicated; in training, half of the time, a random aspect.",
+    )
+    align_left: bool = key(
+        False,
+        "Keep the aspect when resizing, at the left edge, the rest black: a letter's place tells its number.",
+    )
     num_workers: int = key(4, "Data loading processes for each training process; 0 loads in the loop.", ge=0)
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
     use_sm: bool = key(False, "Spelling mutation of language inputs.")
@@ -199,6 +231,11 @@ class DatasetConfig(Section):
     cache_dir: str | None = key(None, "Folder of those files and of cached masks; null: the user's cache folder.")
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)
+
+    @property
+    def fit(self) -> Literal["stretch", "centre", "left"]:
+        """How an image gets the network's size (`transforms.ResizeWord`)."""
+        return "centre" if self.multiscales else "left" if self.align_left else "stretch"
 
 
 class TrainingConfig(Section):
@@ -420,7 +457,7 @@ class Config(Section):
         Raises:
             UserError: with one line for each thing that is wrong.
         """
-        return _validated(Document(_plain(mapping), source, {}), {})
+        return _validated(Document(_migrated(_plain(mapping)), source, {}), {})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dicts, lists, numbers, strings, None) that `from_dict` reads back equal."""
@@ -429,6 +466,15 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back equal."""
         return dump_yaml(self.to_dict(), width=120)
+
+
+def _migrated(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The resolved config of an older checkpoint in today's keys: there `multiscales` was what `align_left` is now."""
+    dataset = mapping.get("dataset")
+    if isinstance(dataset, dict) and "cache_dir" in dataset and "align_left" not in dataset:  # resolved, and older
+        align_left = dataset.get("multiscales", False)
+        return mapping | {"dataset": dataset | {"multiscales": False, "align_left": align_left}}
+    return mapping
 
 
 def _plain(value: Any) -> Any:
@@ -539,6 +585,10 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
     smallest, largest = config.dataset.segmentation.scale_range
     if smallest > largest:
         yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
+    if config.dataset.multiscales and config.dataset.align_left:
+        yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
+    if config.global_.phase == "train":
+        yield from _mixture_problems(config.dataset.train)
     reads_files = [root for root in config.dataset.train.roots if not root.startswith(RENDER_SCHEME)]
     if config.global_.phase == "train" and reads_files and model.takes_masks:
         yield from _mask_problems(config)
@@ -573,6 +623,17 @@ def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
         weights = {name: weight for name, weight in weights.items() if name.startswith(f"model.{model.kind}.")}
     if not any(weights.values()):
         yield next(iter(weights)), f"all weights of the loss are 0; set one of {', '.join(weights)}"
+
+
+def _mixture_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:
+    if train.difficulty and not any(root.startswith(RENDER_SCHEME) for root in train.roots):
+        yield "dataset.train.difficulty", "no root is render://FILE.yaml, and words of files have theirs already"
+    if train.shares is None:
+        return
+    if len(train.shares) != len(train.roots):
+        yield "dataset.train.shares", f"{len(train.shares)} shares for {len(train.roots)} roots; give one for each root"
+    elif not all(map(sum, zip(*train.shares, strict=True))):
+        yield "dataset.train.shares", "all are 0 at the start or at the end of the run; give one of them more"
 
 
 def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:

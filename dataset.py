@@ -37,7 +37,15 @@ from batches import (
 )
 from lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
 from masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
-from sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler, as_key
+from sampling import (
+    EqualSizeBatchSampler,
+    MixtureBatchSampler,
+    ResumableBatchSampler,
+    SampleGenerators,
+    SampleKey,
+    ShardedSampler,
+    as_key,
+)
 from transforms import BrokenPictureError, CropSegmentation, Mask, Picture, WordTransform, decode_mask, decode_picture
 from utils import RENDER_SCHEME, UserError
 from word_index import MISSING, default_cache_dir, open_word_index
@@ -51,6 +59,7 @@ __all__ = [
     "LanguageCollate",
     "LanguageDataset",
     "LmdbMasks",
+    "MixtureBatchSampler",
     "OnlineMasks",
     "RenderedDataset",
     "ResumableBatchSampler",
@@ -74,6 +83,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BROKEN = "broken"  # the picture cannot be decoded
+TINY = "tiny"  # a side of the picture is too short
 TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
 
 
@@ -92,6 +102,7 @@ class WordDataset(Dataset):
         stream: tells data sets of one run apart, so that equal indices are not augmented alike.
         name: of the set, in results and messages; None takes the folder's.
         cache_dir: folder that keeps the result of the filter; None filters anew.
+        min_side: pixels; a word whose image has a shorter side is skipped when it comes.
 
     Raises:
         UserError: this is no LMDB, or the masks do not belong to it.
@@ -108,11 +119,14 @@ class WordDataset(Dataset):
         stream: int = 0,
         name: str | None = None,
         cache_dir: str | Path | None = None,
+        min_side: int = 1,
     ) -> None:
         self.reader = LmdbReader(path)
         self.name = name or Path(os.path.abspath(path)).name
         self.transform = transform
         self.masks = masks
+        self.min_side = min_side
+        self.root = 0  # number of the root that it was found in
         self.index = open_word_index(self.reader, labels, cache_dir=cache_dir)
         self.filtered = self.index.filtered  # reason -> words that the filter left out
         self._generators = SampleGenerators(seed, stream)
@@ -167,9 +181,12 @@ class WordDataset(Dataset):
                     words.append(MISSING)
                     continue
                 try:
-                    words.append([number, decode_picture(data), None, bytes(text).decode()])
+                    picture = decode_picture(data)
                 except BrokenPictureError:
                     words.append(BROKEN)
+                    continue
+                tiny = min(picture.shape[:2]) < self.min_side
+                words.append(TINY if tiny else [number, picture, None, bytes(text).decode()])
         return words
 
     def _add_masks(self, words: list[Any]) -> None:
@@ -214,6 +231,7 @@ class RenderedDataset(Dataset):
         self.with_masks = with_masks
         self.segmenter = segmenter
         self.name = name
+        self.root = 0  # as of WordDataset
         self.filtered: dict[str, int] = {}
         self._generators = SampleGenerators(seed, stream)
 
@@ -276,7 +294,7 @@ class JoinedDataset(Dataset):
         by_dataset: dict[int, list[tuple[int, int, SampleKey]]] = {}
         for row, key in enumerate(map(as_key, keys)):
             place, local = self.locate(key.index)
-            by_dataset.setdefault(place, []).append((row, key.index, SampleKey(key.epoch, local)))
+            by_dataset.setdefault(place, []).append((row, key.index, key._replace(index=local)))
         samples: list[Any] = [None] * len(keys)
         for place, wanted in by_dataset.items():
             dataset = self.datasets[place]
@@ -336,7 +354,10 @@ def open_word_datasets(
     masks: str | Path | OnlineMasks | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
+    min_side: int = 1,
     length: int | None = None,
+    split: int = 0,
+    difficulty: tuple[float, float] | None = None,
 ) -> list[WordDataset | RenderedDataset]:
     """Open every LMDB of some roots, and renderers for roots of the form `render://FILE.yaml`.
 
@@ -344,37 +365,39 @@ def open_word_datasets(
         roots: LMDBs or folders of LMDBs.
         masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), beside which rendered words
             bring their own; a network that makes all of them; or None for none.
-        length: words of an epoch of a renderer; None takes its own number.
-        labels, transform, seed, cache_dir: as of WordDataset.
+        labels, transform, seed, cache_dir, min_side: as of WordDataset.
+        length, split, difficulty: of renderers, as of `rendering.RenderedWords`.
 
     Returns:
-        One data set for each LMDB, in the order of the roots and of the paths below them, with different names.
+        One data set for each LMDB, in the order of the roots and of the paths below them, with different names; its
+        `root` is the number of the root that it was found in.
     """
-    found: list[tuple[str | None, Path | str]] = []
-    for root in map(str, roots):
-        if root.startswith(RENDER_SCHEME):
-            found.append((None, root))
-        else:
-            found += [(root, path) for path in find_lmdbs(root)]
+    found: list[tuple[int, Path | str]] = []
+    for number, root in enumerate(map(str, roots)):
+        paths = [root] if root.startswith(RENDER_SCHEME) else find_lmdbs(root)
+        found += [(number, path) for path in paths]
     names = _distinct_names([str(path) for _, path in found])
     datasets: list[WordDataset | RenderedDataset] = []
-    for stream, ((root, path), name) in enumerate(zip(found, names, strict=True)):
+    for stream, ((number, path), name) in enumerate(zip(found, names, strict=True)):
         common = {"transform": transform, "seed": seed, "stream": stream, "name": name}
-        if root is None:
+        if isinstance(path, str):
             segmenter = masks.segmenter if isinstance(masks, OnlineMasks) else None
             common |= {"with_masks": masks is not None, "segmenter": segmenter}
-            datasets.append(_open_renderer(path, labels, length=length, **common))
-            continue
-        source = LmdbMasks(find_mask_lmdb(masks, root, path)) if isinstance(masks, str | Path) else masks
-        datasets.append(WordDataset(path, labels=labels, masks=source, cache_dir=cache_dir, **common))
+            source = _open_renderer(path, length=length, seed=seed, split=split, stream=stream, difficulty=difficulty)
+            datasets.append(RenderedDataset(source, labels=labels, **common))
+        else:
+            named = isinstance(masks, str | Path)
+            source = LmdbMasks(find_mask_lmdb(masks, roots[number], path)) if named else masks
+            common |= {"masks": source, "cache_dir": cache_dir, "min_side": min_side}
+            datasets.append(WordDataset(path, labels=labels, **common))
+        datasets[-1].root = number
     return datasets
 
 
-def _open_renderer(root: str, labels: LabelRule, *, length: int | None, seed: int, **common: Any) -> RenderedDataset:
+def _open_renderer(root: str, **options: Any) -> Any:
     from rendering.endless import RenderedWords  # the engine is only needed for such roots
 
-    source = RenderedWords(root.removeprefix(RENDER_SCHEME), length=length, seed=seed)
-    return RenderedDataset(source, labels=labels, seed=seed, **common)
+    return RenderedWords(root.removeprefix(RENDER_SCHEME), **options)
 
 
 def _distinct_names(paths: Sequence[str]) -> list[str]:
@@ -428,6 +451,7 @@ class LanguageDataset(Dataset):
         self.use_sm = use_sm
         self.smooth_label = smooth_label
         self.smooth_factor = smooth_factor
+        self.root = 0  # as of WordDataset
         self._generators = SampleGenerators(seed, stream)
         self.filtered: dict[str, int] = {}
         self._inputs, self._targets = self._read()
@@ -623,6 +647,7 @@ class SegmentationDataset(Dataset):
         self.name = name or Path(os.path.abspath(source.path)).name
         self.transform = transform
         self.ignore_index = ignore_index
+        self.root = 0  # as of WordDataset
         self.filtered = source.filtered
         self._generators = SampleGenerators(seed, stream)
         self._classes = (np.arange(256) >= TEXT_THRESHOLD).astype(np.uint8)  # by grey level
@@ -682,15 +707,17 @@ def open_segmentation_datasets(
         transform, ignore_index, ignore_level, seed: as of SegmentationDataset.
     """
     sources: list[SegmentationFolder | SegmentationLmdb] = []
-    for root in map(Path, roots):
+    numbers: list[int] = []  # of each source's root
+    for number, root in enumerate(map(Path, roots)):
         if _is_pair_folder(root):
             sources.append(SegmentationFolder(root))
-            continue
-        for path in find_lmdbs(root):
-            mask_path = None if LmdbReader(path).get(mask_key(1)) is not None or mask_root is None else mask_root
-            sources.append(SegmentationLmdb(path, mask_path and find_mask_lmdb(mask_path, root, path)))
+        else:
+            for path in find_lmdbs(root):
+                mask_path = None if LmdbReader(path).get(mask_key(1)) is not None or mask_root is None else mask_root
+                sources.append(SegmentationLmdb(path, mask_path and find_mask_lmdb(mask_path, root, path)))
+        numbers += [number] * (len(sources) - len(numbers))
     names = _distinct_names([str(source.path) for source in sources])
-    return [
+    datasets = [
         SegmentationDataset(
             source,
             transform=transform,
@@ -702,6 +729,9 @@ def open_segmentation_datasets(
         )
         for stream, (source, name) in enumerate(zip(sources, names, strict=True))
     ]
+    for dataset, number in zip(datasets, numbers, strict=True):
+        dataset.root = number
+    return datasets
 
 
 def _is_pair_folder(root: Path) -> bool:

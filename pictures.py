@@ -62,15 +62,17 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet
 
 
-def on_picture(values: np.ndarray, size: tuple[int, int], extent: tuple[float, float]) -> np.ndarray:
+def on_picture(values: np.ndarray, size: tuple[int, int], extent: Sequence[float]) -> np.ndarray:
     """The part of a map (h, w) over a network's input that lies on the picture, at the picture's size.
 
     Args:
         size: height and width of the picture.
-        extent: parts of the input's height and width that the picture fills, as of `reader.Reading`.
+        extent: top, left, height and width of the picture in the input, as of `reader.Reading`.
     """
-    whole = tuple(max(round(side / part), side) for side, part in zip(size, extent, strict=True))
-    return cv2.resize(values.astype(np.float32), whole[::-1])[: size[0], : size[1]]
+    whole = tuple(max(round(side / part), side) for side, part in zip(size, extent[2:], strict=True))
+    first = [min(round(start * full), full - side) for start, full, side in zip(extent[:2], whole, size, strict=True)]
+    values = cv2.resize(values.astype(np.float32), whole[::-1])
+    return values[first[0] : first[0] + size[0], first[1] : first[1] + size[1]]
 
 
 def reading_picture(

@@ -56,8 +56,8 @@ class Reading:
         attention: float32 (len(text), h, w) over the network's input, where the vision model looked for each character;
             each sums to 1.
         refined_mask: float32 over the network's input, at its size, about 1 on text; None for a network without masks.
-        extent: parts of the input's height and width, in (0, 1], that the picture fills from the upper left corner: all
-            of them where it was stretched, less where it kept its shape (`dataset.multiscales`).
+        extent: where the picture lies in the network's input: top, left, height, width as parts of the input's sides;
+            (0, 0, 1, 1) where it was stretched, else less (`dataset.multiscales`, `dataset.align_left`).
         error: why the picture could not be read, else None.
     """
 
@@ -67,7 +67,7 @@ class Reading:
     mask: np.ndarray | None = None
     attention: np.ndarray | None = None
     refined_mask: np.ndarray | None = None
-    extent: tuple[float, float] = (1.0, 1.0)
+    extent: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     error: str | None = None
 
 
@@ -110,7 +110,7 @@ class Reader:
         self.model_eval = checked_model_eval(bundle.config, model_eval)
         use_whole_float32()  # readings are those of the test
         self._model = prepare_for_inference(bundle.model.to(self.device), precision="fp32", compile=False)
-        self._resize = ResizeWord(size=bundle.image_size, keep_aspect=bundle.config.dataset.multiscales)
+        self._resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
         self._segmenter = self._make_segmenter(bundle, ssn) if self.takes_masks and masks == "auto" else None
 
     @classmethod
@@ -179,10 +179,12 @@ class Reader:
             for row in zip(probabilities.tolist(), classes.tolist(), masks, attention, refined, extents, strict=True)
         ]
 
-    def _extent(self, picture: np.ndarray) -> tuple[float, float]:
-        """Parts of the input's height and width that a picture fills."""
-        height, width = self._resize.fitted(picture.shape[:2])
-        return height / self._resize.size[0], width / self._resize.size[1]
+    def _extent(self, picture: np.ndarray) -> tuple[float, float, float, float]:
+        """Top, left, height and width of a picture in the network's input, as parts of its sides."""
+        size = self._resize.fitted(picture.shape[:2])
+        height, width = self._resize.size
+        top, left = self._resize.corner(size)
+        return top / height, left / width, size[0] / height, size[1] / width
 
     def _complete(self, pictures: list[np.ndarray], given: list[np.ndarray | None]) -> list[np.ndarray]:
         """A mask, uint8 (H, W), for each picture: the one that was given, else SSN's, else an empty one."""
@@ -203,7 +205,7 @@ class Reader:
         mask: np.ndarray | None,
         attention: np.ndarray,
         refined: np.ndarray | None,
-        extent: tuple[float, float],
+        extent: tuple[float, float, float, float],
     ) -> Reading:
         text = self.charset.decode(classes)
         counted = probabilities[: len(text) + 1]  # the end too, unless the text fills every step

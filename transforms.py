@@ -13,8 +13,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import cv2
 import numpy as np
@@ -24,6 +23,7 @@ from PIL import Image
 Picture = np.ndarray  # (H, W, 3) uint8, RGB
 Mask = np.ndarray  # (H, W) uint8, 255 = text
 Size = tuple[int, int]  # height, width
+Fit = Literal["stretch", "centre", "left"]  # how an image gets the network's size: see ResizeWord
 
 MAX_SIDE = 4096  # pixels; larger pictures are brought down to it first (OpenCV's warps end at 32,767)
 
@@ -114,17 +114,31 @@ INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTE
 
 def rotation(rng: Generator, size: Size, *, degrees: float = 45.0) -> np.ndarray:
     """Matrix (3, 3) of a rotation by up to `degrees` either way."""
-    angle = math.radians(symmetric(rng, degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
+    return turn(symmetric(rng, degrees))
+
+
+def turn(degrees: float) -> np.ndarray:
+    """Matrix (3, 3) of a rotation."""
+    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
 
-def affine(rng: Generator, size: Size, *, scale: float = 2.0, shear: tuple[float, float] = (45.0, 15.0)) -> np.ndarray:
-    """Matrix (3, 3) of a scaling by 1/`scale` to `scale` and shears of up to `shear` degrees along x and y."""
-    factor = scale ** symmetric(rng, 1.0)
+def affine(
+    rng: Generator,
+    size: Size,
+    *,
+    degrees: float = 45.0,
+    scale: tuple[float, float] = (0.5, 2.0),
+    shear: tuple[float, float] = (45.0, 15.0),
+) -> np.ndarray:
+    """Matrix (3, 3) of a scaling, a rotation by up to `degrees` and shears of up to `shear` degrees along x and y."""
+    turned = rotation(rng, size, degrees=degrees)
+    factor = rng.uniform(*scale)
     along_x = math.tan(math.radians(symmetric(rng, shear[0])))
     along_y = math.tan(math.radians(symmetric(rng, shear[1])))
-    return np.array([[factor, factor * along_x, 0.0], [factor * along_y, factor, 0.0], [0.0, 0.0, 1.0]])
+    # A shear along x, then one along y, then the rotation.
+    shears = np.array([[1.0, along_x, 0.0], [along_y, 1.0 + along_x * along_y, 0.0], [0.0, 0.0, 1.0]])
+    return np.diag((factor, factor, 1.0)) @ turned @ shears
 
 
 def perspective(rng: Generator, size: Size, *, distortion: float = 0.5) -> np.ndarray:
@@ -198,14 +212,18 @@ def _noise_table() -> np.ndarray:
 
 
 def gaussian_noise(picture: Picture, rng: Generator, *, variance: float = 20.0) -> Picture:
-    """Add normal noise of a variance of up to `variance` (grey levels squared), per pixel and channel."""
-    factor = math.sqrt(one_sided(rng, variance)) / NOISE_DEVIATION
-    table = _noise_table()
-    if picture.size * 2 > table.size:
-        table = np.resize(table, picture.size * 2)
-    start = int(rng.integers(table.size - picture.size))
-    noise = table[start : start + picture.size].reshape(picture.shape)
-    return cv2.addWeighted(picture, 1.0, noise, factor, -NOISE_MIDDLE * factor)
+    """Add normal noise of a variance of 1 to `variance` (grey levels squared), per pixel and channel."""
+    factor = math.sqrt(max(one_sided(rng, variance), 1.0)) / NOISE_DEVIATION
+    return cv2.addWeighted(picture, 1.0, _noise_levels(picture.shape, rng), factor, -NOISE_MIDDLE * factor)
+
+
+def _noise_levels(shape: tuple[int, ...], rng: Generator) -> np.ndarray:
+    """A random part of the noise table, in some shape."""
+    size, table = math.prod(shape), _noise_table()
+    if size * 2 > table.size:
+        table = np.resize(table, size * 2)
+    start = int(rng.integers(table.size - size))
+    return table[start : start + size].reshape(shape)
 
 
 DIRECTIONS = 36  # of motion blur: steps of 5 degrees
@@ -234,25 +252,22 @@ def line_kernel(pixels: int, direction: int) -> np.ndarray:
     return kernel / kernel.sum()
 
 
-def rescale(picture: Picture, rng: Generator, *, base: Size, steps: float = 4.0) -> Picture:
-    """Lose detail: down to `base` halved up to `steps` times (the levels of a picture pyramid), and back up."""
-    step = round(one_sided(rng, steps))
-    height, width = max(base[0] >> step, 1), max(base[1] >> step, 1)
-    if height >= picture.shape[0] and width >= picture.shape[1]:
-        return picture  # the level is larger than the picture: nothing would be lost
-    small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+PYRAMID_BASE = (128, 512)  # height and width of the lowest level
+
+
+def rescale(picture: Picture, rng: Generator, *, base: Size = PYRAMID_BASE, steps: float = 4.0) -> Picture:
+    """Lose detail: to the size `base`, up to `steps` levels of a Gaussian pyramid down, and back to its own size."""
+    small = resize(picture, base)
+    for _ in range(round(rng.uniform(0.0, steps))):
+        small = cv2.pyrDown(small)
     return resize(small, picture.shape[:2])
 
 
-def deteriorate(picture: Picture, rng: Generator, *, base: Size) -> Picture:
-    """Noise, motion blur and loss of detail, in random order; `base` is the lowest level of the pyramid."""
-    kinds: list[Callable[[Picture], Picture]] = [
-        lambda each: gaussian_noise(each, rng),
-        lambda each: motion_blur(each, rng),
-        lambda each: rescale(each, rng, base=base),
-    ]
-    for kind in rng.permutation(3):
-        picture = kinds[kind](picture)
+def deteriorate(picture: Picture, rng: Generator) -> Picture:
+    """Noise, motion blur and loss of detail, in random order."""
+    kinds = (gaussian_noise, motion_blur, rescale)
+    for kind in rng.permutation(len(kinds)):
+        picture = kinds[kind](picture, rng)
     return picture
 
 
@@ -278,11 +293,9 @@ def color_jitter(
         if kind == 0:
             picture = _stretch(picture, factors[0], 0.0)
         elif kind == 1:
-            mean = cv2.mean(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))[0]
-            picture = _stretch(picture, factors[1], (1.0 - factors[1]) * mean)
+            picture = _contrast(picture, factors[1])
         elif kind == 2:
-            grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-            picture = cv2.addWeighted(picture, factors[2], grey, 1.0 - factors[2], 0.0)
+            picture = _saturate(picture, factors[2])
         else:
             picture = _turn_hue(picture, turn)
     return picture
@@ -291,6 +304,16 @@ def color_jitter(
 def _stretch(picture: Picture, factor: float, offset: float) -> Picture:
     """factor x level + offset, within [0, 255]."""
     return cv2.addWeighted(picture, factor, picture, 0.0, offset)  # saturates, and is faster than a table
+
+
+def _contrast(picture: Picture, factor: float) -> Picture:
+    mean = cv2.mean(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))[0]
+    return _stretch(picture, factor, (1.0 - factor) * mean)
+
+
+def _saturate(picture: Picture, factor: float) -> Picture:
+    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(picture, factor, grey, 1.0 - factor, 0.0)
 
 
 def _turn_hue(picture: Picture, turn: float) -> Picture:
@@ -315,20 +338,31 @@ class ResizeWord:
 
     Args:
         size: height and width.
-        keep_aspect: scale until one side fits and fill the rest (right or below) with black, not text.
+        fit: "stretch" to it; or keep the aspect, "centre" with the borders replicated, or at the upper "left", the rest
+            black and no text.
+        random_aspect: half of the time, stretch to the whole height and a random width from the height on, centred,
+            instead; needs a generator.
     """
 
-    def __init__(self, *, size: Size = (32, 128), keep_aspect: bool = False) -> None:
+    def __init__(self, *, size: Size = (32, 128), fit: Fit = "stretch", random_aspect: bool = False) -> None:
         self.size = tuple(size)
-        self.keep_aspect = keep_aspect
+        self.fit = fit
+        self.random_aspect = random_aspect
 
-    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
-        size = self.fitted(picture.shape[:2])
-        return self.pad(resize(picture, size)), None if mask is None else self.pad(resize(mask, size))
+    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator | None) -> tuple[Picture, Mask | None]:
+        size = self.draw_size(picture.shape[:2], rng)
+        return self.place(picture, size), None if mask is None else self.place(mask, size)
+
+    def draw_size(self, size: Size, rng: Generator | None) -> Size:
+        """Height and width that an image of `size` gets inside of the network's size."""
+        if self.random_aspect and rng.random() < 0.5:
+            height, width = self.size
+            return height, int(rng.integers(min(height, width), width + 1))
+        return self.fitted(size)
 
     def fitted(self, size: Size) -> Size:
-        """Height and width that a picture of `size` gets before the filling."""
-        if not self.keep_aspect:
+        """As `draw_size`, without chance."""
+        if self.fit == "stretch":
             return self.size
         scale = min(self.size[0] / size[0], self.size[1] / size[1])
         return (
@@ -336,70 +370,183 @@ class ResizeWord:
             min(max(round(size[1] * scale), 1), self.size[1]),
         )
 
-    def pad(self, picture: np.ndarray) -> np.ndarray:
-        """Fill up to the network's size."""
-        below, right = self.size[0] - picture.shape[0], self.size[1] - picture.shape[1]
+    def corner(self, size: Size) -> tuple[int, int]:
+        """Row and column of the network's input where an image that got `size` begins."""
+        if self.fit != "centre":
+            return 0, 0
+        return (self.size[0] - size[0] + 1) // 2, (self.size[1] - size[1] + 1) // 2
+
+    def place(self, picture: np.ndarray, size: Size) -> np.ndarray:
+        """Resize a picture or mask to `size` and fill up to the network's."""
+        picture = resize(picture, size)
+        below, right = self.size[0] - size[0], self.size[1] - size[1]
         if not below and not right:
             return picture
-        return cv2.copyMakeBorder(picture, 0, below, 0, right, cv2.BORDER_CONSTANT, value=0)
+        border = cv2.BORDER_REPLICATE if self.fit == "centre" else cv2.BORDER_CONSTANT
+        top, left = self.corner(size)
+        return cv2.copyMakeBorder(picture, top, below - top, left, right - left, border, value=0)
 
 
 class AugmentWord:
     """The published training augmentation, then resizing; kinds and magnitudes are drawn for every sample.
 
     Args:
-        size, keep_aspect: as of ResizeWord.
-        geometry, deterioration, color: probability of each.
+        resize: brings the result to the network's size.
+        deterioration, color, geometry: probability of each; they come in this order.
     """
 
     def __init__(
         self,
+        resize: ResizeWord | None = None,
         *,
-        size: Size = (32, 128),
-        keep_aspect: bool = False,
-        geometry: float = 0.5,
         deterioration: float = 0.25,
         color: float = 0.25,
+        geometry: float = 0.5,
     ) -> None:
-        self.resize = ResizeWord(size=size, keep_aspect=keep_aspect)
+        self.resize = resize or ResizeWord()
         self.size = self.resize.size
-        self.geometry = geometry
         self.deterioration = deterioration
         self.color = color
+        self.geometry = geometry
 
     def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
         draws = rng.random(3).tolist()
-        moved, deteriorated = draws[0] < self.geometry, draws[1] < self.deterioration
         picture, mask = limit_size(picture), None if mask is None else limit_size(mask)
-        if moved:
-            picture, mask = self._move(picture, mask, rng, whole=deteriorated)
-        if deteriorated:
-            picture = deteriorate(picture, rng, base=(4 * self.size[0], 4 * self.size[1]))
-        picture, mask = self.resize(picture, mask, rng)
-        if draws[2] < self.color:  # pointwise, so it may as well follow the resizing, where there are fewer pixels
+        if draws[0] < self.deterioration:
+            picture = deteriorate(picture, rng)
+        if draws[1] < self.color:
             picture = color_jitter(picture, rng)
-        return picture, mask
-
-    def _move(self, picture: Picture, mask: Mask | None, rng: Generator, *, whole: bool) -> tuple[Picture, Mask | None]:
-        """One kind of geometry, with one kind of interpolation. `whole` asks for the grown canvas at its own size.
-
-        Otherwise a canvas larger than the network's input is never made: resizing it down picks bilinear samples of it
-        without smoothing, so that warping straight to the smaller size takes the same samples and costs far less. A
-        smaller canvas is made: there the warp itself loses detail.
-        """
-        size = picture.shape[:2]
+        if draws[2] >= self.geometry:
+            return self.resize(picture, mask, rng)
         kind = (rotation, affine, perspective)[rng.integers(3)]
-        matrix, canvas = fit_canvas(kind(rng, size), size)
+        matrix, canvas = fit_canvas(kind(rng, picture.shape[:2]), picture.shape[:2])
         interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))]
-        final = self.resize.fitted(canvas)
-        if not whole and canvas[0] >= final[0] and canvas[1] >= final[1]:
-            matrix = np.diag((final[1] / canvas[1], final[0] / canvas[0], 1.0)) @ matrix
-            canvas = final
-        if mask is None:
-            return warp(picture, matrix, canvas, interpolation), None
-        # As a fourth channel the mask gets the picture's warp to the last pixel, and four channels cost what three do.
-        both = warp(cv2.merge((picture, mask)), matrix, canvas, interpolation)
-        return cv2.cvtColor(both, cv2.COLOR_RGBA2RGB), cv2.extractChannel(both, 3)
+        size = self.resize.draw_size(canvas, rng)
+        if canvas[0] >= size[0] and canvas[1] >= size[1]:
+            # The canvas, larger than what the network sees of it, is never made: resizing it down picks bilinear
+            # samples without smoothing, so that warping straight to the smaller size takes the same samples for less.
+            # A smaller canvas is made: there the warp itself loses detail.
+            matrix = np.diag((size[1] / canvas[1], size[0] / canvas[0], 1.0)) @ matrix
+            canvas = size
+        picture, mask = warp_pair(picture, mask, matrix, canvas, interpolation)
+        return self.resize.place(picture, size), None if mask is None else self.resize.place(mask, size)
+
+
+class RandAugmentWord:
+    """RandAugment as PARSeq uses it (Bautista and Atienza, 2022), then resizing.
+
+    `layers` times one of the fifteen operations is drawn, and applied half of the time, at `magnitude` (drawn around it
+    with a deviation of 0.5), to either side where it has sides. Rotations and shears enlarge the canvas, so that no
+    letter is cut off; borders are replicated.
+
+    Args:
+        resize: brings the result to the network's size; a larger image is first brought to four times its area.
+        layers: operations that are drawn.
+        magnitude: of 10.
+        probability: of each operation that is drawn.
+    """
+
+    def __init__(
+        self,
+        resize: ResizeWord | None = None,
+        *,
+        layers: int = 3,
+        magnitude: float = 5.0,
+        probability: float = 0.5,
+    ) -> None:
+        self.resize = resize or ResizeWord()
+        self.size = self.resize.size
+        self.layers = layers
+        self.magnitude = magnitude
+        self.probability = probability
+
+    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
+        size = self._bounded(picture.shape[:2])
+        picture, mask = resize(picture, size), None if mask is None else resize(mask, size)
+        pixels, matrices = list(PIXEL_OPERATIONS.values()), list(MATRIX_OPERATIONS.values())
+        for _ in range(self.layers):
+            number = int(rng.integers(len(pixels) + len(matrices)))
+            level = min(max(rng.normal(self.magnitude, 0.5), 0.0), 10.0) / 10
+            applied, side = rng.random(2) < (self.probability, 0.5)
+            if not applied:
+                continue
+            level = level if side else -level
+            if number < len(pixels):
+                picture = pixels[number](picture, level, rng)
+                continue
+            matrix, canvas = matrices[number - len(pixels)](level, picture.shape[:2]), picture.shape[:2]
+            if not matrix[:2, 2].any():
+                matrix, canvas = fit_canvas(matrix, canvas)
+            size = self._bounded(canvas)
+            matrix = np.diag((size[1] / canvas[1], size[0] / canvas[0], 1.0)) @ matrix
+            picture, mask = warp_pair(picture, mask, matrix, size, cv2.INTER_LINEAR)
+        return self.resize(picture, mask, rng)
+
+    def _bounded(self, size: Size) -> Size:
+        """A size of the same shape and at most four times the network's area, which bounds the time of a word."""
+        scale = math.sqrt(4 * self.size[0] * self.size[1] / (size[0] * size[1]))
+        if scale >= 1:
+            return size
+        return tuple(min(max(round(side * scale), 1), MAX_SIDE) for side in size)
+
+
+def _auto_contrast(picture: Picture, level: float, rng: Generator) -> Picture:
+    channels = [cv2.normalize(each, None, 0, 255, cv2.NORM_MINMAX) for each in cv2.split(picture)]
+    return cv2.merge(channels)
+
+
+def _equalize(picture: Picture, level: float, rng: Generator) -> Picture:
+    return cv2.merge([cv2.equalizeHist(each) for each in cv2.split(picture)])
+
+
+def _solarize(picture: Picture, level: float, rng: Generator) -> Picture:
+    levels = np.arange(256)
+    return cv2.LUT(picture, np.where(levels < 256 * (1 - abs(level)), levels, 255 - levels).astype(np.uint8))
+
+
+def _blur(picture: Picture, level: float, rng: Generator) -> Picture:
+    deviation = max(abs(level) * picture.shape[0] / 20, 0.1)  # a twentieth of the height at most
+    return cv2.GaussianBlur(picture, (0, 0), deviation, borderType=cv2.BORDER_REPLICATE)
+
+
+def _poisson_noise(picture: Picture, level: float, rng: Generator) -> Picture:
+    """Noise of a variance in proportion to the brightness, of a deviation of up to 30 grey levels in white."""
+    deviations = np.sqrt(abs(level) * np.arange(256) / 255).astype(np.float32)  # parts of NOISE_DEVIATION
+    noise = _noise_levels(picture.shape, rng).astype(np.float32) - np.float32(NOISE_MIDDLE)
+    return cv2.add(picture, cv2.multiply(noise, cv2.LUT(picture, deviations)), dtype=cv2.CV_8U)
+
+
+# (image, level from -1 to 1, generator) -> image. What has no two sides takes the level's size, or none.
+PIXEL_OPERATIONS = {
+    "auto_contrast": _auto_contrast,
+    "equalize": _equalize,
+    "invert": lambda picture, level, rng: cv2.bitwise_not(picture),
+    "posterize": lambda picture, level, rng: picture & np.uint8(256 - (1 << round(7 * abs(level)))),
+    "solarize": _solarize,
+    "color": lambda picture, level, rng: _saturate(picture, 1 + 0.9 * level),
+    "contrast": lambda picture, level, rng: _contrast(picture, 1 + 0.9 * level),
+    "brightness": lambda picture, level, rng: _stretch(picture, 1 + 0.9 * level, 0.0),
+    "gaussian_blur": _blur,
+    "poisson_noise": _poisson_noise,
+}
+# (level, height and width) -> matrix (3, 3). A translation keeps the canvas.
+MATRIX_OPERATIONS = {
+    "rotate": lambda level, size: turn(30 * level),
+    "shear_x": lambda level, size: np.array([[1, 0.9 * level, 0], [0, 1, 0], [0, 0, 1.0]]),
+    "shear_y": lambda level, size: np.array([[1, 0, 0], [0.2 * level, 1, 0], [0, 0, 1.0]]),
+    "translate_x": lambda level, size: np.array([[1, 0, 0.1 * level * size[1]], [0, 1, 0], [0, 0, 1.0]]),
+    "translate_y": lambda level, size: np.array([[1, 0, 0], [0, 1, 0.3 * level * size[0]], [0, 0, 1.0]]),
+}
+
+
+def warp_pair(
+    picture: Picture, mask: Mask | None, matrix: np.ndarray, size: Size, interpolation: int
+) -> tuple[Picture, Mask | None]:
+    """`warp` of a picture and its mask, alike to the last pixel."""
+    if mask is None:
+        return warp(picture, matrix, size, interpolation), None
+    both = warp(cv2.merge((picture, mask)), matrix, size, interpolation)  # four channels cost what three do
+    return cv2.cvtColor(both, cv2.COLOR_RGBA2RGB), cv2.extractChannel(both, 3)
 
 
 def limit_size(picture: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:

@@ -34,6 +34,12 @@ def test_odd_shapes_and_captions_are_no_error():
     assert make_contact_sheet(cells, columns=2).size[0] > 0
 
 
+def test_letters_with_accents_are_drawn():
+    """A letter that the font lacks is drawn as the same box whatever it is."""
+    drawn = {np.asarray(make_contact_sheet([Cell(_picture(0), letter * 3)])).tobytes() for letter in "éüßñŁЖλ\uffff"}
+    assert len(drawn) == 8
+
+
 def test_no_cell_is_an_error():
     with pytest.raises(ValueError, match="at least one"):
         make_contact_sheet([])

@@ -274,6 +274,15 @@ class TestBrokenSamples:
         assert batch.indices.tolist() == [0, 2, 4, 5, 6, 7, 11]
         assert batch.texts == [WORDS[index] for index in batch.indices]
 
+    def test_tiny_images_are_left_out_where_they_are_asked_to_be(self, words):
+        """DESIGN 6: in training (only there) an image with a side of 6 pixels or less is left out."""
+        edit(words, {"image-000000003": png(np.zeros((6, 60, 3), np.uint8))})
+        edit(words, {"image-000000005": png(np.zeros((7, 60, 3), np.uint8))})
+        assert all(not isinstance(open_set(words)[index], Skipped) for index in range(len(WORDS)))
+        training = open_set(words, min_side=7)
+        assert [training[index] for index in (2,)] == [Skipped(2, "tiny")]
+        assert not isinstance(training[4], Skipped)
+
     def test_key_that_went_missing_later(self, words):
         data = open_set(words)
         data.reader.close()

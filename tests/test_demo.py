@@ -94,11 +94,13 @@ def test_no_masks_may_be_asked_for(capsys, setup):
     assert len(capsys.readouterr().out.splitlines()) == WORDS
 
 
-@pytest.mark.parametrize("extent", [(1.0, 1.0), (1.0, 0.25), (0.5, 1.0)])
+@pytest.mark.parametrize(
+    "extent", [(0, 0, 1, 1), (0, 0, 1, 0.25), (0, 0, 0.5, 1), (0, 0.375, 1, 0.25), (0.25, 0, 0.5, 1)]
+)
 def test_a_map_over_the_input_lies_where_its_part_of_the_picture_is(extent):
     """A spot in the middle of what the picture fills of the input comes to the middle of the picture."""
     values = np.zeros((32, 128), np.float32)
-    row, column = int(16 * extent[0]), int(64 * extent[1])
+    row, column = int(32 * extent[0] + 16 * extent[2]), int(128 * extent[1] + 64 * extent[3])
     values[row - 2 : row + 2, column - 2 : column + 2] = 1
     drawn = on_picture(values, (64, 100), extent)
     assert drawn.shape == (64, 100)

@@ -42,10 +42,15 @@ def texts(readings) -> list[str]:
 
 
 def test_the_extent_says_what_of_the_input_a_picture_fills(reader, files):
-    assert reader.read([picture(height=40, width=40)])[0].extent == (1.0, 1.0)
-    keeping = Reader(files / "both.pth", device="cpu", config=small_config(multiscales=True))
-    extents = [each.extent for each in keeping.read([picture(height=h, width=w) for h, w in ((40, 40), (16, 128))])]
-    assert extents == [(1.0, 0.25), (0.5, 1.0)]
+    assert reader.read([picture(height=40, width=40)])[0].extent == (0, 0, 1, 1)
+    expected = {
+        "align_left": [(0, 0, 1, 0.25), (0, 0, 0.5, 1)],
+        "multiscales": [(0, 0.375, 1, 0.25), (0.25, 0, 0.5, 1)],
+    }
+    for key, extents in expected.items():
+        keeping = Reader(files / "both.pth", device="cpu", config=small_config(**{key: True}))
+        read = keeping.read([picture(height=h, width=w) for h, w in ((40, 40), (16, 128))])
+        assert [each.extent for each in read] == extents
 
 
 def test_every_form_of_a_picture_gives_the_same_reading(reader, tmp_path):

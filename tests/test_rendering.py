@@ -4,7 +4,6 @@ import multiprocessing
 import pickle
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -20,6 +19,7 @@ from rendering.fonts import FontBook, FontFamily, find_families, in_split
 from rendering.geometry import Bend
 from rendering.letters import Layout, draw_layout, set_letters
 from rendering.words import WordSource, draw_number, read_words
+from sampling import SampleKey
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -619,15 +619,39 @@ class TestEndless:
         words = RenderedWords(path, seed=3)
         assert len(words) == 7
         image, mask, text = words[2]
-        again = words[SimpleNamespace(epoch=0, index=2)]
+        again = words[SampleKey(0, 2)]
         assert np.array_equal(image, again[0])
         assert np.array_equal(mask, again[1])
         assert text == again[2]
-        later = words[SimpleNamespace(epoch=1, index=2)]
-        assert np.array_equal(later[0], words.renderer.render(3, 9).image)
+        later = words[SampleKey(1, 2)]
+        assert np.array_equal(later[0], words.renderer.render(words.seed, 9).image)
         assert len(RenderedWords(path, length=4)) == 4
         with pytest.raises(IndexError):
             words[7]
+
+    def test_splits_and_data_sets_of_a_run_share_no_word(self, tmp_path, word_file):
+        """Of 50 words none is one of another part's, image and text."""
+        path = tmp_path / "render.yaml"
+        path.write_text("length: 50\n")
+
+        def words_of(**part):
+            words = RenderedWords(path, seed=3, **part)
+            return {(text, image.tobytes()) for image, _, text in map(words.__getitem__, range(50))}
+
+        training = words_of()
+        assert training == words_of(split=0, stream=0)
+        for part in ({"split": 1}, {"stream": 1}):
+            others = words_of(**part)
+            assert not training & others
+            assert len({text for text, _ in training} & {text for text, _ in others}) < 10  # numbers and short words
+
+    def test_difficulty_changes_over_the_run(self, tmp_path, word_file):
+        path = tmp_path / "render.yaml"
+        path.write_text(f"length: 7\nwords: {{file: {word_file}}}\n")
+        words = pickle.loads(pickle.dumps(RenderedWords(path, difficulty=(0.2, 0.8))))
+        for progress, difficulty in ((0.0, 0.2), (0.5, 0.5), (1.0, 0.8)):
+            expected = words.renderer.render(words.seed, 9, difficulty=difficulty).image
+            assert np.array_equal(words[SampleKey(1, 2, progress)][0], expected)
 
 
 def test_luminance_can_be_chosen():

@@ -71,7 +71,7 @@ def test_the_recogniser_reads_as_in_torch(files, pictures, tmp_path, network, ca
     facts = exported.get_modelmeta().custom_metadata_map
     assert facts["charset"] == bundle.charset.characters
     assert json.loads(facts["image_size"]) == [32, 128]
-    assert json.loads(facts["keep_aspect"]) is False
+    assert facts["fit"] == "stretch"
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def real_inputs():
     bundle = load_bundle(DEFAULT_CHECKPOINT)
     pictures = [decode_picture(path.read_bytes()) for path in sorted(REAL_WORDS.glob("*/images/*"))]
     masks = Segmenter(bundle.ssn, bundle.areas)(pictures)
-    resize = ResizeWord(size=bundle.image_size, keep_aspect=bundle.config.dataset.multiscales)
+    resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
     sized = [resize(picture, mask, None) for picture, mask in zip(pictures, masks, strict=True)]
     images = normalize_images(stack_pictures([picture for picture, _ in sized]))
     return images, torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).float() / 255

@@ -20,7 +20,7 @@ sys.path.insert(
 )  # lets `python tools/NAME.py` find the repository's modules
 
 from charset import Charset
-from contact_sheet import Cell, make_contact_sheet
+from contact_sheet import Cell, save_contact_sheet
 from lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
 from tools.support import (
     MAX_PIXELS,
@@ -339,11 +339,7 @@ def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, co
         label = reader.get(label_key(index)) or b""
         image = _decode(reader.get(image_key(index)), "RGB")
         cells.append(Cell(image, f"{index} {label.decode()}", None if mask is None else _decode(mask, "L")))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        make_contact_sheet(cells).save(output)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{output}: cannot be written ({error}); name a .png file") from error
+    save_contact_sheet(cells, output)
 
 
 def _decode(data: bytes, mode: str) -> np.ndarray:

@@ -7,15 +7,16 @@ Alone, the inputs are what the network reads:
           masks
 With --ssn the input is the picture itself, and the graph does the rest:
   picture float32 (N, 3, h, w): RGB, 0 to 255, brought to the size given by --ssn-size (32 k + 1 each)
-A picture is brought to a size by bilinear interpolation, as the network was trained (`keep_aspect` of the metadata):
-  false   stretched to that size
-  true    scaled until one side fits and filled up with black, mask 0, on the right or below
+A picture is brought to a size by bilinear interpolation, as the network was trained (`fit` of the metadata):
+  stretch  to that size
+  left     scaled until one side fits and filled up with black, mask 0, on the right or below
+  centre   scaled until one side fits, in the middle, its borders replicated
 Outputs:
   logits     float32 (N, steps, classes): class 0 is the end of the text, class i the i-th character of the charset;
              read the largest class of every step up to the first 0
   attention  float32 (N, steps, h, w): where the vision model looked at every step
   text_mask  float32 (N, 1, h, w), with --ssn: probability of text of the picture's pixels
-N is free. Charset, sizes, keep_aspect, mean and deviation are in the file's metadata.
+N is free. Charset, sizes, fit, mean and deviation are in the file's metadata.
 """
 
 import argparse
@@ -171,7 +172,7 @@ def facts_of(bundle: Bundle, model_eval: str) -> dict[str, object]:
         "charset": bundle.charset.characters,
         "model_eval": model_eval,
         "image_size": list(bundle.image_size),
-        "keep_aspect": bundle.config.dataset.multiscales,
+        "fit": bundle.config.dataset.fit,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }

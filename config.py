@@ -212,7 +212,11 @@ class TrainingConfig(Section):
     start_iters: int = key(0, "Step from which evaluation and checkpoints start.", ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "Arithmetic of the networks; fp16 scales the loss.")
     compile: bool = key(False, "Compile the network with torch.compile.")
-    accumulation: PositiveInt = key(1, "Parts into which a batch is cut to save memory; the step stays the same.")
+    accumulation: PositiveInt = key(
+        1,
+        "Parts into which a batch is cut to save memory. Loss and gradient are those of the whole batch, but batch norms "
+        "take the statistics of each part; BINet and SSN take a forward pass more, to count pixels.",
+    )
     ema: float | None = key(None, "Decay of the averaged weights that are evaluated; null: no average.", gt=0, lt=1)
     sync_batchnorm: bool = key(False, "Batch statistics over all processes instead of each one's own.")
     keep_checkpoints: PositiveInt = key(3, "Newest checkpoints that stay on disk, beside the best one.")

@@ -1,7 +1,7 @@
 """The training loop: batches, steps, devices, precision, hooks, resume. It knows nothing about text.
 
 A batch offers `inputs()` for the network, `targets()` for the criterion, `to(device)` and `split(parts)`; all else is
-the data set's business (dataset.py).
+the data set's business (dataset.py). A criterion gives named terms and, for batches in parts, `counts` (losses.py).
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Trainer:
         batches_per_epoch: batches until the epoch counts one more.
         iterations: steps of the whole run.
         precision: fp32, bf16 (autocast) or fp16 (autocast and gradient scaling).
-        accumulation: parts that a batch is worked through in; their gradients add up to one step.
+        accumulation: parts that a batch is worked through in; their terms and gradients add up to those of the whole
+            batch. What batch norms normalise with in training is each part's own.
         clip_grad: largest gradient norm; None leaves it.
         ema_decay: decay of the averaged weights that are evaluated and saved; None for none.
         find_unused_parameters: some parameters may get no gradient (a loss term has weight 0); several processes then
@@ -216,8 +217,9 @@ class Trainer:
         return Step(terms, norm.detach(), finite, rate, samples, data_wait=waited, duration=0.0)
 
     def _forward_backward(self, batch: Any) -> dict[str, Tensor]:
-        """Accumulate the gradients of the batch's parts; returns its loss terms, averaged over parts and processes."""
+        """Accumulate the gradients of the batch's parts; returns the loss terms of the global batch."""
         parts = batch.split(self.accumulation)
+        whole = self._whole_counts(parts) if len(parts) > 1 else None
         collected: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
@@ -225,12 +227,33 @@ class Trainer:
             with sync:
                 with autocast(self.device, self.precision):
                     output = self._network(*part.inputs())
-                    terms = self.criterion(output, *part.targets())
-                self.scaler.scale(terms["total"] / len(parts)).backward()
+                    terms = self.criterion(output, *part.targets(), whole=whole)
+                self.scaler.scale(terms["total"]).backward()
             collected.append({name: term.detach() for name, term in terms.items()})
         names = list(collected[0])
-        stacked = torch.stack([torch.stack([terms[name].float() for name in names]) for terms in collected]).mean(0)
+        stacked = torch.stack([torch.stack([terms[name].float() for name in names]) for terms in collected]).sum(0)
         return dict(zip(names, distributed.average(stacked).unbind(), strict=True))
+
+    @torch.no_grad()
+    def _whole_counts(self, parts: Sequence[Any]) -> dict[str, Tensor]:
+        """What the criterion's means are divided by, over all parts and processes, before the first part's gradient.
+
+        Where pixels of the output are counted, each part goes through the network once more. That draws no number of
+        the steps' and leaves no trace in the batch norms.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers] if self.criterion.counts_outputs else []
+        counts = []
+        with torch.random.fork_rng(devices), autocast(self.device, self.precision):
+            for part in parts:
+                output = self._network(*part.inputs()) if self.criterion.counts_outputs else None
+                counts.append(self.criterion.counts(output, *part.targets()))
+        if before:
+            torch._foreach_copy_(buffers, before)
+        names = list(counts[0])
+        sums = torch.stack([torch.stack([each[name].float() for name in names]) for each in counts]).sum(0)
+        return dict(zip(names, distributed.counted(sums).unbind(), strict=True))
 
     def _update(self, finite: Tensor) -> None:
         """Step the optimiser where the gradients are finite; the decision stays on the device."""

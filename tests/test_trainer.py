@@ -26,6 +26,7 @@ from dataset import ResumableBatchSampler
 from distributed import Process
 from main import load_training_state
 from optimization import make_optimizer, parameter_groups, poly_schedule
+from tests import small_networks
 from trainer import AveragedWeights, Trainer
 from utils import UserError
 
@@ -80,9 +81,15 @@ def collate(samples):
 
 
 class ToyCriterion(nn.Module):
-    def forward(self, output, target):
-        error = (output - target).square().mean()
+    counts_outputs = False
+
+    def forward(self, output, target, whole=None):
+        squares = (output - target).square()
+        error = squares.sum() / (squares.numel() if whole is None else whole["samples"])
         return {"error": error, "total": error}
+
+    def counts(self, output, target):
+        return {"samples": torch.tensor(target.numel())}
 
 
 class Recorder(Callback):
@@ -216,6 +223,27 @@ def test_accumulated_parts_are_one_step(tmp_path):
         return trainer.model[0].weight.detach().clone()
 
     torch.testing.assert_close(first_update(1), first_update(4), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["binet", "abinet", "vision", "language", "ssn"])
+def test_parts_of_any_number_give_the_terms_and_gradients_of_the_batch(kind):
+    one, four, three = (small_networks.terms_and_gradients(kind, parts=parts) for parts in (1, 4, 3))
+    assert len(one) > 2
+    for parts in (four, three):
+        for name, expected in one.items():
+            torch.testing.assert_close(parts[name], expected, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_counting_for_a_batch_in_parts_leaves_no_trace():
+    """Neither in the batch norms nor in the numbers that the steps draw."""
+    counted = small_networks.trainer("binet", parts=2)
+    before = {name: buffer.clone() for name, buffer in counted.model.named_buffers()}
+    drawn = torch.get_rng_state()
+    counted.model.train()
+    counted._whole_counts(small_networks.uneven_batch("binet").split(2))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    for name, buffer in counted.model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 def test_averaged_weights_are_those_that_are_saved(tmp_path):

@@ -214,8 +214,8 @@ class TrainingConfig(Section):
     compile: bool = key(False, "Compile the network with torch.compile.")
     accumulation: PositiveInt = key(
         1,
-        "Parts into which a batch is cut to save memory. Loss and gradient are those of the whole batch, but batch norms "
-        "take the statistics of each part; BINet and SSN take a forward pass more, to count pixels.",
+        "Parts into which a batch is cut to save memory. Loss and gradient are those of the whole batch, but batch "
+        "norms take the statistics of each part; BINet and SSN take a forward pass more, to count pixels.",
     )
     ema: float | None = key(None, "Decay of the averaged weights that are evaluated; null: no average.", gt=0, lt=1)
     sync_batchnorm: bool = key(False, "Batch statistics over all processes instead of each one's own.")

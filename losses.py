@@ -4,9 +4,9 @@ A criterion is called with a network's output and the batch's targets; it gives 
 each unweighted, and `total`, the sum that is minimised. Terms with weight 0 are not computed. All means are taken over
 the whole (global) batch; the mean of an empty set is 0. Nothing here waits for the device.
 
-A batch that is worked through in parts (`training.accumulation`) is one batch still: `criterion.counts` says of how many
-steps and pixels a part's means are, and with their sums as `whole` the terms and gradients of the parts add up to those
-of the batch.
+A batch that is worked through in parts (`training.accumulation`) is one batch still: `criterion.counts` says of how
+many steps and pixels a part's means are, and with their sums as `whole` the terms and gradients of the parts add up to
+those of the batch.
 """
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from distributed import batch_mean
 from modules.outputs import RecogniserOutput
 from modules.ssn import SegmentationOutput
-
 
 Counts = dict[str, Tensor]  # of how many steps or pixels a mean is taken; scalars
 

@@ -66,7 +66,7 @@ class Trainer:
     Args:
         model: on `device`; the trainer wraps it (data parallelism, compilation), `self.model` stays the plain network.
         criterion: called `(output, *targets)`, gives named terms and `total`.
-        optimizer: a fused one: its step is skipped on the device when a gradient is not finite.
+        optimizer: a fused one, whose step the scaler can call off on the device.
         learning_rate_factor: iteration (from 0) -> factor of the configured learning rate.
         data: endless batches; iterating over it starts at `data.batch_sampler.set_position(epoch, batch)`.
         batches_per_epoch: batches until the epoch counts one more.
@@ -120,7 +120,8 @@ class Trainer:
         self.clip_grad = clip_grad
         self.max_skipped_steps = max_skipped_steps
         self.extra_state = extra_state or {}
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=precision == "fp16")
+        # It decides for every precision whether the optimiser steps; without fp16 its scale stays 1.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE if self.scales_loss else 1.0)
         self.ema = AveragedWeights(model, decay=ema_decay) if ema_decay else None
         self.iteration = 0  # steps done
         self.epoch = 0
@@ -133,6 +134,11 @@ class Trainer:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(model)
         self._network = self._wrap(compile_model, find_unused_parameters)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled, as the small gradients of fp16 need it."""
+        return self.precision == "fp16"
 
     @property
     def evaluation_model(self) -> nn.Module:
@@ -204,10 +210,11 @@ class Trainer:
         rate = self._set_learning_rate()
         statistics = distributed.flattened(self._statistics) if self._statistics else None
         terms = self._forward_backward(batch.to(self.device))
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.clip_grad or math.inf, foreach=True)
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True) / scale
         finite = torch.isfinite(torch.stack([*terms.values(), norm])).all()
-        self._update(finite)
+        self._update(norm, finite)
         if statistics is not None:  # a bad batch spoils the running statistics as well
             kept = torch.where(finite, distributed.flattened(self._statistics), statistics)
             distributed.put_back(kept, self._statistics)
@@ -255,16 +262,15 @@ class Trainer:
         sums = torch.stack([torch.stack([each[name].float() for name in names]) for each in counts]).sum(0)
         return dict(zip(names, distributed.counted(sums).unbind(), strict=True))
 
-    def _update(self, finite: Tensor) -> None:
-        """Step the optimiser where the gradients are finite; the decision stays on the device."""
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            # Fused optimisers leave weights and state untouched where this flag is set: what GradScaler relies on, too.
-            self.optimizer.found_inf = (~finite).float()
-            self.optimizer.step()
-            del self.optimizer.found_inf
+    def _update(self, norm: Tensor, finite: Tensor) -> None:
+        """Clip and step the optimiser where loss and gradient norm are finite; the decision stays on the device.
+
+        Else clipping makes the gradients NaN, for which the scaler leaves weights and state of the optimiser alone.
+        """
+        clipped_by = torch.where(finite, norm, math.nan)
+        nn.utils.clip_grads_with_norm_(self._parameters, self.clip_grad or math.inf, clipped_by, foreach=True)
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.scales_loss else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _set_learning_rate(self) -> float:
@@ -358,7 +364,7 @@ class Trainer:
 
     def _report_not_finite(self, step: Step, batch: Any, iteration: int, in_a_row: int) -> None:
         finite_terms = all(bool(torch.isfinite(term)) for term in step.terms.values())
-        if self.scaler.is_enabled() and finite_terms and in_a_row < self.max_skipped_steps:
+        if self.scales_loss and finite_terms and in_a_row < self.max_skipped_steps:
             # A part of fp16: the scale grows until it is too large, and is halved then.
             logger.info("iteration %d skipped: scaled gradient over the range of fp16", iteration)
             return
@@ -385,7 +391,7 @@ class Trainer:
             "epoch": self.epoch,
             "batch_in_epoch": self.batch_in_epoch,
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scales_loss else {},
             "skipped_in_a_row": self._watch.in_a_row,
             "random": distributed.gather([self._random_state()]),
             "callbacks": {type(each).__name__: each.state_dict() for each in self.callbacks},
@@ -407,7 +413,7 @@ class Trainer:
             if "ema_steps" in training:
                 self.ema.steps = int(training["ema_steps"])
         self._load_optimizer(training["optimizer"])
-        if training["scaler"]:  # empty unless that run had fp16
+        if training["scaler"] and self.scales_loss:  # empty unless that run had fp16
             self.scaler.load_state_dict(training["scaler"])
         self._watch.in_a_row = training.get("skipped_in_a_row", 0)
         self.iteration = training["iteration"]

@@ -107,14 +107,14 @@ class Recorder(Callback):
         self.skipped.append(iteration)
 
 
-def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIONS, **options):
+def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIONS, kind="Adam", **options):
     torch.manual_seed(3)
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 1))
     sampler = ResumableBatchSampler(SAMPLES, BATCH, seed=1, shuffle=True, drop_last=True)
     data = DataLoader(
         ToyData(bad), batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=torch.Generator()
     )
-    optimizer = make_optimizer("Adam", parameter_groups(network, lr=0.01, weight_decay=0.0))
+    optimizer = make_optimizer(kind, parameter_groups(network, lr=0.01, weight_decay=0.0))
     return Trainer(
         model=network,
         criterion=ToyCriterion(),
@@ -196,6 +196,40 @@ def test_a_bad_batch_changes_nothing_and_is_named(tmp_path, caplog):
     assert 7 in saved["batch"]["indices"]
     for name, tensor in trainer.model.state_dict().items():
         assert torch.isfinite(tensor).all(), name
+
+
+@pytest.mark.parametrize("kind", ["Adam", "SGD"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("clip_grad", [20.0, None])
+def test_a_gradient_whose_norm_alone_is_not_finite_changes_nothing(tmp_path, caplog, kind, precision, clip_grad):
+    """Each number of it is finite; the squares of the norm are not."""
+    caplog.set_level("INFO")
+    trainer = make_trainer(tmp_path, iterations=3, kind=kind, precision=precision, clip_grad=clip_grad)
+    forward_backward, update, states = trainer._forward_backward, trainer._update, []
+
+    def steep(batch):
+        terms = forward_backward(batch)
+        if trainer.iteration == 1:
+            for parameter in trainer.model.parameters():
+                parameter.grad.fill_(1e25)
+        return terms
+
+    def watched(*arguments):
+        states.append(state_of(trainer))
+        update(*arguments)
+
+    trainer._forward_backward, trainer._update = steep, watched
+    trainer.fit()
+    assert [line.split(" skipped")[0] for line in caplog.messages if " skipped" in line] == ["iteration 2"]
+    assert all(torch.equal(*pair) for pair in zip(states[1], states[2], strict=True))
+    assert any(not torch.equal(*pair) for pair in zip(states[2], state_of(trainer), strict=True)), "the run goes on"
+
+
+def state_of(trainer):
+    """Weights, and the optimiser's momenta and counts of steps."""
+    state = trainer.optimizer.state_dict()["state"]
+    tensors = [*trainer.model.parameters(), *(t for each in state.values() for t in each.values())]
+    return [tensor.detach().clone() for tensor in tensors]
 
 
 def test_bad_batches_in_a_row_stop_the_run(tmp_path):

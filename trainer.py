@@ -57,7 +57,15 @@ class Step:
     learning_rate: float  # of this step, of the first parameter group
     samples: int  # of the global batch
     data_wait: float  # seconds that this step waited for its batch
-    duration: float  # seconds since the step before ended
+    duration: float  # seconds from the end of the step before, its callbacks left out, to the end of this one
+
+    def wait(self) -> None:
+        """Wait until a GPU has done all that was asked of it; what that takes belongs to this step's duration."""
+        device = self.gradient_norm.device
+        if device.type == "cuda":
+            started = time.perf_counter()
+            torch.cuda.synchronize(device)
+            self.duration += time.perf_counter() - started
 
 
 class Trainer:
@@ -182,8 +190,8 @@ class Trainer:
         self._empty_in_a_row = 0
         self.iteration += 1
         self.batch_in_epoch += 1
+        self._watch.check(step, batch, self.iteration)  # which waits for the step before
         step.duration = waited + time.perf_counter() - started
-        self._watch.check(step, batch, self.iteration)
         self.call("on_step_end", step)
         self._count_epoch()
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -27,7 +28,7 @@ from distributed import Process
 from main import load_training_state
 from optimization import make_optimizer, parameter_groups, poly_schedule
 from tests import small_networks
-from trainer import AveragedWeights, Trainer
+from trainer import AveragedWeights, FiniteWatch, Trainer
 from utils import UserError
 
 SAMPLES, BATCH, ITERATIONS = 40, 8, 12
@@ -107,7 +108,7 @@ class Recorder(Callback):
         self.skipped.append(iteration)
 
 
-def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIONS, kind="Adam", **options):
+def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIONS, kind="Adam", every=1, **options):
     torch.manual_seed(3)
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 1))
     sampler = ResumableBatchSampler(SAMPLES, BATCH, seed=1, shuffle=True, drop_last=True)
@@ -127,7 +128,7 @@ def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIO
         process=Process(),
         callbacks=[
             *callbacks,
-            History(path=folder / "history.jsonl", interval=1),
+            History(path=folder / "history.jsonl", interval=every),
             Checkpoints(folder=folder, name="toy", interval=5, keep=2),
         ],
         **options,
@@ -156,6 +157,32 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, workers, stop_at, op
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
     for name, tensor in whole.evaluation_model.state_dict().items():
         assert torch.equal(tensor, resumed.evaluation_model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 6])
+def test_a_mean_over_several_steps_survives_a_resume(tmp_path, stop_at):
+    recorder = Recorder()
+    for name, callbacks in (("whole", [recorder]), ("cut", [Recorder(stop_at)])):
+        (tmp_path / name).mkdir()
+        make_trainer(tmp_path / name, callbacks=callbacks, every=4).fit()
+    resumed = make_trainer(tmp_path / "cut", every=4)
+    resumed.load_state_dict(newest_whole_checkpoint(tmp_path / "cut", "toy")[1])
+    resumed.fit()
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    means = [sum(recorder.losses[first : first + 4]) / 4 for first in (0, 4, 8)]
+    assert [entry["loss"] for entry in history(tmp_path / "cut")] == pytest.approx(means)
+
+
+def test_the_wait_for_the_step_before_is_part_of_a_steps_duration(tmp_path, monkeypatch):
+    monkeypatch.setattr(FiniteWatch, "flush", lambda self: time.sleep(0.05))
+    durations = []
+
+    class Watch(Callback):
+        def on_step_end(self, trainer, step):
+            durations.append(step.duration)
+
+    make_trainer(tmp_path, callbacks=[Watch()], iterations=3).fit()
+    assert min(durations) >= 0.05
 
 
 def test_history_has_each_iteration_once_when_a_kill_lost_the_newest_steps(tmp_path):

@@ -56,7 +56,7 @@ from dataset import SkipLog
 from distributed import Process
 from evaluation import write_scores
 from inference import prepare_for_inference
-from precision import use_whole_float32
+from precision import use_tf32
 from report import Report
 from trainer import Trainer
 from utils import (
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = pick_device(options.local_rank)
     process = distributed.start(device.type)
     folder = work_folder(config)
+    use_tf32(config.training.tf32)
     if config.global_.phase == "test":
         test(config, device=device, process=process, model_eval=options.model_eval, image_only=options.image_only)
     else:
@@ -121,7 +122,6 @@ def test(
     folder = work_folder(config)
     log_to(folder, process)
     model_eval = checked_model_eval(config, model_eval)
-    use_whole_float32()
     # In float32 and not compiled the fast form gives the network's own answers, at no start-up cost.
     model = prepare_for_inference(build_trained_model(config).to(device), precision="fp32", compile=False)
     evaluator = build_evaluator(config, device=device, process=process, model_eval=model_eval)

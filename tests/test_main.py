@@ -203,6 +203,24 @@ def test_every_stage_trains_and_tests(kind, data, capsys):
     assert metrics["weighted"].keys() >= ({"iou", "f_score"} if kind == "ssn" else {"accuracy", "ccr", "ned"})
 
 
+@pytest.mark.parametrize("phase", ["train", "test"])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_training_and_test_round_float32_alike(data, tmp_path, phase, allowed):
+    weights = tmp_path / "weights.pth"
+    torch.save(build_model(load_config(data / "vision.yaml")).state_dict(), weights)
+    arguments = [f"--config={data / 'vision.yaml'}", f"--name=tf32-{phase}-{allowed}", "training.iterations=1"]
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [each.allow_tf32 for each in backends]
+    try:
+        for each in backends:
+            each.allow_tf32 = not allowed
+        main([*arguments, f"--phase={phase}", f"--checkpoint={weights}", *(["training.tf32=true"] if allowed else [])])
+        assert [each.allow_tf32 for each in backends] == [allowed, allowed]
+    finally:
+        for each, value in zip(backends, before, strict=True):
+            each.allow_tf32 = value
+
+
 def test_each_test_set_has_its_row_and_its_files(data):
     name = "rows"
     weights = data / "rows.pth"

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 import distributed
@@ -83,7 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = work_folder(config)
     use_tf32(config.training.tf32)
     if config.global_.phase == "test":
-        test(config, device=device, process=process, model_eval=options.model_eval, image_only=options.image_only)
+        test(
+            config,
+            device=device,
+            process=process,
+            model_eval=options.model_eval,
+            image_only=options.image_only,
+            checkpoint=named_checkpoint(options, config),
+        )
     else:
         with claimed(folder, process, keep=options.resume is not None), explain_full_disk(folder):
             train(config, device=device, process=process, resume=options.resume, debug=options.debug)
@@ -116,14 +122,26 @@ def train(config: Config, *, device: torch.device, process: Process, resume: str
 
 
 def test(
-    config: Config, *, device: torch.device, process: Process, model_eval: str | None, image_only: bool
+    config: Config,
+    *,
+    device: torch.device,
+    process: Process,
+    model_eval: str | None,
+    image_only: bool,
+    checkpoint: str | None,
 ) -> dict[str, Any]:
-    """Evaluate on every test set: scores, prediction files, report and attention pictures in the work folder."""
+    """Evaluate on every test set: scores, prediction files, report and attention pictures in the work folder.
+
+    Args:
+        checkpoint: the weights; None: the run's best, else, where nothing was trained, `model.checkpoint`.
+    """
     folder = work_folder(config)
     log_to(folder, process)
     model_eval = checked_model_eval(config, model_eval)
+    checkpoint = checkpoint or weights_to_test(config)
     # In float32 and not compiled the fast form gives the network's own answers, at no start-up cost.
-    model = prepare_for_inference(build_trained_model(config).to(device), precision="fp32", compile=False)
+    model = build_model(with_checkpoint(config, checkpoint)).to(device)
+    model = prepare_for_inference(model, precision="fp32", compile=False)
     evaluator = build_evaluator(config, device=device, process=process, model_eval=model_eval)
     if process.is_main and not (folder / "config.yaml").exists():  # that of a training stays
         save_config(config, folder / "config.yaml")
@@ -135,7 +153,7 @@ def test(
             Report(
                 folder=folder / "report",
                 title=config.global_.name,
-                details={"network": config.model.name, "weights": config.model.checkpoint or "best of the run"},
+                details={"network": config.model.name, "weights": checkpoint},
                 charset=build_charset(config),
                 normalize=normalize,
                 with_attention=not image_only,
@@ -144,7 +162,7 @@ def test(
         )
         if not image_only:
             observers.append(AttentionPictures(folder=folder, model_eval=model_eval))
-    scores = evaluator.evaluate(model, observers)
+    scores = evaluator.evaluate(model, observers) | {"checkpoint": checkpoint}
     if process.is_main:
         write_scores(folder, scores, evaluator.columns)
         print(evaluator.table(scores))
@@ -219,16 +237,25 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
     return [*callbacks, Checkpoints(folder=folder, name=name, **rhythm)]
 
 
-def build_trained_model(config: Config) -> nn.Module:
-    """The network with the weights to test: `model.checkpoint`, else the best of the run's work folder."""
-    best = work_folder(config) / f"best-{config.global_.name}.pth"
-    checkpoint = config.model.checkpoint
-    if checkpoint is None and best.is_file():
+def named_checkpoint(options: argparse.Namespace, config: Config) -> str | None:
+    """The weights that the command line names, be it as `--checkpoint` or as `model.checkpoint=FILE`."""
+    keys = [override.partition("=")[0].strip() for override in overrides_of(options)]
+    return config.model.checkpoint if "model.checkpoint" in keys else None
+
+
+def weights_to_test(config: Config) -> str:
+    """The run's best weights; `model.checkpoint`, which a run starts from, where nothing was trained."""
+    folder, name = work_folder(config), config.global_.name
+    best, start = folder / f"best-{name}.pth", config.model.checkpoint
+    if best.is_file():
         logger.info("testing %s", best)
-        checkpoint = str(best)
-    if checkpoint is None:
+        return str(best)
+    if saved := listed_checkpoints(folder, name):
+        raise UserError(f"{best} does not exist: give the weights to test, such as --checkpoint {folder / saved[-1]}")
+    if start is None:
         raise UserError(f"there are no weights to test: give --checkpoint, or train first ({best} does not exist)")
-    return build_model(with_checkpoint(config, checkpoint))
+    logger.info("nothing was trained in %s: testing model.checkpoint, %s", folder, start)
+    return start
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------

@@ -418,14 +418,8 @@ class Checkpoints(Callback):
             return
         path = self.folder / f"{self.name}_{trainer.epoch}_{trainer.iteration}.pth"
         save_atomically(state, path)
-        names = [each for each in listed_checkpoints(self.folder, self.name) if each != path.name] + [path.name]
-        self._write_list(names[-self.keep :])
-        for old in names[: -self.keep]:
+        for old in list_as_newest(self.folder, self.name, path.name, keep=self.keep):
             (self.folder / old).unlink(missing_ok=True)
-
-    def _write_list(self, names: list[str]) -> None:
-        content = yaml.safe_dump({"latest": names[-1], "checkpoints": names})
-        write_atomically(self.folder / CHECKPOINT_LIST, lambda file: file.write(content.encode()))
 
 
 class NotFiniteBatches(Callback):
@@ -552,6 +546,15 @@ def listed_checkpoints(folder: Path, name: str) -> list[str]:
     )
     newer = [path.name for path in found if path.name not in names]  # written, but killed before it was listed
     return [each for each in names if (folder / each).exists()] + newer
+
+
+def list_as_newest(folder: Path, name: str, file: str, *, keep: int | None = None) -> list[str]:
+    """Put `file` last in the list of run `name`'s checkpoints; returns those that `keep` leaves out of it."""
+    names = [each for each in listed_checkpoints(folder, name) if each != file] + [file]
+    kept = names[-keep:] if keep else names
+    content = yaml.safe_dump({"latest": file, "checkpoints": kept})
+    write_atomically(folder / CHECKPOINT_LIST, lambda listing: listing.write(content.encode()))
+    return names[: len(names) - len(kept)]
 
 
 def newest_whole_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:

@@ -14,7 +14,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from callbacks import (
     Progress,
     TensorBoard,
     UnreadableSamples,
+    list_as_newest,
     listed_checkpoints,
     newest_whole_checkpoint,
 )
@@ -103,10 +104,10 @@ def train(config: Config, *, device: torch.device, process: Process, resume: str
     log_to(folder, process, debug=debug)
     seed_everything(config.global_.seed or 0)
     torch.autograd.set_detect_anomaly(debug)
-    state = resume_state(folder, config.global_.name, resume) if resume is not None else None
-    if state is not None:  # its weights replace whatever a checkpoint would give
-        config = with_checkpoint(config, None)
-    trainer = build_trainer(config, device=device, process=process)
+    state = resume_state(folder, config.global_.name, resume, process) if resume is not None else None
+    if state is not None:
+        config = continued(config, state)
+    trainer = build_trainer(config, device=device, process=process, resumed=state is not None)
     seed_everything((config.global_.seed or 0) + process.rank)  # equal weights everywhere, but not equal dropout
     if process.is_main:
         save_config(config, folder / "config.yaml")
@@ -170,12 +171,17 @@ def test(
     return scores
 
 
-def build_trainer(config: Config, *, device: torch.device, process: Process) -> Trainer:
-    """Everything that training needs, from data to callbacks."""
+def build_trainer(config: Config, *, device: torch.device, process: Process, resumed: bool = False) -> Trainer:
+    """Everything that training needs, from data to callbacks.
+
+    Args:
+        resumed: the weights come from a checkpoint of the run itself: those that the config names are not loaded.
+    """
     with distributed.main_first():  # it stores the indices of large LMDBs
         data = build_training_data(config, device=device, process=process)
         callbacks = build_callbacks(config, data=data, device=device, process=process)
-    model = distributed.synchronized(build_model(config), config.training.sync_batchnorm, device).to(device)
+    model = build_model(with_checkpoint(config, None) if resumed else config)
+    model = distributed.synchronized(model, config.training.sync_batchnorm, device).to(device)
     criterion = build_criterion(config)
     batches = len(data.batch_sampler)
     iterations = config.training.iterations or config.training.epochs * batches
@@ -307,12 +313,27 @@ def _move_aside(folder: Path) -> None:
     print(f"an earlier run was in {folder}; it is now {moved} (to go on with it, use --resume)")
 
 
-def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
-    """Training state to go on from: of a file, or of the folder's newest whole checkpoint; None where it has none."""
+def resume_state(folder: Path, name: str, resume: str, process: Process) -> dict[str, Any] | None:
+    """Training state to go on from: of a file, or of the folder's newest whole checkpoint; None where it has none.
+
+    A file of the folder itself becomes its newest checkpoint: those after it belong to steps that are taken anew.
+
+    Raises:
+        UserError: the file cannot be resumed from, or is none of the run that the folder holds.
+    """
     if resume:
         state = read_checkpoint(resume)
         if "training" not in state:
             raise UserError(f"--resume {resume}: holds weights only; start from them with --checkpoint")
+        history = folder / "history.jsonl"
+        if Path(resume).resolve().parent == folder.resolve():
+            if process.is_main:
+                list_as_newest(folder, name, Path(resume).name)
+        elif history.is_file() and history.stat().st_size:
+            raise UserError(
+                f"--resume {resume}: {folder} holds another run; give this one another --name, or go on with that one "
+                "by --resume alone"
+            )
         return state
     if not listed_checkpoints(folder, name):
         logger.warning("%s has no checkpoint to resume from: starting from the beginning", folder)
@@ -322,14 +343,53 @@ def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
     return state
 
 
+def continued(config: Config, state: Mapping[str, Any]) -> Config:
+    """The config of a run that goes on from `state`: it keeps the names of the weights that it started from.
+
+    Raises:
+        UserError: a key has changed that must not within a run.
+    """
+    config, before = config.model_copy(deep=True), state.get("config")
+    if before is None:
+        return config
+    now = config.to_dict()
+    for key in ("global.seed", "dataset.train.batch_size"):  # the order of the samples, and the steps of an epoch
+        if (value_of(before, key) or 0) != (value_of(now, key) or 0):
+            raise UserError(
+                f"{key}: the run to resume has {value_of(before, key)}, not {value_of(now, key)}, and its place in the "
+                "data means nothing with another; keep it, or start from the run's weights with --checkpoint"
+            )
+    sections = {"model": config.model, "model.vision": config.model.vision, "model.language": config.model.language}
+    if config.model.kind == "ssn":
+        sections["model.ssn"] = config.model.ssn
+    for name, section in sections.items():
+        started_from = value_of(before, f"{name}.checkpoint")
+        if section.checkpoint not in (None, started_from):
+            raise UserError(
+                f"{name}.checkpoint: the run to resume started from {started_from}, not {section.checkpoint}, and goes "
+                f"on with its own weights; leave it out ({name}.checkpoint=null)"
+            )
+        section.checkpoint = started_from
+    return config
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in a config as plain data; None where it has no such key."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
+
+
 def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
     """Let a run go on from a checkpoint.
 
     Raises:
-        UserError: it is of another network or optimiser.
+        UserError: it is of another network or optimiser, or of other data.
     """
     try:
         trainer.load_state_dict(state)
+    except UserError:
+        raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

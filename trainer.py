@@ -398,6 +398,7 @@ class Trainer:
             "iteration": self.iteration,
             "epoch": self.epoch,
             "batch_in_epoch": self.batch_in_epoch,
+            "batches_per_epoch": self.batches_per_epoch,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scales_loss else {},
             "skipped_in_a_row": self._watch.in_a_row,
@@ -412,9 +413,15 @@ class Trainer:
         """Go on exactly where `state_dict` was taken.
 
         Raises:
+            UserError: it was taken with more or fewer training data.
             KeyError, RuntimeError, ValueError: it was taken of another network or optimiser.
         """
         training = state["training"]
+        if (batches := training.get("batches_per_epoch", self.batches_per_epoch)) != self.batches_per_epoch:
+            raise UserError(
+                f"dataset.train.roots: an epoch of the run to resume has {batches} batches, not "
+                f"{self.batches_per_epoch}; resume with the same data, or start from its weights with --checkpoint"
+            )
         self.model.load_state_dict(training.get("model", state["model"]))
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model"])
@@ -445,10 +452,23 @@ class Trainer:
         taken, own = ({"betas", "momentum"} & groups[0].keys() for groups in both)
         if taken != own:
             raise ValueError("it holds the state of another optimizer.type")
+        if len(both[0]) == 1 < len(both[1]):  # of a version that put all in one group where nothing decayed
+            state = self._in_our_groups(state)
         settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(configured)
+
+    def _in_our_groups(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state whose only group has the parameters in the network's order."""
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        places = {id(parameter): place for place, parameter in enumerate(learning)}
+        entries = {
+            ours: state["state"][places[id(parameter)]]
+            for ours, parameter in enumerate(self._parameters)
+            if places[id(parameter)] in state["state"]
+        }
+        return {"state": entries, "param_groups": self.optimizer.state_dict()["param_groups"]}
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}

@@ -191,15 +191,14 @@ def build_criterion(config: Config) -> nn.Module:
         weights = config.model.ssn.loss_weights.model_dump()
         return SegmentationCriterion(weights=weights, ignore_index=config.dataset.segmentation.ignore_index)
     vision = config.model.vision
-    return RecogniserCriterion(
-        weights={
-            "vision": vision.loss_weight,
-            "language": config.model.language.loss_weight,
-            "alignment": config.model.alignment.loss_weight,
-            "refinement": vision.segmentation.loss_weight,
-        },
-        refinement_threshold=vision.segmentation.threshold,
-    )
+    weights = {
+        "vision": vision.loss_weight,
+        "language": config.model.language.loss_weight,
+        "alignment": config.model.alignment.loss_weight,
+    }
+    if config.model.takes_masks:
+        weights["refinement"] = vision.segmentation.loss_weight
+    return RecogniserCriterion(weights=weights, refinement_threshold=vision.segmentation.threshold)
 
 
 # --- optimisation -----------------------------------------------------------------------------------------------------

@@ -38,7 +38,16 @@ from batches import (
 from lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
 from masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
 from sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler, as_key
-from transforms import BrokenPictureError, CropSegmentation, Mask, Picture, WordTransform, decode_mask, decode_picture
+from transforms import (
+    TEXT_THRESHOLD,
+    BrokenPictureError,
+    CropSegmentation,
+    Mask,
+    Picture,
+    WordTransform,
+    decode_mask,
+    decode_picture,
+)
 from utils import RENDER_SCHEME, UserError
 from word_index import MISSING, default_cache_dir, open_word_index
 
@@ -74,7 +83,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BROKEN = "broken"  # the picture cannot be decoded
-TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

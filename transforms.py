@@ -26,6 +26,8 @@ Picture = np.ndarray  # (H, W, 3) uint8, RGB
 Mask = np.ndarray  # (H, W) uint8, 255 = text
 Size = tuple[int, int]  # height, width
 
+TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
+
 MAX_SIDE = 4096  # pixels; larger pictures are brought down to it first (OpenCV's warps end at 32,767)
 
 MAX_PIXELS = 1 << 26  # of an image that is decoded: its header tells, before memory is taken for it

@@ -46,7 +46,16 @@ from sampling import (
     ShardedSampler,
     as_key,
 )
-from transforms import BrokenPictureError, CropSegmentation, Mask, Picture, WordTransform, decode_mask, decode_picture
+from transforms import (
+    TEXT_THRESHOLD,
+    BrokenPictureError,
+    CropSegmentation,
+    Mask,
+    Picture,
+    WordTransform,
+    decode_mask,
+    decode_picture,
+)
 from utils import RENDER_SCHEME, UserError
 from word_index import MISSING, default_cache_dir, open_word_index
 
@@ -84,7 +93,6 @@ logger = logging.getLogger(__name__)
 
 BROKEN = "broken"  # the picture cannot be decoded
 TINY = "tiny"  # a side of the picture is too short
-TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -191,15 +191,14 @@ def build_criterion(config: Config) -> nn.Module:
         weights = config.model.ssn.loss_weights.model_dump()
         return SegmentationCriterion(weights=weights, ignore_index=config.dataset.segmentation.ignore_index)
     vision = config.model.vision
-    return RecogniserCriterion(
-        weights={
-            "vision": vision.loss_weight,
-            "language": config.model.language.loss_weight,
-            "alignment": config.model.alignment.loss_weight,
-            "refinement": vision.segmentation.loss_weight,
-        },
-        refinement_threshold=vision.segmentation.threshold,
-    )
+    weights = {
+        "vision": vision.loss_weight,
+        "language": config.model.language.loss_weight,
+        "alignment": config.model.alignment.loss_weight,
+    }
+    if config.model.takes_masks:
+        weights["refinement"] = vision.segmentation.loss_weight
+    return RecogniserCriterion(weights=weights, refinement_threshold=vision.segmentation.threshold)
 
 
 # --- optimisation -----------------------------------------------------------------------------------------------------
@@ -280,7 +279,7 @@ def build_evaluator(
     if not roots:
         raise UserError("dataset.test.roots is empty; name the LMDBs to test on, or give --test_root")
     if config.model.kind == "ssn":
-        return _build_segmentation_evaluator(config, device=device, process=process, precision=precision)
+        return _build_segmentation_evaluator(config, device=device, process=process)
     open_sets = _open_language if config.model.kind == "language" else _open_words
     datasets, collate = open_sets(config, roots, training=False, device=device)
     loaders = {}
@@ -302,9 +301,7 @@ def build_evaluator(
     )
 
 
-def _build_segmentation_evaluator(
-    config: Config, *, device: torch.device, process: Process, precision: str
-) -> SegmentationEvaluator:
+def _build_segmentation_evaluator(config: Config, *, device: torch.device, process: Process) -> SegmentationEvaluator:
     datasets, collate = _open_segmentation(config, config.dataset.test.roots, training=False, device=device)
     loaders = {}
     for dataset in datasets:
@@ -322,11 +319,10 @@ def _build_segmentation_evaluator(
         areas=config.model.ssn.areas,
         device=device,
         ignore_index=config.dataset.segmentation.ignore_index,
-        precision=precision,
     )
 
 
-def build_segmenter(config: Config, *, device: torch.device | str, precision: str = "auto") -> Segmenter:
+def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
     """The network that makes masks, for pictures of any size.
 
     Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser. A
@@ -338,7 +334,7 @@ def build_segmenter(config: Config, *, device: torch.device | str, precision: st
     ssn, areas = carried or (build_ssn(config), config.model.ssn.areas)
     if config.model.ssn.areas != SSNConfig().areas:  # its own wish goes before what the checkpoint was trained for
         areas = config.model.ssn.areas
-    return Segmenter(ssn, areas, device=device, precision=precision)
+    return Segmenter(ssn, areas, device=device)
 
 
 def segmenter_checkpoint(config: Config) -> str:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import distributed
 from pictures import grid, reading_picture, to_pictures
-from utils import UserError, explain_full_disk, read_checkpoint, save_atomically, write_atomically
+from utils import FILE_ONLY, UserError, explain_full_disk, read_checkpoint, save_atomically, write_atomically
 
 if TYPE_CHECKING:
     from dataset import SkipLog
@@ -78,11 +78,51 @@ class Callback:
         """Take over what `state_dict` gave; an empty dict where the checkpoint has none."""
 
 
+class LossMeans:
+    """Mean of each loss term over the steps since it was last taken.
+
+    A step with a term that is not finite does not count. The tensors of a step are read when the means are taken, not
+    before: a GPU need not be waited for at every step.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._rows: list[list[float]] = []  # the terms of each step
+        self._unread: list[torch.Tensor] = []
+
+    def add(self, step: Step) -> None:
+        self._names = list(step.terms)
+        self._unread.extend(step.terms.values())
+
+    def take(self) -> dict[str, float]:
+        """The means, NaN where no step counts, and a new start."""
+        self._read()
+        finite = [row for row in self._rows if all(map(math.isfinite, row))] or [[math.nan] * len(self._names)]
+        self._rows = []
+        return {name: math.fsum(row[place] for row in finite) / len(finite) for place, name in enumerate(self._names)}
+
+    def _read(self) -> None:
+        if self._unread:
+            self._rows += torch.stack(self._unread).view(-1, len(self._names)).tolist()
+            self._unread = []
+
+    def state_dict(self) -> dict[str, Any]:
+        self._read()
+        return {"names": list(self._names), "rows": [list(row) for row in self._rows]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._names, self._rows, self._unread = list(state.get("names", [])), list(state.get("rows", [])), []
+
+
 class Progress(Callback):
-    """A tqdm bar with loss, rate and time left on a terminal, a plain line each `interval` iterations elsewhere."""
+    """A line each `interval` iterations; on a terminal a tqdm bar in its place, and the line in the log's file alone.
+
+    A loss is the mean over the steps since the line before.
+    """
 
     def __init__(self, *, interval: int):
         self.interval = interval
+        self._means = LossMeans()
         self._bar: tqdm | None = None
         self._samples = 0
         self._since = 0.0
@@ -96,31 +136,33 @@ class Progress(Callback):
         if not trainer.process.is_main:
             return
         self._samples += step.samples
+        self._means.add(step)
         if self._bar is not None:
             self._bar.update()
         if trainer.iteration % self.interval == 0 or trainer.iteration == trainer.iterations:
             self._show(trainer, step)
 
     def _show(self, trainer: Trainer, step: Step) -> None:
+        step.wait()
         seconds = max(time.perf_counter() - self._since, 1e-9)
         rate = self._samples / seconds
-        loss = float(step.terms["total"])
+        terms = self._means.take()
+        loss = terms.pop("total")
+        left = (trainer.iterations - trainer.iteration) * step.samples / max(rate, 1e-9)
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.4f}", rate=f"{rate:.0f}/s", epoch=trainer.epoch)
-        else:
-            left = (trainer.iterations - trainer.iteration) * step.samples / max(rate, 1e-9)
-            terms = "  ".join(f"{k} {float(v):.4f}" for k, v in step.terms.items() if k != "total")
-            logger.info(
-                "epoch %d  iteration %d/%d  loss %.4f  %s  lr %.2e  %.0f samples/s  %s left",
-                trainer.epoch,
-                trainer.iteration,
-                trainer.iterations,
-                loss,
-                terms,
-                step.learning_rate,
-                rate,
-                tqdm.format_interval(left),
-            )
+        logger.info(
+            "epoch %d  iteration %d/%d  loss %.4f  %s  lr %.2e  %.0f samples/s  %s left",
+            trainer.epoch,
+            trainer.iteration,
+            trainer.iterations,
+            loss,
+            "  ".join(f"{name} {term:.4f}" for name, term in terms.items()),
+            step.learning_rate,
+            rate,
+            tqdm.format_interval(left),
+            extra={FILE_ONLY: self._bar is not None},
+        )
         self._since, self._samples = time.perf_counter(), 0
 
     def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
@@ -132,13 +174,23 @@ class Progress(Callback):
 
     on_fit_failed = on_fit_end
 
+    def state_dict(self) -> dict[str, Any]:
+        return self._means.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._means.load_state_dict(state)
+
 
 class History(Callback):
-    """`history.jsonl`: one JSON object per logged iteration, each iteration once, also after a resume."""
+    """`history.jsonl`: one JSON object per logged iteration, each iteration once, also after a resume.
+
+    Its losses are the means over the steps since the one before.
+    """
 
     def __init__(self, *, path: Path, interval: int):
         self.path = path
         self.interval = interval
+        self._means = LossMeans()
         self._file: Any = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -160,9 +212,12 @@ class History(Callback):
         return kept
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        if self._file is None or (trainer.iteration % self.interval and trainer.iteration != trainer.iterations):
+        if self._file is None:
             return
-        terms = {name: _json_number(term) for name, term in step.terms.items()}
+        self._means.add(step)
+        if trainer.iteration % self.interval and trainer.iteration != trainer.iterations:
+            return
+        terms = {name: mean if math.isfinite(mean) else None for name, mean in self._means.take().items()}
         entry = {"iteration": trainer.iteration, "epoch": trainer.epoch, "loss": terms.pop("total"), **terms}
         with explain_full_disk(self.path):
             self._file.write(json.dumps(entry | {"lr": step.learning_rate}) + "\n")
@@ -174,11 +229,18 @@ class History(Callback):
 
     on_fit_failed = on_fit_end
 
+    def state_dict(self) -> dict[str, Any]:
+        return self._means.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._means.load_state_dict(state)
+
 
 class TensorBoard(Callback):
     """Events: loss terms, learning rate, gradient norm, speed, share of time spent waiting for data, scores, pictures.
 
-    It is an observer of evaluations as well: the first `most_pictures` words of each are shown.
+    Losses and speed are means since the events before. It is an observer of evaluations as well: the first
+    `most_pictures` words of each are shown.
     """
 
     def __init__(self, *, folder: Path, interval: int, most_pictures: int = 8):
@@ -187,6 +249,7 @@ class TensorBoard(Callback):
         self.most_pictures = most_pictures
         self._pictures: list[np.ndarray] = []
         self._writer: SummaryWriter | None = None
+        self._means = LossMeans()
         self._waited = self._seconds = 0.0
         self._samples = 0
 
@@ -198,12 +261,16 @@ class TensorBoard(Callback):
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         if self._writer is None:
             return
+        self._means.add(step)
+        due = trainer.iteration % self.interval == 0
+        if due:
+            step.wait()
         self._waited += step.data_wait
         self._seconds += step.duration
         self._samples += step.samples
-        if trainer.iteration % self.interval:
+        if not due:
             return
-        scalars = {f"loss/{name}": float(term) for name, term in step.terms.items()}
+        scalars = {f"loss/{name}": mean for name, mean in self._means.take().items()}
         scalars |= {
             "optimizer/learning_rate": step.learning_rate,
             "optimizer/gradient_norm": float(step.gradient_norm),
@@ -240,6 +307,12 @@ class TensorBoard(Callback):
             self._writer.close()
 
     on_fit_failed = on_fit_end
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._means.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._means.load_state_dict(state)
 
 
 class Evaluation(Callback):
@@ -345,14 +418,8 @@ class Checkpoints(Callback):
             return
         path = self.folder / f"{self.name}_{trainer.epoch}_{trainer.iteration}.pth"
         save_atomically(state, path)
-        names = [each for each in listed_checkpoints(self.folder, self.name) if each != path.name] + [path.name]
-        self._write_list(names[-self.keep :])
-        for old in names[: -self.keep]:
+        for old in list_as_newest(self.folder, self.name, path.name, keep=self.keep):
             (self.folder / old).unlink(missing_ok=True)
-
-    def _write_list(self, names: list[str]) -> None:
-        content = yaml.safe_dump({"latest": names[-1], "checkpoints": names})
-        write_atomically(self.folder / CHECKPOINT_LIST, lambda file: file.write(content.encode()))
 
 
 class NotFiniteBatches(Callback):
@@ -481,6 +548,15 @@ def listed_checkpoints(folder: Path, name: str) -> list[str]:
     return [each for each in names if (folder / each).exists()] + newer
 
 
+def list_as_newest(folder: Path, name: str, file: str, *, keep: int | None = None) -> list[str]:
+    """Put `file` last in the list of run `name`'s checkpoints; returns those that `keep` leaves out of it."""
+    names = [each for each in listed_checkpoints(folder, name) if each != file] + [file]
+    kept = names[-keep:] if keep else names
+    content = yaml.safe_dump({"latest": file, "checkpoints": kept})
+    write_atomically(folder / CHECKPOINT_LIST, lambda listing: listing.write(content.encode()))
+    return names[: len(names) - len(kept)]
+
+
 def newest_whole_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint of run `name` in its work folder; a damaged one is named and the one before it is used.
 
@@ -496,8 +572,3 @@ def newest_whole_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, An
         if "training" in state:
             return folder / each, state
     raise UserError(f"{folder} has no whole checkpoint to resume from; start without --resume")
-
-
-def _json_number(value: torch.Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None

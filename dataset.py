@@ -47,6 +47,7 @@ from sampling import (
     as_key,
 )
 from transforms import (
+    TEXT_THRESHOLD,
     BrokenPictureError,
     CropSegmentation,
     Mask,
@@ -93,7 +94,6 @@ logger = logging.getLogger(__name__)
 
 BROKEN = "broken"  # the picture cannot be decoded
 TINY = "tiny"  # a side of the picture is too short
-TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -537,9 +537,9 @@ class SegmentationFolder:
         image, mask = self.pairs[index]
         return image.read_bytes(), mask.read_bytes()
 
-    def image(self, index: int) -> Path:
-        """The file of an image."""
-        return self.pairs[index][0]
+    def image(self, index: int) -> bytes:
+        """An encoded image."""
+        return self.pairs[index][0].read_bytes()
 
     def describe(self, index: int) -> str:
         """Stem of a pair."""

@@ -127,17 +127,29 @@ def summed(values: Tensor) -> Tensor:
     return _Summed.apply(values) if is_distributed() else values
 
 
-def batch_mean(total: Tensor, count: Tensor) -> Tensor:
+def batch_mean(total: Tensor, count: Tensor, whole: Tensor | None = None) -> Tensor:
     """Mean over the global batch, 0 where nothing counts: `total` and `count` are this process's sum and number.
 
     With several processes the result is scaled so that its average over the processes is the mean over the global batch
     (distributed data parallelism averages gradients): the number of processes changes neither loss nor gradient.
+
+    Args:
+        whole: the number in the whole global batch, of which this is a part that is accumulated; None: `count` is all
+            of this process's, and is summed over the processes here.
     """
+    if whole is None:
+        whole = counted(count)
+    if is_distributed():
+        total = total * dist.get_world_size()
+    return total / whole.clamp(min=1)
+
+
+def counted(count: Tensor) -> Tensor:
+    """Sum of a number, or of a vector of them, over the processes; no gradient."""
     if is_distributed():
         count = count.detach().clone()
         dist.all_reduce(count)
-        total = total * dist.get_world_size()
-    return total / count.clamp(min=1)
+    return count
 
 
 def average(values: Tensor) -> Tensor:

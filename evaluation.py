@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,8 +23,12 @@ from torch.utils.data import DataLoader
 import distributed
 import metrics
 from charset import NULL, Charset, protocol_normalizer
+from inference import PreparedSSN
 from modules.outputs import RecogniserOutput
+from pictures import to_pictures
 from precision import autocast
+from segmentation import Segmenter
+from transforms import TEXT_THRESHOLD
 from utils import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -181,24 +186,26 @@ class WordEvaluator:
 
 @dataclass
 class SegmentationEvaluator:
-    """Scores a segmentation network: foreground IoU and F-score over all pixels of a data set."""
+    """Scores a segmentation network: foreground IoU and F-score over all pixels of a data set.
+
+    What is scored are the masks that `Segmenter` makes of the network, as recognisers are given them.
+    """
 
     loaders: Mapping[str, DataLoader]
     filtered: Mapping[str, Mapping[str, int]]
     areas: Sequence[int]
     device: torch.device
     ignore_index: int = 255
-    precision: str = "fp32"
     headline: str = field(default="iou", init=False)
     columns: Sequence[str] = field(default=("iou", "f_score"), init=False)
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
         """Segment every picture at its own size and compare with its labels."""
-        was_training = model.training
-        model.eval()
+        ssn = model.network if isinstance(model, PreparedSSN) else model
+        segmenter = Segmenter(ssn, self.areas, device=self.device)
         datasets = {}
         for name, loader in self.loaders.items():
-            counts, samples, unreadable = self._count(model, loader)
+            counts, samples, unreadable = self._count(segmenter, loader)
             true_positive, false_positive, false_negative = counts
             skipped = Counter(self.filtered[name]) + unreadable
             datasets[name] = {
@@ -207,24 +214,19 @@ class SegmentationEvaluator:
                 "iou": metrics.foreground_iou(true_positive, false_positive, false_negative),
                 "f_score": metrics.f_score(true_positive, false_positive, false_negative),
             }
-        model.train(was_training)
         return {"model_eval": "ssn", **summarise(datasets)}
 
-    @torch.inference_mode()
-    def _count(self, model: nn.Module, loader: DataLoader) -> tuple[list[int], int, Counter]:
+    def _count(self, segmenter: Segmenter, loader: DataLoader) -> tuple[list[int], int, Counter]:
         """True positives, false positives, false negatives; pictures; what could not be read."""
-        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        counts = np.zeros(3, np.int64)
         samples, unreadable = 0, Counter()
         for batch in loader:
             unreadable.update(batch.skipped.values())
-            if not len(batch):
-                continue
-            batch = batch.to(self.device)
-            with autocast(self.device, self.precision):
-                probability = model.text_probability(*batch.inputs(), areas=self.areas)  # (N, H, W)
-            counted = batch.labels != self.ignore_index
-            text, predicted = (batch.labels == 1) & counted, (probability > 0.5) & counted
-            counts += torch.stack([(text & predicted).sum(), (~text & predicted).sum(), (text & ~predicted).sum()])
+            masks = segmenter(list(to_pictures(batch.images)))
+            for mask, labels in zip(masks, batch.labels.numpy(), strict=True):  # (H, W) each
+                counted = labels != self.ignore_index
+                text, predicted = (labels == 1)[counted], (mask >= TEXT_THRESHOLD)[counted]
+                counts += [(text & predicted).sum(), (~text & predicted).sum(), (text & ~predicted).sum()]
             samples += len(batch)
         shares = distributed.gather([(counts.tolist(), samples, dict(unreadable))])
         totals = [sum(column) for column in zip(*(share[0] for share in shares), strict=True)]

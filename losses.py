@@ -3,6 +3,10 @@
 A criterion is called with a network's output and the batch's targets; it gives a dict of scalar tensors: its terms,
 each unweighted, and `total`, the sum that is minimised. Terms with weight 0 are not computed. All means are taken over
 the whole (global) batch; the mean of an empty set is 0. Nothing here waits for the device.
+
+A batch that is worked through in parts (`training.accumulation`) is one batch still: `criterion.counts` says of how
+many steps and pixels a part's means are, and with their sums as `whole` the terms and gradients of the parts add up to
+those of the batch.
 """
 
 import torch
@@ -13,36 +17,48 @@ from distributed import batch_mean
 from modules.outputs import RecogniserOutput
 from modules.ssn import SegmentationOutput
 
+Counts = dict[str, Tensor]  # of how many steps or pixels a mean is taken; scalars
 
-def sequence_cross_entropy(logits: list[Tensor], labels: Tensor, lengths: Tensor) -> Tensor:
+
+def counted_steps(labels: Tensor, lengths: Tensor) -> Tensor:
+    """1 at the steps before the length, 0 from there on: (N, T) float."""
+    return (torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]).float()
+
+
+def sequence_cross_entropy(
+    logits: list[Tensor], labels: Tensor, lengths: Tensor, whole: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy over all steps before the length, the end token included, of all rounds together.
 
     Args:
         logits: (N, T, C), one for each round.
         labels: (N, T) class ids, 0 at the end token and after it.
         lengths: (N,) number of characters + 1: the end token counts.
+        whole: steps of the whole batch, of which these are a part; None: these are all.
     """
-    steps = torch.arange(labels.shape[1], device=labels.device)
-    counted = (steps < lengths[:, None]).float()  # (N, T)
+    counted = counted_steps(labels, lengths)
     total = sum(
         (F.cross_entropy(each.transpose(1, 2).float(), labels, reduction="none") * counted).sum() for each in logits
     )
-    return batch_mean(total, counted.sum() * len(logits))
+    return batch_mean(total, counted.sum() * len(logits), None if whole is None else whole * len(logits))
 
 
-def refinement_loss(refined_mask: Tensor, threshold: float) -> Tensor:
+def refinement_loss(refined_mask: Tensor, threshold: float, whole: Counts | None = None) -> Tensor:
     """BINet's mask refinement loss: pull pixels above the threshold to 1 and the others to 0.
 
     Mean of |r - 1| over the pixels with r > threshold plus mean of |r| over the others, over the whole batch.
 
     Args:
         refined_mask: r, (N, 1, H, W), not bounded.
+        whole: pixels of both kinds (`text`, `background`) in the whole batch, of which these are a part; None: these
+            are all.
     """
     refined_mask = refined_mask.float()
     text = (refined_mask > threshold).float()
     background = 1 - text
-    to_one = batch_mean(((refined_mask - 1).abs() * text).sum(), text.sum())
-    to_zero = batch_mean((refined_mask.abs() * background).sum(), background.sum())
+    whole = whole or {}
+    to_one = batch_mean(((refined_mask - 1).abs() * text).sum(), text.sum(), whole.get("text"))
+    to_zero = batch_mean((refined_mask.abs() * background).sum(), background.sum(), whole.get("background"))
     return to_one + to_zero
 
 
@@ -60,16 +76,47 @@ class RecogniserCriterion(nn.Module):
         self.weights = weights
         self.refinement_threshold = refinement_threshold
 
-    def forward(self, output: RecogniserOutput, labels: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """Terms of one batch: `output` of the network, labels (N, T), lengths (N,) with the end token counted."""
+    def forward(
+        self, output: RecogniserOutput, labels: Tensor, lengths: Tensor, whole: Counts | None = None
+    ) -> dict[str, Tensor]:
+        """Terms of one batch: `output` of the network, labels (N, T), lengths (N,) with the end token counted.
+
+        Args:
+            whole: sums of `counts` over the parts of the batch, of which this is one; None: this is all of it.
+        """
+        whole = whole or {}
         terms = {}
         for name, logits in self._logits(output).items():
             if logits and self.weights.get(name, 0) != 0:
-                terms[name] = sequence_cross_entropy(logits, labels, lengths)
-        refined_mask = output.vision.refined_mask if output.vision is not None else None
-        if refined_mask is not None and self.weights.get("refinement", 0) != 0:
-            terms["refinement"] = refinement_loss(refined_mask, self.refinement_threshold)
+                terms[name] = sequence_cross_entropy(logits, labels, lengths, whole.get("steps"))
+        refined_mask = self._refined_mask(output)
+        if refined_mask is not None:
+            terms["refinement"] = refinement_loss(refined_mask, self.refinement_threshold, whole)
         return with_total(terms, self.weights)
+
+    @property
+    def counts_outputs(self) -> bool:
+        """Whether `counts` needs the network's output: the refinement loss counts pixels of the refined mask."""
+        return self.weights.get("refinement", 0) != 0
+
+    def counts(self, output: RecogniserOutput | None, labels: Tensor, lengths: Tensor) -> Counts:
+        """Of how many steps, and text and background pixels, the means of these samples are.
+
+        Args:
+            output: None where `counts_outputs` is False.
+        """
+        counts = {"steps": counted_steps(labels, lengths).sum()}
+        refined_mask = None if output is None else self._refined_mask(output)
+        if refined_mask is not None:
+            counts["text"] = (refined_mask.float() > self.refinement_threshold).float().sum()
+            counts["background"] = refined_mask.numel() - counts["text"]
+        return counts
+
+    def _refined_mask(self, output: RecogniserOutput) -> Tensor | None:
+        """The mask whose loss counts, if there is one."""
+        if output.vision is None or self.weights.get("refinement", 0) == 0:
+            return None
+        return output.vision.refined_mask
 
     @staticmethod
     def _logits(output: RecogniserOutput) -> dict[str, list[Tensor]]:
@@ -129,23 +176,31 @@ class SegmentationCriterion(nn.Module):
         self.weights = weights or {"semantic": 1.0, "refined": 0.5, "trimap": 0.5}
         self.ignore_index = ignore_index
 
-    def forward(self, output: SegmentationOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Terms of one batch: `output` of SSN, labels (N, H, W) of any size: 0, 1 or `ignore_index`."""
+    def forward(self, output: SegmentationOutput, labels: Tensor, whole: Counts | None = None) -> dict[str, Tensor]:
+        """Terms of one batch: `output` of SSN, labels (N, H, W) of any size: 0, 1 or `ignore_index`.
+
+        Args:
+            whole: sums of `counts` over the parts of the batch, of which this is one; None: this is all of it.
+        """
         labels = resize_labels(labels, output.refined_logits.shape[-2:])  # (N, h, w)
-        counted = labels != self.ignore_index
-        arguments = {
-            "semantic": (output.semantic_logits, counted),
-            "refined": (output.refined_logits, counted),
-            "trimap": (output.refined_logits, trimap(labels, self.ignore_index)),
-        }
-        terms = {
-            name: self._mean_over(logits, labels, where)
-            for name, (logits, where) in arguments.items()
-            if self.weights.get(name, 0) != 0
-        }
+        terms = {}
+        for name, where in self._where(labels).items():
+            logits = output.semantic_logits if name == "semantic" else output.refined_logits
+            each = F.cross_entropy(
+                logits.float(), labels, ignore_index=self.ignore_index, reduction="none"
+            )  # (N, h, w)
+            terms[name] = batch_mean((each * where).sum(), where.sum(), None if whole is None else whole[name])
         return with_total(terms, self.weights)
 
-    def _mean_over(self, logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
-        """Mean cross-entropy over the pixels that `where` names."""
-        each = F.cross_entropy(logits.float(), labels, ignore_index=self.ignore_index, reduction="none")  # (N, h, w)
-        return batch_mean((each * where).sum(), where.sum())
+    counts_outputs = True  # labels are counted at the output's size
+
+    def counts(self, output: SegmentationOutput, labels: Tensor) -> Counts:
+        """Of how many pixels each term of these samples is the mean."""
+        labels = resize_labels(labels, output.refined_logits.shape[-2:])
+        return {name: where.sum() for name, where in self._where(labels).items()}
+
+    def _where(self, labels: Tensor) -> dict[str, Tensor]:
+        """The pixels that each term of a weight is the mean over, bool (N, h, w)."""
+        counted = labels != self.ignore_index
+        where = {"semantic": counted, "refined": counted, "trimap": trimap(labels, self.ignore_index)}
+        return {name: pixels for name, pixels in where.items() if self.weights.get(name, 0) != 0}

@@ -11,9 +11,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def use_whole_float32() -> None:
-    """Let the convolutions of a GPU compute in float32 proper in this program: torch lets cuDNN round to 10 bits."""
-    torch.backends.cudnn.allow_tf32 = False
+def use_tf32(allowed: bool) -> None:
+    """Let a GPU round the inputs of float32 convolutions and matrix products to 10 bits (TF32) in this program, or not.
+
+    torch by itself rounds those of convolutions alone.
+    """
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def fastest_precision(device: torch.device) -> str:

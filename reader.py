@@ -25,7 +25,7 @@ from bundle import Bundle, load_bundle, load_ssn
 from config import Config, load_config
 from evaluation import chosen_logits
 from inference import prepare_for_inference
-from precision import use_whole_float32
+from precision import use_tf32
 from segmentation import Segmenter
 from transforms import BrokenPictureError, ResizeWord, decode_mask, decode_picture, to_8_bits
 from utils import UserError
@@ -108,7 +108,7 @@ class Reader:
         self.takes_masks = bundle.config.model.takes_masks
         self.batch_size = batch_size
         self.model_eval = checked_model_eval(bundle.config, model_eval)
-        use_whole_float32()  # readings are those of the test
+        use_tf32(bundle.config.training.tf32)  # readings are those of the test
         self._model = prepare_for_inference(bundle.model.to(self.device), precision="fp32", compile=False)
         self._resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
         self._segmenter = self._make_segmenter(bundle, ssn) if self.takes_masks and masks == "auto" else None

@@ -1,11 +1,14 @@
-"""Text masks for pictures of any sizes: SSN over one or several sizes, in batches, in the precision that is fastest.
+"""Text masks for images of any sizes: SSN over one or several sizes, in batches.
 
-The procedure is the published one (`SSN.text_probability`), with the pictures that
-enter the network at one size sharing a forward pass. A mask holds round(255 * probability): storing it in 8 bits moves
-a probability by at most 1 / 510.
+The procedure is the published one (`SSN.text_probability`), with the images that enter the network at one size sharing
+a forward pass. A mask holds round(255 * probability): storing it in 8 bits moves a probability by at most 1 / 510.
+Whatever is of an image's own size stays in 8 bits, but for a strip of it at a time.
 """
 
 import copy
+import functools
+import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,20 +27,25 @@ from utils import UserError
 
 # Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.
 BATCH_PIXELS = {"cuda": 1 << 23, "cpu": 1 << 19}
+IMAGE_PIXELS = 1 << 24  # of the images, at their own size, whose masks are made together
+STRIP_PIXELS = 1 << 20  # of an image that are brought to floats together
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Segmenter:
-    """Gives each picture its text mask; a picture's mask does not depend on those that it is given with.
+    """Gives each image its text mask; an image's mask does not depend on those that it is given with.
+
+    One segmenter may be used by many threads at once.
 
     Args:
         ssn: the network; a copy of it is used, so that it may go on learning.
         areas: sides of the squares whose areas the resized pictures have, in pixels; the mean over them is the mask.
         device: where the copy runs.
-        precision: of weights and maps: `fp32`, `bf16`, `fp16`; `auto` takes bf16 where the device multiplies it
-            natively, else fp32. Softmaxes, attention and everything at the pictures' own size stay in float32.
+        precision: of weights and maps: `fp32`, `bf16`, `fp16`, or `auto`, the fastest on the device. Masks made while
+            reading (by reader, training, its workers or the test) are made in `fp32` on any device, so that all are the
+            same. Softmaxes, attention and everything at the images' own size stay in float32.
         batch_pixels: network input pixels in one forward pass, more for a single picture that is larger; None chooses.
 
     Raises:
@@ -50,7 +58,7 @@ class Segmenter:
         areas: Sequence[int] = PUBLISHED_AREAS,
         *,
         device: torch.device | str = "cpu",
-        precision: str = "auto",
+        precision: str = "fp32",
         batch_pixels: int | None = None,
     ) -> None:
         if not areas:
@@ -65,44 +73,42 @@ class Segmenter:
         network = fold_batch_norms(copy.deepcopy(ssn).eval().requires_grad_(False).float())
         self._ssn: SSN = network.to(self.device, self._dtype, memory_format=torch.channels_last)
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Masks, uint8 (H, W), 255 = text, of RGB pictures, uint8 (H, W, 3)."""
-        return [to_8_bits(probability) for probability in self.probabilities(pictures)]
+        if self.device.type == "cpu":
+            _one_thread_each(torch.get_num_threads())  # here, where no other thread is likely to start its work
 
-    @torch.inference_mode()
-    def probabilities(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Probability of text of every pixel, float32 (H, W), for RGB pictures, uint8 (H, W, 3).
+    def __call__(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Masks, uint8 (H, W), 255 = text, of RGB images, uint8 (H, W, 3).
 
         Raises:
-            ValueError: a picture has another type or shape, or no pixel.
+            ValueError: an image has another type or shape, or no pixel.
             UserError: the network overflowed, as fp16 or weights of a training that diverged make it.
         """
-        images = [self._to_device(picture, i) for i, picture in enumerate(pictures)]
-        totals = [torch.zeros(image.shape[-2:], device=self.device) for image in images]
-        batches = [
-            (size, members)
-            for area in self.areas
-            for size, members in self._batches([image.shape[-2:] for image in images], area)
-        ]
+        for i, picture in enumerate(pictures):
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+                raise ValueError(
+                    f"picture {i} is {picture.dtype} {picture.shape}; it must be uint8 (H, W, 3), not empty"
+                )
+        masks: list[np.ndarray] = []
+        while len(masks) < len(pictures):
+            masks += self._segment(_within(pictures[len(masks) :], IMAGE_PIXELS))
+        return masks
 
-        def text_maps(batch: tuple[tuple[int, int], list[int]]) -> list[Tensor]:
+    @torch.inference_mode()
+    def _segment(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        pictures = [np.require(each, requirements=["C", "W"]) for each in pictures]  # as torch can wrap them
+        images = [torch.from_numpy(each).to(self.device).permute(2, 0, 1)[None] for each in pictures]  # (1, 3, H, W)
+        sizes = [image.shape[-2:] for image in images]
+        batches = [batch for area in self.areas for batch in self._batches(sizes, area)]
+
+        def text_maps(batch: tuple[tuple[int, int], list[int]]) -> Tensor:
             size, members = batch
             return self._text_maps([images[i] for i in members], size)
 
-        for (_, members), maps in zip(batches, self._map(text_maps, batches), strict=True):
-            for i, each in zip(members, maps, strict=True):
-                totals[i] += each  # (H, W); in the order of the areas, so that the sum is the same every time
-        probabilities = [(total / len(self.areas)).cpu().numpy() for total in totals]
-        if not all(np.isfinite(each).all() for each in probabilities):
-            raise UserError(f"SSN gives numbers that are not finite in {self.precision}; use fp32, or other weights")
-        return probabilities
-
-    def _to_device(self, picture: np.ndarray, i: int) -> Tensor:
-        """(1, 3, H, W), float32, 0..255."""
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
-            raise ValueError(f"picture {i} is {picture.dtype} {picture.shape}; it must be uint8 (H, W, 3), not empty")
-        # Copied: torch cannot wrap an array that is not writable.
-        return torch.from_numpy(picture.copy()).to(self.device).permute(2, 0, 1)[None].float()
+        maps: list[list[Tensor]] = [[] for _ in images]
+        for (_, members), made in zip(batches, self._map(text_maps, batches), strict=True):
+            for i, each in zip(members, made, strict=True):
+                maps[i].append(each[None])  # (1, 1, h, w); in the order of the areas, so that sums are the same always
+        return [mean_mask(*each) for each in zip(maps, sizes, strict=True)]
 
     def _batches(self, sizes: Sequence[Sequence[int]], area: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
         """(network size, indices of pictures) of each forward pass at this area."""
@@ -122,26 +128,76 @@ class Segmenter:
         """
         threads = torch.get_num_threads()
         if self.device.type != "cpu" or min(threads, len(items)) < 2:
-            yield from map(function, items)
-            return
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                yield from pool.map(function, items)
-        finally:
-            torch.set_num_threads(threads)  # the pool's setting holds for threads that come later, too
+            return map(function, items)
+        return _one_thread_each(threads).map(function, items)
 
     @torch.inference_mode()
-    def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Probability of text, float32 (H, W) each, of images that enter the network at `size`."""
-        batch = torch.cat([resize_aligned(image, size) for image in images])
-        batch = normalize_images(batch).to(self._dtype, memory_format=torch.channels_last)
-        maps = self._ssn.probability(batch)  # (len(images), 1, h, w)
-        return [resize_aligned(each[None], image.shape[-2:])[0, 0] for each, image in zip(maps, images, strict=True)]
+    def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Probability of text (N, 1, h, w) float32 of N images (1, 3, H, W) uint8 that enter the network at `size`."""
+        batch = torch.cat([_resized(image, size) for image in images])
+        maps = self._ssn.probability(normalize_images(batch).to(self._dtype, memory_format=torch.channels_last))
+        if not maps.isfinite().all():
+            raise UserError(f"SSN gives numbers that are not finite in {self.precision}; use fp32, or other weights")
+        return maps
 
 
-def to_8_bits(probability: np.ndarray) -> np.ndarray:
-    """round(255 * probability), uint8."""
-    return np.rint(probability * 255).astype(np.uint8)
+def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:
+    """round(255 * mean of the maps), uint8 (H, W): maps (1, 1, h, w) of any sizes, each brought to `size` first."""
+    height, width = size
+    step = max(STRIP_PIXELS // width, 1)
+    strips = []
+    for top in range(0, height, step):
+        rows = range(top, min(top + step, height))
+        total = sum(_resized(each, size, rows) for each in maps)  # (1, 1, rows, W)
+        strips.append((total / len(maps) * 255).round().byte()[0, 0].cpu().numpy())
+    return np.concatenate(strips)
+
+
+def _resized(image: Tensor, size: Sequence[int], rows: range | None = None) -> Tensor:
+    """Some rows, all by default, of what `resize_aligned` makes of an image: (1, C, H, W) -> (1, C, rows, size[1]).
+
+    A large image is brought to the rows first, so that no more of it than those depend on becomes floats.
+    """
+    rows = range(size[0]) if rows is None else rows
+    height, width = image.shape[-2:]
+    if len(rows) == size[0] and height * width <= STRIP_PIXELS:
+        return resize_aligned(image.float(), size)
+    places = torch.arange(rows.start, rows.stop, device=image.device) * ((height - 1) / max(size[0] - 1, 1))
+    above = places.long()
+    below = (above + 1).clamp(max=height - 1)
+    blended = image[..., above, :].float().lerp(image[..., below, :].float(), (places - above)[:, None])
+    return resize_aligned(blended, (len(rows), size[1]))
+
+
+def _within(pictures: Sequence[np.ndarray], pixels: int) -> Sequence[np.ndarray]:
+    """The first of some images: as many as have that many pixels together, and one at least."""
+    ends = np.cumsum([picture.shape[0] * picture.shape[1] for picture in pictures])
+    return pictures[: max(int(np.searchsorted(ends, pixels, side="right")), 1)]
+
+
+@functools.cache
+def _one_thread_each(count: int) -> ThreadPoolExecutor | None:
+    """The process's threads for work side by side: each computes alone. None for a count of one.
+
+    torch lets a thread have a number of its own only by `set_num_threads`, which is the number of threads to come, too.
+    So it is called once for each of these threads, as they start together, and set back at once.
+    """
+    if count < 2:
+        return None
+    started = threading.Barrier(count)
+
+    def compute_alone() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="segmentation", initializer=compute_alone)
+    for each in [pool.submit(int) for _ in range(count)]:
+        each.result()
+    torch.set_num_threads(count)
+    return pool
+
+
+os.register_at_fork(after_in_child=_one_thread_each.cache_clear)  # threads do not survive a fork
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """The training loop: batches, steps, devices, precision, hooks, resume. It knows nothing about text.
 
 A batch offers `inputs()` for the network, `targets()` for the criterion, `to(device)` and `split(parts)`; all else is
-the data set's business (dataset.py).
+the data set's business (dataset.py). A criterion gives named terms and, for batches in parts, `counts` (losses.py).
 """
 
 from __future__ import annotations
@@ -57,7 +57,15 @@ class Step:
     learning_rate: float  # of this step, of the first parameter group
     samples: int  # of the global batch
     data_wait: float  # seconds that this step waited for its batch
-    duration: float  # seconds since the step before ended
+    duration: float  # seconds from the end of the step before, its callbacks left out, to the end of this one
+
+    def wait(self) -> None:
+        """Wait until a GPU has done all that was asked of it; what that takes belongs to this step's duration."""
+        device = self.gradient_norm.device
+        if device.type == "cuda":
+            started = time.perf_counter()
+            torch.cuda.synchronize(device)
+            self.duration += time.perf_counter() - started
 
 
 class Trainer:
@@ -66,13 +74,14 @@ class Trainer:
     Args:
         model: on `device`; the trainer wraps it (data parallelism, compilation), `self.model` stays the plain network.
         criterion: called `(output, *targets)`, gives named terms and `total`.
-        optimizer: a fused one: its step is skipped on the device when a gradient is not finite.
+        optimizer: a fused one, whose step the scaler can call off on the device.
         learning_rate_factor: iteration (from 0) -> factor of the configured learning rate.
         data: endless batches; iterating over it starts at `data.batch_sampler.set_position(epoch, batch)`.
         batches_per_epoch: batches until the epoch counts one more.
         iterations: steps of the whole run.
         precision: fp32, bf16 (autocast) or fp16 (autocast and gradient scaling).
-        accumulation: parts that a batch is worked through in; their gradients add up to one step.
+        accumulation: parts that a batch is worked through in; their terms and gradients add up to those of the whole
+            batch. What batch norms normalise with in training is each part's own.
         clip_grad: largest gradient norm; None leaves it.
         ema_decay: decay of the averaged weights that are evaluated and saved; None for none.
         find_unused_parameters: some parameters may get no gradient (a loss term has weight 0); several processes then
@@ -119,7 +128,8 @@ class Trainer:
         self.clip_grad = clip_grad
         self.max_skipped_steps = max_skipped_steps
         self.extra_state = extra_state or {}
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=precision == "fp16")
+        # It decides for every precision whether the optimiser steps; without fp16 its scale stays 1.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE if self.scales_loss else 1.0)
         self.ema = AveragedWeights(model, decay=ema_decay) if ema_decay else None
         self.iteration = 0  # steps done
         self.epoch = 0
@@ -132,6 +142,11 @@ class Trainer:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(model)
         self._network = self._wrap(compile_model, find_unused_parameters)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled, as the small gradients of fp16 need it."""
+        return self.precision == "fp16"
 
     @property
     def evaluation_model(self) -> nn.Module:
@@ -175,8 +190,8 @@ class Trainer:
         self._empty_in_a_row = 0
         self.iteration += 1
         self.batch_in_epoch += 1
+        self._watch.check(step, batch, self.iteration)  # which waits for the step before
         step.duration = waited + time.perf_counter() - started
-        self._watch.check(step, batch, self.iteration)
         self.call("on_step_end", step)
         self._count_epoch()
 
@@ -203,10 +218,11 @@ class Trainer:
         rate = self._set_learning_rate()
         statistics = distributed.flattened(self._statistics) if self._statistics else None
         terms = self._forward_backward(batch.to(self.device))
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.clip_grad or math.inf, foreach=True)
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True) / scale
         finite = torch.isfinite(torch.stack([*terms.values(), norm])).all()
-        self._update(finite)
+        self._update(norm, finite)
         if statistics is not None:  # a bad batch spoils the running statistics as well
             kept = torch.where(finite, distributed.flattened(self._statistics), statistics)
             distributed.put_back(kept, self._statistics)
@@ -216,8 +232,9 @@ class Trainer:
         return Step(terms, norm.detach(), finite, rate, samples, data_wait=waited, duration=0.0)
 
     def _forward_backward(self, batch: Any) -> dict[str, Tensor]:
-        """Accumulate the gradients of the batch's parts; returns its loss terms, averaged over parts and processes."""
+        """Accumulate the gradients of the batch's parts; returns the loss terms of the global batch."""
         parts = batch.split(self.accumulation)
+        whole = self._whole_counts(parts) if len(parts) > 1 else None
         collected: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
@@ -225,23 +242,43 @@ class Trainer:
             with sync:
                 with autocast(self.device, self.precision):
                     output = self._network(*part.inputs())
-                    terms = self.criterion(output, *part.targets())
-                self.scaler.scale(terms["total"] / len(parts)).backward()
+                    terms = self.criterion(output, *part.targets(), whole=whole)
+                self.scaler.scale(terms["total"]).backward()
             collected.append({name: term.detach() for name, term in terms.items()})
         names = list(collected[0])
-        stacked = torch.stack([torch.stack([terms[name].float() for name in names]) for terms in collected]).mean(0)
+        stacked = torch.stack([torch.stack([terms[name].float() for name in names]) for terms in collected]).sum(0)
         return dict(zip(names, distributed.average(stacked).unbind(), strict=True))
 
-    def _update(self, finite: Tensor) -> None:
-        """Step the optimiser where the gradients are finite; the decision stays on the device."""
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            # Fused optimisers leave weights and state untouched where this flag is set: what GradScaler relies on, too.
-            self.optimizer.found_inf = (~finite).float()
-            self.optimizer.step()
-            del self.optimizer.found_inf
+    @torch.no_grad()
+    def _whole_counts(self, parts: Sequence[Any]) -> dict[str, Tensor]:
+        """What the criterion's means are divided by, over all parts and processes, before the first part's gradient.
+
+        Where pixels of the output are counted, each part goes through the network once more. That draws no number of
+        the steps' and leaves no trace in the batch norms.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers] if self.criterion.counts_outputs else []
+        counts = []
+        with torch.random.fork_rng(devices), autocast(self.device, self.precision):
+            for part in parts:
+                output = self._network(*part.inputs()) if self.criterion.counts_outputs else None
+                counts.append(self.criterion.counts(output, *part.targets()))
+        if before:
+            torch._foreach_copy_(buffers, before)
+        names = list(counts[0])
+        sums = torch.stack([torch.stack([each[name].float() for name in names]) for each in counts]).sum(0)
+        return dict(zip(names, distributed.counted(sums).unbind(), strict=True))
+
+    def _update(self, norm: Tensor, finite: Tensor) -> None:
+        """Clip and step the optimiser where loss and gradient norm are finite; the decision stays on the device.
+
+        Else clipping makes the gradients NaN, for which the scaler leaves weights and state of the optimiser alone.
+        """
+        clipped_by = torch.where(finite, norm, math.nan)
+        nn.utils.clip_grads_with_norm_(self._parameters, self.clip_grad or math.inf, clipped_by, foreach=True)
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.scales_loss else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _set_learning_rate(self) -> float:
@@ -335,7 +372,7 @@ class Trainer:
 
     def _report_not_finite(self, step: Step, batch: Any, iteration: int, in_a_row: int) -> None:
         finite_terms = all(bool(torch.isfinite(term)) for term in step.terms.values())
-        if self.scaler.is_enabled() and finite_terms and in_a_row < self.max_skipped_steps:
+        if self.scales_loss and finite_terms and in_a_row < self.max_skipped_steps:
             # A part of fp16: the scale grows until it is too large, and is halved then.
             logger.info("iteration %d skipped: scaled gradient over the range of fp16", iteration)
             return
@@ -361,8 +398,9 @@ class Trainer:
             "iteration": self.iteration,
             "epoch": self.epoch,
             "batch_in_epoch": self.batch_in_epoch,
+            "batches_per_epoch": self.batches_per_epoch,
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scales_loss else {},
             "skipped_in_a_row": self._watch.in_a_row,
             "random": distributed.gather([self._random_state()]),
             "callbacks": {type(each).__name__: each.state_dict() for each in self.callbacks},
@@ -375,16 +413,22 @@ class Trainer:
         """Go on exactly where `state_dict` was taken.
 
         Raises:
+            UserError: it was taken with more or fewer training data.
             KeyError, RuntimeError, ValueError: it was taken of another network or optimiser.
         """
         training = state["training"]
+        if (batches := training.get("batches_per_epoch", self.batches_per_epoch)) != self.batches_per_epoch:
+            raise UserError(
+                f"dataset.train.roots: an epoch of the run to resume has {batches} batches, not "
+                f"{self.batches_per_epoch}; resume with the same data, or start from its weights with --checkpoint"
+            )
         self.model.load_state_dict(training.get("model", state["model"]))
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model"])
             if "ema_steps" in training:
                 self.ema.steps = int(training["ema_steps"])
         self._load_optimizer(training["optimizer"])
-        if training["scaler"]:  # empty unless that run had fp16
+        if training["scaler"] and self.scales_loss:  # empty unless that run had fp16
             self.scaler.load_state_dict(training["scaler"])
         self._watch.in_a_row = training.get("skipped_in_a_row", 0)
         self.iteration = training["iteration"]
@@ -408,10 +452,23 @@ class Trainer:
         taken, own = ({"betas", "momentum"} & groups[0].keys() for groups in both)
         if taken != own:
             raise ValueError("it holds the state of another optimizer.type")
+        if len(both[0]) == 1 < len(both[1]):  # of a version that put all in one group where nothing decayed
+            state = self._in_our_groups(state)
         settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(configured)
+
+    def _in_our_groups(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state whose only group has the parameters in the network's order."""
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        places = {id(parameter): place for place, parameter in enumerate(learning)}
+        entries = {
+            ours: state["state"][places[id(parameter)]]
+            for ours, parameter in enumerate(self._parameters)
+            if places[id(parameter)] in state["state"]
+        }
+        return {"state": entries, "param_groups": self.optimizer.state_dict()["param_groups"]}
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}

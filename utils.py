@@ -26,6 +26,8 @@ UNUSED_PUBLISHED = re.compile(
 # Prefixes that wrappers put before every name: DistributedDataParallel / DataParallel, torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 NAMES_SHOWN = 5
+LOG_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+FILE_ONLY = "file_only"  # of a log record, see `setup_logging`
 RENDER_SCHEME = "render://"  # begins a data root that is no file but a renderer's YAML
 
 
@@ -75,13 +77,18 @@ def run_command_line(main: Callable[[], int | None]) -> None:
 
 
 def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> None:
-    """Log to stderr and, where `path` is given, append the same lines to that file."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    """Log to stderr and, where `path` is given, append the same lines with their dates to that file.
+
+    A line logged with `extra={FILE_ONLY: True}` goes to the file alone: the terminal shows a bar in its place.
+    """
+    terminal = logging.StreamHandler()
+    terminal.addFilter(lambda record: not getattr(record, FILE_ONLY, False))
+    terminal.setFormatter(logging.Formatter(LOG_FORMAT, "%H:%M:%S"))
+    handlers: list[logging.Handler] = [terminal]
     if path is not None:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
-    logging.basicConfig(
-        level=level, handlers=handlers, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", force=True
-    )
+        handlers[1].setFormatter(logging.Formatter(LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=level, handlers=handlers, force=True)
 
 
 def seed_everything(seed: int) -> None:

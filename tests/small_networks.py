@@ -1,16 +1,21 @@
 """Networks that are built in no time, their checkpoints, and words to read: what the tests of reading share."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
-from builders import build_model
+from batches import Batch, LanguageBatch, SegmentationBatch
+from builders import build_criterion, build_model, build_optimizer
 from bundle import save_bundle
 from config import Config
+from distributed import Process
 from lmdb_io import LmdbWriter
+from trainer import Trainer
 
 VISION = {
     "stem_width": 8,
@@ -51,6 +56,66 @@ def small_config(name: str = "binet", **dataset: Any) -> Config:
     root = Path(__file__).resolve().parents[1]
     data = {"charset_path": str(root / "data" / "charset_36.txt"), "num_workers": 0, "cache_index": False, **dataset}
     return Config.from_dict({"model": model, "dataset": data})
+
+
+def trainer(kind: str, *, parts: int = 1, process: Process | None = None) -> Trainer:
+    """A trainer of a tiny network of any name, without data; its batches go through it in `parts`."""
+    config = small_config(kind)
+    torch.manual_seed(0)
+    model = build_model(config)
+    return Trainer(
+        model=model,
+        criterion=build_criterion(config),
+        optimizer=build_optimizer(config, model),
+        learning_rate_factor=lambda iteration: 1.0,
+        data=None,
+        batches_per_epoch=10,
+        iterations=10,
+        device=torch.device("cpu"),
+        process=process or Process(),
+        accumulation=parts,
+    )
+
+
+def uneven_batch(kind: str, count: int = 8):
+    """Samples that hold different numbers of characters and pixels."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "ssn":
+        images = torch.randint(0, 256, (count, 3, 33, 65), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, 2, (count, 33, 65), dtype=torch.uint8, generator=generator)
+        for row in range(count):
+            labels[row, :, 8 * row + 8 :] = 255  # which does not count
+        return SegmentationBatch(images, labels, [""] * count, torch.arange(count))
+    lengths = torch.tensor([2, 3, 5, 26, 2, 2, 17, 9])[:count]
+    labels = torch.randint(1, 37, (count, 26), generator=generator)
+    labels[torch.arange(26) >= lengths[:, None] - 1] = 0
+    if kind == "language":
+        spellings = torch.rand(count, 26, 37, generator=generator).softmax(-1)
+        return LanguageBatch(spellings, lengths, labels, lengths, [""] * count, torch.arange(count))
+    images = torch.randint(0, 256, (count, 3, 32, 128), dtype=torch.uint8, generator=generator)
+    masks = torch.randint(0, 256, (count, 1, 32, 128), dtype=torch.uint8, generator=generator)
+    masks[:, :, :, 16:] //= 1 + 5 * torch.arange(count, dtype=torch.uint8)[:, None, None, None]
+    return Batch(images, None if kind == "abinet" else masks, labels, lengths, [""] * count, torch.arange(count))
+
+
+def terms_and_gradients(
+    kind: str, *, parts: int, rows: slice = slice(None), process: Process | None = None
+) -> dict[str, Tensor]:
+    """Loss terms and gradients of one step on those rows of the uneven batch, batch norms in eval mode, no dropout."""
+    fitted = trainer(kind, parts=parts, process=process)
+    for module in fitted.model.modules():
+        if hasattr(module, "p"):
+            module.p = 0.0
+        module.eval()
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    batch = uneven_batch(kind)
+    fields = {each.name: getattr(batch, each.name) for each in dataclasses.fields(batch)}
+    batch = type(batch)(
+        **{name: value[rows] if isinstance(value, Tensor | list) else value for name, value in fields.items()}
+    )
+    terms = fitted._forward_backward(batch)
+    return terms | {name: p.grad for name, p in fitted.model.named_parameters() if p.grad is not None}
 
 
 def save_network(path: Path, config: Config, *, seed: int = 0) -> Path:

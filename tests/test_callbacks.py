@@ -3,7 +3,10 @@
 import inspect
 import io
 import json
+import logging
+import re
 import sys
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -28,7 +31,7 @@ from callbacks import (
 from distributed import Process
 from evaluation import ScoredWord
 from trainer import Step
-from utils import UserError
+from utils import UserError, setup_logging
 
 
 class Evaluator:
@@ -135,6 +138,92 @@ def test_history_has_every_interval_and_the_last_iteration(tmp_path):
     entries = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [entry["iteration"] for entry in entries] == [4, 8, 10]
     assert entries[0] == {"iteration": 4, "epoch": 0, "loss": 1.0, "vision": 0.5, "lr": 0.1}
+
+
+LOSSES = [1.0, 2.0, 6.0, float("nan"), 5.0, 7.0, 8.0, 8.0, 3.0, 4.0]  # of ten steps
+MEANS = {4: 3.0, 8: 7.0, 10: 3.5}  # since the line before, without the step that is not finite
+
+
+def walk_losses(each, trainer, losses=LOSSES):
+    each.on_fit_start(trainer)
+    for loss in losses:
+        trainer.iteration += 1
+        each.on_step_end(trainer, step(loss))
+    each.on_fit_end(trainer)
+
+
+def test_a_loss_is_the_mean_since_the_line_before(tmp_path, caplog):
+    caplog.set_level("INFO")
+    walk_losses(History(path=tmp_path / "history.jsonl", interval=4), FakeTrainer())
+    entries = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert {entry["iteration"]: entry["loss"] for entry in entries} == MEANS
+    assert [entry["vision"] for entry in entries] == [mean / 2 for mean in MEANS.values()]
+    walk_losses(Progress(interval=4), FakeTrainer())
+    assert [record.getMessage().split("  ")[2] for record in caplog.records] == [
+        f"loss {mean:.4f}" for mean in MEANS.values()
+    ]
+
+
+def test_a_line_without_any_finite_step_has_no_loss(tmp_path):
+    walk_losses(History(path=tmp_path / "history.jsonl", interval=2), FakeTrainer(2), [float("nan")] * 2)
+    assert json.loads((tmp_path / "history.jsonl").read_text())["loss"] is None
+
+
+def test_tensorboard_has_the_means_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    walk_losses(TensorBoard(folder=tmp_path, interval=4), FakeTrainer())
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss/total")] == [MEANS[4], MEANS[8]]
+
+
+class BusyNorm:
+    """A scalar on a GPU that has work to do still."""
+
+    device = torch.device("cuda")
+
+    def __float__(self):
+        return 3.0
+
+
+def test_speed_counts_the_wait_for_a_gpu(tmp_path, monkeypatch, caplog):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    caplog.set_level("INFO")
+    work = [0.5]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(work.pop() if work else 0))
+    trainer, board = FakeTrainer(iterations=1), TensorBoard(folder=tmp_path, interval=1)
+    callbacks = [Progress(interval=1), board]
+    for each in callbacks:
+        each.on_fit_start(trainer)
+    trainer.iteration = 1
+    done = Step({"total": torch.tensor(1.0)}, BusyNorm(), torch.tensor(True), 0.1, 8, data_wait=0.0, duration=0.0)
+    for each in callbacks:
+        each.on_step_end(trainer, done)
+    board.on_fit_end(trainer)
+    assert 0.5 <= done.duration < 5
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Scalars("speed/samples_per_second")[0].value <= 8 / 0.5
+    (line,) = [message for message in caplog.messages if "samples/s" in message]
+    assert float(line.split(" samples/s")[0].split()[-1]) <= 8 / 0.5
+
+
+def test_the_log_of_a_terminal_run_has_losses_and_dates(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(logging.root, "handlers", [])
+    setup_logging(tmp_path / "log.txt")
+    walk(Progress(interval=5), FakeTrainer(), 10)
+    shown, lines = sys.stderr.getvalue(), (tmp_path / "log.txt").read_text().splitlines()
+    dated = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I .*loss 1\.0000  vision 0\.5000")
+    assert sum(bool(dated.match(line)) for line in lines) == 2
+    assert "vision 0.5" not in shown
+    assert "10/10" in shown
 
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):

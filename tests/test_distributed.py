@@ -12,6 +12,7 @@ from tiny_run import ITERATIONS, NAME, folder_of, history, losses, run, run_proc
 from torch import nn
 
 import distributed
+from tests.small_networks import terms_and_gradients
 
 STEPS = 20
 # Dropout draws other numbers in every process. SGD: Adam would blow rounding up where gradients are almost 0.
@@ -143,6 +144,35 @@ def test_batch_norm_over_processes_equals_batch_norm_over_the_batch(free_port):
     for part in parts:
         for found, expected in zip(part[1:], whole[1:], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def half_in_parts(rank):
+    """Terms and gradients of the recogniser on rank's half of an uneven batch, in two parts."""
+    if rank is None:
+        return {name: tensor.numpy() for name, tensor in terms_and_gradients("binet", parts=1).items()}
+    rows = slice(0, 4) if rank == 0 else slice(4, 8)
+    found = terms_and_gradients("binet", parts=2, rows=rows, process=distributed.Process(rank, rank, 2))
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def test_two_processes_with_two_parts_each_equal_one_with_one(free_port):
+    context = torch.multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [context.Process(target=_as_rank, args=(r, free_port, half_in_parts, results)) for r in (0, 1)]
+    for each in ranks:
+        each.start()
+    found = [results.get(timeout=120)[1] for _ in ranks]
+    for each in ranks:
+        each.join(60)
+    for name, expected in half_in_parts(None).items():
+        for process in found:
+            torch.testing.assert_close(
+                torch.from_numpy(process[name]),
+                torch.from_numpy(expected),
+                rtol=2e-4,
+                atol=2e-6,
+                msg=lambda message, name=name: f"{name}: {message}",
+            )
 
 
 @pytest.fixture

@@ -7,15 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import main
 from batches import IMAGENET_MEAN, IMAGENET_STD, Batch
+from builders import build_evaluator, build_model
 from charset import PROTOCOLS, Charset
+from distributed import Process
 from evaluation import EMPTY_IN_PROTOCOL, WordEvaluator, read_logits, score_csv, score_table, write_scores
+from inference import prepare_for_inference
+from lmdb_io import LmdbWriter
 from modules.outputs import RecogniserOutput, VisionOutput
+from segmentation import Segmenter
 from tests.small_networks import save_network, small_config, write_words
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -179,6 +186,29 @@ def test_processes_change_nothing(run, reference):
     assert (folder / "two" / "metrics.json").read_text() == reference
     page = (folder / "two" / "report" / "index.html").read_text()
     assert page.count('"0-0000') + page.count('"1-0000') >= 2  # sprites of both processes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_segmentation_scores_are_those_of_the_masks_that_users_get(tmp_path, precision, prepared):
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (24, width, 3), dtype=np.uint8) for width in (60, 60, 90)]
+    labels = [random.integers(0, 2, picture.shape[:2], dtype=np.uint8) for picture in pictures]
+    with LmdbWriter(tmp_path / "pairs") as writer:
+        for picture, label in zip(pictures, labels, strict=True):
+            image, mask = (cv2.imencode(".png", each)[1].tobytes() for each in (picture[..., ::-1], label * 255))
+            writer.append(image, mask=mask)
+    config = small_config("ssn", test={"roots": [str(tmp_path / "pairs")], "batch_size": 2})
+    torch.manual_seed(0)
+    ssn = build_model(config).eval()
+    ssn.semrfnhead.conv_ref_last.weight.data.mul_(5)
+    true, found = np.concatenate([each.ravel() for each in labels]) > 0, Segmenter(ssn, [65])(pictures)
+    found = np.concatenate([each.ravel() for each in found]) >= 128
+    wanted = {"device": torch.device("cpu"), "process": Process(), "model_eval": "ssn", "precision": precision}
+    evaluator = build_evaluator(config, **wanted)
+    scores = evaluator.evaluate(prepare_for_inference(ssn, precision="fp32", compile=False) if prepared else ssn)
+    assert 0 < found.mean() < 1
+    assert scores["datasets"]["pairs"]["iou"] == (true & found).sum() / (true | found).sum()
 
 
 def test_a_network_that_gives_no_numbers_is_scored_as_sure_of_nothing():

@@ -16,6 +16,7 @@ from config import load_config
 from lmdb_io import LmdbWriter
 from main import build_criterion, build_model, main, overrides_of, parse_arguments
 from tests.reference import expected_tensors, known_inputs, tensor_shapes
+from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 NO_CHECKPOINTS = ["global.phase=test", "model.vision.checkpoint=null", "model.language.checkpoint=null"]
@@ -201,6 +202,63 @@ def test_every_stage_trains_and_tests(kind, data, capsys):
     (entry,) = metrics["datasets"].values()
     assert entry["samples"] + sum(entry["skipped"].values()) == {"language": 12}.get(kind, 5)
     assert metrics["weighted"].keys() >= ({"iou", "f_score"} if kind == "ssn" else {"accuracy", "ccr", "ned"})
+
+
+@pytest.mark.parametrize("phase", ["train", "test"])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_training_and_test_round_float32_alike(data, tmp_path, phase, allowed):
+    weights = tmp_path / "weights.pth"
+    torch.save(build_model(load_config(data / "vision.yaml")).state_dict(), weights)
+    arguments = [f"--config={data / 'vision.yaml'}", f"--name=tf32-{phase}-{allowed}", "training.iterations=1"]
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [each.allow_tf32 for each in backends]
+    try:
+        for each in backends:
+            each.allow_tf32 = not allowed
+        main([*arguments, f"--phase={phase}", f"--checkpoint={weights}", *(["training.tf32=true"] if allowed else [])])
+        assert [each.allow_tf32 for each in backends] == [allowed, allowed]
+    finally:
+        for each, value in zip(backends, before, strict=True):
+            each.allow_tf32 = value
+
+
+def assert_tested(folder, weights):
+    """The report and the scores of the last test name these weights."""
+    assert str(weights) in (folder / "report" / "index.html").read_text()
+    assert json.loads((folder / "metrics.json").read_text())["checkpoint"] == str(weights)
+
+
+def test_a_run_is_tested_with_its_own_best_weights_not_those_it_started_from(data, tmp_path):
+    start = tmp_path / "start.pth"
+    torch.manual_seed(7)
+    torch.save(build_model(load_config(data / "vision.yaml")).state_dict(), start)
+    trained = [f"--config={data / 'vision.yaml'}", "--name=own-best"]
+    assert main([*trained, f"--checkpoint={start}", "optimizer.lr=0.01"]) == 0
+    folder = data / "workdir" / "own-best"
+    own = f"--config={folder / 'config.yaml'}"
+    assert load_config(folder / "config.yaml").model.checkpoint == str(start)
+    best = folder / "best-own-best.pth"
+    for named, weights in (([], best), ([f"--checkpoint={start}"], start), ([f"model.checkpoint={start}"], start)):
+        assert main([own, "--phase=test", *named]) == 0
+        assert_tested(folder, weights)
+
+    best.unlink()
+    with pytest.raises(UserError, match=r"--checkpoint .*own-best_1_4\.pth"):
+        main([own, "--phase=test"])
+
+
+def test_where_nothing_was_trained_the_configs_weights_are_tested(data, tmp_path):
+    start = tmp_path / "start.pth"
+    torch.save(build_model(load_config(data / "vision.yaml")).state_dict(), start)
+    config = tiny_config(data, "vision")
+    config["model"]["checkpoint"] = str(start)
+    (tmp_path / "with.yaml").write_text(yaml.safe_dump(config))
+    assert main([f"--config={tmp_path / 'with.yaml'}", "--name=untrained", "--phase=test"]) == 0
+    folder = data / "workdir" / "untrained"
+    assert_tested(folder, start)
+    assert f"nothing was trained in {folder}: testing model.checkpoint, {start}" in (folder / "log.txt").read_text()
+    with pytest.raises(UserError, match="no weights to test"):
+        main([f"--config={data / 'vision.yaml'}", "--name=untrained-too", "--phase=test"])
 
 
 def test_each_test_set_has_its_row_and_its_files(data):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -26,7 +27,8 @@ from dataset import ResumableBatchSampler
 from distributed import Process
 from main import load_training_state
 from optimization import make_optimizer, parameter_groups, poly_schedule
-from trainer import AveragedWeights, Trainer
+from tests import small_networks
+from trainer import AveragedWeights, FiniteWatch, Trainer
 from utils import UserError
 
 SAMPLES, BATCH, ITERATIONS = 40, 8, 12
@@ -80,9 +82,15 @@ def collate(samples):
 
 
 class ToyCriterion(nn.Module):
-    def forward(self, output, target):
-        error = (output - target).square().mean()
+    counts_outputs = False
+
+    def forward(self, output, target, whole=None):
+        squares = (output - target).square()
+        error = squares.sum() / (squares.numel() if whole is None else whole["samples"])
         return {"error": error, "total": error}
+
+    def counts(self, output, target):
+        return {"samples": torch.tensor(target.numel())}
 
 
 class Recorder(Callback):
@@ -100,14 +108,14 @@ class Recorder(Callback):
         self.skipped.append(iteration)
 
 
-def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIONS, **options):
+def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIONS, kind="Adam", every=1, **options):
     torch.manual_seed(3)
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 1))
     sampler = ResumableBatchSampler(SAMPLES, BATCH, seed=1, shuffle=True, drop_last=True)
     data = DataLoader(
         ToyData(bad), batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=torch.Generator()
     )
-    optimizer = make_optimizer("Adam", parameter_groups(network, lr=0.01, weight_decay=0.0))
+    optimizer = make_optimizer(kind, parameter_groups(network, lr=0.01, weight_decay=0.0))
     return Trainer(
         model=network,
         criterion=ToyCriterion(),
@@ -120,7 +128,7 @@ def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIO
         process=Process(),
         callbacks=[
             *callbacks,
-            History(path=folder / "history.jsonl", interval=1),
+            History(path=folder / "history.jsonl", interval=every),
             Checkpoints(folder=folder, name="toy", interval=5, keep=2),
         ],
         **options,
@@ -149,6 +157,32 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, workers, stop_at, op
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
     for name, tensor in whole.evaluation_model.state_dict().items():
         assert torch.equal(tensor, resumed.evaluation_model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 6])
+def test_a_mean_over_several_steps_survives_a_resume(tmp_path, stop_at):
+    recorder = Recorder()
+    for name, callbacks in (("whole", [recorder]), ("cut", [Recorder(stop_at)])):
+        (tmp_path / name).mkdir()
+        make_trainer(tmp_path / name, callbacks=callbacks, every=4).fit()
+    resumed = make_trainer(tmp_path / "cut", every=4)
+    resumed.load_state_dict(newest_whole_checkpoint(tmp_path / "cut", "toy")[1])
+    resumed.fit()
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    means = [sum(recorder.losses[first : first + 4]) / 4 for first in (0, 4, 8)]
+    assert [entry["loss"] for entry in history(tmp_path / "cut")] == pytest.approx(means)
+
+
+def test_the_wait_for_the_step_before_is_part_of_a_steps_duration(tmp_path, monkeypatch):
+    monkeypatch.setattr(FiniteWatch, "flush", lambda self: time.sleep(0.05))
+    durations = []
+
+    class Watch(Callback):
+        def on_step_end(self, trainer, step):
+            durations.append(step.duration)
+
+    make_trainer(tmp_path, callbacks=[Watch()], iterations=3).fit()
+    assert min(durations) >= 0.05
 
 
 def test_history_has_each_iteration_once_when_a_kill_lost_the_newest_steps(tmp_path):
@@ -191,6 +225,40 @@ def test_a_bad_batch_changes_nothing_and_is_named(tmp_path, caplog):
         assert torch.isfinite(tensor).all(), name
 
 
+@pytest.mark.parametrize("kind", ["Adam", "SGD"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("clip_grad", [20.0, None])
+def test_a_gradient_whose_norm_alone_is_not_finite_changes_nothing(tmp_path, caplog, kind, precision, clip_grad):
+    """Each number of it is finite; the squares of the norm are not."""
+    caplog.set_level("INFO")
+    trainer = make_trainer(tmp_path, iterations=3, kind=kind, precision=precision, clip_grad=clip_grad)
+    forward_backward, update, states = trainer._forward_backward, trainer._update, []
+
+    def steep(batch):
+        terms = forward_backward(batch)
+        if trainer.iteration == 1:
+            for parameter in trainer.model.parameters():
+                parameter.grad.fill_(1e25)
+        return terms
+
+    def watched(*arguments):
+        states.append(state_of(trainer))
+        update(*arguments)
+
+    trainer._forward_backward, trainer._update = steep, watched
+    trainer.fit()
+    assert [line.split(" skipped")[0] for line in caplog.messages if " skipped" in line] == ["iteration 2"]
+    assert all(torch.equal(*pair) for pair in zip(states[1], states[2], strict=True))
+    assert any(not torch.equal(*pair) for pair in zip(states[2], state_of(trainer), strict=True)), "the run goes on"
+
+
+def state_of(trainer):
+    """Weights, and the optimiser's momenta and counts of steps."""
+    state = trainer.optimizer.state_dict()["state"]
+    tensors = [*trainer.model.parameters(), *(t for each in state.values() for t in each.values())]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
 def test_bad_batches_in_a_row_stop_the_run(tmp_path):
     trainer = make_trainer(tmp_path, bad=["all"], max_skipped_steps=3)
     before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
@@ -216,6 +284,27 @@ def test_accumulated_parts_are_one_step(tmp_path):
         return trainer.model[0].weight.detach().clone()
 
     torch.testing.assert_close(first_update(1), first_update(4), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["binet", "abinet", "vision", "language", "ssn"])
+def test_parts_of_any_number_give_the_terms_and_gradients_of_the_batch(kind):
+    one, four, three = (small_networks.terms_and_gradients(kind, parts=parts) for parts in (1, 4, 3))
+    assert len(one) > 2
+    for parts in (four, three):
+        for name, expected in one.items():
+            torch.testing.assert_close(parts[name], expected, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_counting_for_a_batch_in_parts_leaves_no_trace():
+    """Neither in the batch norms nor in the numbers that the steps draw."""
+    counted = small_networks.trainer("binet", parts=2)
+    before = {name: buffer.clone() for name, buffer in counted.model.named_buffers()}
+    drawn = torch.get_rng_state()
+    counted.model.train()
+    counted._whole_counts(small_networks.uneven_batch("binet").split(2))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    for name, buffer in counted.model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 def test_averaged_weights_are_those_that_are_saved(tmp_path):
@@ -300,6 +389,35 @@ def test_a_resumed_run_has_the_configured_decay_and_refuses_another_optimiser(tm
     del state["model"]["0.weight"]
     with pytest.raises(UserError, match=r"0\.weight"):
         load_training_state(resumed, state)
+
+
+def moments(trainer):
+    """The optimiser's first moments by name of the parameter."""
+    state = trainer.optimizer.state
+    return {name: state[parameter]["exp_avg"].clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def test_a_resumed_run_with_another_decay_keeps_each_parameters_moments(tmp_path):
+    trained = make_trainer(tmp_path)
+    trained.fit()
+    _, state = newest_whole_checkpoint(tmp_path, "toy")
+    names = {id(parameter): name for name, parameter in trained.model.named_parameters()}
+    order = [names[id(parameter)] for parameter in trained._parameters]
+    places = [order.index(name) for name, _ in trained.model.named_parameters()]
+    saved = state["training"]["optimizer"]
+    one_group = {  # as a checkpoint of an older version has it, where nothing decayed
+        "state": {number: saved["state"][place] for number, place in enumerate(places)},
+        "param_groups": [saved["param_groups"][0] | {"params": list(range(len(places)))}],
+    }
+    for optimizer in (saved, one_group):
+        state["training"]["optimizer"] = optimizer
+        resumed = make_trainer(tmp_path)
+        resumed.optimizer = make_optimizer("Adam", parameter_groups(resumed.model, lr=0.01, weight_decay=0.1))
+        resumed._parameters = [p for group in resumed.optimizer.param_groups for p in group["params"]]
+        load_training_state(resumed, state)
+        for name, moment in moments(resumed).items():
+            assert torch.equal(moment, moments(trained)[name]), name
+        assert {group["weight_decay"] for group in resumed.optimizer.param_groups} == {0.1, 0.0}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

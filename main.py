@@ -10,6 +10,7 @@ Examples:
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -91,15 +92,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             image_only=options.image_only,
             checkpoint=named_checkpoint(options, config),
         )
+        status = 0
     else:
         with claimed(folder, process, keep=options.resume is not None), explain_full_disk(folder):
-            train(config, device=device, process=process, resume=options.resume, debug=options.debug)
+            status = train(config, device=device, process=process, resume=options.resume, debug=options.debug)
     distributed.stop()  # not after a failure, see `run_command_line`
-    return 0
+    return status
 
 
-def train(config: Config, *, device: torch.device, process: Process, resume: str | None = None, debug: bool = False):
-    """Train what the config describes in its work folder; `resume` is a checkpoint, or "" for the newest one."""
+def train(
+    config: Config, *, device: torch.device, process: Process, resume: str | None = None, debug: bool = False
+) -> int:
+    """Train what the config describes in its work folder.
+
+    Args:
+        resume: a checkpoint to go on from, or "" for the newest one.
+
+    Returns:
+        the exit status: 0, or 128 and the number of the signal that stopped the run, as shells have it.
+    """
     folder = work_folder(config)
     log_to(folder, process, debug=debug)
     seed_everything(config.global_.seed or 0)
@@ -120,6 +131,7 @@ def train(config: Config, *, device: torch.device, process: Process, resume: str
         logger.info("resumed after iteration %d", trainer.iteration)
         state = None  # weights and momenta, which would stay in memory to the end
     trainer.fit()
+    return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
 
 
 def test(
@@ -288,7 +300,14 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
             # Not flock: forked loader workers would inherit it and hold it for seconds after a kill.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{folder} is in use by another run; give this one another --name") from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{folder} is in use by another run; give this one another --name") from error
+            logger.warning(
+                "%s: its file system has no locks (%s), so nothing keeps a second run out of this folder; see to that "
+                "yourself, or set global.workdir to another disk",
+                folder,
+                error.strerror,
+            )
         if not keep and (folder / "history.jsonl").exists():
             _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,7 @@ class Trainer:
         self.iteration = 0  # steps done
         self.epoch = 0
         self.batch_in_epoch = 0  # batches of this epoch done
-        self.stop_signal: str | None = None
+        self.stop_signal: signal.Signals | None = None  # that ended the run, or is about to
         self._empty_in_a_row = 0
         self._signalled_at = -math.inf
         self._watch = FiniteWatch(max_in_a_row=max_skipped_steps, on_failure=self._report_not_finite)
@@ -167,7 +167,9 @@ class Trainer:
                     raise UserError(f"a loader worker died in an evaluation ({first_line(error)}); --resume") from error
                 raise
             if self.stop_signal:
-                logger.info("stopped by %s after iteration %d; go on with --resume", self.stop_signal, self.iteration)
+                logger.info(
+                    "stopped by %s after iteration %d; go on with --resume", self.stop_signal.name, self.iteration
+                )
             self.call("on_fit_end")
 
     def _run(self) -> None:
@@ -345,10 +347,10 @@ class Trainer:
             return self.stop_signal is not None
         if self.iteration % STOP_CHECK_ITERATIONS:
             return False
-        stop = distributed.any_process(self.stop_signal is not None)
-        if stop and self.stop_signal is None:
-            self.stop_signal = "another process's signal"
-        return stop
+        number = distributed.largest(self.stop_signal or 0)
+        if number:
+            self.stop_signal = signal.Signals(number)
+        return bool(number)
 
     @contextlib.contextmanager
     def _stop_signals(self):
@@ -360,7 +362,7 @@ class Trainer:
                 self._signalled_at = now
             elif number == signal.SIGINT and now > self._signalled_at + SECOND_SIGNAL_AFTER:
                 raise KeyboardInterrupt
-            self.stop_signal = signal.Signals(number).name
+            self.stop_signal = signal.Signals(number)
 
         handled = (signal.SIGTERM, signal.SIGINT)
         before = [signal.signal(number, remember) for number in handled]

@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     config = load_config(options.config, overrides_of(options))
+    check_request(options, config)
     device = pick_device(options.local_rank)
     process = distributed.start(device.type)
     folder = work_folder(config)
@@ -177,7 +178,8 @@ def test(
             observers.append(AttentionPictures(folder=folder, model_eval=model_eval))
     scores = evaluator.evaluate(model, observers) | {"checkpoint": checkpoint}
     if process.is_main:
-        write_scores(folder, scores, evaluator.columns)
+        for file in ("metrics", f"metrics-{model_eval}"):  # the last test, and the last one of this sub-model
+            write_scores(folder, scores, evaluator.columns, name=file)
         print(evaluator.table(scores))
         logger.info("scores, predictions and report (report/index.html) are in %s", folder)
     return scores
@@ -470,6 +472,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.model_strict not in (None, "true", "false"):
         parser.error(f"argument --model_strict: {options.model_strict!r} is neither true nor false")
     return options
+
+
+def check_request(options: argparse.Namespace, config: Config) -> None:
+    """Raises `UserError` for what would be ignored: a flag of the other phase, a stage that is not built."""
+    if config.global_.phase == "test":
+        if options.resume is not None:
+            raise UserError("--resume goes on with a training; in a test give the weights with --checkpoint FILE")
+        return
+    scored = checked_model_eval(config, None)
+    if options.model_eval not in (None, scored):
+        raise UserError(f"--model_eval {options.model_eval}: training scores {scored}; give it with --phase test")
+    if config.global_.stage == "train-semi-super":
+        raise UserError("global.stage: train-semi-super is not built; set train-super to train on labelled words alone")
 
 
 def overrides_of(options: argparse.Namespace) -> list[str]:

@@ -144,6 +144,11 @@ class Trainer:
         self._network = self._wrap(compile_model, find_unused_parameters)
 
     @property
+    def epochs_done(self) -> int:
+        """Whole epochs so far; `epoch` counts the last one only after the hooks of its last step."""
+        return self.epoch + self.batch_in_epoch // self.batches_per_epoch
+
+    @property
     def scales_loss(self) -> bool:
         """Whether the loss is scaled, as the small gradients of fp16 need it."""
         return self.precision == "fp16"
@@ -492,11 +497,14 @@ class Trainer:
 class AveragedWeights:
     """Exponential moving average of a network's weights and buffers; whole numbers among them are copied.
 
+    The decay of update n, from 0, is min(decay, (1 + n) / (10 + n)), so that the average forgets the first weights in a
+    short run, too.
+
     It counts its steps on the host: torch's `AveragedModel` brings a counter to the device, which stalls a GPU.
 
     Attributes:
         module: the averaged network.
-        steps: updates so far; the first one copies.
+        steps: updates so far.
     """
 
     def __init__(self, network: nn.Module, *, decay: float) -> None:
@@ -508,10 +516,8 @@ class AveragedWeights:
     def update(self, network: nn.Module) -> None:
         """Move towards the network as it is now."""
         ours, theirs = _numbers_and_counts(self.module), _numbers_and_counts(network)
-        if self.steps:
-            torch._foreach_lerp_(ours[0], theirs[0], 1 - self.decay)
-        else:
-            torch._foreach_copy_(ours[0], theirs[0])
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(ours[0], theirs[0], 1 - decay)
         if ours[1]:
             torch._foreach_copy_(ours[1], theirs[1])
         self.steps += 1

@@ -10,6 +10,7 @@ Examples:
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     config = load_config(options.config, overrides_of(options))
+    check_request(options, config)
     device = pick_device(options.local_rank)
     process = distributed.start(device.type)
     folder = work_folder(config)
@@ -91,15 +93,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             image_only=options.image_only,
             checkpoint=named_checkpoint(options, config),
         )
+        status = 0
     else:
         with claimed(folder, process, keep=options.resume is not None), explain_full_disk(folder):
-            train(config, device=device, process=process, resume=options.resume, debug=options.debug)
+            status = train(config, device=device, process=process, resume=options.resume, debug=options.debug)
     distributed.stop()  # not after a failure, see `run_command_line`
-    return 0
+    return status
 
 
-def train(config: Config, *, device: torch.device, process: Process, resume: str | None = None, debug: bool = False):
-    """Train what the config describes in its work folder; `resume` is a checkpoint, or "" for the newest one."""
+def train(
+    config: Config, *, device: torch.device, process: Process, resume: str | None = None, debug: bool = False
+) -> int:
+    """Train what the config describes in its work folder.
+
+    Args:
+        resume: a checkpoint to go on from, or "" for the newest one.
+
+    Returns:
+        the exit status: 0, or 128 and the number of the signal that stopped the run, as shells have it.
+    """
     folder = work_folder(config)
     log_to(folder, process, debug=debug)
     seed_everything(config.global_.seed or 0)
@@ -120,6 +132,7 @@ def train(config: Config, *, device: torch.device, process: Process, resume: str
         logger.info("resumed after iteration %d", trainer.iteration)
         state = None  # weights and momenta, which would stay in memory to the end
     trainer.fit()
+    return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
 
 
 def test(
@@ -165,7 +178,8 @@ def test(
             observers.append(AttentionPictures(folder=folder, model_eval=model_eval))
     scores = evaluator.evaluate(model, observers) | {"checkpoint": checkpoint}
     if process.is_main:
-        write_scores(folder, scores, evaluator.columns)
+        for file in ("metrics", f"metrics-{model_eval}"):  # the last test, and the last one of this sub-model
+            write_scores(folder, scores, evaluator.columns, name=file)
         print(evaluator.table(scores))
         logger.info("scores, predictions and report (report/index.html) are in %s", folder)
     return scores
@@ -288,7 +302,14 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
             # Not flock: forked loader workers would inherit it and hold it for seconds after a kill.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{folder} is in use by another run; give this one another --name") from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{folder} is in use by another run; give this one another --name") from error
+            logger.warning(
+                "%s: its file system has no locks (%s), so nothing keeps a second run out of this folder; see to that "
+                "yourself, or set global.workdir to another disk",
+                folder,
+                error.strerror,
+            )
         if not keep and (folder / "history.jsonl").exists():
             _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -451,6 +472,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.model_strict not in (None, "true", "false"):
         parser.error(f"argument --model_strict: {options.model_strict!r} is neither true nor false")
     return options
+
+
+def check_request(options: argparse.Namespace, config: Config) -> None:
+    """Raises `UserError` for what would be ignored: a flag of the other phase, a stage that is not built."""
+    if config.global_.phase == "test":
+        if options.resume is not None:
+            raise UserError("--resume goes on with a training; in a test give the weights with --checkpoint FILE")
+        return
+    scored = checked_model_eval(config, None)
+    if options.model_eval not in (None, scored):
+        raise UserError(f"--model_eval {options.model_eval}: training scores {scored}; give it with --phase test")
+    if config.global_.stage == "train-semi-super":
+        raise UserError("global.stage: train-semi-super is not built; set train-super to train on labelled words alone")
 
 
 def overrides_of(options: argparse.Namespace) -> list[str]:

@@ -8,7 +8,18 @@ import time
 
 import pytest
 import torch
-from tiny_run import ITERATIONS, NAME, folder_of, history, losses, run, run_processes, shell, write_config
+from tiny_run import (
+    ITERATIONS,
+    NAME,
+    folder_of,
+    history,
+    losses,
+    run,
+    run_processes,
+    shell,
+    start_processes,
+    write_config,
+)
 from torch import nn
 
 import distributed
@@ -84,6 +95,15 @@ def torchrun(*arguments, **options):
     return shell(*command, *arguments, **options)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_every_process_ends_with_the_status_of_a_signal_that_one_got(config, number):
+    ranks = start_processes(config, 2, "training.iterations=2000", "training.save_iters=1000")
+    ranks[0].wait_until(lambda: len(history(config)) >= 3)
+    os.kill(ranks[1].pid, number)
+    assert [each.wait() for each in ranks] == [128 + number] * 2, "\n".join(each.text() for each in ranks)
+    assert "Traceback" not in ranks[0].text() + ranks[1].text()
+
+
 @pytest.mark.slow
 def test_torchrun_writes_once_and_stops_cleanly_at_a_signal(config):
     process = torchrun(f"--config={config}", "--local_rank=0", "training.iterations=2000", "training.save_iters=1000")
@@ -94,6 +114,7 @@ def test_torchrun_writes_once_and_stops_cleanly_at_a_signal(config):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0, output  # whatever the launcher makes of it
     iterations = [entry["iteration"] for entry in history(config)]
     assert iterations == list(range(1, len(iterations) + 1)), output
     assert list(folder_of(config).glob(f"{NAME}_*_{iterations[-1]}.pth")), output

@@ -279,6 +279,9 @@ def test_each_test_set_has_its_row_and_its_files(data):
         assert (folder / f"set-a-{model_eval}" / f"{model_eval}-false.txt").exists()
         pictures = sorted(path.name for path in (folder / f"set-b-{model_eval}" / "attn").iterdir())
         assert pictures == [f"{number:09d}.jpg" for number in (1, 2, 3)], "named by the keys of the LMDB"
+    for model_eval in ("alignment", "vision", "language"):  # none has taken another's place
+        assert json.loads((folder / f"metrics-{model_eval}.json").read_text())["model_eval"] == model_eval
+        assert (folder / f"metrics-{model_eval}.csv").exists()
 
 
 def test_image_only_leaves_attention_out_and_a_folder_gives_all_its_sets(data):
@@ -289,6 +292,24 @@ def test_image_only_leaves_attention_out_and_a_folder_gives_all_its_sets(data):
     folder = data / "workdir" / "folder"
     assert json.loads((folder / "metrics.json").read_text())["datasets"].keys() == {"train", "set-a", "set-b"}
     assert not list(folder.glob("*/attn"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_eval=vision"], "--model_eval vision: training scores alignment"),
+        (["--phase=test", "--resume"], "--resume goes on with a training"),
+        (["global.stage=train-semi-super"], "global.stage: train-semi-super is not built"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_and_no_run_is_moved_for_it(data, arguments, message):
+    run = [f"--config={data / 'binet.yaml'}", "--name=ignored", "training.iterations=1"]
+    if not (data / "workdir" / "ignored").exists():
+        assert main([*run, "--model_eval=alignment"]) == 0  # what training scores
+    with pytest.raises(UserError) as error:
+        main([*run, *arguments])
+    assert message in str(error.value)
+    assert not (data / "workdir" / "ignored.1").exists()
 
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(data, capsys):

@@ -107,3 +107,9 @@ def test_mistakes_are_named(files, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"")
     with pytest.raises(UserError, match="--overwrite"):
         export_onnx.main(both)
+
+
+def test_a_missing_package_is_named(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_onnx, "PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(UserError, match=r"^no_such_package is not installed; install requirements-dev\.txt"):
+        export_onnx.main(["--checkpoint", str(files / "both.pth"), "--output", str(tmp_path / "x.onnx")])

@@ -21,6 +21,7 @@ N is free. Charset, sizes, fit, mean and deviation are in the file's metadata.
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -51,6 +52,7 @@ from utils import UserError, explain_full_disk, run_command_line
 EXAMPLE = """  python tools/export_onnx.py --checkpoint weights/binet-small.pth --output binet.onnx
   python tools/export_onnx.py --checkpoint weights/binet-small.pth --ssn --output binet-with-ssn.onnx"""
 
+PACKAGES = ("onnx", "onnxscript")  # of requirements-dev.txt
 OPSET = 18
 SSN_SIZE = (161, 641)  # height, width: in the shape of the network's input, about the area that masks are made at
 
@@ -182,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    if missing := [each for each in PACKAGES if importlib.util.find_spec(each) is None]:
+        raise UserError(f"{', '.join(missing)} is not installed; install requirements-dev.txt")
     output = Path(options.output)
     if output.exists() and not options.overwrite:
         raise UserError(f"--output {output} exists; give another path or --overwrite")

@@ -55,6 +55,18 @@ def test_float32_form_gives_the_same(options):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_inputs_may_be_named(compiled):
+    fast = prepare_for_inference(with_statistics(small_recogniser()), precision="fp32", compile=compiled)
+    image, mask, *_ = known_inputs(5, 3)
+    expected = leaves(fast(image, mask))
+    for output in (fast(image=image, mask=mask), fast(mask=mask, image=image), fast(image, mask=mask)):
+        for ours, theirs in zip(leaves(output), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="image"):
+        fast(mask=mask)
+
+
 @pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bit_form_is_near_in_float32_outputs(options, precision):

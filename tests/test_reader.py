@@ -1,6 +1,8 @@
 """The reader: every form of a picture, batches, broken pictures, threads, and checkpoints that are enough alone."""
 
 import io
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from reader import Reader
 from tests.small_networks import save_networks, small_config
 from tools import bundle_weights
 from utils import UserError, read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,12 @@ def test_the_extent_says_what_of_the_input_a_picture_fills(reader, files):
         keeping = Reader(files / "both.pth", device="cpu", config=small_config(**{key: True}))
         read = keeping.read([picture(height=h, width=w) for h, w in ((40, 40), (16, 128))])
         assert [each.extent for each in read] == extents
+
+
+def test_importing_a_reader_imports_no_compiler():
+    code = "import sys, torch, reader; print({'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_every_form_of_a_picture_gives_the_same_reading(reader, tmp_path):

@@ -1,16 +1,22 @@
 """What differs between one process and many: who am I, means over the global batch, gathering of results."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # the first evaluation of a large set may keep the other ranks waiting
 
@@ -29,14 +35,58 @@ class Process:
         return self.rank == 0
 
 
-def start(device_type: str) -> Process:
-    """Join the process group that `torchrun` describes in the environment: NCCL on GPUs, Gloo on CPUs."""
+def pick_device(local_rank: int | None = None) -> torch.device:
+    """This process's GPU where there is one that torch can use, else the CPU; a GPU left unused is warned of.
+
+    Args:
+        local_rank: number of this process on its machine, where the launcher does not tell it (`LOCAL_RANK`).
+
+    Raises:
+        UserError: this machine has more processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        if (reason := _why_no_gpu()) is not None:
+            logger.warning(
+                "on the CPU: this machine has a GPU, but torch %s cannot use it (%s)", torch.__version__, reason
+            )
+        return torch.device("cpu")
+    rank, gpus = int(os.environ.get("LOCAL_RANK", local_rank or 0)), torch.cuda.device_count()
+    if rank >= gpus:
+        raise UserError(f"process {rank + 1} of this machine has no GPU, there are {gpus}; lower --nproc_per_node")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def _why_no_gpu() -> str | None:
+    """What keeps torch from the GPU of this machine; None where it has none, or where the user hides it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not _has_gpu():
+        return None
+    if not torch.backends.cuda.is_built():
+        return "it is built without CUDA: install another build"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # the driver is too old for this build, or broken
+        return first_line(error)
+    return "CUDA finds no device"
+
+
+def _has_gpu() -> bool:
+    """Whether the system shows an NVIDIA GPU, usable or not."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def start(device_type: str, *, timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Process:
+    """Join the process group that `torchrun` describes in the environment: NCCL on GPUs, Gloo on CPUs.
+
+    Args:
+        timeout: how long a process waits for the others before it gives up.
+    """
     if "RANK" not in os.environ or (int(os.environ.get("WORLD_SIZE", "1")) == 1 and "MASTER_ADDR" not in os.environ):
         return Process()
     if not dist.is_initialized():
         # Gloo always, for objects and flags that live on the host; NCCL for the tensors of a GPU.
         backend = "cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     return Process(dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size())
 
 

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     config = load_config(options.config, overrides_of(options))
-    device = pick_device(options.local_rank)
+    device = distributed.pick_device(options.local_rank)
     process = distributed.start(device.type)
     folder = work_folder(config)
     use_tf32(config.training.tf32)
@@ -377,15 +376,6 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
         "dataset.num_workers": 0 if options.debug else None,
     }
     return [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None] + options.overrides
-
-
-def pick_device(local_rank: int | None) -> torch.device:
-    """This process's GPU where there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
 
 
 if __name__ == "__main__":

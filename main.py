@@ -156,7 +156,7 @@ def build_trainer(config: Config, *, device: torch.device, process: Process) -> 
     with distributed.main_first():  # it stores the indices of large LMDBs
         data = build_training_data(config, device=device, process=process)
         callbacks = build_callbacks(config, data=data, device=device, process=process)
-    model = distributed.synchronized(build_model(config), config.training.sync_batchnorm, device).to(device)
+    model = distributed.synchronized(build_model(config), config.training.sync_batchnorm).to(device)
     criterion = build_criterion(config)
     batches = len(data.batch_sampler)
     iterations = config.training.iterations or config.training.epochs * batches

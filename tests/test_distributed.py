@@ -13,6 +13,7 @@ from torch import nn
 
 import distributed
 from tests.small_networks import terms_and_gradients
+from utils import UserError
 
 STEPS = 20
 # Dropout draws other numbers in every process. SGD: Adam would blow rounding up where gradients are almost 0.
@@ -105,8 +106,13 @@ def test_torchrun_writes_once_and_stops_cleanly_at_a_signal(config):
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def _as_rank(rank, port, function, results):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _as_rank(rank, port, function, results, world_size=2):
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     distributed.start("cpu")
     results.put((rank, function(rank)))
@@ -120,11 +126,11 @@ def normalised_part(rank):
     values, weights = torch.randn(5, 3, 4, 6), torch.randn(5, 4, 4, 6)
     rows = slice(None) if rank is None else slice(0, 2) if rank == 0 else slice(2, 5)
     names = list(network.state_dict())
-    network = distributed.synchronized(network, True, torch.device("cpu"))
+    network = distributed.synchronized(network, True)
     assert list(network.state_dict()) == names
     output = network(values[rows])
     (output * weights[rows]).sum().backward()
-    gradients = [distributed.summed(parameter.grad) for parameter in network.parameters()]
+    gradients = [distributed.counted(parameter.grad) for parameter in network.parameters()]
     tensors = [output.detach(), *gradients, *network[1].buffers()]
     return [tensor.numpy() for tensor in tensors]
 
@@ -187,19 +193,92 @@ def free_port():
 def test_one_process_needs_no_group():
     values = torch.tensor([2.0, 4.0])
     assert distributed.average(values) is values
-    assert distributed.summed(values) is values
+    assert distributed.counted(values) is values
     assert distributed.gather(["a"]) == ["a"]
     assert distributed.batch_mean(values.sum(), torch.tensor(0)) == 6.0
     network = nn.Sequential(nn.BatchNorm2d(2))
-    assert type(distributed.synchronized(network, True, torch.device("cpu"))[0]) is nn.BatchNorm2d
+    assert type(distributed.synchronized(network, True)[0]) is nn.BatchNorm2d
+
+
+def test_a_group_of_one_process_computes_what_no_group_does(config):
+    run(config, "--name=plain", "training.iterations=4")
+    run_processes(config, 1, "--name=group", "training.iterations=4", "training.sync_batchnorm=true")
+    assert losses(config, "group") == pytest.approx(losses(config, "plain"), rel=1e-5)
+
+
+def in_group(rank):
+    return distributed.is_distributed(), torch.distributed.get_backend()
+
+
+def test_torchrun_with_one_process_makes_a_group(free_port):
+    context = torch.multiprocessing.get_context("fork")
+    results = context.Queue()
+    alone = context.Process(target=_as_rank, args=(0, free_port, in_group, results, 1))
+    alone.start()
+    assert results.get(timeout=60) == (0, (True, "gloo"))
+    alone.join(60)
+
+
+def test_synchronized_batch_norm_compiles_whole(free_port, monkeypatch):
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.start("cpu")
+    try:
+        network = distributed.synchronized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), True)
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        compiled(torch.randn(2, 3, 4, 6)).square().sum().backward()
+        assert network[0].weight.grad.abs().sum() > 0
+    finally:
+        distributed.stop()
 
 
 @pytest.mark.gpu
-def test_nccl_with_one_process_runs(config):
+def test_nccl_with_one_process_runs(config, monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
     process = shell(
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone", "main.py",
         f"--config={config}", "training.sync_batchnorm=true",
     )  # fmt: skip
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
+    assert "NCCL INFO" in output
     assert len(history(config)) == ITERATIONS
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_gpu_with_too_old_a_driver_is_warned_of(no_cuda, monkeypatch, caplog):
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    monkeypatch.setattr(distributed, "_has_gpu", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    assert distributed.pick_device() == torch.device("cpu")
+    assert "driver on your system is too old (found version 11040)" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    distributed.pick_device()
+    assert "built without CUDA" in caplog.text
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_nothing_is_said_without_a_gpu_or_of_a_hidden_one(no_cuda, monkeypatch, caplog, hidden):
+    monkeypatch.setattr(distributed, "_has_gpu", lambda: hidden)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.pick_device() == torch.device("cpu")
+    assert not caplog.records
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 3 of this machine has no GPU, there are 2; lower --nproc_per_node"):
+        distributed.pick_device()

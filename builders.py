@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import distributed
 from charset import PROTOCOLS, Charset
 from config import Config, SSNConfig
 from dataset import (
@@ -209,6 +210,14 @@ def build_schedule(config: Config, *, batches_per_epoch: int, iterations: int) -
     if scheduler.type == "poly":
         schedule = poly_schedule(max(iterations - scheduler.warmup_iters, 1), scheduler.power)
     else:
+        total, epochs = sum(scheduler.periods), config.training.epochs
+        if config.training.iterations is None and total != epochs and distributed.is_main():
+            logger.warning(
+                "optimizer.scheduler.periods add up to %d epochs, training.epochs is %d: %s",
+                total,
+                epochs,
+                "the last period goes on to the end" if total < epochs else "the run ends before the rate is through",
+            )
         ends = [sum(scheduler.periods[: i + 1]) * batches_per_epoch for i in range(len(scheduler.periods) - 1)]
         schedule = step_schedule(ends, scheduler.gamma)
     return with_warmup(schedule, scheduler.warmup_iters)
@@ -350,7 +359,8 @@ def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, 
     part = ssn_part(state)
     if "config" not in part:
         return None
-    config = with_checkpoint(Config.from_dict(part["config"], source=f"{path} (config)"), None)
+    carried = Config.from_dict(part["config"], source=f"{path} (config)", drop_unknown=True)
+    config = with_checkpoint(carried, None)
     if config.model.kind != "ssn":
         return None
     ssn = build_ssn(config)

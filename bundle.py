@@ -140,7 +140,7 @@ def portable(config: Config) -> dict[str, Any]:
 def _carried_config(state: Mapping[str, Any], path: Path | str) -> Config:
     if not isinstance(state.get("config"), Mapping):
         raise UserError(f"checkpoint {path} carries no config; give the one that it was trained with (--config YAML)")
-    return Config.from_dict(state["config"], source=f"{path} (config)")
+    return Config.from_dict(state["config"], source=f"{path} (config)", drop_unknown=True)
 
 
 def _stored(weights: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:

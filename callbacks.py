@@ -382,7 +382,8 @@ class Evaluation(Callback):
 class Checkpoints(Callback):
     """`<name>_<epoch>_<iteration>.pth` each `interval` iterations, at a stop signal, at the end; the last `keep` stay.
 
-    `checkpoint.yaml` lists them, newest last. Put this callback last, so that what it saves is what the others did.
+    The epoch in a name is the number of whole epochs done. `checkpoint.yaml` lists them, newest last. Put this callback
+    last, so that what it saves is what the others did.
     Where an evaluation falls on the same step, it saves before that, too: an evaluation that fails costs no step.
     """
 
@@ -392,6 +393,7 @@ class Checkpoints(Callback):
         self.interval = interval
         self.keep = keep
         self.start = start
+        self._saved: int | None = None  # the iteration after which nothing has changed since it was saved
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.process.is_main:
@@ -402,30 +404,29 @@ class Checkpoints(Callback):
         if self._is_due(trainer) or trainer.iteration == trainer.iterations:
             self.save(trainer)
 
+    def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
+        self._saved = None
+
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         if self._is_due(trainer) and trainer.iteration != trainer.iterations:  # the last one is saved at the end
             self.save(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        self.save(trainer)
+        if self._saved != trainer.iteration:
+            self.save(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
         return trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
 
     def save(self, trainer: Trainer) -> None:
+        self._saved = trainer.iteration
         state = trainer.state_dict()  # on every process: it gathers
         if not trainer.process.is_main:
             return
-        path = self.folder / f"{self.name}_{trainer.epoch}_{trainer.iteration}.pth"
+        path = self.folder / f"{self.name}_{trainer.epochs_done}_{trainer.iteration}.pth"
         save_atomically(state, path)
-        names = [each for each in listed_checkpoints(self.folder, self.name) if each != path.name] + [path.name]
-        self._write_list(names[-self.keep :])
-        for old in names[: -self.keep]:
+        for old in list_as_newest(self.folder, self.name, path.name, keep=self.keep):
             (self.folder / old).unlink(missing_ok=True)
-
-    def _write_list(self, names: list[str]) -> None:
-        content = yaml.safe_dump({"latest": names[-1], "checkpoints": names})
-        write_atomically(self.folder / CHECKPOINT_LIST, lambda file: file.write(content.encode()))
 
 
 class NotFiniteBatches(Callback):
@@ -552,6 +553,15 @@ def listed_checkpoints(folder: Path, name: str) -> list[str]:
     )
     newer = [path.name for path in found if path.name not in names]  # written, but killed before it was listed
     return [each for each in names if (folder / each).exists()] + newer
+
+
+def list_as_newest(folder: Path, name: str, file: str, *, keep: int | None = None) -> list[str]:
+    """Put `file` last in the list of run `name`'s checkpoints; returns those that `keep` leaves out of it."""
+    names = [each for each in listed_checkpoints(folder, name) if each != file] + [file]
+    kept = names[-keep:] if keep else names
+    content = yaml.safe_dump({"latest": file, "checkpoints": kept})
+    write_atomically(folder / CHECKPOINT_LIST, lambda listing: listing.write(content.encode()))
+    return names[: len(names) - len(kept)]
 
 
 def newest_whole_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:

@@ -112,7 +112,9 @@ class GlobalConfig(Section):
     )
     phase: Literal["train", "test"] = key("train", "train, or test: evaluate only (--phase sets it).")
     stage: Literal["pretrain-vision", "pretrain-language", "train-semi-super", "train-super", "train-ssn"] = key(
-        "train-super", "Published name of the stage; informative, model.name decides what is trained."
+        "train-super",
+        "Published name of the stage; informative, model.name decides what is trained. Training refuses "
+        "train-semi-super, which is not built.",
     )
     workdir: str = key("workdir", "Folder that holds one folder for each run.", min_length=1)
     seed: int | None = key(None, "Seed of weights, order and augmentation; null means 0.", ge=0, lt=2**63)
@@ -222,7 +224,13 @@ class TrainingConfig(Section):
         "Parts into which a batch is cut to save memory. Loss and gradient are those of the whole batch, but batch "
         "norms take the statistics of each part; BINet and SSN take a forward pass more, to count pixels.",
     )
-    ema: float | None = key(None, "Decay of the averaged weights that are evaluated; null: no average.", gt=0, lt=1)
+    ema: float | None = key(
+        None,
+        "Decay of the averaged weights that are evaluated, less in the first steps: (1 + step) / (10 + step); null: no "
+        "average.",
+        gt=0,
+        lt=1,
+    )
     sync_batchnorm: bool = key(False, "Batch statistics over all processes instead of each one's own.")
     keep_checkpoints: PositiveInt = key(3, "Newest checkpoints that stay on disk, beside the best one.")
     max_skipped_steps: PositiveInt = key(10, "Steps in a row with a loss or gradient not finite before the run stops.")
@@ -423,13 +431,17 @@ class Config(Section):
         return self
 
     @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any], source: str = "config") -> "Config":
-        """A config from plain data, such as a checkpoint carries; `source` names it in error messages.
+    def from_dict(cls, mapping: Mapping[str, Any], source: str = "config", *, drop_unknown: bool = False) -> "Config":
+        """A config from plain data, such as a checkpoint carries; `source` names it in messages.
+
+        Args:
+            drop_unknown: leave out keys that the schema does not have, with a warning that names them: a checkpoint is
+                of use after a key has gone.
 
         Raises:
             UserError: with one line for each thing that is wrong.
         """
-        return _validated(Document(_plain(mapping), source, {}), {})
+        return _validated(Document(_plain(mapping), source, {}), {}, drop_unknown=drop_unknown)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dicts, lists, numbers, strings, None) that `from_dict` reads back equal."""
@@ -507,9 +519,13 @@ def _set(data: Any, names: list[str], value: Any) -> None:
     data[names[-1]] = value
 
 
-def _validated(document: Document, origins: Mapping[str, str], problems: Sequence[str] = ()) -> Config:
+def _validated(
+    document: Document, origins: Mapping[str, str], problems: Sequence[str] = (), *, drop_unknown: bool = False
+) -> Config:
     problems = list(problems)
     _drop_dead_keys(document)
+    if drop_unknown:
+        _drop_unknown_keys(document)
     config = None
     try:
         config = Config.model_validate(document.data)
@@ -530,6 +546,20 @@ def _drop_dead_keys(document: Document) -> None:
         if isinstance(values, dict) and name in values:
             logger.warning("%s: %s is a published key that nothing reads any more; ignored", document.source, dotted)
             document.data[section] = {other: value for other, value in values.items() if other != name}
+
+
+def _drop_unknown_keys(document: Document) -> None:
+    try:
+        Config.model_validate(document.data)
+    except ValidationError as errors:
+        for error in errors.errors(include_url=False):
+            if error["type"] == "extra_forbidden":
+                *sections, name = error["loc"]
+                values = document.data
+                for section in sections:
+                    values = values[section]
+                del values[name]
+                logger.warning("%s: %s is no key of the config any more; ignored", document.source, _describe(error)[0])
 
 
 def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:

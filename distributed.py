@@ -257,13 +257,13 @@ def put_back(values: Tensor, tensors: list[Tensor]) -> None:
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set on any process; every process must call it."""
+def largest(number: int) -> int:
+    """The largest of the processes' numbers; every process must call it."""
     if not is_distributed():
-        return flag
-    value = torch.tensor(int(flag))
+        return number
+    value = torch.tensor(int(number))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return int(value)
 
 
 def gather(items: list[Any]) -> list[Any]:

@@ -277,15 +277,15 @@ def score_csv(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
     return file.getvalue()
 
 
-def write_scores(folder: Path, scores: Mapping[str, Any], columns: Sequence[str]) -> None:
-    """Write `metrics.json`, and its table as `metrics.md` and `metrics.csv`, each all or nothing."""
+def write_scores(folder: Path, scores: Mapping[str, Any], columns: Sequence[str], *, name: str = "metrics") -> None:
+    """Write `<name>.json`, and its table as `<name>.md` and `<name>.csv`, each all or nothing."""
     contents = {
-        "metrics.json": json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
-        "metrics.md": score_table(scores, columns) + "\n",
-        "metrics.csv": score_csv(scores, columns),
+        "json": json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
+        "md": score_table(scores, columns) + "\n",
+        "csv": score_csv(scores, columns),
     }
-    for name, content in contents.items():
-        write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
+    for suffix, content in contents.items():
+        write_atomically(folder / f"{name}.{suffix}", lambda file, content=content: file.write(content.encode()))
 
 
 def _per_cent(entry: Mapping[str, float], columns: Sequence[str]) -> list[str]:

@@ -10,15 +10,15 @@ Examples:
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 import distributed
@@ -46,6 +46,7 @@ from callbacks import (
     Progress,
     TensorBoard,
     UnreadableSamples,
+    list_as_newest,
     listed_checkpoints,
     newest_whole_checkpoint,
 )
@@ -77,29 +78,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     config = load_config(options.config, overrides_of(options))
+    check_request(options, config)
     device = distributed.pick_device(options.local_rank)
     process = distributed.start(device.type)
     folder = work_folder(config)
     use_tf32(config.training.tf32)
     if config.global_.phase == "test":
-        test(config, device=device, process=process, model_eval=options.model_eval, image_only=options.image_only)
+        test(
+            config,
+            device=device,
+            process=process,
+            model_eval=options.model_eval,
+            image_only=options.image_only,
+            checkpoint=named_checkpoint(options, config),
+        )
+        status = 0
     else:
         with claimed(folder, process, keep=options.resume is not None), explain_full_disk(folder):
-            train(config, device=device, process=process, resume=options.resume, debug=options.debug)
+            status = train(config, device=device, process=process, resume=options.resume, debug=options.debug)
+    distributed.barrier()  # a launcher ends all processes when one ends with a status, and the main one may be saving
     distributed.stop()  # not after a failure, see `run_command_line`
-    return 0
+    return status
 
 
-def train(config: Config, *, device: torch.device, process: Process, resume: str | None = None, debug: bool = False):
-    """Train what the config describes in its work folder; `resume` is a checkpoint, or "" for the newest one."""
+def train(
+    config: Config, *, device: torch.device, process: Process, resume: str | None = None, debug: bool = False
+) -> int:
+    """Train what the config describes in its work folder.
+
+    Args:
+        resume: a checkpoint to go on from, or "" for the newest one.
+
+    Returns:
+        the exit status: 0, or 128 and the number of the signal that stopped the run, as shells have it.
+    """
     folder = work_folder(config)
     log_to(folder, process, debug=debug)
     seed_everything(config.global_.seed or 0)
     torch.autograd.set_detect_anomaly(debug)
-    state = resume_state(folder, config.global_.name, resume) if resume is not None else None
-    if state is not None:  # its weights replace whatever a checkpoint would give
-        config = with_checkpoint(config, None)
-    trainer = build_trainer(config, device=device, process=process)
+    state = resume_state(folder, config.global_.name, resume, process) if resume is not None else None
+    if state is not None:
+        config = continued(config, state)
+    trainer = build_trainer(config, device=device, process=process, resumed=state is not None)
     seed_everything((config.global_.seed or 0) + process.rank)  # equal weights everywhere, but not equal dropout
     if process.is_main:
         save_config(config, folder / "config.yaml")
@@ -112,17 +132,30 @@ def train(config: Config, *, device: torch.device, process: Process, resume: str
         logger.info("resumed after iteration %d", trainer.iteration)
         state = None  # weights and momenta, which would stay in memory to the end
     trainer.fit()
+    return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
 
 
 def test(
-    config: Config, *, device: torch.device, process: Process, model_eval: str | None, image_only: bool
+    config: Config,
+    *,
+    device: torch.device,
+    process: Process,
+    model_eval: str | None,
+    image_only: bool,
+    checkpoint: str | None,
 ) -> dict[str, Any]:
-    """Evaluate on every test set: scores, prediction files, report and attention pictures in the work folder."""
+    """Evaluate on every test set: scores, prediction files, report and attention pictures in the work folder.
+
+    Args:
+        checkpoint: the weights; None: the run's best, else, where nothing was trained, `model.checkpoint`.
+    """
     folder = work_folder(config)
     log_to(folder, process)
     model_eval = checked_model_eval(config, model_eval)
+    checkpoint = checkpoint or weights_to_test(config)
     # In float32 and not compiled the fast form gives the network's own answers, at no start-up cost.
-    model = prepare_for_inference(build_trained_model(config).to(device), precision="fp32", compile=False)
+    model = build_model(with_checkpoint(config, checkpoint)).to(device)
+    model = prepare_for_inference(model, precision="fp32", compile=False)
     evaluator = build_evaluator(config, device=device, process=process, model_eval=model_eval)
     if process.is_main and not (folder / "config.yaml").exists():  # that of a training stays
         save_config(config, folder / "config.yaml")
@@ -134,7 +167,7 @@ def test(
             Report(
                 folder=folder / "report",
                 title=config.global_.name,
-                details={"network": config.model.name, "weights": config.model.checkpoint or "best of the run"},
+                details={"network": config.model.name, "weights": checkpoint},
                 charset=build_charset(config),
                 normalize=normalize,
                 with_attention=not image_only,
@@ -143,20 +176,26 @@ def test(
         )
         if not image_only:
             observers.append(AttentionPictures(folder=folder, model_eval=model_eval))
-    scores = evaluator.evaluate(model, observers)
+    scores = evaluator.evaluate(model, observers) | {"checkpoint": checkpoint}
     if process.is_main:
-        write_scores(folder, scores, evaluator.columns)
+        for file in ("metrics", f"metrics-{model_eval}"):  # the last test, and the last one of this sub-model
+            write_scores(folder, scores, evaluator.columns, name=file)
         print(evaluator.table(scores))
         logger.info("scores, predictions and report (report/index.html) are in %s", folder)
     return scores
 
 
-def build_trainer(config: Config, *, device: torch.device, process: Process) -> Trainer:
-    """Everything that training needs, from data to callbacks."""
+def build_trainer(config: Config, *, device: torch.device, process: Process, resumed: bool = False) -> Trainer:
+    """Everything that training needs, from data to callbacks.
+
+    Args:
+        resumed: the weights come from a checkpoint of the run itself: those that the config names are not loaded.
+    """
     with distributed.main_first():  # it stores the indices of large LMDBs
         data = build_training_data(config, device=device, process=process)
         callbacks = build_callbacks(config, data=data, device=device, process=process)
-    model = distributed.synchronized(build_model(config), config.training.sync_batchnorm).to(device)
+    model = build_model(with_checkpoint(config, None) if resumed else config)
+    model = distributed.synchronized(model, config.training.sync_batchnorm).to(device)
     criterion = build_criterion(config)
     batches = len(data.batch_sampler)
     iterations = config.training.iterations or config.training.epochs * batches
@@ -218,16 +257,25 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
     return [*callbacks, Checkpoints(folder=folder, name=name, **rhythm)]
 
 
-def build_trained_model(config: Config) -> nn.Module:
-    """The network with the weights to test: `model.checkpoint`, else the best of the run's work folder."""
-    best = work_folder(config) / f"best-{config.global_.name}.pth"
-    checkpoint = config.model.checkpoint
-    if checkpoint is None and best.is_file():
+def named_checkpoint(options: argparse.Namespace, config: Config) -> str | None:
+    """The weights that the command line names, be it as `--checkpoint` or as `model.checkpoint=FILE`."""
+    keys = [override.partition("=")[0].strip() for override in overrides_of(options)]
+    return config.model.checkpoint if "model.checkpoint" in keys else None
+
+
+def weights_to_test(config: Config) -> str:
+    """The run's best weights; `model.checkpoint`, which a run starts from, where nothing was trained."""
+    folder, name = work_folder(config), config.global_.name
+    best, start = folder / f"best-{name}.pth", config.model.checkpoint
+    if best.is_file():
         logger.info("testing %s", best)
-        checkpoint = str(best)
-    if checkpoint is None:
+        return str(best)
+    if saved := listed_checkpoints(folder, name):
+        raise UserError(f"{best} does not exist: give the weights to test, such as --checkpoint {folder / saved[-1]}")
+    if start is None:
         raise UserError(f"there are no weights to test: give --checkpoint, or train first ({best} does not exist)")
-    return build_model(with_checkpoint(config, checkpoint))
+    logger.info("nothing was trained in %s: testing model.checkpoint, %s", folder, start)
+    return start
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------
@@ -254,7 +302,14 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
             # Not flock: forked loader workers would inherit it and hold it for seconds after a kill.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{folder} is in use by another run; give this one another --name") from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{folder} is in use by another run; give this one another --name") from error
+            logger.warning(
+                "%s: its file system has no locks (%s), so nothing keeps a second run out of this folder; see to that "
+                "yourself, or set global.workdir to another disk",
+                folder,
+                error.strerror,
+            )
         if not keep and (folder / "history.jsonl").exists():
             _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -279,12 +334,27 @@ def _move_aside(folder: Path) -> None:
     print(f"an earlier run was in {folder}; it is now {moved} (to go on with it, use --resume)")
 
 
-def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
-    """Training state to go on from: of a file, or of the folder's newest whole checkpoint; None where it has none."""
+def resume_state(folder: Path, name: str, resume: str, process: Process) -> dict[str, Any] | None:
+    """Training state to go on from: of a file, or of the folder's newest whole checkpoint; None where it has none.
+
+    A file of the folder itself becomes its newest checkpoint: those after it belong to steps that are taken anew.
+
+    Raises:
+        UserError: the file cannot be resumed from, or is none of the run that the folder holds.
+    """
     if resume:
         state = read_checkpoint(resume)
         if "training" not in state:
             raise UserError(f"--resume {resume}: holds weights only; start from them with --checkpoint")
+        history = folder / "history.jsonl"
+        if Path(resume).resolve().parent == folder.resolve():
+            if process.is_main:
+                list_as_newest(folder, name, Path(resume).name)
+        elif history.is_file() and history.stat().st_size:
+            raise UserError(
+                f"--resume {resume}: {folder} holds another run; give this one another --name, or go on with that one "
+                "by --resume alone"
+            )
         return state
     if not listed_checkpoints(folder, name):
         logger.warning("%s has no checkpoint to resume from: starting from the beginning", folder)
@@ -294,14 +364,53 @@ def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
     return state
 
 
+def continued(config: Config, state: Mapping[str, Any]) -> Config:
+    """The config of a run that goes on from `state`: it keeps the names of the weights that it started from.
+
+    Raises:
+        UserError: a key has changed that must not within a run.
+    """
+    config, before = config.model_copy(deep=True), state.get("config")
+    if before is None:
+        return config
+    now = config.to_dict()
+    for key in ("global.seed", "dataset.train.batch_size"):  # the order of the samples, and the steps of an epoch
+        if (value_of(before, key) or 0) != (value_of(now, key) or 0):
+            raise UserError(
+                f"{key}: the run to resume has {value_of(before, key)}, not {value_of(now, key)}, and its place in the "
+                "data means nothing with another; keep it, or start from the run's weights with --checkpoint"
+            )
+    sections = {"model": config.model, "model.vision": config.model.vision, "model.language": config.model.language}
+    if config.model.kind == "ssn":
+        sections["model.ssn"] = config.model.ssn
+    for name, section in sections.items():
+        started_from = value_of(before, f"{name}.checkpoint")
+        if section.checkpoint not in (None, started_from):
+            raise UserError(
+                f"{name}.checkpoint: the run to resume started from {started_from}, not {section.checkpoint}, and goes "
+                f"on with its own weights; leave it out ({name}.checkpoint=null)"
+            )
+        section.checkpoint = started_from
+    return config
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in a config as plain data; None where it has no such key."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
+
+
 def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
     """Let a run go on from a checkpoint.
 
     Raises:
-        UserError: it is of another network or optimiser.
+        UserError: it is of another network or optimiser, or of other data.
     """
     try:
         trainer.load_state_dict(state)
+    except UserError:
+        raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -363,6 +472,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.model_strict not in (None, "true", "false"):
         parser.error(f"argument --model_strict: {options.model_strict!r} is neither true nor false")
     return options
+
+
+def check_request(options: argparse.Namespace, config: Config) -> None:
+    """Raises `UserError` for what would be ignored: a flag of the other phase, a stage that is not built."""
+    if config.global_.phase == "test":
+        if options.resume is not None:
+            raise UserError("--resume goes on with a training; in a test give the weights with --checkpoint FILE")
+        return
+    scored = checked_model_eval(config, None)
+    if options.model_eval not in (None, scored):
+        raise UserError(f"--model_eval {options.model_eval}: training scores {scored}; give it with --phase test")
+    if config.global_.stage == "train-semi-super":
+        raise UserError("global.stage: train-semi-super is not built; set train-super to train on labelled words alone")
 
 
 def overrides_of(options: argparse.Namespace) -> list[str]:

@@ -19,19 +19,26 @@ def parameter_groups(
 ) -> list[dict]:
     """Parameters in groups of equal rate and decay.
 
+    The groups depend on the network alone, so that a run may be resumed with other rates and decays.
+
     Args:
         decay_norms: decay normalisation parameters and biases as well.
         head_lr_factor: factor of the rate of SSN's head.
     """
     norms = {id(p) for module in model.modules() if isinstance(module, NORMALISATIONS) for p in module.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        spared = not decay_norms and (id(parameter) in norms or name.endswith("bias"))
-        rate = lr * (head_lr_factor if name.startswith(HEAD_PREFIX) else 1.0)
-        groups.setdefault((rate, 0.0 if spared else weight_decay), []).append(parameter)
-    return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+        if parameter.requires_grad:
+            norm_or_bias = id(parameter) in norms or name.endswith("bias")
+            groups.setdefault((name.startswith(HEAD_PREFIX), norm_or_bias), []).append(parameter)
+    return [
+        {
+            "params": group,
+            "lr": lr * (head_lr_factor if in_head else 1.0),
+            "weight_decay": 0.0 if norm_or_bias and not decay_norms else weight_decay,
+        }
+        for (in_head, norm_or_bias), group in groups.items()
+    ]
 
 
 def make_optimizer(

@@ -134,7 +134,7 @@ class Trainer:
         self.iteration = 0  # steps done
         self.epoch = 0
         self.batch_in_epoch = 0  # batches of this epoch done
-        self.stop_signal: str | None = None
+        self.stop_signal: signal.Signals | None = None  # that ended the run, or is about to
         self._empty_in_a_row = 0
         self._signalled_at = -math.inf
         self._watch = FiniteWatch(max_in_a_row=max_skipped_steps, on_failure=self._report_not_finite)
@@ -142,6 +142,11 @@ class Trainer:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(model)
         self._network = self._wrap(compile_model, find_unused_parameters)
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole epochs so far; `epoch` counts the last one only after the hooks of its last step."""
+        return self.epoch + self.batch_in_epoch // self.batches_per_epoch
 
     @property
     def scales_loss(self) -> bool:
@@ -167,7 +172,9 @@ class Trainer:
                     raise UserError(f"a loader worker died in an evaluation ({first_line(error)}); --resume") from error
                 raise
             if self.stop_signal:
-                logger.info("stopped by %s after iteration %d; go on with --resume", self.stop_signal, self.iteration)
+                logger.info(
+                    "stopped by %s after iteration %d; go on with --resume", self.stop_signal.name, self.iteration
+                )
             self.call("on_fit_end")
 
     def _run(self) -> None:
@@ -345,14 +352,17 @@ class Trainer:
             return self.stop_signal is not None
         if self.iteration % STOP_CHECK_ITERATIONS:
             return False
-        stop = distributed.any_process(self.stop_signal is not None)
-        if stop and self.stop_signal is None:
-            self.stop_signal = "another process's signal"
-        return stop
+        number = distributed.largest(self.stop_signal or 0)
+        if number:
+            self.stop_signal = signal.Signals(number)
+        return bool(number)
 
     @contextlib.contextmanager
     def _stop_signals(self):
-        """SIGTERM and Ctrl-C end the run after the current step; a second, later Ctrl-C ends it at once."""
+        """SIGTERM, Ctrl-C and SIGUSR1 end the run after the current step; a second, later Ctrl-C ends it at once.
+
+        SIGUSR1 is what a scheduler gives notice with, before the time of a job is over.
+        """
 
         def remember(number, frame):
             now = time.monotonic()
@@ -360,9 +370,9 @@ class Trainer:
                 self._signalled_at = now
             elif number == signal.SIGINT and now > self._signalled_at + SECOND_SIGNAL_AFTER:
                 raise KeyboardInterrupt
-            self.stop_signal = signal.Signals(number).name
+            self.stop_signal = signal.Signals(number)
 
-        handled = (signal.SIGTERM, signal.SIGINT)
+        handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         before = [signal.signal(number, remember) for number in handled]
         try:
             yield
@@ -398,6 +408,7 @@ class Trainer:
             "iteration": self.iteration,
             "epoch": self.epoch,
             "batch_in_epoch": self.batch_in_epoch,
+            "batches_per_epoch": self.batches_per_epoch,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scales_loss else {},
             "skipped_in_a_row": self._watch.in_a_row,
@@ -412,9 +423,15 @@ class Trainer:
         """Go on exactly where `state_dict` was taken.
 
         Raises:
+            UserError: it was taken with more or fewer training data.
             KeyError, RuntimeError, ValueError: it was taken of another network or optimiser.
         """
         training = state["training"]
+        if (batches := training.get("batches_per_epoch", self.batches_per_epoch)) != self.batches_per_epoch:
+            raise UserError(
+                f"dataset.train.roots: an epoch of the run to resume has {batches} batches, not "
+                f"{self.batches_per_epoch}; resume with the same data, or start from its weights with --checkpoint"
+            )
         self.model.load_state_dict(training.get("model", state["model"]))
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model"])
@@ -445,10 +462,23 @@ class Trainer:
         taken, own = ({"betas", "momentum"} & groups[0].keys() for groups in both)
         if taken != own:
             raise ValueError("it holds the state of another optimizer.type")
+        if len(both[0]) == 1 < len(both[1]):  # of a version that put all in one group where nothing decayed
+            state = self._in_our_groups(state)
         settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(configured)
+
+    def _in_our_groups(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state whose only group has the parameters in the network's order."""
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        places = {id(parameter): place for place, parameter in enumerate(learning)}
+        entries = {
+            ours: state["state"][places[id(parameter)]]
+            for ours, parameter in enumerate(self._parameters)
+            if places[id(parameter)] in state["state"]
+        }
+        return {"state": entries, "param_groups": self.optimizer.state_dict()["param_groups"]}
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}
@@ -470,11 +500,14 @@ class Trainer:
 class AveragedWeights:
     """Exponential moving average of a network's weights and buffers; whole numbers among them are copied.
 
+    The decay of update n, from 0, is min(decay, (1 + n) / (10 + n)), so that the average forgets the first weights in a
+    short run, too.
+
     It counts its steps on the host: torch's `AveragedModel` brings a counter to the device, which stalls a GPU.
 
     Attributes:
         module: the averaged network.
-        steps: updates so far; the first one copies.
+        steps: updates so far.
     """
 
     def __init__(self, network: nn.Module, *, decay: float) -> None:
@@ -486,10 +519,8 @@ class AveragedWeights:
     def update(self, network: nn.Module) -> None:
         """Move towards the network as it is now."""
         ours, theirs = _numbers_and_counts(self.module), _numbers_and_counts(network)
-        if self.steps:
-            torch._foreach_lerp_(ours[0], theirs[0], 1 - self.decay)
-        else:
-            torch._foreach_copy_(ours[0], theirs[0])
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(ours[0], theirs[0], 1 - decay)
         if ours[1]:
             torch._foreach_copy_(ours[1], theirs[1])
         self.steps += 1

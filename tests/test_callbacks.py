@@ -74,6 +74,10 @@ class FakeTrainer:
         self.extra_state = {"charset": "abc"}
         self.called = []
 
+    @property
+    def epochs_done(self):
+        return self.epoch
+
     def call(self, hook, *arguments):
         self.called.append(hook)
 

@@ -182,6 +182,21 @@ def test_from_dict_reads_tuples_leaves_its_argument_and_names_its_source():
         Config.from_dict({"training": {"epoch": 1}}, source="weights.pth")
 
 
+def test_keys_of_a_checkpoint_that_have_gone_are_dropped_and_named(caplog):
+    mapping = Config().to_dict()
+    mapping["training"]["gone"] = 1
+    mapping["model"]["vision"]["segmentation"]["old"] = {"a": 2}
+    mapping["extra"] = {"b": 3}
+    before = copy.deepcopy(mapping)
+    assert Config.from_dict(mapping, "w.pth (config)", drop_unknown=True) == Config()
+    assert mapping == before
+    for key in ("training.gone", "model.vision.segmentation.old", "extra"):
+        assert f"w.pth (config): {key} is no key of the config any more; ignored" in caplog.messages
+    mapping["training"]["epochs"] = "ten"
+    with pytest.raises(UserError, match=r"^w\.pth: training\.epochs"):
+        Config.from_dict(mapping, "w.pth", drop_unknown=True)
+
+
 # Mistakes
 
 

@@ -3,12 +3,25 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
+import tiny_run
 import torch
-from tiny_run import ITERATIONS, NAME, folder_of, history, losses, run, run_processes, shell, write_config
+from tiny_run import (
+    ITERATIONS,
+    NAME,
+    folder_of,
+    history,
+    losses,
+    run,
+    run_processes,
+    shell,
+    start_processes,
+    write_config,
+)
 from torch import nn
 
 import distributed
@@ -85,6 +98,15 @@ def torchrun(*arguments, **options):
     return shell(*command, *arguments, **options)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_every_process_ends_with_the_status_of_a_signal_that_one_got(config, number):
+    ranks = start_processes(config, 2, "training.iterations=2000", "training.save_iters=1000")
+    ranks[0].wait_until(lambda: len(history(config)) >= 3)
+    os.kill(ranks[1].pid, number)
+    assert [each.wait() for each in ranks] == [128 + number] * 2, "\n".join(each.text() for each in ranks)
+    assert "Traceback" not in ranks[0].text() + ranks[1].text()
+
+
 @pytest.mark.slow
 def test_torchrun_writes_once_and_stops_cleanly_at_a_signal(config):
     process = torchrun(f"--config={config}", "--local_rank=0", "training.iterations=2000", "training.save_iters=1000")
@@ -95,12 +117,79 @@ def test_torchrun_writes_once_and_stops_cleanly_at_a_signal(config):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0, output  # whatever the launcher makes of it
     iterations = [entry["iteration"] for entry in history(config)]
     assert iterations == list(range(1, len(iterations) + 1)), output
     assert list(folder_of(config).glob(f"{NAME}_*_{iterations[-1]}.pth")), output
     assert f"after iteration {iterations[-1]}; go on with --resume" in output
     run(config, "--resume", f"training.iterations={iterations[-1] + 2}")
     assert len(history(config)) == iterations[-1] + 2
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_process_does(config, free_port):
+    """Two launchers on one host, which meet at an address as those of two machines do."""
+    run(config, "--name=one", *EQUAL, "training.iterations=3")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1")
+    meeting = ("--master_addr=127.0.0.1", f"--master_port={free_port}")
+    command = ("main.py", f"--config={config}", "--name=two", *EQUAL, "training.iterations=3")
+    machines = [shell(*launcher, f"--node_rank={rank}", *meeting, *command) for rank in (0, 1)]
+    for each in machines:
+        output = each.communicate(timeout=300)[0]
+        assert each.returncode == 0, output
+    assert losses(config, "two") == pytest.approx(losses(config, "one"), abs=1e-5)
+
+
+SRUN = """#!/bin/bash
+shift  # --kill-on-bad-exit
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids="$pids $!"; done
+echo $pids > tasks.tmp && mv tasks.tmp tasks.txt
+for pid in $pids; do wait $pid; code=$?; [ $code -gt ${status:-0} ] && status=$code; done
+exit ${status:-0}
+"""
+SCONTROL = """#!/bin/bash
+if [ $1 = show ]; then echo 127.0.0.1; else echo "$@" > requeued.txt; fi
+"""
+
+
+@pytest.mark.slow
+def test_a_slurm_job_whose_time_is_over_saves_and_is_put_back(config, tmp_path):
+    for name, text in {
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "python": f'#!/bin/bash\nexec {sys.executable} "$@"\n',
+    }.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
+    for name in ("main.py", "data"):
+        (tmp_path / name).symlink_to(tiny_run.ROOT / name)
+    environment = os.environ | slurm | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def submit(*arguments):
+        command = ["bash", str(tiny_run.ROOT / "docs" / "slurm_train.sh"), f"--config={config}", *arguments]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    job = submit("training.iterations=2000", "training.save_iters=1000", "training.eval_iters=1000")
+    end = time.monotonic() + 120
+    while len(tiny_run.history_text(config).splitlines()) < 4 and time.monotonic() < end:
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+    for pid in (tmp_path / "tasks.txt").read_text().split():
+        os.kill(int(pid), signal.SIGUSR1)
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 128 + signal.SIGUSR1, output
+    assert (tmp_path / "requeued.txt").read_text() == "requeue 77\n"
+    done = len(history(config))
+    assert list(folder_of(config).glob(f"{NAME}_*_{done}.pth")), output
+    job = submit(f"training.iterations={done + 2}")
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, output
+    assert len(history(config)) == done + 2
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------

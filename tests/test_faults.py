@@ -1,5 +1,6 @@
 """Injected faults, each with its expected outcome: what is wrong is named, nothing that was good is lost."""
 
+import errno
 import fcntl
 import gc
 import os
@@ -12,7 +13,9 @@ import pytest
 import torch
 from tiny_run import ITERATIONS, NAME, folder_of, history, history_text, png, run, start, write_config, write_words
 
+from distributed import Process
 from lmdb_io import image_key, label_key
+from utils import UserError
 
 
 @pytest.fixture
@@ -214,6 +217,32 @@ def test_a_second_run_in_one_work_folder_is_refused(config):
     assert "is in use by another run" in second.text()
     assert not folder_of(config).exists()
     run(config, "training.iterations=1")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_locks_is_told_and_trained_on(config, monkeypatch, caplog, code):
+    import main
+
+    def refuse(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(main.fcntl, "lockf", refuse)
+    with main.claimed(folder_of(config), Process(), keep=False):
+        assert folder_of(config).is_dir()
+    assert f"its file system has no locks ({os.strerror(code)})" in caplog.text
+    assert "global.workdir" in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN])
+def test_a_lock_that_another_run_holds_is_called_so(config, monkeypatch, code):
+    import main
+
+    def refuse(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(main.fcntl, "lockf", refuse)
+    with pytest.raises(UserError, match="in use by another run"), main.claimed(folder_of(config), Process(), keep=True):
+        pass
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from config import load_config
 from lmdb_io import LmdbWriter
 from main import build_criterion, build_model, main, overrides_of, parse_arguments
 from tests.reference import expected_tensors, known_inputs, tensor_shapes
+from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 NO_CHECKPOINTS = ["global.phase=test", "model.vision.checkpoint=null", "model.language.checkpoint=null"]
@@ -221,6 +222,45 @@ def test_training_and_test_round_float32_alike(data, tmp_path, phase, allowed):
             each.allow_tf32 = value
 
 
+def assert_tested(folder, weights):
+    """The report and the scores of the last test name these weights."""
+    assert str(weights) in (folder / "report" / "index.html").read_text()
+    assert json.loads((folder / "metrics.json").read_text())["checkpoint"] == str(weights)
+
+
+def test_a_run_is_tested_with_its_own_best_weights_not_those_it_started_from(data, tmp_path):
+    start = tmp_path / "start.pth"
+    torch.manual_seed(7)
+    torch.save(build_model(load_config(data / "vision.yaml")).state_dict(), start)
+    trained = [f"--config={data / 'vision.yaml'}", "--name=own-best"]
+    assert main([*trained, f"--checkpoint={start}", "optimizer.lr=0.01"]) == 0
+    folder = data / "workdir" / "own-best"
+    own = f"--config={folder / 'config.yaml'}"
+    assert load_config(folder / "config.yaml").model.checkpoint == str(start)
+    best = folder / "best-own-best.pth"
+    for named, weights in (([], best), ([f"--checkpoint={start}"], start), ([f"model.checkpoint={start}"], start)):
+        assert main([own, "--phase=test", *named]) == 0
+        assert_tested(folder, weights)
+
+    best.unlink()
+    with pytest.raises(UserError, match=r"--checkpoint .*own-best_1_4\.pth"):
+        main([own, "--phase=test"])
+
+
+def test_where_nothing_was_trained_the_configs_weights_are_tested(data, tmp_path):
+    start = tmp_path / "start.pth"
+    torch.save(build_model(load_config(data / "vision.yaml")).state_dict(), start)
+    config = tiny_config(data, "vision")
+    config["model"]["checkpoint"] = str(start)
+    (tmp_path / "with.yaml").write_text(yaml.safe_dump(config))
+    assert main([f"--config={tmp_path / 'with.yaml'}", "--name=untrained", "--phase=test"]) == 0
+    folder = data / "workdir" / "untrained"
+    assert_tested(folder, start)
+    assert f"nothing was trained in {folder}: testing model.checkpoint, {start}" in (folder / "log.txt").read_text()
+    with pytest.raises(UserError, match="no weights to test"):
+        main([f"--config={data / 'vision.yaml'}", "--name=untrained-too", "--phase=test"])
+
+
 def test_each_test_set_has_its_row_and_its_files(data):
     name = "rows"
     weights = data / "rows.pth"
@@ -239,6 +279,9 @@ def test_each_test_set_has_its_row_and_its_files(data):
         assert (folder / f"set-a-{model_eval}" / f"{model_eval}-false.txt").exists()
         pictures = sorted(path.name for path in (folder / f"set-b-{model_eval}" / "attn").iterdir())
         assert pictures == [f"{number:09d}.jpg" for number in (1, 2, 3)], "named by the keys of the LMDB"
+    for model_eval in ("alignment", "vision", "language"):  # none has taken another's place
+        assert json.loads((folder / f"metrics-{model_eval}.json").read_text())["model_eval"] == model_eval
+        assert (folder / f"metrics-{model_eval}.csv").exists()
 
 
 def test_image_only_leaves_attention_out_and_a_folder_gives_all_its_sets(data):
@@ -249,6 +292,24 @@ def test_image_only_leaves_attention_out_and_a_folder_gives_all_its_sets(data):
     folder = data / "workdir" / "folder"
     assert json.loads((folder / "metrics.json").read_text())["datasets"].keys() == {"train", "set-a", "set-b"}
     assert not list(folder.glob("*/attn"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_eval=vision"], "--model_eval vision: training scores alignment"),
+        (["--phase=test", "--resume"], "--resume goes on with a training"),
+        (["global.stage=train-semi-super"], "global.stage: train-semi-super is not built"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_and_no_run_is_moved_for_it(data, arguments, message):
+    run = [f"--config={data / 'binet.yaml'}", "--name=ignored", "training.iterations=1"]
+    if not (data / "workdir" / "ignored").exists():
+        assert main([*run, "--model_eval=alignment"]) == 0  # what training scores
+    with pytest.raises(UserError) as error:
+        main([*run, *arguments])
+    assert message in str(error.value)
+    assert not (data / "workdir" / "ignored.1").exists()
 
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(data, capsys):

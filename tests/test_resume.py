@@ -1,5 +1,6 @@
 """A run that is killed anywhere and resumed is the run that was never killed, bit for bit."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -11,7 +12,12 @@ import tiny_run
 import torch
 from tiny_run import ITERATIONS, NAME, folder_of, history, history_text, run, start, write_config
 
+from builders import build_charset, build_model
+from bundle import save_bundle
 from callbacks import newest_whole_checkpoint
+from config import load_config
+from dataset import initialize_worker
+from tests import small_networks
 
 OPTIONS = ("training.ema=0.9", "training.accumulation=2")
 
@@ -72,12 +78,106 @@ def test_a_run_goes_on_longer_and_in_another_precision(config):
     assert [entry["iteration"] for entry in history(config)] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+# --- what may change, and what may not --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundle(config, tmp_path):
+    """A recogniser to start from, with the SSN for its masks in the same file."""
+    loaded = load_config(config)
+    recogniser = tmp_path / "recogniser.pth"
+    torch.manual_seed(1)
+    characters = build_charset(loaded).characters
+    torch.save(
+        {"model": build_model(loaded).state_dict(), "config": loaded.to_dict(), "charset": characters}, recogniser
+    )
+    ssn = small_networks.save_network(tmp_path / "ssn.pth", small_networks.small_config("ssn"))
+    save_bundle(tmp_path / "bundle.pth", recogniser, ssn)
+    return tmp_path / "bundle.pth"
+
+
+def test_masks_of_an_ssn_that_came_with_the_checkpoint_are_made_after_a_resume_too(config, bundle):
+    options = (f"--checkpoint={bundle}", "dataset.masks.source=online", "optimizer.scheduler.type=step")
+    run(config, "--name=cut", *options, "training.iterations=7")
+    run(config, "--name=whole", *options, "training.iterations=9")
+    run(config, "--name=cut", "--resume", *options, "training.iterations=9")
+    assert history_text(config, "cut") == history_text(config, "whole")
+    assert load_config(folder_of(config, "cut") / "config.yaml").model.checkpoint == str(bundle)
+
+
+def test_the_saved_config_keeps_the_weights_that_the_run_started_from(config, bundle):
+    run(config, f"--checkpoint={bundle}", "training.iterations=3")
+    bundle.unlink()  # which a resume does not need
+    for iterations in (4, 5):
+        run(config, "--resume", f"training.iterations={iterations}")
+        assert load_config(folder_of(config) / "config.yaml").model.checkpoint == str(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        (["dataset.train.batch_size=4"], "dataset.train.batch_size: the run to resume has 8, not 4"),
+        (["global.seed=6"], "global.seed: the run to resume has 5, not 6"),
+        (["--checkpoint=other.pth"], "model.checkpoint: the run to resume started from None, not other.pth"),
+        (["dataset.train.roots=[{images}]"], "dataset.train.roots: an epoch of the run to resume has 5 batches, not 6"),
+    ],
+)
+def test_what_must_not_change_within_a_run_is_refused_by_its_key(config, tmp_path, changes, key):
+    run(config, "training.iterations=3")
+    before = history_text(config)
+    changes = [each.format(images=tmp_path / "images") for each in changes]
+    refused = start(config, "--resume", *changes)
+    assert refused.wait() == 2, refused.text()
+    (line,) = [line for line in refused.text().splitlines() if line.startswith("error: ")]
+    assert key in line
+    assert "Traceback" not in refused.text()
+    assert history_text(config) == before
+
+
+def test_a_run_goes_on_with_another_decay(config):
+    run(config, "training.iterations=3", "optimizer.wd=0.0")
+    run(config, "--resume", "training.iterations=5", "optimizer.wd=0.1")
+    run(config, "--resume", "training.iterations=7", "optimizer.wd=0.1", "optimizer.bn_wd=true")
+    assert [entry["iteration"] for entry in history(config)] == list(range(1, 8))
+
+
+def test_a_checkpoint_of_another_run_does_not_cut_the_history_of_this_one(config):
+    run(config, "--name=other", "training.iterations=3")
+    run(config, "training.iterations=5")
+    before = history_text(config)
+    (checkpoint,) = folder_of(config, "other").glob("other_*_3.pth")
+    refused = start(config, f"--resume={checkpoint}", "training.iterations=5")
+    assert refused.wait() == 2, refused.text()
+    assert f"error: --resume {checkpoint}: {folder_of(config)} holds another run" in refused.text()
+    assert history_text(config) == before
+    run(config, "--name=new", f"--resume={checkpoint}", "training.iterations=5")
+    assert [entry["iteration"] for entry in history(config, "new")] == [4, 5]
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_goes_on_from_there(config):
+    """Also where it is killed before it saves anew: the newer ones are of steps that its history has lost."""
+    run(config, "training.iterations=9")
+    older = next(folder_of(config).glob(f"{NAME}_*_6.pth"))
+    back = start(config, f"--resume={older}", "training.save_iters=100", "training.eval_iters=100")
+    back.wait_until(lambda: "resumed after iteration 6" in back.text())
+    os.kill(back.pid, signal.SIGKILL)
+    back.wait()
+    resumed = run(config, "--resume")
+    assert "resumed after iteration 6" in resumed.text()
+    assert [entry["iteration"] for entry in history(config)] == list(range(1, ITERATIONS + 1))
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_stop_signals_save_and_end_cleanly(config, number):
     stopped = start(config, "dataset.num_workers=1", "training.save_iters=1000")
     stopped.wait_until(lambda: lines(config, NAME) >= 4)
     os.killpg(stopped.pid, number)  # as a terminal does: the run and whoever shares its group
-    assert stopped.wait() == 0, stopped.text()
+    assert stopped.wait() == 128 + number, stopped.text()  # so that `train && test` ends here
     done = len(history(config))
     assert 4 <= done < ITERATIONS
     assert f"stopped by {number.name} after iteration {done}" in stopped.text()
@@ -86,6 +186,18 @@ def test_stop_signals_save_and_end_cleanly(config, number):
     assert list(folder_of(config).glob(f"{NAME}_*_{done}.pth"))
     run(config, "--resume")
     assert len(history(config)) == ITERATIONS
+
+
+def _send_usr1_to_itself():
+    initialize_worker(0)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_schedulers_notice_to_all_processes_of_a_job_ends_no_loader_worker():
+    worker = multiprocessing.get_context("fork").Process(target=_send_usr1_to_itself)
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_left_overs_of_a_kill_while_saving_are_removed(config):

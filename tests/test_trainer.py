@@ -11,9 +11,10 @@ import pytest
 import tiny_run
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
+import callbacks
 from callbacks import (
     Callback,
     Checkpoints,
@@ -162,9 +163,9 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, workers, stop_at, op
 @pytest.mark.parametrize("stop_at", [3, 4, 6])
 def test_a_mean_over_several_steps_survives_a_resume(tmp_path, stop_at):
     recorder = Recorder()
-    for name, callbacks in (("whole", [recorder]), ("cut", [Recorder(stop_at)])):
+    for name, observer in (("whole", recorder), ("cut", Recorder(stop_at))):
         (tmp_path / name).mkdir()
-        make_trainer(tmp_path / name, callbacks=callbacks, every=4).fit()
+        make_trainer(tmp_path / name, callbacks=[observer], every=4).fit()
     resumed = make_trainer(tmp_path / "cut", every=4)
     resumed.load_state_dict(newest_whole_checkpoint(tmp_path / "cut", "toy")[1])
     resumed.fit()
@@ -202,13 +203,23 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
     newest = tmp_path / "toy_2_12.pth"
     newest.write_bytes(newest.read_bytes()[:1000])
     path, _ = newest_whole_checkpoint(tmp_path, "toy")
-    assert path.name == "toy_1_10.pth"
+    assert path.name == "toy_2_10.pth"
     assert "toy_2_12.pth" in caplog.text
 
 
 def test_the_last_k_checkpoints_stay(tmp_path):
     make_trainer(tmp_path, iterations=20).fit()
-    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["toy_2_15.pth", "toy_4_20.pth"]
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["toy_3_15.pth", "toy_4_20.pth"]
+
+
+@pytest.mark.parametrize(("stop_at", "names"), [(5, ["toy_1_5.pth"]), (7, ["toy_1_5.pth", "toy_1_7.pth"])])
+def test_a_step_that_ends_an_epoch_is_saved_once(tmp_path, monkeypatch, stop_at, names):
+    saved = []
+    save = callbacks.save_atomically
+    monkeypatch.setattr(callbacks, "save_atomically", lambda state, path: [saved.append(path.name), save(state, path)])
+    make_trainer(tmp_path, callbacks=[Recorder(stop_at)]).fit()
+    assert saved == names
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == names
 
 
 def test_a_bad_batch_changes_nothing_and_is_named(tmp_path, caplog):
@@ -315,12 +326,19 @@ def test_averaged_weights_are_those_that_are_saved(tmp_path):
     assert torch.equal(state["model"]["0.weight"], trainer.ema.module[0].weight)
 
 
-def test_averaged_weights_are_torchs():
+def warmed_up(averaged, current, count):
+    """torch counts the first update, which copies, as well."""
+    decay = torch.minimum(torch.tensor(0.7), count / (9 + count))
+    return torch.lerp(averaged, current.to(averaged.dtype), 1 - decay)
+
+
+def test_averaged_weights_are_torchs_with_a_decay_that_rises():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+    theirs = AveragedModel(network, avg_fn=warmed_up, use_buffers=True)
+    theirs.n_averaged += 1
     ours = AveragedWeights(network, decay=0.7)
-    for _ in range(4):
+    for _ in range(30):
         network(torch.randn(5, 3))
         with torch.no_grad():
             for parameter in network.parameters():
@@ -330,8 +348,16 @@ def test_averaged_weights_are_torchs():
     for (name, mine), other in zip(ours.module.state_dict().items(), theirs.module.state_dict().values(), strict=True):
         if mine.is_floating_point():  # torch averages the count of batches as well
             torch.testing.assert_close(mine, other, msg=name)
-    assert ours.module[1].num_batches_tracked == 4
+    assert ours.module[1].num_batches_tracked == 30
     assert not any(parameter.requires_grad for parameter in ours.module.parameters())
+
+
+def test_averaged_weights_of_a_short_run_are_near_its_weights_not_its_first_ones(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=0.9999, iterations=40)
+    first = trainer.model[0].weight.detach().clone()
+    trainer.fit()
+    averaged, last = trainer.evaluation_model[0].weight, trainer.model[0].weight
+    assert (averaged - last).norm() < 0.2 * (averaged - first).norm()
 
 
 class FailingEvaluator:
@@ -389,6 +415,35 @@ def test_a_resumed_run_has_the_configured_decay_and_refuses_another_optimiser(tm
     del state["model"]["0.weight"]
     with pytest.raises(UserError, match=r"0\.weight"):
         load_training_state(resumed, state)
+
+
+def moments(trainer):
+    """The optimiser's first moments by name of the parameter."""
+    state = trainer.optimizer.state
+    return {name: state[parameter]["exp_avg"].clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def test_a_resumed_run_with_another_decay_keeps_each_parameters_moments(tmp_path):
+    trained = make_trainer(tmp_path)
+    trained.fit()
+    _, state = newest_whole_checkpoint(tmp_path, "toy")
+    names = {id(parameter): name for name, parameter in trained.model.named_parameters()}
+    order = [names[id(parameter)] for parameter in trained._parameters]
+    places = [order.index(name) for name, _ in trained.model.named_parameters()]
+    saved = state["training"]["optimizer"]
+    one_group = {  # as a checkpoint of an older version has it, where nothing decayed
+        "state": {number: saved["state"][place] for number, place in enumerate(places)},
+        "param_groups": [saved["param_groups"][0] | {"params": list(range(len(places)))}],
+    }
+    for optimizer in (saved, one_group):
+        state["training"]["optimizer"] = optimizer
+        resumed = make_trainer(tmp_path)
+        resumed.optimizer = make_optimizer("Adam", parameter_groups(resumed.model, lr=0.01, weight_decay=0.1))
+        resumed._parameters = [p for group in resumed.optimizer.param_groups for p in group["params"]]
+        load_training_state(resumed, state)
+        for name, moment in moments(resumed).items():
+            assert torch.equal(moment, moments(trained)[name]), name
+        assert {group["weight_decay"] for group in resumed.optimizer.param_groups} == {0.1, 0.0}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

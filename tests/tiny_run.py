@@ -181,16 +181,21 @@ def run(config: Path, *arguments: str, **options) -> Run:
     return started
 
 
-def run_processes(config: Path, world_size: int, *arguments: str) -> list[Run]:
-    """As torchrun would: some processes of one run, waited for."""
+def start_processes(config: Path, world_size: int, *arguments: str) -> list[Run]:
+    """As torchrun would: some processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
+    return [
         start(config, *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world_size)
     ]
+
+
+def run_processes(config: Path, world_size: int, *arguments: str) -> list[Run]:
+    """Some processes of one run, waited for."""
+    ranks = start_processes(config, world_size, *arguments)
     for each in ranks:
         assert each.wait() == 0, "\n".join(rank.text() for rank in ranks)
     return ranks

@@ -10,6 +10,7 @@ import bisect
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -702,9 +703,10 @@ def initialize_worker(_worker: int) -> None:
     """Let a worker process use one thread: the processes are what runs side by side.
 
     A process group of its own keeps Ctrl-C, and the launcher's signals, from ending it under the run: that stops when
-    its step is done and ends its workers itself.
+    its step is done and ends its workers itself. A scheduler gives its notice (SIGUSR1) to every process of a job.
     """
     os.setpgrp()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

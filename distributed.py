@@ -1,16 +1,23 @@
 """What differs between one process and many: who am I, means over the global batch, gathering of results."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # the first evaluation of a large set may keep the other ranks waiting
 
@@ -29,14 +36,58 @@ class Process:
         return self.rank == 0
 
 
-def start(device_type: str) -> Process:
-    """Join the process group that `torchrun` describes in the environment: NCCL on GPUs, Gloo on CPUs."""
+def pick_device(local_rank: int | None = None) -> torch.device:
+    """This process's GPU where there is one that torch can use, else the CPU; a GPU left unused is warned of.
+
+    Args:
+        local_rank: number of this process on its machine, where the launcher does not tell it (`LOCAL_RANK`).
+
+    Raises:
+        UserError: this machine has more processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        if (reason := _why_no_gpu()) is not None:
+            logger.warning(
+                "on the CPU: this machine has a GPU, but torch %s cannot use it (%s)", torch.__version__, reason
+            )
+        return torch.device("cpu")
+    rank, gpus = int(os.environ.get("LOCAL_RANK", local_rank or 0)), torch.cuda.device_count()
+    if rank >= gpus:
+        raise UserError(f"process {rank + 1} of this machine has no GPU, there are {gpus}; lower --nproc_per_node")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def _why_no_gpu() -> str | None:
+    """What keeps torch from the GPU of this machine; None where it has none, or where the user hides it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not _has_gpu():
+        return None
+    if not torch.backends.cuda.is_built():
+        return "it is built without CUDA: install another build"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # the driver is too old for this build, or broken
+        return first_line(error)
+    return "CUDA finds no device"
+
+
+def _has_gpu() -> bool:
+    """Whether the system shows an NVIDIA GPU, usable or not."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def start(device_type: str, *, timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Process:
+    """Join the process group that `torchrun` describes in the environment: NCCL on GPUs, Gloo on CPUs.
+
+    Args:
+        timeout: how long a process waits for the others before it gives up.
+    """
     if "RANK" not in os.environ or (int(os.environ.get("WORLD_SIZE", "1")) == 1 and "MASTER_ADDR" not in os.environ):
         return Process()
     if not dist.is_initialized():
         # Gloo always, for objects and flags that live on the host; NCCL for the tensors of a GPU.
         backend = "cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     return Process(dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size())
 
 
@@ -47,7 +98,8 @@ def stop() -> None:
 
 
 def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether this process belongs to a group, if only to one of its own: torchrun's single process does as many do."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_main() -> bool:
@@ -55,19 +107,21 @@ def is_main() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def synchronized(model: nn.Module, wanted: bool, device: torch.device) -> nn.Module:
+def synchronized(model: nn.Module, wanted: bool) -> nn.Module:
     """The network with batch norms that take their statistics over all processes, where that is wanted."""
     if not wanted or not is_distributed():
         return model
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for name, child in model.named_children():
-        setattr(model, name, _on_host(child) if isinstance(child, _BatchNorm) else synchronized(child, wanted, device))
+        setattr(model, name, _synchronized(child) if isinstance(child, _BatchNorm) else synchronized(child, wanted))
     return model
 
 
-class HostSyncBatchNorm(_BatchNorm):
-    """Batch norm over all processes for tensors on the host, which torch's own refuses."""
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm with the statistics of the global batch, in training.
+
+    torch's own refuses a CPU and makes a GPU wait three times, to leave out processes without samples; here every
+    process has some. One message forward, one backward.
+    """
 
     def _check_input_dim(self, values: Tensor) -> None:
         """Any number of dimensions."""
@@ -76,55 +130,79 @@ class HostSyncBatchNorm(_BatchNorm):
         """`values` (N, C, ...) of this process -> the same, normalised with statistics over the global batch."""
         if not self.training:
             return super().forward(values)
-        shape = (1, -1, *[1] * (values.dim() - 2))
-        axes = [axis for axis in range(values.dim()) if axis != 1]
-        wide = values.float()
-        count = summed(torch.tensor(float(values.numel() // values.shape[1])))
-        mean = summed(wide.sum(axes)) / count  # (C,)
-        centred = wide - mean.view(shape)
-        variance = summed(centred.square().sum(axes)) / count  # (C,)
-        self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
-        scale = (variance + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
-        normalised = centred * scale.view(shape)
-        return (normalised if self.bias is None else normalised + self.bias.view(shape)).to(values.dtype)
+        normalised, mean, variance, count = _Normalised.apply(values, self.weight, self.bias, self.eps)
+        self._remember(mean, variance * count / (count - 1).clamp(min=1))
+        return normalised
 
+    @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
         if not self.track_running_stats:
             return
         self.num_batches_tracked += 1
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance, momentum)
+        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
 
 
-def _on_host(norm: _BatchNorm) -> HostSyncBatchNorm:
+def _synchronized(norm: _BatchNorm) -> SyncBatchNorm:
     """The same batch norm, its parameters and buffers under their names."""
-    twin = HostSyncBatchNorm(
+    twin = SyncBatchNorm(
         norm.num_features, norm.eps, norm.momentum, norm.affine, track_running_stats=norm.track_running_stats
     )
     twin._parameters, twin._buffers = norm._parameters, norm._buffers
     return twin.train(norm.training)
 
 
-class _Summed(torch.autograd.Function):
-    """Sum over the processes. Every process's loss depends on it, so the gradients are summed as well."""
+class _Normalised(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, mean and variance over the global batch.
+
+    Also gives mean, variance (C,) and the number of values that they are of (1,), without gradients.
+    """
 
     @staticmethod
-    def forward(context: Any, values: Tensor) -> Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
+    def forward(
+        context: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, ...]:
+        own_variance, own_mean = torch.var_mean(values.float(), _all_but_channels(values), correction=0)  # (C,)
+        own_count = own_mean.new_full((1,), values.numel() // values.shape[1])
+        gathered = own_mean.new_zeros(dist.get_world_size(), 2 * len(own_mean) + 1)
+        gathered[dist.get_rank()] = torch.cat([own_mean, own_variance, own_count])
+        dist.all_reduce(gathered)
+        means, variances, counts = gathered.split([len(own_mean), len(own_mean), 1], dim=1)
+        count = counts.sum(0)  # (1,)
+        mean = (means * counts).sum(0) / count  # (C,)
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
+        context.save_for_backward(values, weight, mean, (variance + eps).rsqrt(), count)
+        context.mark_non_differentiable(mean, variance, count)
+        normalised = F.batch_norm(values, mean, variance, weight, bias, training=False, eps=eps)
+        return normalised, mean, variance, count
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient
+    def backward(context: Any, gradient: Tensor, *_statistics: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight, mean, scale, count = context.saved_tensors
+        axes = _all_but_channels(values)
+        mean, scale = _along_channels(mean, values), _along_channels(scale, values)
+        wide = gradient.float()
+        standard = (values - mean) * scale
+        own = torch.cat([wide.sum(axes), (wide * standard).sum(axes)])  # (2 C,), the gradients of bias and weight
+        every = own.clone()
+        dist.all_reduce(every)
+        bias_mean, weight_mean = (_along_channels(each, values) for each in (every / count).chunk(2))
+        along_values = (wide - bias_mean - standard * weight_mean) * scale
+        if weight is None:
+            return along_values.to(values.dtype), None, None, None
+        bias_gradient, weight_gradient = own.chunk(2)
+        along_values = along_values * _along_channels(weight, values)
+        return along_values.to(values.dtype), weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), None
 
 
-def summed(values: Tensor) -> Tensor:
-    """Sum of a tensor over the processes, with a gradient."""
-    return _Summed.apply(values) if is_distributed() else values
+def _all_but_channels(values: Tensor) -> list[int]:
+    return [axis for axis in range(values.dim()) if axis != 1]
+
+
+def _along_channels(vector: Tensor, values: Tensor) -> Tensor:
+    """(C,) in a shape that multiplies `values` (N, C, ...)."""
+    return vector.view(1, -1, *[1] * (values.dim() - 2))
 
 
 def batch_mean(total: Tensor, count: Tensor, whole: Tensor | None = None) -> Tensor:

@@ -91,17 +91,26 @@ class LmdbWriter:
             is written again: what was committed is found by `get` and `in`, `resumed` tells that there is some. Each
             commit is flushed to the disk.
         identity: with `resumable`, a text that names input and settings; a partial folder with another one is refused.
+        in_order: the keys come in ascending order, each once: LMDB then fills its pages, which makes the file a quarter
+            smaller.
 
     Raises:
         UserError: `path` exists, another process writes it, the partial folder is of another run, the disk is full.
     """
 
     def __init__(
-        self, path: str | os.PathLike, *, overwrite: bool = False, resumable: bool = False, identity: str = ""
+        self,
+        path: str | os.PathLike,
+        *,
+        overwrite: bool = False,
+        resumable: bool = False,
+        identity: str = "",
+        in_order: bool = False,
     ) -> None:
         self.path = Path(os.path.abspath(path))
         self.overwrite = overwrite
         self.resumable = resumable
+        self.in_order = in_order
         self.partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
         self.resumed = False
         self.count = 0  # samples added by `append`
@@ -171,7 +180,7 @@ class LmdbWriter:
                 try:
                     with self._environment.begin(write=True) as transaction:
                         for key, value in entries:
-                            transaction.put(key, value)
+                            transaction.put(key, value, append=self.in_order)
                     break
                 except lmdb.MapFullError:
                     self._grow()

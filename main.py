@@ -14,7 +14,6 @@ import errno
 import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     config = load_config(options.config, overrides_of(options))
     check_request(options, config)
-    device = pick_device(options.local_rank)
+    device = distributed.pick_device(options.local_rank)
     process = distributed.start(device.type)
     folder = work_folder(config)
     use_tf32(config.training.tf32)
@@ -97,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         with claimed(folder, process, keep=options.resume is not None), explain_full_disk(folder):
             status = train(config, device=device, process=process, resume=options.resume, debug=options.debug)
+    distributed.barrier()  # a launcher ends all processes when one ends with a status, and the main one may be saving
     distributed.stop()  # not after a failure, see `run_command_line`
     return status
 
@@ -195,7 +195,7 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
         data = build_training_data(config, device=device, process=process)
         callbacks = build_callbacks(config, data=data, device=device, process=process)
     model = build_model(with_checkpoint(config, None) if resumed else config)
-    model = distributed.synchronized(model, config.training.sync_batchnorm, device).to(device)
+    model = distributed.synchronized(model, config.training.sync_batchnorm).to(device)
     criterion = build_criterion(config)
     batches = len(data.batch_sampler)
     iterations = config.training.iterations or config.training.epochs * batches
@@ -498,15 +498,6 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
         "dataset.num_workers": 0 if options.debug else None,
     }
     return [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None] + options.overrides
-
-
-def pick_device(local_rank: int | None) -> torch.device:
-    """This process's GPU where there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
 
 
 if __name__ == "__main__":

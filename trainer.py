@@ -359,7 +359,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _stop_signals(self):
-        """SIGTERM and Ctrl-C end the run after the current step; a second, later Ctrl-C ends it at once."""
+        """SIGTERM, Ctrl-C and SIGUSR1 end the run after the current step; a second, later Ctrl-C ends it at once.
+
+        SIGUSR1 is what a scheduler gives notice with, before the time of a job is over.
+        """
 
         def remember(number, frame):
             now = time.monotonic()
@@ -369,7 +372,7 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop_signal = signal.Signals(number)
 
-        handled = (signal.SIGTERM, signal.SIGINT)
+        handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         before = [signal.signal(number, remember) for number in handled]
         try:
             yield

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
+import tiny_run
 import torch
 from tiny_run import (
     ITERATIONS,
@@ -24,6 +26,7 @@ from torch import nn
 
 import distributed
 from tests.small_networks import terms_and_gradients
+from utils import UserError
 
 STEPS = 20
 # Dropout draws other numbers in every process. SGD: Adam would blow rounding up where gradients are almost 0.
@@ -123,11 +126,82 @@ def test_torchrun_writes_once_and_stops_cleanly_at_a_signal(config):
     assert len(history(config)) == iterations[-1] + 2
 
 
+@pytest.mark.slow
+def test_two_machines_train_as_one_process_does(config, free_port):
+    """Two launchers on one host, which meet at an address as those of two machines do."""
+    run(config, "--name=one", *EQUAL, "training.iterations=3")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1")
+    meeting = ("--master_addr=127.0.0.1", f"--master_port={free_port}")
+    command = ("main.py", f"--config={config}", "--name=two", *EQUAL, "training.iterations=3")
+    machines = [shell(*launcher, f"--node_rank={rank}", *meeting, *command) for rank in (0, 1)]
+    for each in machines:
+        output = each.communicate(timeout=300)[0]
+        assert each.returncode == 0, output
+    assert losses(config, "two") == pytest.approx(losses(config, "one"), abs=1e-5)
+
+
+SRUN = """#!/bin/bash
+shift  # --kill-on-bad-exit
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids="$pids $!"; done
+echo $pids > tasks.tmp && mv tasks.tmp tasks.txt
+for pid in $pids; do wait $pid; code=$?; [ $code -gt ${status:-0} ] && status=$code; done
+exit ${status:-0}
+"""
+SCONTROL = """#!/bin/bash
+if [ $1 = show ]; then echo 127.0.0.1; else echo "$@" > requeued.txt; fi
+"""
+
+
+@pytest.mark.slow
+def test_a_slurm_job_whose_time_is_over_saves_and_is_put_back(config, tmp_path):
+    for name, text in {
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "python": f'#!/bin/bash\nexec {sys.executable} "$@"\n',
+    }.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
+    for name in ("main.py", "data"):
+        (tmp_path / name).symlink_to(tiny_run.ROOT / name)
+    environment = os.environ | slurm | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def submit(*arguments):
+        command = ["bash", str(tiny_run.ROOT / "docs" / "slurm_train.sh"), f"--config={config}", *arguments]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    job = submit("training.iterations=2000", "training.save_iters=1000", "training.eval_iters=1000")
+    end = time.monotonic() + 120
+    while len(tiny_run.history_text(config).splitlines()) < 4 and time.monotonic() < end:
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+    for pid in (tmp_path / "tasks.txt").read_text().split():
+        os.kill(int(pid), signal.SIGUSR1)
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 128 + signal.SIGUSR1, output
+    assert (tmp_path / "requeued.txt").read_text() == "requeue 77\n"
+    done = len(history(config))
+    assert list(folder_of(config).glob(f"{NAME}_*_{done}.pth")), output
+    job = submit(f"training.iterations={done + 2}")
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, output
+    assert len(history(config)) == done + 2
+
+
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def _as_rank(rank, port, function, results):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _as_rank(rank, port, function, results, world_size=2):
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     distributed.start("cpu")
     results.put((rank, function(rank)))
@@ -141,11 +215,11 @@ def normalised_part(rank):
     values, weights = torch.randn(5, 3, 4, 6), torch.randn(5, 4, 4, 6)
     rows = slice(None) if rank is None else slice(0, 2) if rank == 0 else slice(2, 5)
     names = list(network.state_dict())
-    network = distributed.synchronized(network, True, torch.device("cpu"))
+    network = distributed.synchronized(network, True)
     assert list(network.state_dict()) == names
     output = network(values[rows])
     (output * weights[rows]).sum().backward()
-    gradients = [distributed.summed(parameter.grad) for parameter in network.parameters()]
+    gradients = [distributed.counted(parameter.grad) for parameter in network.parameters()]
     tensors = [output.detach(), *gradients, *network[1].buffers()]
     return [tensor.numpy() for tensor in tensors]
 
@@ -208,19 +282,92 @@ def free_port():
 def test_one_process_needs_no_group():
     values = torch.tensor([2.0, 4.0])
     assert distributed.average(values) is values
-    assert distributed.summed(values) is values
+    assert distributed.counted(values) is values
     assert distributed.gather(["a"]) == ["a"]
     assert distributed.batch_mean(values.sum(), torch.tensor(0)) == 6.0
     network = nn.Sequential(nn.BatchNorm2d(2))
-    assert type(distributed.synchronized(network, True, torch.device("cpu"))[0]) is nn.BatchNorm2d
+    assert type(distributed.synchronized(network, True)[0]) is nn.BatchNorm2d
+
+
+def test_a_group_of_one_process_computes_what_no_group_does(config):
+    run(config, "--name=plain", "training.iterations=4")
+    run_processes(config, 1, "--name=group", "training.iterations=4", "training.sync_batchnorm=true")
+    assert losses(config, "group") == pytest.approx(losses(config, "plain"), rel=1e-5)
+
+
+def in_group(rank):
+    return distributed.is_distributed(), torch.distributed.get_backend()
+
+
+def test_torchrun_with_one_process_makes_a_group(free_port):
+    context = torch.multiprocessing.get_context("fork")
+    results = context.Queue()
+    alone = context.Process(target=_as_rank, args=(0, free_port, in_group, results, 1))
+    alone.start()
+    assert results.get(timeout=60) == (0, (True, "gloo"))
+    alone.join(60)
+
+
+def test_synchronized_batch_norm_compiles_whole(free_port, monkeypatch):
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.start("cpu")
+    try:
+        network = distributed.synchronized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), True)
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        compiled(torch.randn(2, 3, 4, 6)).square().sum().backward()
+        assert network[0].weight.grad.abs().sum() > 0
+    finally:
+        distributed.stop()
 
 
 @pytest.mark.gpu
-def test_nccl_with_one_process_runs(config):
+def test_nccl_with_one_process_runs(config, monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
     process = shell(
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone", "main.py",
         f"--config={config}", "training.sync_batchnorm=true",
     )  # fmt: skip
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
+    assert "NCCL INFO" in output
     assert len(history(config)) == ITERATIONS
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_gpu_with_too_old_a_driver_is_warned_of(no_cuda, monkeypatch, caplog):
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    monkeypatch.setattr(distributed, "_has_gpu", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    assert distributed.pick_device() == torch.device("cpu")
+    assert "driver on your system is too old (found version 11040)" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    distributed.pick_device()
+    assert "built without CUDA" in caplog.text
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_nothing_is_said_without_a_gpu_or_of_a_hidden_one(no_cuda, monkeypatch, caplog, hidden):
+    monkeypatch.setattr(distributed, "_has_gpu", lambda: hidden)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.pick_device() == torch.device("cpu")
+    assert not caplog.records
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 3 of this machine has no GPU, there are 2; lower --nproc_per_node"):
+        distributed.pick_device()

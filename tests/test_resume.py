@@ -1,5 +1,6 @@
 """A run that is killed anywhere and resumed is the run that was never killed, bit for bit."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from builders import build_charset, build_model
 from bundle import save_bundle
 from callbacks import newest_whole_checkpoint
 from config import load_config
+from dataset import initialize_worker
 from tests import small_networks
 
 OPTIONS = ("training.ema=0.9", "training.accumulation=2")
@@ -168,7 +170,9 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_goes_on_from_there(config):
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_stop_signals_save_and_end_cleanly(config, number):
     stopped = start(config, "dataset.num_workers=1", "training.save_iters=1000")
     stopped.wait_until(lambda: lines(config, NAME) >= 4)
@@ -182,6 +186,18 @@ def test_stop_signals_save_and_end_cleanly(config, number):
     assert list(folder_of(config).glob(f"{NAME}_*_{done}.pth"))
     run(config, "--resume")
     assert len(history(config)) == ITERATIONS
+
+
+def _send_usr1_to_itself():
+    initialize_worker(0)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_schedulers_notice_to_all_processes_of_a_job_ends_no_loader_worker():
+    worker = multiprocessing.get_context("fork").Process(target=_send_usr1_to_itself)
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_left_overs_of_a_kill_while_saving_are_removed(config):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,13 +16,13 @@ import pytest
 import torch
 
 from config import Config
-from lmdb_io import LmdbReader, LmdbWriter, image_key, label_key
+from lmdb_io import DATA_FILE, LmdbReader, LmdbWriter, image_key, label_key
 from masks import LmdbMasks
 from modules.ssn import SSN
 from segmentation import Segmenter
 from tests import small_networks
 from tools import create_masks
-from utils import UserError
+from utils import UserError, run_command_line
 
 TINY = {key: value for key, value in small_networks.SSN.items() if key != "areas"}
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -117,12 +118,12 @@ def test_goes_on_where_it_was_interrupted_and_ends_equal(setup, monkeypatch):
     with pytest.raises(StopError):
         create_masks.main(again)
     assert not (setup["folder"] / "again").exists()
-    assert (setup["folder"] / "again.partial").exists()
+    assert (setup["folder"] / "again.part-0.partial").exists()
     seen[:] = [0, 0, 0]
     create_masks.main(again)
     assert seen[3:] == [3]
     assert contents(setup["folder"] / "again") == uninterrupted
-    assert not (setup["folder"] / "again.partial").exists()
+    assert not list(setup["folder"].glob("again*.partial"))
 
 
 def test_a_part_made_with_other_settings_is_refused(setup, monkeypatch):
@@ -266,7 +267,7 @@ def test_survives_being_killed(setup):
     command = [sys.executable, str(REPOSITORY / "tools" / "create_masks.py"), *setup["common"]]
     command += ["--input", str(setup["folder"] / "many"), "--output", str(setup["folder"] / "out"), "--batch-size", "8"]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    data = setup["folder"] / "out.partial" / "data.mdb"
+    data = setup["folder"] / "out.part-0.partial" / "data.mdb"
     while not (data.exists() and data.stat().st_size > 60_000) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -300,3 +301,102 @@ def test_masks_below_the_words_are_not_taken_for_words(setup, capsys):
     assert create_masks.main(arguments) == 0
     assert "complete already" in capsys.readouterr().out
     assert not (root / "masks" / "masks").exists()
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def _as_rank(rank: int, count: int, port: int, arguments: list[str], dies_after: int | None) -> None:
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    torch.set_num_threads(1)
+    calls, call = [], Segmenter.__call__
+
+    def mortal(self, pictures):
+        if len(calls) == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(len(pictures))
+        return call(self, pictures)
+
+    Segmenter.__call__ = mortal
+    run_command_line(lambda: create_masks.main(arguments))
+
+
+def run_processes(count: int, arguments: list[str], *, die_after: tuple[int | None, ...] = (None,) * 3) -> list[int]:
+    """The tool in so many processes, each killed after so many forward passes; returns their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_as_rank, args=(rank, count, port, arguments, die_after[rank])) for rank in range(count)
+    ]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join(120)
+    return [each.exitcode for each in ranks]
+
+
+def file_of(path: Path) -> bytes:
+    return (path / DATA_FILE).read_bytes()
+
+
+@pytest.fixture
+def some_broken(setup):
+    """Arguments up to the output for 23 words, three of them damaged, and the file of one process."""
+    write_words(setup["folder"] / "many", 23, broken=(3, 8, 23))
+    arguments = [*setup["common"], "--input", str(setup["folder"] / "many"), "--batch-size", "3", "--output"]
+    create_masks.main([*arguments, str(setup["folder"] / "alone")])
+    return arguments, file_of(setup["folder"] / "alone")
+
+
+def test_two_processes_make_the_file_of_one(setup, some_broken, capfd):
+    arguments, expected = some_broken
+    capfd.readouterr()
+    assert run_processes(2, [*arguments, str(setup["folder"] / "shared")]) == [0, 0]
+    assert file_of(setup["folder"] / "shared") == expected
+    rejected = [(setup["folder"] / f"{name}-rejected.tsv").read_text().splitlines() for name in ("alone", "shared")]
+    assert [line.split("\t")[:2] for line in rejected[0]] == [line.split("\t")[:2] for line in rejected[1]]
+    records = [(setup["folder"] / f"{name}-masks.json").read_text() for name in ("alone", "shared")]
+    assert records[0] == records[1]
+    assert not list(setup["folder"].glob("*.partial"))
+    assert capfd.readouterr().out.count("made in this run") == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_two_processes_that_were_killed_are_continued_by_any_number(setup, some_broken, count):
+    arguments, expected = some_broken
+    output = setup["folder"] / "cut"
+    killed = run_processes(2, [*arguments, str(output)], die_after=(2, 1))
+    assert -signal.SIGKILL in killed
+    assert not output.exists()
+    made = [len(list(LmdbReader(each).keys("image-"))) for each in sorted(setup["folder"].glob("cut.part-*"))]
+    assert sum(made) > 0
+    assert run_processes(count, [*arguments, str(output)]) == [0] * count
+    assert file_of(output) == expected
+    assert not list(setup["folder"].glob("*.partial"))
+
+
+def test_a_kill_while_parts_are_merged_costs_no_mask(setup, some_broken, monkeypatch):
+    arguments, expected = some_broken
+    output = setup["folder"] / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(create_masks, "check_masks", lambda *_, **__: (_ for _ in ()).throw(StopError))
+        with pytest.raises(StopError):
+            create_masks.main([*arguments, str(output)])
+    monkeypatch.setattr(Segmenter, "__call__", lambda self, pictures: [][: len(pictures)] if not pictures else 1 / 0)
+    create_masks.main([*arguments, str(output)])
+    assert file_of(output) == expected
+
+
+def test_processes_that_would_make_other_masks_are_refused(monkeypatch, setup):
+    monkeypatch.setattr(create_masks.distributed, "gather", lambda items: [*items, items[0] | {"precision": "fp16"}])
+    with pytest.raises(UserError, match="--precision"):
+        create_masks.main(setup["plain"])
+
+
+def test_a_part_of_another_machine_that_cannot_be_seen_is_told(monkeypatch, setup):
+    monkeypatch.setattr(create_masks.MaskOutput, "_parts", lambda self: [])
+    with pytest.raises(UserError, match=r"0 of 9 masks.*share the folder"):
+        create_masks.main(setup["plain"])

@@ -1,13 +1,17 @@
 """Make the mask LMDB of a word LMDB with a trained SSN: the same keys, 8-bit grey PNGs, 255 = text."""
 
 import argparse
+import contextlib
+import glob
 import hashlib
 import json
+import shutil
 import struct
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +24,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 from builders import build_ssn, ssn_part
 from bundle import load_ssn
 from config import load_config
-from lmdb_io import DATA_FILE, NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, is_lmdb, label_key
+from distributed import Process
+from lmdb_io import (
+    DATA_FILE,
+    NUM_SAMPLES,
+    PARTIAL_SUFFIX,
+    LmdbReader,
+    LmdbWriter,
+    find_lmdbs,
+    image_key,
+    is_lmdb,
+    label_key,
+)
 from modules.ssn import SSN
 from precision import PRECISIONS
 from segmentation import Segmenter
@@ -34,13 +50,18 @@ from utils import UserError, load_weights, read_checkpoint, run_command_line, wr
 EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --checkpoint ssn.pth \\
     --input data/training/label/real --output data/masks
   python tools/create_masks.py --checkpoint weights/binet-small.pth --input data/training/label/real --output data/masks
+  torchrun --nproc_per_node=8 tools/create_masks.py --checkpoint ssn.pth --input data/training/MJ --output data/masks
 
-A run that was stopped goes on where it stopped when it is started again in the same way. A word whose picture cannot
+Processes that torchrun starts, on one machine or several that share the folders, share the words; the result is that of
+one process, byte for byte. A run that was stopped goes on where it stopped when it is started again in the same way, be
+it with another number of processes; until then its masks are in OUTPUT.part-*.partial. A word whose picture cannot
 be decoded gets no mask; it is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how masks were made."""
 
-CHUNK_PIXELS = 1 << 23  # of pictures that are held at once, whatever their number: scenes are larger than words
+CHUNK_PIXELS = 1 << 23  # of images that are held at once, whatever their number: scenes are larger than words
+CHUNK_WORDS = 4096  # that are committed in one transaction
 SIZES_CHECKED = 1000
 PNG_SIZE = slice(16, 24)  # width and height in the header of a PNG, big-endian
+SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the others
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the fastest here")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument(
-        "--batch-size", type=positive, default=256, help="words read, sorted by size and committed together"
+        "--batch-size",
+        type=positive,
+        default=256,
+        help="words read, sorted by size and committed together, and dealt out to processes",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists, from the start")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of config keys")
@@ -82,6 +106,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     options = parse_arguments(arguments)
+    process = distributed.start("cpu", timeout=SHARE_TIMEOUT)  # what the processes tell each other lives on the host
     pairs = paired_paths(Path(options.input), Path(options.output))
     checkpoint, segmenter = load_segmenter(options)
     settings = {
@@ -89,11 +114,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "areas": list(segmenter.areas),
         "precision": segmenter.precision,
     }
-    outputs = [MaskOutput(source, target, settings, overwrite=options.overwrite) for source, target in pairs]
+    found = distributed.gather([settings])
+    if any(each != settings for each in found):
+        raise UserError(f"the processes would make other masks: {found}; give --precision, and all the same weights")
+    outputs = [
+        MaskOutput(source, target, settings, overwrite=options.overwrite, process=process) for source, target in pairs
+    ]
     for output in outputs:
         output.check()
     for output in outputs:
         output.make(segmenter, batch_size=options.batch_size)
+    distributed.stop()
     return 0
 
 
@@ -123,8 +154,11 @@ def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
             device is not there.
     """
     checkpoint, ssn, areas = configured_ssn(options) if options.config else carried_ssn(options)
+    own_gpu = distributed.pick_device()
     try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(options.device or own_gpu)
+        if device == torch.device("cuda"):
+            device = own_gpu
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
@@ -165,19 +199,28 @@ def configured_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]
 class MaskOutput:
     """The masks of one word LMDB.
 
+    Blocks of consecutive words are dealt out to the processes in turn, and each keeps its masks in a part of its own
+    until all are made. Then the main one writes them to `target` in the order of their keys. A block is the same
+    whoever works on it, so that neither the number of processes nor an interruption changes a bit.
+
     Args:
         source: word LMDB.
         target: mask LMDB to make.
-        settings: what the masks depend on beside the pictures.
+        settings: what the masks depend on beside the images.
         overwrite: replace what is at `target`, and start anew.
+        process: this one of those that share the words.
     """
 
-    def __init__(self, source: Path, target: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+    def __init__(
+        self, source: Path, target: Path, settings: dict[str, Any], *, overwrite: bool, process: Process
+    ) -> None:
         self.reader = LmdbReader(source)
         self.target = target
         self.overwrite = overwrite
+        self.process = process
         self.count = len(self.reader)
         self.settings = settings | {"source": self._source_digest()}
+        self.identity = json.dumps(self.settings, sort_keys=True)
         self._record_path = target.with_name(f"{target.name}-masks.json")
         self.complete = False
 
@@ -190,8 +233,11 @@ class MaskOutput:
 
     def check(self) -> None:
         """Find out whether there is anything to do; raises UserError when something else is in the way."""
+        self.complete = distributed.any_process(self.process.is_main and self._is_made())
+
+    def _is_made(self) -> bool:
         if self.overwrite or not self.target.exists():
-            return
+            return False
         record: dict[str, Any] = {}
         if is_lmdb(self.target) and self._record_path.is_file():
             try:
@@ -205,72 +251,139 @@ class MaskOutput:
                 f"{self.target}: exists and was made of other pictures or with other settings; "
                 "choose another output or replace it with --overwrite"
             )
-        self.complete = True
+        return True
 
     def make(self, segmenter: Segmenter, *, batch_size: int) -> None:
         """Make what is missing, check all of it against the source, and give it its name."""
         if self.complete:
-            print_summary(f"{self.target}: is complete already", {"words": self.count})
+            if self.process.is_main:
+                print_summary(f"{self.target}: is complete already", {"words": self.count})
+                with contextlib.suppress(UserError):  # of other settings, or of a run that replaces this one
+                    self._claim_parts()
+                    self._remove_parts()
             return
-        identity = json.dumps(self.settings, sort_keys=True)
-        with (
-            RejectionLog.beside(self.target) as rejected,
-            LmdbWriter(self.target, overwrite=self.overwrite, resumable=True, identity=identity) as writer,
-        ):
-            todo = [index for index in range(1, self.count + 1) if image_key(index) not in writer]
-            self._fill(writer, segmenter, todo, batch_size=batch_size, rejected=rejected)
+        if self.process.is_main:
+            self._claim_parts()
+            if self.overwrite:
+                self._remove_parts()
+        distributed.barrier()
+        made = self._part_of_each()
+        distributed.barrier()  # a part must not be read while its process writes it
+        new, rejected = self._make_share(segmenter, made, batch_size=batch_size)
+        new, rejected = sum(distributed.gather([new])), sorted(distributed.gather(rejected))
+        if self.process.is_main:
+            with RejectionLog.beside(self.target) as log:
+                for index, reason, detail in rejected:
+                    log.add(image_key(index), reason, detail)
+                self._merge(broken=len(rejected))
+            self._remove_parts()
+            counts = {"words": self.count, "masks": self.count - len(rejected), "made in this run": new}
+            print_summary(f"{self.target}: areas {list(segmenter.areas)}, {segmenter.precision}", counts, log)
+        distributed.barrier()
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    def _parts(self) -> list[Path]:
+        """The parts that there are, those of an interrupted run included."""
+        return sorted(self.target.parent.glob(f"{glob.escape(self.target.name)}.part-*{PARTIAL_SUFFIX}"))
+
+    def _claim_parts(self) -> None:
+        """Make sure that the parts are this output's and nobody else writes them; raises UserError otherwise."""
+        for each in self._parts():
+            name = each.with_name(each.name.removesuffix(PARTIAL_SUFFIX))
+            LmdbWriter(name, resumable=True, overwrite=self.overwrite, identity=self.identity).abort()
+
+    def _remove_parts(self) -> None:
+        for each in self._parts():
+            shutil.rmtree(each)
+
+    def _part_of_each(self) -> np.ndarray:
+        """Place in `_parts()` of each word's mask, -1 where it has none; (count + 1,), words count from 1."""
+        prefix = image_key(0).rstrip("0")
+        places = np.full(self.count + 1, -1, np.int16)
+        for place, each in enumerate(self._parts()):
+            with LmdbReader(each) as part:
+                places[[int(key.removeprefix(prefix)) for key in part.keys(prefix)]] = place
+        return places
+
+    def _make_share(
+        self, segmenter: Segmenter, made: np.ndarray, *, batch_size: int
+    ) -> tuple[int, list[tuple[int, str, str]]]:
+        """Segment this process's words that have no mask yet; returns their number, and index and why of the others.
+
+        The next words are read while the network works; each chunk is one transaction.
+        """
+        starts = range(1, self.count + 1, batch_size)[self.process.rank :: self.process.world_size]
+        blocks = [range(start, min(start + batch_size, self.count + 1)) for start in starts]
+        todo = [[index for index in block if made[index] < 0] for block in blocks]
+        total, missing = sum(map(len, blocks)), sum(map(len, todo))
+        name = self.target.with_name(f"{self.target.name}.part-{self.process.rank}")
+        part = LmdbWriter(name, resumable=True, identity=self.identity)
+        rejected = []
+        try:
+            with (
+                ThreadPoolExecutor(1) as pool,
+                tqdm(
+                    total=total,
+                    initial=total - missing,
+                    unit="word",
+                    desc=str(self.target.name),
+                    mininterval=0.1 if sys.stderr.isatty() else 10.0,
+                    dynamic_ncols=True,
+                    disable=not self.process.is_main,
+                ) as bar,
+            ):
+                for chunk in one_ahead(pool, load_chunks(self.reader, todo)):
+                    whole = [word for word in chunk if word.picture is not None]
+                    masks = map(encode_mask, segmenter([word.picture for word in whole]))
+                    for word, mask in list(zip(whole, masks, strict=True)):
+                        part.put(image_key(word.index), mask)
+                    part.commit()
+                    rejected += [(word.index, word.reason, word.detail) for word in chunk if word.picture is None]
+                    bar.update(len(chunk))
+        finally:
+            part.abort()  # a part never takes a name without PARTIAL_SUFFIX
+        return missing - len(rejected), rejected
+
+    def _merge(self, *, broken: int) -> None:
+        """All masks and labels in the order of their keys: the file depends on nothing but its content."""
+        parts = [LmdbReader(each) for each in self._parts()]
+        places = self._part_of_each()
+        found = np.flatnonzero(places >= 0).tolist()
+        if len(found) < self.count - broken:
+            raise UserError(
+                f"{self.target}: only {len(found)} of {self.count - broken} masks can be seen from here; "
+                "all machines must share the folder of --output"
+            )
+        with LmdbWriter(self.target, overwrite=self.overwrite, in_order=True) as writer:
+            for index in found:
+                writer.put(image_key(index), parts[places[index]].get(image_key(index)))
+            for index in range(1, self.count + 1):
+                if (label := self.reader.get(label_key(index))) is not None:
+                    writer.put(label_key(index), label)
             writer.put(NUM_SAMPLES, str(self.count))
-            broken = rejected.counts.total()
             check_masks(self.reader, writer, broken=broken)
             facts = {"settings": self.settings, "words": self.count, "without_mask": broken}
             record = json.dumps(facts | {"masks": _sample_digest(writer, self.count)}, indent=1)
             write_atomically(self._record_path, lambda file: file.write(record.encode() + b"\n"))
-        counts = {"words": self.count, "masks": self.count - broken, "made in this run": len(todo) - broken}
-        print_summary(f"{self.target}: areas {list(segmenter.areas)}, {segmenter.precision}", counts, rejected)
-
-    def _fill(
-        self, writer: LmdbWriter, segmenter: Segmenter, todo: list[int], *, batch_size: int, rejected: RejectionLog
-    ) -> None:
-        """Segment the words `todo`: the next ones are read while the network works; each chunk is one transaction."""
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        with (
-            ThreadPoolExecutor(1) as pool,
-            tqdm(
-                total=self.count,
-                initial=self.count - len(todo),
-                unit="word",
-                desc=str(self.target.name),
-                mininterval=interval,
-                dynamic_ncols=True,
-            ) as bar,
-        ):
-            for chunk in one_ahead(pool, load_chunks(self.reader, todo, batch_size)):
-                whole = [word for word in chunk if word.picture is not None]
-                masks = segmenter([word.picture for word in whole])
-                for word, mask in zip(whole, masks, strict=True):
-                    writer.put(image_key(word.index), encode_mask(mask))
-                for word in chunk:
-                    if word.picture is None:
-                        rejected.add(image_key(word.index), word.reason, word.detail)
-                    if (label := self.reader.get(label_key(word.index))) is not None:
-                        writer.put(label_key(word.index), label)
-                writer.commit()
-                bar.update(len(chunk))
+        for part in parts:
+            part.close()
 
 
-def load_chunks(reader: LmdbReader, indices: Sequence[int], batch_size: int) -> Iterator[list[Word]]:
-    """Read and decode words, `batch_size` at a time, fewer where the pictures are large."""
-    chunk: list[Word] = []
-    pixels = 0
-    for index in indices:
-        chunk.append(load_word(reader, index))
-        if chunk[-1].picture is not None:
-            pixels += chunk[-1].picture[..., 0].size
-        if len(chunk) == batch_size or pixels >= CHUNK_PIXELS:
+def load_chunks(reader: LmdbReader, blocks: Sequence[Sequence[int]]) -> Iterator[list[Word]]:
+    """Read and decode words: a block at a time, in several chunks where its images are large."""
+    for block in blocks:
+        chunk: list[Word] = []
+        pixels = 0
+        for index in block:
+            chunk.append(load_word(reader, index))
+            if chunk[-1].picture is not None:
+                pixels += chunk[-1].picture[..., 0].size
+            if len(chunk) == CHUNK_WORDS or pixels >= CHUNK_PIXELS:
+                yield chunk
+                chunk, pixels = [], 0
+        if chunk:
             yield chunk
-            chunk, pixels = [], 0
-    if chunk:
-        yield chunk
 
 
 def load_word(reader: LmdbReader, index: int) -> Word:

@@ -340,20 +340,20 @@ def resume_state(folder: Path, name: str, resume: str, process: Process) -> dict
     A file of the folder itself becomes its newest checkpoint: those after it belong to steps that are taken anew.
 
     Raises:
-        UserError: the file cannot be resumed from, or is none of the run that the folder holds.
+        UserError: the file cannot be resumed from, or is no checkpoint of the run that the folder holds.
     """
     if resume:
         state = read_checkpoint(resume)
         if "training" not in state:
             raise UserError(f"--resume {resume}: holds weights only; start from them with --checkpoint")
-        history = folder / "history.jsonl"
-        if Path(resume).resolve().parent == folder.resolve():
+        path, history = Path(resume), folder / "history.jsonl"
+        if path.resolve().parent == folder.resolve() and path.name in listed_checkpoints(folder, name):
             if process.is_main:
-                list_as_newest(folder, name, Path(resume).name)
+                list_as_newest(folder, name, path.name)
         elif history.is_file() and history.stat().st_size:
             raise UserError(
-                f"--resume {resume}: {folder} holds another run; give this one another --name, or go on with that one "
-                "by --resume alone"
+                f"--resume {resume}: no checkpoint of the run in {folder}, whose history it would cut; give this run "
+                "another --name, or go on with that one by --resume alone"
             )
         return state
     if not listed_checkpoints(folder, name):

@@ -197,18 +197,18 @@ class History(Callback):
         if not trainer.process.is_main:
             return
         kept = self._lines_up_to(trainer.iteration)
-        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        write_atomically(self.path, lambda file: file.writelines(kept))
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
-    def _lines_up_to(self, iteration: int) -> list[str]:
+    def _lines_up_to(self, iteration: int) -> list[bytes]:
         """Whole lines of iterations that a resumed run does not repeat."""
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
                 if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                logger.warning("%s: a line cut off by a kill is dropped", self.path)
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                logger.warning("%s: a line that is damaged, as by a kill, is dropped", self.path)
         return kept
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
@@ -540,11 +540,13 @@ def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence
 def listed_checkpoints(folder: Path, name: str) -> list[str]:
     """Names of run `name` in `checkpoint.yaml` whose files exist, oldest first; behind them files it does not list."""
     listing = folder / CHECKPOINT_LIST
+    present = {path.name for path in folder.glob("*")}
     names: list[str] = []
     if listing.exists():
         try:
-            names = list(yaml.safe_load(listing.read_text(encoding="utf-8"))["checkpoints"])
-        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+            listed = yaml.safe_load(listing.read_text(encoding="utf-8"))["checkpoints"]
+            names = [each for each in listed if isinstance(each, str) and each in present]
+        except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
             logger.warning("%s is damaged; looking at the files themselves", listing)
     form = re.compile(rf"{re.escape(name)}_\d+_\d+\.pth")
     found = sorted(
@@ -552,7 +554,7 @@ def listed_checkpoints(folder: Path, name: str) -> list[str]:
         key=lambda path: (path.stat().st_mtime_ns, path.name),
     )
     newer = [path.name for path in found if path.name not in names]  # written, but killed before it was listed
-    return [each for each in names if (folder / each).exists()] + newer
+    return names + newer
 
 
 def list_as_newest(folder: Path, name: str, file: str, *, keep: int | None = None) -> list[str]:

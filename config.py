@@ -40,6 +40,8 @@ ABINET_DEFAULTS = {
     "vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}},
 }
 
+PROBLEMS_SHOWN = 30  # of a configuration, in one message
+
 # Published keys that nothing reads any more: they are named in a warning and ignored.
 DEAD_KEYS = ("dataset.one_hot_y", "training.stats_iters", "model.ensemble", "model.use_vision")
 
@@ -581,7 +583,8 @@ def _validated(
     problems += [f"{_origin(dotted, document, origins)}: {message}" for dotted, message in found]
     if problems or config is None:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration\n  "
-        raise UserError(head + "\n  ".join(problems))
+        more = [f"and {len(problems) - PROBLEMS_SHOWN} more: mend these first"] if len(problems) > PROBLEMS_SHOWN else []
+        raise UserError(head + "\n  ".join(problems[:PROBLEMS_SHOWN] + more))
     return config
 
 

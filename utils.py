@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -25,14 +26,41 @@ UNUSED_PUBLISHED = re.compile(
 )
 # Prefixes that wrappers put before every name: DistributedDataParallel / DataParallel, torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+# What torch's unpickler meets bytes with that are no pickle, or one of hostile make.
+UNPICKLING_ERRORS = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+)
 NAMES_SHOWN = 5
+LONGEST_LINE = 1000  # characters of an error message
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 FILE_ONLY = "file_only"  # of a log record, see `setup_logging`
 RENDER_SCHEME = "render://"  # begins a data root that is no file but a renderer's YAML
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message names the key or file at fault and the remedy, in one or two lines."""
+    """A mistake of the user's: the message names the key or file at fault and the remedy, in one or two lines.
+
+    What it quotes of a file may be anything: long lines show their ends, and signs that cannot be printed are escaped.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(_printable, super().__str__().split("\n")))
+
+
+def _printable(line: str) -> str:
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE * 2 // 3]} ... {line[-LONGEST_LINE // 3 :]}"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def is_folder_name(text: str) -> bool:
@@ -156,7 +184,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         foreign = re.search(r"(?i)unsupported (global|class)|unrecognized function|can only build", str(error))
         reason = "it holds objects other than tensors and plain values" if foreign else "damaged"
         raise UserError(f"checkpoint {path} is refused ({reason}); save a state_dict with torch.save") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except UNPICKLING_ERRORS as error:
         raise UserError(f"checkpoint {path} is damaged or no torch file ({first_line(error)}); use another") from error
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a state_dict; save model.state_dict()")
@@ -167,7 +195,7 @@ def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint: ours and the published form keep them under `model`, a plain one at the top."""
     weights = state.get("model", state)
     weights = weights if isinstance(weights, Mapping) else {}
-    return {_strip_wrappers(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    return {_strip_wrappers(name): value for name, value in weights.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> dict[str, Any]:

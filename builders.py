@@ -394,6 +394,7 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
         seed=config.global_.seed or 0,
         cache_dir=(data.cache_dir or default_cache_dir()) if data.cache_index else None,
         length=data.train.length,
+        turn_tall=None if training else data.turn_tall,
     )
     return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
 

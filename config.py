@@ -185,6 +185,13 @@ class DatasetConfig(Section):
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
     data_aug: bool = key(True, "Augment training samples: geometry, deterioration, colour.")
     multiscales: bool = key(False, "Keep the aspect of the picture when resizing, instead of stretching it.")
+    turn_tall: float | None = key(
+        None,
+        "Height / width of an image above which it is read as stored and turned by 90 degrees both ways (test, Reader, "
+        "demo); the most confident prediction is kept. null: images are read as stored.",
+        ge=1,
+        allow_inf_nan=False,
+    )
     num_workers: int = key(4, "Data loading processes for each training process; 0 loads in the loop.", ge=0)
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
     use_sm: bool = key(False, "Spelling mutation of language inputs.")

@@ -15,12 +15,14 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageOps
+
+from utils import first_line
 
 Picture = np.ndarray  # (H, W, 3) uint8, RGB
 Mask = np.ndarray  # (H, W) uint8, 255 = text
@@ -105,8 +107,10 @@ def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> 
             if oriented:
                 ImageOps.exif_transpose(opened, in_place=True)
             return np.ascontiguousarray(convert(opened, mode))
+    except Image.UnidentifiedImageError as error:
+        raise BrokenPictureError("not an image, or a damaged one") from error
     except PICTURE_ERRORS as error:
-        raise BrokenPictureError(str(error)) from error
+        raise BrokenPictureError(f"damaged ({first_line(error)})") from error
 
 
 def _header(data: bytes | memoryview) -> tuple[Size, bool]:
@@ -127,7 +131,7 @@ def _header(data: bytes | memoryview) -> tuple[Size, bool]:
         with Image.open(io.BytesIO(data)) as opened:
             return opened.size[::-1], not opened.has_transparency_data
     except Image.DecompressionBombError as error:
-        raise BrokenPictureError(str(error)) from error
+        raise BrokenPictureError(first_line(error)) from error
     except PICTURE_ERRORS:
         return (0, 0), True
 
@@ -416,6 +420,33 @@ class ResizeWord:
         if not below and not right:
             return picture
         return cv2.copyMakeBorder(picture, 0, below, 0, right, cv2.BORDER_CONSTANT, value=0)
+
+
+TURNS = (0, 90, 270)  # degrees counterclockwise
+
+
+def turn(picture: np.ndarray, degrees: int) -> np.ndarray:
+    """An image or mask turned counterclockwise by a multiple of 90 degrees."""
+    return np.ascontiguousarray(np.rot90(picture, degrees // 90)) if degrees else picture
+
+
+class View(NamedTuple):
+    """An image and its mask, turned counterclockwise by some degrees."""
+
+    picture: Picture
+    mask: Mask | None
+    turned: int = 0
+
+
+def views(picture: Picture, mask: Mask | None, *, turn_tall: float | None = None) -> list[View]:
+    """The ways in which an image is read: as stored and, where it is tall, turned by 90 degrees both ways, too.
+
+    Args:
+        turn_tall: height / width above which an image is tall; None for no image.
+    """
+    tall = turn_tall is not None and picture.shape[0] > turn_tall * picture.shape[1]
+    turns = TURNS if tall else TURNS[:1]
+    return [View(turn(picture, each), None if mask is None else turn(mask, each), each) for each in turns]
 
 
 class AugmentWord:

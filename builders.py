@@ -420,6 +420,7 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
         length=data.train.length if training and data.train.shares is None else None,
         split=0 if training else 1,
         difficulty=data.train.difficulty if training else None,
+        turn_tall=None if training else data.turn_tall,
     )
     return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
 

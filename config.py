@@ -219,6 +219,13 @@ class DatasetConfig(Section):
         False,
         "Keep the aspect when resizing, at the left edge, the rest black: a letter's place tells its number.",
     )
+    turn_tall: float | None = key(
+        None,
+        "Height / width of an image above which it is read as stored and turned by 90 degrees both ways (test, Reader, "
+        "demo); the most confident prediction is kept. null: images are read as stored.",
+        ge=1,
+        allow_inf_nan=False,
+    )
     num_workers: int = key(4, "Data loading processes for each training process; 0 loads in the loop.", ge=0)
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
     use_sm: bool = key(False, "Spelling mutation of language inputs.")

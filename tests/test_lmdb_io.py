@@ -13,6 +13,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
+import lmdb_io
 from lmdb_io import (
     DATA_FILE,
     NUM_SAMPLES,
@@ -133,6 +134,27 @@ def test_interrupted_writer_is_resumed(tmp_path):
         writer.append(b"3", "c")
     assert len(LmdbReader(tmp_path / "x")) == 3
     assert os.listdir(tmp_path / "x") == [DATA_FILE]
+
+
+@pytest.mark.parametrize("entries", range(1, 8))
+def test_no_sample_is_cut_by_a_commit(tmp_path, monkeypatch, entries):
+    monkeypatch.setattr(lmdb_io, "_COMMIT_ENTRIES", entries)
+    stored = []
+
+    class Writer(LmdbWriter):
+        def commit(self):
+            super().commit()
+            with self._environment.begin() as transaction:
+                keys = {bytes(key).decode() for key, _ in transaction.cursor()}
+                stored.append((int(transaction.get(NUM_SAMPLES.encode()) or 0), keys))
+
+    with Writer(tmp_path / "a") as writer:
+        for _ in range(9):
+            writer.append(b"image", "label", b"mask")
+    assert len(stored) > 1
+    for count, keys in stored:
+        whole = {key(i) for key in (image_key, mask_key, label_key) for i in range(1, count + 1)}
+        assert keys == whole | {NUM_SAMPLES}
 
 
 def test_killed_writer_is_resumed_from_its_last_commit(tmp_path):

@@ -32,6 +32,7 @@ from transforms import (
     rescale,
     rotation,
     symmetric,
+    views,
     warp,
 )
 
@@ -495,3 +496,17 @@ class TestCropSegmentation:
         )
         assert abs(int((cut == 1).sum()) - 600) <= 51
         assert (cut != 0).all()
+
+
+class TestViews:
+    def test_only_tall_pictures_are_turned_both_ways(self):
+        picture, mask = rng().integers(0, 256, (31, 20, 3), dtype=np.uint8), rng(1).integers(0, 256, (31, 20), np.uint8)
+        as_stored, left, right = views(picture, mask, turn_tall=1.5)
+        assert (as_stored.turned, left.turned, right.turned) == (0, 90, 270)
+        assert as_stored.picture is picture
+        for view, turns in ((left, 1), (right, 3)):
+            assert np.array_equal(view.picture, np.rot90(picture, turns))
+            assert np.array_equal(view.mask, np.rot90(mask, turns))
+            assert view.picture.flags.c_contiguous
+        assert [each.mask for each in views(picture[:30], None, turn_tall=1.5)] == [None]
+        assert len(views(picture, None)) == 1

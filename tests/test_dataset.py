@@ -277,7 +277,7 @@ class TestBrokenSamples:
         assert batch.texts == [WORDS[index] for index in batch.indices]
 
     def test_tiny_images_are_left_out_where_they_are_asked_to_be(self, words):
-        """DESIGN 6: in training (only there) an image with a side of 6 pixels or less is left out."""
+        """As published: in training (only there) an image with a side of 6 pixels or less is left out."""
         edit(words, {"image-000000003": png(np.zeros((6, 60, 3), np.uint8))})
         edit(words, {"image-000000005": png(np.zeros((7, 60, 3), np.uint8))})
         assert all(not isinstance(open_set(words)[index], Skipped) for index in range(len(WORDS)))

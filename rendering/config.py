@@ -33,9 +33,9 @@ PRINTABLE = "".join(chr(code) for code in range(33, 127))
 class CasesConfig(Section):
     """Weights of the ways to write a word."""
 
-    upper: Weight = key(0.45, "WORD")
+    upper: Weight = key(0.5, "WORD")
     title: Weight = key(0.27, "Word")
-    lower: Weight = key(0.25, "word")
+    lower: Weight = key(0.2, "word")
     mixed: Weight = key(0.03, "wOrd: each letter by chance.")
 
 
@@ -45,9 +45,9 @@ class WordsConfig(Section):
     file: str | None = key(None, "Word list, one a line, with a count after a tab where known; null: English words.")
     vocabulary: Annotated[int, Field(ge=100)] = key(60000, "Number of English words used when there is no file.")
     temperature: Annotated[float, Field(gt=0)] = key(
-        2.5, "A word's chance is frequency ** (1 / temperature): 1 as counted, large numbers make all equal."
+        1.8, "A word's chance is frequency ** (1 / temperature): 1 as counted, large numbers make all equal."
     )
-    numbers: Share = key(0.12, "Share of numbers: prices, years, phone fragments, times, amounts.")
+    numbers: Share = key(0.16, "Share of numbers: prices, years, phone fragments, times, amounts.")
     random: Share = key(0.05, "Share of random letters and digits, which no vocabulary predicts.")
     punctuation: Share = key(0.07, "Share of words that get punctuation before, after or around them.")
     max_length: Annotated[int, Field(ge=1)] = key(25, "Longest text in characters.")
@@ -129,7 +129,7 @@ class GeometryConfig(Section):
 class ColoursConfig(Section):
     """Contrast of letters and background, luminance from 0 to 1."""
 
-    saturated: Share = key(0.4, "Share of backgrounds of a strong colour.")
+    saturated: Share = key(0.5, "Share of backgrounds of a strong colour.")
     min_contrast: Share = key(0.3, "Least difference of luminance between letters and the background behind them.")
     low_contrast: Share = key(0.08, "Probability, at difficulty 0.5, of a third to all of that difference.")
     neutral: Share = key(0.6, "Share of letters that are white, grey or black.")

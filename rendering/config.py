@@ -81,8 +81,8 @@ class LettersConfig(Section):
     initial: Share = key(0.06, "Probability of a larger first letter, in words that begin with a capital.")
     reuse: Annotated[int, Field(ge=1)] = key(
         1,
-        "Consecutive words that share text, face and spacing and differ in all else: size, warp, colours, background. "
-        "Larger numbers render faster, with fewer different texts.",
+        "Consecutive words that share their letters, warp included, and differ in colours, background and camera. "
+        "Larger numbers render faster, where words are asked for in order, with fewer different texts.",
     )
 
 

@@ -26,7 +26,7 @@ def dotted(letters: Letters, rows: float) -> np.ndarray:
     cells = cv2.resize(letters.fill, (max(1, width // pitch), max(1, height // pitch)), interpolation=cv2.INTER_AREA)
     lit = (cells > 105).astype(np.uint8)
     missed = np.abs(cells.astype(np.float32) - 255 * lit).sum()
-    if missed > 0.45 * cells.sum(dtype=np.float32):
+    if missed > 0.5 * cells.sum(dtype=np.float32):
         return letters.fill
     dots = np.zeros((height, width), np.uint8)
     grid = np.kron(lit, _dot(pitch))

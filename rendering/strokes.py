@@ -56,5 +56,5 @@ def _dot(pitch: int) -> np.ndarray:
     """A dot in a cell of the grid, uint8 (pitch, pitch)."""
     detail = 8
     large = np.zeros((pitch * detail, pitch * detail), np.uint8)
-    cv2.circle(large, (pitch * detail // 2, pitch * detail // 2), round(0.46 * pitch * detail), 255, -1)
+    cv2.circle(large, (pitch * detail // 2, pitch * detail // 2), round(0.43 * pitch * detail), 255, -1)
     return cv2.resize(large, (pitch, pitch), interpolation=cv2.INTER_AREA)

@@ -232,7 +232,7 @@ class TestKinds:
 
     def test_dots_are_apart_in_image_and_mask(self, plain):
         def parts(word):
-            return cv2.connectedComponents((word.mask > 100).astype(np.uint8))[0] - 1
+            return cv2.connectedComponents((word.mask > 180).astype(np.uint8))[0] - 1
 
         dotted = 0
         for index in range(8):
@@ -240,7 +240,7 @@ class TestKinds:
             whole = plain("letters.height=70").render(3, index, text="HOLE")
             if not np.array_equal(word.mask, whole.mask):  # else a face that the grid is too coarse for
                 dotted += parts(word) > 20
-                assert 0.4 < word.mask.sum() / whole.mask.sum() < 0.95
+                assert 0.3 < word.mask.sum() / whole.mask.sum() < 0.9
         assert dotted >= 3
 
     def test_a_stencil_cuts_bridges(self, plain):

@@ -119,7 +119,7 @@ class GeometryConfig(Section):
     strong_rotation: Share = key(0.06, "Probability of a rotation by any angle, mostly within 45 degrees (steep).")
     strong_degrees: Amount = key(24.0, "Mean size of it, degrees, of a Laplace distribution; as it is.")
     strong_curve: Share = key(0.04, "Probability of a word on an arc of more than `curve_degrees` (steep).")
-    strong_curve_degrees: Amount = key(70.0, "Mean of what such an arc has beyond that, degrees; as it is.")
+    strong_curve_degrees: Amount = key(60.0, "Mean of what such an arc has beyond that, degrees; as it is.")
     margin: Amount = key(0.22, "Mean space on each side, heights of a capital letter; independent of difficulty.")
     cut: Share = key(0.06, "Probability of a side that cuts a little into the letters.")
     tight: Share = key(0.12, "Probability of a crop without space around the letters.")

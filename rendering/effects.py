@@ -128,6 +128,8 @@ def cut_relief(
     height = cv2.GaussianBlur(letters.fill, (0, 0), max(0.8, 0.035 * unit)).astype(np.float32)
     x, y = np.cos(angle) * 0.05 * unit, np.sin(angle) * 0.05 * unit
     slope = _moved(height, x, y) - _moved(height, -x, -y)
+    # Only on an even surface can light and shade alone be read.
+    picture = cv2.addWeighted(picture, 0.5, full(share.shape, picture.mean(axis=(0, 1))), 0.5, 0)
     inside = raised(picture, np.float32(rng.uniform(-16, 16)) * share)
     return np.clip(raised(inside, warp.apply(slope) * np.float32(0.55 * strength)), 0, 255)
 

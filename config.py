@@ -487,6 +487,11 @@ class Config(Section):
         """
         return _validated(Document(_migrated(_plain(mapping)), source, {}), {}, drop_unknown=drop_unknown)
 
+    @property
+    def work_folder(self) -> Path:
+        """Where everything of the run goes."""
+        return Path(self.global_.workdir) / self.global_.name
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dicts, lists, numbers, strings, None) that `from_dict` reads back equal."""
         return self.model_dump(by_alias=True)
@@ -544,6 +549,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         except UserError as error:
             problems.append(str(error))
     return _validated(document, origins, problems)
+
+
+def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
+    """The config of a run that is resumed: it keeps the names of the weights that it started from.
+
+    Args:
+        before: the config in the run's checkpoint, as plain data; None: it has none.
+
+    Raises:
+        UserError: a key has changed that must not within a run.
+    """
+    config = config.model_copy(deep=True)
+    if before is None:
+        return config
+    now = config.to_dict()
+    for key in ("global.seed", "dataset.train.batch_size"):  # the order of the samples, and the steps of an epoch
+        if (value_of(before, key) or 0) != (value_of(now, key) or 0):
+            raise UserError(
+                f"{key}: the run to resume has {value_of(before, key)}, not {value_of(now, key)}, and its place in the "
+                "data means nothing with another; keep it, or start from the run's weights with --checkpoint"
+            )
+    sections = {"model": config.model, "model.vision": config.model.vision, "model.language": config.model.language}
+    if config.model.kind == "ssn":
+        sections["model.ssn"] = config.model.ssn
+    for name, section in sections.items():
+        started_from = value_of(before, f"{name}.checkpoint")
+        if section.checkpoint not in (None, started_from):
+            raise UserError(
+                f"{name}.checkpoint: the run to resume started from {started_from}, not {section.checkpoint}, and goes "
+                f"on with its own weights; leave it out ({name}.checkpoint=null)"
+            )
+        section.checkpoint = started_from
+    return config
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in a config as plain data; None where it has no such key."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
 
 
 def save_config(config: Config, path: str | Path) -> None:

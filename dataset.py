@@ -22,32 +22,22 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from batches import (
-    Batch,
+from loading.batches import (
     LabelRule,
-    LanguageBatch,
-    LanguageCollate,
     LanguageSample,
-    SegmentationBatch,
-    SegmentationCollate,
     SegmentationSample,
     Skipped,
-    WordCollate,
     WordSample,
 )
-from language_csv import read_pairs
-from lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
-from masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
-from sampling import (
-    EqualSizeBatchSampler,
-    MixtureBatchSampler,
-    ResumableBatchSampler,
+from loading.language_csv import read_pairs
+from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
+from loading.masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
+from loading.sampling import (
     SampleGenerators,
     SampleKey,
-    ShardedSampler,
     as_key,
 )
-from transforms import (
+from loading.transforms import (
     TEXT_THRESHOLD,
     BrokenPictureError,
     CropSegmentation,
@@ -59,38 +49,8 @@ from transforms import (
     picture_size,
     views,
 )
+from loading.word_index import MISSING, open_word_index
 from utils import RENDER_SCHEME, UserError
-from word_index import MISSING, default_cache_dir, open_word_index
-
-__all__ = [
-    "Batch",
-    "EqualSizeBatchSampler",
-    "JoinedDataset",
-    "LabelRule",
-    "LanguageBatch",
-    "LanguageCollate",
-    "LanguageDataset",
-    "LmdbMasks",
-    "MixtureBatchSampler",
-    "OnlineMasks",
-    "RenderedDataset",
-    "ResumableBatchSampler",
-    "SampleKey",
-    "SegmentationBatch",
-    "SegmentationCollate",
-    "SegmentationDataset",
-    "ShardedSampler",
-    "SkipLog",
-    "Skipped",
-    "WordCollate",
-    "WordDataset",
-    "default_cache_dir",
-    "initialize_worker",
-    "make_loader",
-    "mutate_spelling",
-    "open_segmentation_datasets",
-    "open_word_datasets",
-]
 
 logger = logging.getLogger(__name__)
 

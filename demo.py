@@ -20,9 +20,9 @@ from pathlib import Path
 
 import cv2
 
-from pictures import on_picture, reading_picture
+from evaluation.drawing import on_picture, reading_picture
+from loading.transforms import resize, turn
 from reader import MASK_SOURCES, Reader, Reading, to_picture
-from transforms import resize, turn
 from utils import ArgumentParser, UserError, run_command_line
 
 PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import batch_mean
+from engine.distributed import batch_mean
 from modules.outputs import RecogniserOutput
 from modules.ssn import SegmentationOutput
 

@@ -20,15 +20,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from batches import normalize_images, stack_pictures
 from builders import checked_model_eval
 from bundle import Bundle, load_bundle, load_ssn
 from config import Config, load_config
-from evaluation import chosen_logits, most_confident, read_logits, take_rows
-from inference import prepare_for_inference
-from precision import use_tf32
-from segmentation import IMAGE_PIXELS, Segmenter
-from transforms import (
+from engine.precision import use_tf32
+from evaluation.evaluator import chosen_logits, most_confident, read_logits, take_rows
+from inference.prepare import prepare_for_inference
+from inference.segmenter import IMAGE_PIXELS, Segmenter
+from loading.batches import normalize_images, stack_pictures
+from loading.transforms import (
     MAX_PIXELS,
     PICTURE_ERRORS,
     BrokenPictureError,

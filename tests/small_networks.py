@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batches import Batch, LanguageBatch, SegmentationBatch
 from builders import build_charset, build_criterion, build_model, build_optimizer
 from bundle import save_bundle
 from config import Config
-from distributed import Process
-from lmdb_io import LmdbWriter
+from engine.distributed import Process
+from engine.trainer import Trainer
+from loading.batches import Batch, LanguageBatch, SegmentationBatch
+from loading.lmdb_io import LmdbWriter
 from modules.outputs import AlignmentOutput, LanguageOutput, RecogniserOutput, VisionOutput
-from trainer import Trainer
 
 VISION = {
     "stem_width": 8,

@@ -10,10 +10,10 @@ import torch
 from builders import build_evaluator, build_model, build_schedule, build_segmenter, build_training_data
 from bundle import load_bundle
 from config import Config
-from distributed import Process
+from engine.distributed import Process
+from loading.transforms import AugmentWord, RandAugmentWord, ResizeWord
 from modules.ssn import SSN
 from tests import small_networks
-from transforms import AugmentWord, RandAugmentWord, ResizeWord
 from utils import UserError
 
 TINY = {key: value for key, value in small_networks.SSN.items() if key != "areas"}

@@ -28,9 +28,9 @@ from callbacks import (
     UnreadableSamples,
     listed_checkpoints,
 )
-from distributed import Process
-from evaluation import ScoredWord
-from trainer import Step
+from engine.distributed import Process
+from engine.trainer import Step
+from evaluation.evaluator import ScoredWord
 from utils import UserError, setup_logging
 
 

@@ -9,8 +9,8 @@ import torch
 
 import demo
 import main
-from lmdb_io import LmdbReader, image_key
-from pictures import on_picture
+from evaluation.drawing import on_picture
+from loading.lmdb_io import LmdbReader, image_key
 from tests.small_networks import save_networks, small_config, write_words
 from tools.measuring import peak_memory
 from utils import UserError

@@ -24,7 +24,7 @@ from tiny_run import (
 )
 from torch import nn
 
-import distributed
+from engine import distributed
 from tests.small_networks import terms_and_gradients
 from utils import UserError
 

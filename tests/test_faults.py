@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny_run import ITERATIONS, NAME, folder_of, history, history_text, png, run, start, write_config, write_words
 
-from distributed import Process
-from lmdb_io import image_key, label_key
+from engine.distributed import Process
+from loading.lmdb_io import image_key, label_key
 from utils import UserError
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
-import lmdb_io
-from lmdb_io import (
+from loading import lmdb_io
+from loading.lmdb_io import (
     DATA_FILE,
     NUM_SAMPLES,
     LmdbReader,
@@ -160,7 +160,7 @@ def test_no_sample_is_cut_by_a_commit(tmp_path, monkeypatch, entries):
 def test_killed_writer_is_resumed_from_its_last_commit(tmp_path):
     code = """
         import os, signal, sys
-        from lmdb_io import LmdbWriter
+        from loading.lmdb_io import LmdbWriter
         writer = LmdbWriter(sys.argv[1], resumable=True)
         writer.append(b"1", "a")
         writer.commit()
@@ -185,7 +185,7 @@ def test_overwrite_discards_what_could_be_resumed(tmp_path):
 
 FILL = """
     import os, resource, sys
-    from lmdb_io import LmdbWriter
+    from loading.lmdb_io import LmdbWriter
     from utils import run_command_line
 
     def main():

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from config import load_config
-from distributed import Process
-from lmdb_io import LmdbWriter
+from engine.distributed import Process
+from loading.lmdb_io import LmdbWriter
 from main import build_criterion, build_model, main, overrides_of, parse_arguments, resume_state
 from tests.reference import expected_tensors, known_inputs, tensor_shapes
 from utils import UserError

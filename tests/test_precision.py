@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from precision import PRECISIONS, autocast, fastest_precision, use_tf32
+from engine.precision import PRECISIONS, autocast, fastest_precision, use_tf32
 
 CPU = torch.device("cpu")
 

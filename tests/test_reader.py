@@ -15,10 +15,11 @@ from PIL import Image
 
 import reader as reader_module
 from bundle import load_bundle
+from engine.checkpoints import read_checkpoint
 from reader import Reader
 from tests.small_networks import save_networks, small_config
 from tools import bundle_weights
-from utils import UserError, read_checkpoint
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import ImageFont
 
 from config import Section, walk_schema
+from loading.sampling import SampleKey
 from rendering import RenderConfig, RenderedWords, Stream, WordRenderer, load_render_config
 from rendering.backgrounds import find_photos, read_photo
 from rendering.colours import luminance, with_luminance
@@ -20,7 +21,6 @@ from rendering.fonts import FontBook, FontFamily, find_families, in_split
 from rendering.geometry import Bend
 from rendering.letters import Layout, draw_layout, set_letters
 from rendering.words import WordSource, draw_number, read_words
-from sampling import SampleKey
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

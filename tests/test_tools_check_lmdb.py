@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, image_key, label_key
-from masks import find_mask_lmdb
+from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, image_key, label_key
+from loading.masks import find_mask_lmdb
 from tools import check_lmdb
 from utils import UserError
 

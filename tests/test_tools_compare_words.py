@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from lmdb_io import LmdbWriter
+from loading.lmdb_io import LmdbWriter
 from tools import compare_words
 from utils import UserError
 

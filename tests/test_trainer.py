@@ -24,12 +24,12 @@ from callbacks import (
     Progress,
     newest_whole_checkpoint,
 )
-from dataset import ResumableBatchSampler
-from distributed import Process
+from engine.distributed import Process
+from engine.optimization import make_optimizer, parameter_groups, poly_schedule
+from engine.trainer import AveragedWeights, FiniteWatch, Trainer
+from loading.sampling import ResumableBatchSampler
 from main import load_training_state
-from optimization import make_optimizer, parameter_groups, poly_schedule
 from tests import small_networks
-from trainer import AveragedWeights, FiniteWatch, Trainer
 from utils import UserError
 
 SAMPLES, BATCH, ITERATIONS = 40, 8, 12

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import transforms
-from transforms import (
+from loading import transforms
+from loading.transforms import (
     AugmentWord,
     BrokenPictureError,
     CropSegmentation,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils import UserError, load_checkpoint, read_checkpoint, save_atomically
+from engine.checkpoints import load_checkpoint, read_checkpoint, save_atomically
+from utils import UserError
 
 
 def small_network(width=4):

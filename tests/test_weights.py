@@ -11,15 +11,15 @@ import torch
 
 import demo
 import main
-from batches import normalize_images, stack_pictures
 from bundle import load_bundle
 from config import load_config
-from inference import prepare_for_inference
+from inference.prepare import prepare_for_inference
+from inference.segmenter import Segmenter
+from loading.batches import normalize_images, stack_pictures
+from loading.transforms import ResizeWord, decode_picture, turn
 from reader import DEFAULT_CHECKPOINT, Reader
-from segmentation import Segmenter
 from tests.browser import fill, found, missing_pictures, page_data
 from tests.reference import fill_known_weights
-from transforms import ResizeWord, decode_picture, turn
 
 ROOT = Path(__file__).parent.parent
 PICTURES = sorted((ROOT / "fig" / "demo").glob("*.png"))  # named after what they say

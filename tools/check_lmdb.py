@@ -19,10 +19,11 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # lets `python tools/NAME.py` find the repository's modules
 
-from charset import Charset
-from contact_sheet import Cell, save_contact_sheet
-from lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
-from masks import find_mask_lmdb
+from evaluation.contact_sheet import Cell, save_contact_sheet
+from loading.charset import Charset
+from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
+from loading.masks import find_mask_lmdb
+from loading.transforms import to_8_bits
 from tools.support import (
     MAX_PIXELS,
     RejectionLog,
@@ -34,7 +35,6 @@ from tools.support import (
     print_summary,
     progress,
 )
-from transforms import to_8_bits
 from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/check_lmdb.py data/training --charset data/charset_36.txt

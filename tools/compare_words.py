@@ -16,7 +16,7 @@ sys.path.insert(
 import cv2
 import numpy as np
 
-from lmdb_io import LmdbReader, image_key, is_lmdb, label_key
+from loading.lmdb_io import LmdbReader, image_key, is_lmdb, label_key
 from rendering import WordRenderer, load_render_config
 from tools.support import decode_picture, make_parser, positive, progress, seed_number
 from utils import UserError, run_command_line

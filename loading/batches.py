@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from charset import Charset
+from loading.charset import Charset
 
 B = TypeVar("B", bound="_Batch")
 

@@ -14,11 +14,9 @@ import torch
 from torch import nn
 
 import main
-from batches import IMAGENET_MEAN, IMAGENET_STD, Batch
 from builders import build_evaluator, build_model
-from charset import PROTOCOLS, Charset
-from distributed import Process
-from evaluation import (
+from engine.distributed import Process
+from evaluation.evaluator import (
     EMPTY_IN_PROTOCOL,
     WordEvaluator,
     most_confident,
@@ -27,11 +25,13 @@ from evaluation import (
     score_table,
     write_scores,
 )
-from inference import prepare_for_inference
-from lmdb_io import LmdbWriter
+from inference.prepare import prepare_for_inference
+from inference.segmenter import Segmenter
+from loading.batches import IMAGENET_MEAN, IMAGENET_STD, Batch
+from loading.charset import PROTOCOLS, Charset
+from loading.lmdb_io import LmdbWriter
 from modules.outputs import RecogniserOutput, VisionOutput
 from reader import Reader
-from segmentation import Segmenter
 from tests.small_networks import ReadsUprightWords, save_network, small_config, write_words
 
 REPOSITORY = Path(__file__).resolve().parents[1]

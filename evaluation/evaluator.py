@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
-import distributed
-import metrics
-from batches import Batch
-from charset import NULL, Charset, protocol_normalizer
-from inference import PreparedSSN
+from engine import distributed
+from engine.precision import autocast
+from evaluation import metrics
+from evaluation.drawing import to_pictures
+from inference.prepare import PreparedSSN
+from inference.segmenter import Segmenter
+from loading.batches import Batch
+from loading.charset import NULL, Charset, protocol_normalizer
+from loading.transforms import TEXT_THRESHOLD
 from modules.outputs import RecogniserOutput
-from pictures import to_pictures
-from precision import autocast
-from segmentation import Segmenter
-from transforms import TEXT_THRESHOLD
 from utils import write_atomically
 
 logger = logging.getLogger(__name__)

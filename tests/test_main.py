@@ -13,9 +13,10 @@ import torch
 import yaml
 
 from config import load_config
+from engine.checkpoints import resume_state
 from engine.distributed import Process
 from loading.lmdb_io import LmdbWriter
-from main import build_criterion, build_model, main, overrides_of, parse_arguments, resume_state
+from main import build_criterion, build_model, main, overrides_of, parse_arguments
 from tests.reference import expected_tensors, known_inputs, tensor_shapes
 from utils import UserError
 

@@ -22,13 +22,12 @@ from callbacks import (
     History,
     NotFiniteBatches,
     Progress,
-    newest_whole_checkpoint,
 )
+from engine.checkpoints import load_training_state, newest_whole_checkpoint
 from engine.distributed import Process
 from engine.optimization import make_optimizer, parameter_groups, poly_schedule
 from engine.trainer import AveragedWeights, FiniteWatch, Trainer
 from loading.sampling import ResumableBatchSampler
-from main import load_training_state
 from tests import small_networks
 from utils import UserError
 
@@ -513,8 +512,8 @@ def test_compiled_training_is_the_same(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, precision):
+    from builders import build_trainer
     from config import load_config
-    from main import build_trainer
 
     path = tiny_run.write_config(tmp_path)
     config = load_config(path, [f"training.precision={precision}", "training.ema=0.9"])

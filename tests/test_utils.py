@@ -149,7 +149,7 @@ def test_a_failed_save_leaves_the_older_file_whole(weights, tmp_path):
         "import resource, torch, utils\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"utils.run_command_line(lambda: utils.save_atomically({{'w': torch.ones(10**6)}}, {str(path)!r}))\n"
+        f"utils.run_command_line(lambda: checkpoints.save_atomically({{'w': torch.ones(10**6)}}, {str(path)!r}))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2

@@ -146,7 +146,7 @@ def test_a_failed_save_leaves_the_older_file_whole(weights, tmp_path):
     save_atomically(weights, path)
     before = path.read_bytes()
     code = (
-        "import resource, torch, utils\n"
+        "import resource, torch, utils\nfrom engine import checkpoints\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"utils.run_command_line(lambda: checkpoints.save_atomically({{'w': torch.ones(10**6)}}, {str(path)!r}))\n"

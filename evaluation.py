@@ -23,7 +23,7 @@ import distributed
 import metrics
 from charset import NULL, Charset, protocol_normalizer
 from modules.outputs import RecogniserOutput
-from precision import autocast
+from precision import autocast, without_search
 from utils import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,8 @@ class SegmentationEvaluator:
         model.eval()
         datasets = {}
         for name, loader in self.loaders.items():
-            counts, samples, unreadable = self._count(model, loader)
+            with without_search():
+                counts, samples, unreadable = self._count(model, loader)
             true_positive, false_positive, false_negative = counts
             skipped = Counter(self.filtered[name]) + unreadable
             datasets[name] = {

@@ -56,13 +56,14 @@ from dataset import SkipLog
 from distributed import Process
 from evaluation import write_scores
 from inference import prepare_for_inference
-from precision import use_tf32
+from precision import choose_algorithms, use_tf32
 from report import Report
 from trainer import Trainer
 from utils import (
     ArgumentParser,
     UserError,
     explain_full_disk,
+    first_line,
     read_checkpoint,
     run_command_line,
     seed_everything,
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process = distributed.start(device.type)
     folder = work_folder(config)
     use_tf32(config.training.tf32)
+    choose_algorithms(deterministic=config.training.deterministic, search=config.global_.phase == "train")
     if config.global_.phase == "test":
         test(
             config,
@@ -131,7 +133,12 @@ def train(
         load_training_state(trainer, state)
         logger.info("resumed after iteration %d", trainer.iteration)
         state = None  # weights and momenta, which would stay in memory to the end
-    trainer.fit()
+    try:
+        trainer.fit()
+    except RuntimeError as error:
+        if "deterministic" not in str(error) or not config.training.deterministic:
+            raise
+        raise UserError(f"training.deterministic: torch cannot ({first_line(error)}); set it to false") from error
     return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
 
 
@@ -195,7 +202,9 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
         data = build_training_data(config, device=device, process=process)
         callbacks = build_callbacks(config, data=data, device=device, process=process)
     model = build_model(with_checkpoint(config, None) if resumed else config)
-    model = distributed.synchronized(model, config.training.sync_batchnorm).to(device)
+    model = distributed.synchronized(model, config.training.sync_batchnorm)
+    # As a GPU's convolutions want their weights; before the optimiser makes momenta of the same form.
+    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     criterion = build_criterion(config)
     batches = len(data.batch_sampler)
     iterations = config.training.iterations or config.training.epochs * batches
@@ -215,7 +224,7 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
         accumulation=training.accumulation,
         clip_grad=config.optimizer.clip_grad,
         ema_decay=training.ema,
-        compile_model=training.compile,
+        compile_mode=training.compile_mode if training.compile else None,
         find_unused_parameters=0 in criterion.weights.values(),
         max_skipped_steps=training.max_skipped_steps,
         extra_state={"config": config.to_dict(), "charset": build_charset(config).characters},

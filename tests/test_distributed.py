@@ -175,19 +175,19 @@ def test_a_slurm_job_whose_time_is_over_saves_and_is_put_back(config, tmp_path):
         )
 
     job = submit("training.iterations=2000", "training.save_iters=1000", "training.eval_iters=1000")
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while len(tiny_run.history_text(config).splitlines()) < 4 and time.monotonic() < end:
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
     for pid in (tmp_path / "tasks.txt").read_text().split():
         os.kill(int(pid), signal.SIGUSR1)
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=300)[0]
     assert job.returncode == 128 + signal.SIGUSR1, output
     assert (tmp_path / "requeued.txt").read_text() == "requeue 77\n"
     done = len(history(config))
     assert list(folder_of(config).glob(f"{NAME}_*_{done}.pth")), output
     job = submit(f"training.iterations={done + 2}")
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=300)[0]
     assert job.returncode == 0, output
     assert len(history(config)) == done + 2
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import tiny_run
@@ -25,6 +26,8 @@ from tiny_run import (
 from torch import nn
 
 import distributed
+from builders import build_criterion, build_model
+from tests import small_networks
 from tests.small_networks import terms_and_gradients
 from utils import UserError
 
@@ -308,11 +311,15 @@ def test_torchrun_with_one_process_makes_a_group(free_port):
     alone.join(60)
 
 
-def test_synchronized_batch_norm_compiles_whole(free_port, monkeypatch):
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+def join_group_of_one(port, monkeypatch):
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     distributed.start("cpu")
+
+
+def test_synchronized_batch_norm_compiles_whole(free_port, monkeypatch):
+    join_group_of_one(free_port, monkeypatch)
     try:
         network = distributed.synchronized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), True)
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
@@ -320,6 +327,20 @@ def test_synchronized_batch_norm_compiles_whole(free_port, monkeypatch):
         assert network[0].weight.grad.abs().sum() > 0
     finally:
         distributed.stop()
+
+
+@pytest.mark.parametrize("name", ["binet", "ssn"])
+def test_all_counts_of_a_loss_take_one_message(name, free_port, monkeypatch):
+    join_group_of_one(free_port, monkeypatch)
+    try:
+        config, batch = small_networks.small_config(name), small_networks.uneven_batch(name)
+        output = build_model(config).eval()(*batch.inputs())
+        messages = mock.Mock(wraps=torch.distributed.all_reduce)
+        monkeypatch.setattr(torch.distributed, "all_reduce", messages)
+        assert len(build_criterion(config)(output, *batch.targets())) > 3
+    finally:
+        distributed.stop()
+    assert messages.call_count == 1
 
 
 @pytest.mark.gpu

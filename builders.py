@@ -522,7 +522,9 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
         data = build_training_data(config, device=device, process=process)
         callbacks = build_callbacks(config, data=data, device=device, process=process)
     model = build_model(with_checkpoint(config, None) if resumed else config)
-    model = distributed.synchronized(model, config.training.sync_batchnorm).to(device)
+    model = distributed.synchronized(model, config.training.sync_batchnorm)
+    # As a GPU's convolutions want their weights; before the optimiser makes momenta of the same form.
+    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     criterion = build_criterion(config)
     batches = len(data.batch_sampler)
     iterations = config.training.iterations or config.training.epochs * batches
@@ -542,7 +544,7 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
         accumulation=training.accumulation,
         clip_grad=config.optimizer.clip_grad,
         ema_decay=training.ema,
-        compile_model=training.compile,
+        compile_mode=training.compile_mode if training.compile else None,
         find_unused_parameters=0 in criterion.weights.values(),
         max_skipped_steps=training.max_skipped_steps,
         extra_state={"config": config.to_dict(), "charset": build_charset(config).characters},

@@ -262,7 +262,17 @@ class TrainingConfig(Section):
         "Let a GPU round the inputs of float32 convolutions and matrix products to 10 bits (TF32): several times "
         "faster, errors of about 1e-3. In training and test alike; false, so that fp32 means float32 on every device.",
     )
+    deterministic: bool = key(
+        False,
+        "Take only algorithms of a GPU that give the same bits each time, so that a run repeats and resumes exactly "
+        "there; slower.",
+    )
     compile: bool = key(False, "Compile the network with torch.compile.")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = key(
+        "default",
+        "What compile aims at. reduce-overhead: a GPU replays the network as one graph, where the host is too slow to "
+        "launch its kernels; max-autotune: the same, and kernels chosen by timing. Both need accumulation: 1.",
+    )
     accumulation: PositiveInt = key(
         1,
         "Parts into which a batch is cut to save memory. Loss and gradient are those of the whole batch, but batch "
@@ -673,6 +683,13 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
                 yield f"model.{name}.d_model", f"{d_model} must equal model.vision.d_model {vision.d_model}"
     if config.global_.phase == "train":
         yield from _loss_problems(config)
+        training = config.training
+        if training.compile and training.compile_mode != "default" and training.accumulation > 1:
+            yield (
+                "training.compile_mode",
+                f"{training.compile_mode} keeps the gradients of one part only, and training.accumulation is "
+                f"{training.accumulation}; set one of them to its default",
+            )
     smallest, largest = config.dataset.segmentation.scale_range
     if smallest > largest:
         yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"

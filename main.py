@@ -32,14 +32,14 @@ from config import Config, continued, load_config, save_config
 from engine import distributed
 from engine.checkpoints import listed_checkpoints, load_training_state, resume_state
 from engine.distributed import Process
-from engine.precision import use_tf32
+from engine.precision import choose_algorithms, use_tf32
 from engine.run_folder import claimed, log_to
 from evaluation.dumps import AttentionPictures, PredictionFiles
 from evaluation.evaluator import write_scores
 from evaluation.report import Report
 from inference.prepare import prepare_for_inference
 from loading.charset import protocol_normalizer
-from utils import ArgumentParser, UserError, explain_full_disk, run_command_line, seed_everything
+from utils import ArgumentParser, UserError, explain_full_disk, first_line, run_command_line, seed_everything
 
 __all__ = ["build_criterion", "build_model", "main", "prepare_for_inference"]
 
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process = distributed.start(device.type)
     folder = config.work_folder
     use_tf32(config.training.tf32)
+    choose_algorithms(deterministic=config.training.deterministic, search=config.global_.phase == "train")
     if config.global_.phase == "test":
         test(
             config,
@@ -103,7 +104,12 @@ def train(
         load_training_state(trainer, state)
         logger.info("resumed after iteration %d", trainer.iteration)
         state = None  # weights and momenta, which would stay in memory to the end
-    trainer.fit()
+    try:
+        trainer.fit()
+    except RuntimeError as error:
+        if "deterministic" not in str(error) or not config.training.deterministic:
+            raise
+        raise UserError(f"training.deterministic: torch cannot ({first_line(error)}); set it to false") from error
     return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
 
 

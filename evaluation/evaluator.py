@@ -22,9 +22,9 @@ from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
 from engine import distributed
-from engine.precision import autocast
-from evaluation import metrics
+from engine.precision import autocast, without_search
 from evaluation.drawing import to_pictures
+from evaluation.evaluator import metrics
 from inference.prepare import PreparedSSN
 from inference.segmenter import Segmenter
 from loading.batches import Batch
@@ -230,7 +230,8 @@ class SegmentationEvaluator:
         segmenter = Segmenter(ssn, self.areas, device=self.device)
         datasets = {}
         for name, loader in self.loaders.items():
-            counts, samples, unreadable = self._count(segmenter, loader)
+            with without_search():
+                counts, samples, unreadable = self._count(segmenter, loader)
             true_positive, false_positive, false_negative = counts
             skipped = Counter(self.filtered[name]) + unreadable
             datasets[name] = {

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev demo quickstart test test-slow lint format clean
+.PHONY: help venv venv-dev demo quickstart test test-slow gpu-check lint format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ test: venv-dev  ## Run the tests (CPU, a few minutes)
 
 test-slow: venv-dev  ## Run the tests marked slow
 	$(BIN)/python -m pytest -m slow
+
+gpu-check: venv-dev  ## Prove the GPU path on this machine: losses, resume, speed (under 8 minutes); writes gpu-check.md
+	$(BIN)/python tools/gpu_check.py
 
 lint: venv-dev  ## Check style
 	$(BIN)/ruff check .

@@ -10,38 +10,30 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import distributed
-from charset import PROTOCOLS, Charset
+from callbacks import (
+    Callback,
+    Checkpoints,
+    Evaluation,
+    History,
+    NotFiniteBatches,
+    Progress,
+    TensorBoard,
+    UnreadableSamples,
+)
 from config import Config, SSNConfig
 from dataset import (
-    EqualSizeBatchSampler,
     JoinedDataset,
-    LabelRule,
-    LanguageCollate,
     LanguageDataset,
-    MixtureBatchSampler,
-    OnlineMasks,
-    ResumableBatchSampler,
-    SegmentationCollate,
-    ShardedSampler,
-    WordCollate,
+    SkipLog,
     WordDataset,
-    default_cache_dir,
     make_loader,
     open_segmentation_datasets,
     open_word_datasets,
 )
-from distributed import Process
-from evaluation import Evaluator, SegmentationEvaluator, WordEvaluator
-from losses import RecogniserCriterion, SegmentationCriterion
-from modules.attention import PositionAttention, ReadingOrderAttention
-from modules.backbone import ResNet, TransformerBackbone
-from modules.model_alignment import AlignmentModel
-from modules.model_binet_iter import BINet
-from modules.model_language import LanguageModel
-from modules.model_vision import MaskedVisionModel, VisionModel
-from modules.ssn import SSN
-from optimization import (
+from engine import distributed
+from engine.checkpoints import load_weights, read_checkpoint
+from engine.distributed import Process
+from engine.optimization import (
     Schedule,
     make_optimizer,
     one_cycle_schedule,
@@ -50,9 +42,24 @@ from optimization import (
     step_schedule,
     with_warmup,
 )
-from segmentation import Segmenter
-from transforms import AugmentWord, CropSegmentation, RandAugmentWord, ResizeWord
-from utils import RENDER_SCHEME, UserError, load_weights, read_checkpoint
+from engine.trainer import Trainer
+from evaluation.evaluator import Evaluator, SegmentationEvaluator, WordEvaluator
+from inference.segmenter import Segmenter
+from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
+from loading.charset import PROTOCOLS, Charset
+from loading.masks import OnlineMasks
+from loading.sampling import EqualSizeBatchSampler, MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
+from loading.transforms import AugmentWord, CropSegmentation, RandAugmentWord, ResizeWord
+from loading.word_index import default_cache_dir
+from losses import RecogniserCriterion, SegmentationCriterion
+from modules.attention import PositionAttention, ReadingOrderAttention
+from modules.backbone import ResNet, TransformerBackbone
+from modules.model_alignment import AlignmentModel
+from modules.model_binet_iter import BINet
+from modules.model_language import LanguageModel
+from modules.model_vision import MaskedVisionModel, VisionModel
+from modules.ssn import SSN
+from utils import RENDER_SCHEME, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -420,6 +427,7 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
         length=data.train.length if training and data.train.shares is None else None,
         split=0 if training else 1,
         difficulty=data.train.difficulty if training else None,
+        turn_tall=None if training else data.turn_tall,
     )
     return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
 
@@ -499,3 +507,80 @@ def _loading(config: Config) -> dict:
         "multiprocessing_context": data.multiprocessing_context,
         "pin_memory": data.pin_memory,
     }
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(config: Config, *, device: torch.device, process: Process, resumed: bool = False) -> Trainer:
+    """Everything that training needs, from data to callbacks.
+
+    Args:
+        resumed: the weights come from a checkpoint of the run itself: those that the config names are not loaded.
+    """
+    with distributed.main_first():  # it stores the indices of large LMDBs
+        data = build_training_data(config, device=device, process=process)
+        callbacks = build_callbacks(config, data=data, device=device, process=process)
+    model = build_model(with_checkpoint(config, None) if resumed else config)
+    model = distributed.synchronized(model, config.training.sync_batchnorm)
+    # As a GPU's convolutions want their weights; before the optimiser makes momenta of the same form.
+    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    criterion = build_criterion(config)
+    batches = len(data.batch_sampler)
+    iterations = config.training.iterations or config.training.epochs * batches
+    training = config.training
+    return Trainer(
+        model=model,
+        criterion=criterion,
+        optimizer=build_optimizer(config, model),
+        learning_rate_factor=build_schedule(config, batches_per_epoch=batches, iterations=iterations),
+        data=data,
+        batches_per_epoch=batches,
+        iterations=iterations,
+        device=device,
+        process=process,
+        callbacks=callbacks,
+        precision=training.precision,
+        accumulation=training.accumulation,
+        clip_grad=config.optimizer.clip_grad,
+        ema_decay=training.ema,
+        compile_mode=training.compile_mode if training.compile else None,
+        find_unused_parameters=0 in criterion.weights.values(),
+        max_skipped_steps=training.max_skipped_steps,
+        extra_state={"config": config.to_dict(), "charset": build_charset(config).characters},
+    )
+
+
+def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, process: Process) -> list[Callback]:
+    """What happens beside the loop, in the order in which it happens."""
+    folder, name, training = config.work_folder, config.global_.name, config.training
+    tensorboard = TensorBoard(
+        folder=folder / "tensorboard", interval=training.show_iters, most_pictures=training.log_images
+    )
+    callbacks = [
+        Progress(interval=training.show_iters),
+        History(path=folder / "history.jsonl", interval=training.show_iters),
+        NotFiniteBatches(folder=folder),
+        UnreadableSamples(log=SkipLog(data.dataset)),
+        tensorboard,
+    ]
+    if config.dataset.test.roots:
+        evaluator = build_evaluator(
+            config,
+            device=device,
+            process=process,
+            model_eval=checked_model_eval(config, None),
+            precision=training.precision,
+        )
+        callbacks.append(
+            Evaluation(
+                evaluator=evaluator,
+                interval=training.eval_iters,
+                start=training.start_iters,
+                folder=folder,
+                name=name,
+                observers=[tensorboard],
+            )
+        )
+    rhythm = {"interval": training.save_iters, "start": training.start_iters, "keep": training.keep_checkpoints}
+    return [*callbacks, Checkpoints(folder=folder, name=name, **rhythm)]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from builders import build_carried_ssn, build_charset, build_model, ssn_part, with_checkpoint
-from charset import Charset
 from config import Config
-from inference import FLOAT32_MODULES
+from engine.checkpoints import checkpoint_weights, load_weights, read_checkpoint, save_atomically
+from inference.prepare import FLOAT32_MODULES
+from loading.charset import Charset
 from modules.ssn import SSN
-from utils import UserError, checkpoint_weights, load_weights, read_checkpoint, save_atomically
+from utils import UserError
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,13 @@ class DatasetConfig(Section):
         False,
         "Keep the aspect when resizing, at the left edge, the rest black: a letter's place tells its number.",
     )
+    turn_tall: float | None = key(
+        None,
+        "Height / width of an image above which it is read as stored and turned by 90 degrees both ways (test, Reader, "
+        "demo); the most confident prediction is kept. null: images are read as stored.",
+        ge=1,
+        allow_inf_nan=False,
+    )
     num_workers: int = key(4, "Data loading processes for each training process; 0 loads in the loop.", ge=0)
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
     use_sm: bool = key(False, "Spelling mutation of language inputs.")
@@ -257,7 +264,17 @@ class TrainingConfig(Section):
         "Let a GPU round the inputs of float32 convolutions and matrix products to 10 bits (TF32): several times "
         "faster, errors of about 1e-3. In training and test alike; false, so that fp32 means float32 on every device.",
     )
+    deterministic: bool = key(
+        False,
+        "Take only algorithms of a GPU that give the same bits each time, so that a run repeats and resumes exactly "
+        "there; slower.",
+    )
     compile: bool = key(False, "Compile the network with torch.compile.")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = key(
+        "default",
+        "What compile aims at. reduce-overhead: a GPU replays the network as one graph, where the host is too slow to "
+        "launch its kernels; max-autotune: the same, and kernels chosen by timing. Both need accumulation: 1.",
+    )
     accumulation: PositiveInt = key(
         1,
         "Parts into which a batch is cut to save memory. Loss and gradient are those of the whole batch, but batch "
@@ -482,6 +499,11 @@ class Config(Section):
         """
         return _validated(Document(_migrated(_plain(mapping)), source, {}), {}, drop_unknown=drop_unknown)
 
+    @property
+    def work_folder(self) -> Path:
+        """Where everything of the run goes."""
+        return Path(self.global_.workdir) / self.global_.name
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dicts, lists, numbers, strings, None) that `from_dict` reads back equal."""
         return self.model_dump(by_alias=True)
@@ -541,6 +563,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _validated(document, origins, problems)
 
 
+def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
+    """The config of a run that is resumed: it keeps the names of the weights that it started from.
+
+    Args:
+        before: the config in the run's checkpoint, as plain data; None: it has none.
+
+    Raises:
+        UserError: a key has changed that must not within a run.
+    """
+    config = config.model_copy(deep=True)
+    if before is None:
+        return config
+    now = config.to_dict()
+    for key in ("global.seed", "dataset.train.batch_size"):  # the order of the samples, and the steps of an epoch
+        if (value_of(before, key) or 0) != (value_of(now, key) or 0):
+            raise UserError(
+                f"{key}: the run to resume has {value_of(before, key)}, not {value_of(now, key)}, and its place in the "
+                "data means nothing with another; keep it, or start from the run's weights with --checkpoint"
+            )
+    sections = {"model": config.model, "model.vision": config.model.vision, "model.language": config.model.language}
+    if config.model.kind == "ssn":
+        sections["model.ssn"] = config.model.ssn
+    for name, section in sections.items():
+        started_from = value_of(before, f"{name}.checkpoint")
+        if section.checkpoint not in (None, started_from):
+            raise UserError(
+                f"{name}.checkpoint: the run to resume started from {started_from}, not {section.checkpoint}, and goes "
+                f"on with its own weights; leave it out ({name}.checkpoint=null)"
+            )
+        section.checkpoint = started_from
+    return config
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in a config as plain data; None where it has no such key."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved config to a YAML file that `load_config` reads back equal."""
     Path(path).write_text(config.to_yaml(), encoding="utf-8")
@@ -583,7 +645,9 @@ def _validated(
     problems += [f"{_origin(dotted, document, origins)}: {message}" for dotted, message in found]
     if problems or config is None:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration\n  "
-        more = [f"and {len(problems) - PROBLEMS_SHOWN} more: mend these first"] if len(problems) > PROBLEMS_SHOWN else []
+        more = (
+            [f"and {len(problems) - PROBLEMS_SHOWN} more: mend these first"] if len(problems) > PROBLEMS_SHOWN else []
+        )
         raise UserError(head + "\n  ".join(problems[:PROBLEMS_SHOWN] + more))
     return config
 
@@ -624,6 +688,13 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
                 yield f"model.{name}.d_model", f"{d_model} must equal model.vision.d_model {vision.d_model}"
     if config.global_.phase == "train":
         yield from _loss_problems(config)
+        training = config.training
+        if training.compile and training.compile_mode != "default" and training.accumulation > 1:
+            yield (
+                "training.compile_mode",
+                f"{training.compile_mode} keeps the gradients of one part only, and training.accumulation is "
+                f"{training.accumulation}; set one of them to its default",
+            )
     smallest, largest = config.dataset.segmentation.scale_range
     if smallest > largest:
         yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"

@@ -22,32 +22,22 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from batches import (
-    Batch,
+from loading.batches import (
     LabelRule,
-    LanguageBatch,
-    LanguageCollate,
     LanguageSample,
-    SegmentationBatch,
-    SegmentationCollate,
     SegmentationSample,
     Skipped,
-    WordCollate,
     WordSample,
 )
-from language_csv import read_pairs
-from lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
-from masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
-from sampling import (
-    EqualSizeBatchSampler,
-    MixtureBatchSampler,
-    ResumableBatchSampler,
+from loading.language_csv import read_pairs
+from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
+from loading.masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
+from loading.sampling import (
     SampleGenerators,
     SampleKey,
-    ShardedSampler,
     as_key,
 )
-from transforms import (
+from loading.transforms import (
     TEXT_THRESHOLD,
     BrokenPictureError,
     CropSegmentation,
@@ -57,39 +47,10 @@ from transforms import (
     decode_mask,
     decode_picture,
     picture_size,
+    views,
 )
+from loading.word_index import MISSING, open_word_index
 from utils import RENDER_SCHEME, UserError
-from word_index import MISSING, default_cache_dir, open_word_index
-
-__all__ = [
-    "Batch",
-    "EqualSizeBatchSampler",
-    "JoinedDataset",
-    "LabelRule",
-    "LanguageBatch",
-    "LanguageCollate",
-    "LanguageDataset",
-    "LmdbMasks",
-    "MixtureBatchSampler",
-    "OnlineMasks",
-    "RenderedDataset",
-    "ResumableBatchSampler",
-    "SampleKey",
-    "SegmentationBatch",
-    "SegmentationCollate",
-    "SegmentationDataset",
-    "ShardedSampler",
-    "SkipLog",
-    "Skipped",
-    "WordCollate",
-    "WordDataset",
-    "default_cache_dir",
-    "initialize_worker",
-    "make_loader",
-    "mutate_spelling",
-    "open_segmentation_datasets",
-    "open_word_datasets",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +74,7 @@ class WordDataset(Dataset):
         name: of the set, in results and messages; None takes the folder's.
         cache_dir: folder that keeps the result of the filter; None filters anew.
         min_side: pixels; a word whose image has a shorter side is skipped when it comes.
+        turn_tall: height / width above which a word is read turned, too (`transforms.views`); None in training.
 
     Raises:
         UserError: this is no LMDB, or the masks do not belong to it.
@@ -130,10 +92,12 @@ class WordDataset(Dataset):
         name: str | None = None,
         cache_dir: str | Path | None = None,
         min_side: int = 1,
+        turn_tall: float | None = None,
     ) -> None:
         self.reader = LmdbReader(path)
         self.name = name or Path(os.path.abspath(path)).name
         self.transform = transform
+        self.turn_tall = turn_tall
         self.masks = masks
         self.min_side = min_side
         self.root = 0  # number of the root that it was found in
@@ -163,8 +127,7 @@ class WordDataset(Dataset):
                 samples.append(Skipped(key.index, word))
                 continue
             _, picture, mask, text = word
-            picture, mask = self.transform(picture, mask, self._generators.at(key))
-            samples.append(WordSample(picture, mask, text, key.index))
+            samples.append(_word_sample(self, key, picture, mask, text))
         return samples
 
     def picture(self, index: int) -> Picture:
@@ -218,7 +181,8 @@ class RenderedDataset(Dataset):
 
     Args:
         source: `source[SampleKey]` -> (picture uint8 RGB, mask uint8, text), and its length.
-        labels, transform, seed, stream, name: as of WordDataset; a text that is not usable is skipped when it comes.
+        labels, transform, seed, stream, name, turn_tall: as of WordDataset; a text that is not usable is skipped when
+            it comes.
         with_masks: keep the masks.
         segmenter: pictures -> masks that take the place of the exact ones; None keeps those.
     """
@@ -234,10 +198,12 @@ class RenderedDataset(Dataset):
         seed: int = 0,
         stream: int = 0,
         name: str = "rendered",
+        turn_tall: float | None = None,
     ) -> None:
         self.source = source
         self.labels = labels
         self.transform = transform
+        self.turn_tall = turn_tall
         self.with_masks = with_masks
         self.segmenter = segmenter
         self.name = name
@@ -263,8 +229,7 @@ class RenderedDataset(Dataset):
         masks = self._masks([words[place] for place in usable])
         for place, mask in zip(usable, masks, strict=True):
             picture, text = words[place][0], words[place][2]
-            picture, mask = self.transform(picture, mask, self._generators.at(keys[place]))
-            samples[place] = WordSample(picture, mask, text, keys[place].index)
+            samples[place] = _word_sample(self, keys[place], picture, mask, text)
         return samples
 
     def _masks(self, words: list[tuple[Picture, Mask, str]]) -> Sequence[Mask | None]:
@@ -277,6 +242,16 @@ class RenderedDataset(Dataset):
     def describe(self, index: int) -> str:
         """Name of a sample, for messages."""
         return f"{self.name} word {index}"
+
+
+def _word_sample(
+    dataset: WordDataset | RenderedDataset, key: SampleKey, picture: Picture, mask: Mask | None, text: str
+) -> WordSample:
+    """A word that was read, transformed in every view."""
+    rng = dataset._generators.at(key)
+    seen = views(picture, mask, turn_tall=dataset.turn_tall)
+    first, *turned = [dataset.transform(view.picture, view.mask, rng) for view in seen]
+    return WordSample(*first, text, key.index, turned)
 
 
 class JoinedDataset(Dataset):
@@ -368,6 +343,7 @@ def open_word_datasets(
     length: int | None = None,
     split: int = 0,
     difficulty: tuple[float, float] | None = None,
+    turn_tall: float | None = None,
 ) -> list[WordDataset | RenderedDataset]:
     """Open every LMDB of some roots, and renderers for roots of the form `render://FILE.yaml`.
 
@@ -375,7 +351,7 @@ def open_word_datasets(
         roots: LMDBs or folders of LMDBs.
         masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), beside which rendered words
             bring their own; a network that makes all of them; or None for none.
-        labels, transform, seed, cache_dir, min_side: as of WordDataset.
+        labels, transform, seed, cache_dir, min_side, turn_tall: as of WordDataset.
         length, split, difficulty: of renderers, as of `rendering.RenderedWords`.
 
     Returns:
@@ -389,7 +365,7 @@ def open_word_datasets(
     names = _distinct_names([str(path) for _, path in found])
     datasets: list[WordDataset | RenderedDataset] = []
     for stream, ((number, path), name) in enumerate(zip(found, names, strict=True)):
-        common = {"transform": transform, "seed": seed, "stream": stream, "name": name}
+        common = {"transform": transform, "seed": seed, "stream": stream, "name": name, "turn_tall": turn_tall}
         if isinstance(path, str):
             segmenter = masks.segmenter if isinstance(masks, OnlineMasks) else None
             common |= {"with_masks": masks is not None, "segmenter": segmenter}

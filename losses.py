@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import batch_mean
+from engine.distributed import batch_mean, is_distributed, summed_counts
 from modules.outputs import RecogniserOutput
 from modules.ssn import SegmentationOutput
 
@@ -84,7 +84,8 @@ class RecogniserCriterion(nn.Module):
         Args:
             whole: sums of `counts` over the parts of the batch, of which this is one; None: this is all of it.
         """
-        whole = whole or {}
+        if whole is None:  # several processes tell each other all counts in one message
+            whole = summed_counts([self.counts(output, labels, lengths)]) if is_distributed() else {}
         terms = {}
         for name, logits in self._logits(output).items():
             if logits and self.weights.get(name, 0) != 0:
@@ -182,6 +183,8 @@ class SegmentationCriterion(nn.Module):
         Args:
             whole: sums of `counts` over the parts of the batch, of which this is one; None: this is all of it.
         """
+        if whole is None:  # several processes tell each other all counts in one message
+            whole = summed_counts([self.counts(output, labels)]) if is_distributed() else {}
         labels = resize_labels(labels, output.refined_logits.shape[-2:])  # (N, h, w)
         terms = {}
         for name, where in self._where(labels).items():
@@ -189,7 +192,7 @@ class SegmentationCriterion(nn.Module):
             each = F.cross_entropy(
                 logits.float(), labels, ignore_index=self.ignore_index, reduction="none"
             )  # (N, h, w)
-            terms[name] = batch_mean((each * where).sum(), where.sum(), None if whole is None else whole[name])
+            terms[name] = batch_mean((each * where).sum(), where.sum(), whole.get(name))
         return with_total(terms, self.weights)
 
     counts_outputs = True  # labels are counted at the output's size

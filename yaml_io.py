@@ -10,7 +10,6 @@ from yaml.constructor import ConstructorError
 
 from utils import UserError
 
-
 MOST_BYTES = 256 << 10  # of a file: PyYAML takes seconds for a megabyte
 
 

@@ -33,9 +33,9 @@ PRINTABLE = "".join(chr(code) for code in range(33, 127))
 class CasesConfig(Section):
     """Weights of the ways to write a word."""
 
-    upper: Weight = key(0.45, "WORD")
+    upper: Weight = key(0.5, "WORD")
     title: Weight = key(0.27, "Word")
-    lower: Weight = key(0.25, "word")
+    lower: Weight = key(0.2, "word")
     mixed: Weight = key(0.03, "wOrd: each letter by chance.")
 
 
@@ -45,9 +45,9 @@ class WordsConfig(Section):
     file: str | None = key(None, "Word list, one a line, with a count after a tab where known; null: English words.")
     vocabulary: Annotated[int, Field(ge=100)] = key(60000, "Number of English words used when there is no file.")
     temperature: Annotated[float, Field(gt=0)] = key(
-        2.5, "A word's chance is frequency ** (1 / temperature): 1 as counted, large numbers make all equal."
+        1.8, "A word's chance is frequency ** (1 / temperature): 1 as counted, large numbers make all equal."
     )
-    numbers: Share = key(0.12, "Share of numbers: prices, years, phone fragments, times, amounts.")
+    numbers: Share = key(0.16, "Share of numbers: prices, years, phone fragments, times, amounts.")
     random: Share = key(0.05, "Share of random letters and digits, which no vocabulary predicts.")
     punctuation: Share = key(0.07, "Share of words that get punctuation before, after or around them.")
     max_length: Annotated[int, Field(ge=1)] = key(25, "Longest text in characters.")
@@ -81,8 +81,8 @@ class LettersConfig(Section):
     initial: Share = key(0.06, "Probability of a larger first letter, in words that begin with a capital.")
     reuse: Annotated[int, Field(ge=1)] = key(
         1,
-        "Consecutive words that share text, face and spacing and differ in all else: size, warp, colours, background. "
-        "Larger numbers render faster, with fewer different texts.",
+        "Consecutive words that share their letters, warp included, and differ in colours, background and camera. "
+        "Larger numbers render faster, where words are asked for in order, with fewer different texts.",
     )
 
 
@@ -119,7 +119,7 @@ class GeometryConfig(Section):
     strong_rotation: Share = key(0.06, "Probability of a rotation by any angle, mostly within 45 degrees (steep).")
     strong_degrees: Amount = key(24.0, "Mean size of it, degrees, of a Laplace distribution; as it is.")
     strong_curve: Share = key(0.04, "Probability of a word on an arc of more than `curve_degrees` (steep).")
-    strong_curve_degrees: Amount = key(70.0, "Mean of what such an arc has beyond that, degrees; as it is.")
+    strong_curve_degrees: Amount = key(60.0, "Mean of what such an arc has beyond that, degrees; as it is.")
     margin: Amount = key(0.22, "Mean space on each side, heights of a capital letter; independent of difficulty.")
     cut: Share = key(0.06, "Probability of a side that cuts a little into the letters.")
     tight: Share = key(0.12, "Probability of a crop without space around the letters.")
@@ -129,7 +129,7 @@ class GeometryConfig(Section):
 class ColoursConfig(Section):
     """Contrast of letters and background, luminance from 0 to 1."""
 
-    saturated: Share = key(0.4, "Share of backgrounds of a strong colour.")
+    saturated: Share = key(0.5, "Share of backgrounds of a strong colour.")
     min_contrast: Share = key(0.3, "Least difference of luminance between letters and the background behind them.")
     low_contrast: Share = key(0.08, "Probability, at difficulty 0.5, of a third to all of that difference.")
     neutral: Share = key(0.6, "Share of letters that are white, grey or black.")

@@ -86,7 +86,7 @@ def _expose(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.
     """Change contrast, brightness, gamma and the colour of the light."""
     flat = 1 - min(0.65, amount * 0.6 * rng.random() ** 1.5)
     black = rng.uniform(0, 1) * 255 * (1 - flat)
-    tint = 1 + np.clip(rng.normal(0, 0.05 * amount, size=3), -0.2, 0.2)
+    tint = 1 + np.clip(rng.normal(0, 0.09 * amount, size=3), -0.3, 0.3)
     picture = picture * (flat * tint).astype(np.float32) + np.float32(black)
     gamma = math.exp(float(np.clip(rng.normal(0, 0.3 * amount), -0.8, 0.8)))
     table = np.round(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)

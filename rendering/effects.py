@@ -55,7 +55,7 @@ def draw_style(config: RenderConfig, rng: np.random.Generator) -> Style:
         line = 0.05 + 0.05 * size[1] if more[0] < 0.5 else 0.0
         return Style(hollow=line, glow=0.15 + 0.25 * size[4], shining=True)
     if kinds[2] < config.probability(settings.dots):
-        return Style(dots=8 + 4 * size[0], glow=0.1 if more[0] < 0.4 else 0.0, shining=more[1] < 0.8)
+        return Style(dots=9 + 5 * size[0], glow=0.1 if more[0] < 0.4 else 0.0, shining=more[1] < 0.8)
     if kinds[3] < config.probability(settings.jersey):
         return Style(outline=0.04 + 0.05 * size[0], second_outline=0.03 + 0.05 * size[1])
     reach = 0.04 + 0.12 * size[2]
@@ -128,6 +128,8 @@ def cut_relief(
     height = cv2.GaussianBlur(letters.fill, (0, 0), max(0.8, 0.035 * unit)).astype(np.float32)
     x, y = np.cos(angle) * 0.05 * unit, np.sin(angle) * 0.05 * unit
     slope = _moved(height, x, y) - _moved(height, -x, -y)
+    # Only on an even surface can light and shade alone be read.
+    picture = cv2.addWeighted(picture, 0.5, full(share.shape, picture.mean(axis=(0, 1))), 0.5, 0)
     inside = raised(picture, np.float32(rng.uniform(-16, 16)) * share)
     return np.clip(raised(inside, warp.apply(slope) * np.float32(0.55 * strength)), 0, 255)
 

@@ -1,7 +1,9 @@
 """The renderer: word `index` of seed `seed`, as a picture with its exact mask."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +79,10 @@ class WordRenderer:
         self.words = WordSource(self.config.words)
         self.backgrounds = Backgrounds(self.config, self.fonts, self.words)
         self._streams = Streams()
+        self._last: tuple[tuple[Any, ...], _Drawing] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def render(
         self,
@@ -102,7 +108,8 @@ class WordRenderer:
         """
         config = self.config if difficulty is None else self.config.with_difficulty(difficulty)
         word = _Word(self, config, seed, index, salts or {})
-        return word.finish(word.draw(text), background or word.draw_background_kind())
+        kind = background or self.backgrounds.draw_kind(word.stream(Stream.BACKGROUND_KIND))
+        return word.finish(self._draw(word, text), kind)
 
     def render_on_backgrounds(
         self, seed: int, index: int, kinds: Sequence[str] | None = None, *, text: str | None = None
@@ -115,8 +122,19 @@ class WordRenderer:
         if kinds is None:
             kinds = [kind for kind in BACKGROUND_KINDS if kind != "photo" or self.config.photos]
         word = _Word(self, self.config, seed, index, {})
-        drawing = word.draw(text)
+        drawing = self._draw(word, text)
         return {kind: word.finish(drawing, kind) for kind in kinds}
+
+    def _draw(self, word: "_Word", text: str | None) -> _Drawing:
+        """The letters of a word, which the last word may have left."""
+        reuse = self.config.letters.reuse
+        if reuse == 1:
+            return word.draw(text)
+        first = dataclasses.replace(word, index=word.index // reuse)
+        key = first.seed, first.index, first.config.difficulty, tuple(sorted(first.salts.items())), text
+        if self._last is None or self._last[0] != key:
+            self._last = key, first.draw(text)
+        return self._last[1]
 
 
 @dataclass(frozen=True)
@@ -129,20 +147,16 @@ class _Word:
     index: int
     salts: Salts
 
-    def stream(self, stream: Stream, index: int | None = None) -> np.random.Generator:
+    def stream(self, stream: Stream) -> np.random.Generator:
         """The generator of a concern, valid until the next is asked for."""
-        return self.renderer._streams.at(self.seed, self.index if index is None else index, stream, self.salts)
-
-    def draw_background_kind(self) -> str:
-        return self.renderer.backgrounds.draw_kind(self.stream(Stream.BACKGROUND_KIND))
+        return self.renderer._streams.at(self.seed, self.index, stream, self.salts)
 
     def draw(self, text: str | None) -> _Drawing:
         """The letters, warped."""
         fonts, words, config = self.renderer.fonts, self.renderer.words, self.config
-        group = self.index // config.letters.reuse
-        text = words.draw(self.stream(Stream.WORD, group)) if text is None else text
-        typeface = fonts.choose(text, self.stream(Stream.FONT, group))
-        layout = draw_layout(text, config.letters, self.stream(Stream.LAYOUT, group))
+        text = words.draw(self.stream(Stream.WORD)) if text is None else text
+        typeface = fonts.choose(text, self.stream(Stream.FONT))
+        layout = draw_layout(text, config.letters, self.stream(Stream.LAYOUT))
         style = draw_style(config, self.stream(Stream.EFFECTS))
         rng = self.stream(Stream.GEOMETRY)
         height = draw_height(config.letters, rng)

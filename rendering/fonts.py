@@ -44,7 +44,11 @@ _OPEN_FONTS = 1200
 EMS = (24, 36, 50, 72)
 _KEPT_GLYPHS = 40000  # of all sizes, kept by a process: some 50 MB
 _AXIS_STEPS = 3
-_KERNED = frozenset("ATVWYLFP7")  # other letters are kerned by a hair, which is not worth asking for
+# Letters after a letter that fonts move by more than a hair; the others are not worth asking for.
+_KERNED = {"A": "TVWYvwy'\"", "L": "TVWYy'\"", "R": "TVWY"}
+_KERNED |= (
+    dict.fromkeys("TVWY", "AOacdegmnopqrsuvwxyz.,:;-") | dict.fromkeys("FP7", "Aaeo.,") | dict.fromkeys("rvwy", ".,")
+)
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,7 @@ class FontBook:
 
     def kerning(self, typeface: Typeface, pair: str) -> float:
         """What the font moves the second of two letters by, in ems."""
-        if _KERNED.isdisjoint(pair):
+        if pair[0] not in _KERNED or pair[1] not in _KERNED[pair[0]]:
             return 0.0
         kerning = self._kerning.get((typeface, pair))
         if kerning is None:
@@ -286,17 +290,17 @@ class SizedFace:
 def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Glyph:
     """The character without space around it; `fill` is (1, 1) of 0 when it is empty."""
     # Asking a font for the extents costs as much as drawing, so the canvas is first taken large enough.
-    room = int(1.5 * font.size)
+    room = int(font.size)
     while True:
-        picture = Image.new("L", (3 * room, 3 * room))
-        ImageDraw.Draw(picture).text((room, 2 * room), character, fill=255, font=font, anchor="ls")
+        picture = Image.new("L", (5 * room // 2, 2 * room))
+        ImageDraw.Draw(picture).text((room, 3 * room // 2), character, fill=255, font=font, anchor="ls")
         box = picture.getbbox()
         if box is None:
             return Glyph(np.zeros((1, 1), np.uint8), 0, 0, font.getlength(character))
         if box[0] > 0 and box[1] > 0 and box[2] < picture.width and box[3] < picture.height:
             break
         room *= 2
-    return Glyph(np.asarray(picture.crop(box)), box[0] - room, box[1] - 2 * room, font.getlength(character))
+    return Glyph(np.asarray(picture.crop(box)), box[0] - room, box[1] - 3 * room // 2, font.getlength(character))
 
 
 def _shrunk(glyph: Glyph, factor: float) -> Glyph:

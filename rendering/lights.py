@@ -14,7 +14,9 @@ _NIGHT_COLOURS = np.array([(1.25, 0.95, 0.55), (0.85, 1.1, 0.95), (1.0, 1.0, 1.0
 def darken(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """As seen by lamplight: dark, in the colour of the lamp."""
     colour = _NIGHT_COLOURS[int(rng.integers(len(_NIGHT_COLOURS)))]
-    left, black = 0.12 + 0.4 * rng.random() ** 1.5, 14 * rng.random()
+    left, black = 0.15 + 0.4 * rng.random() ** 1.5, 14 * rng.random()
+    # What is dark by itself is lit enough to be seen.
+    left = max(left, 60 / max(float(np.percentile(picture[::2, ::2, 1], 95)), 60.0))
     return cv2.add(picture * (np.float32(left) * colour), (black, black, black, 0.0))
 
 

@@ -17,12 +17,16 @@ def hollow(letters: Letters, width: float) -> np.ndarray:
 
 
 def dotted(letters: Letters, rows: float) -> np.ndarray:
-    """The letters as dots in a grid with `rows` rows to a capital letter, uint8 (h, w); too thin letters stay whole."""
+    """The letters as dots in a grid with `rows` rows to a capital letter, uint8 (h, w).
+
+    Letters stay whole where the grid is too coarse for them: strokes that would vanish, gaps that would fill.
+    """
     pitch = max(3, round(letters.unit / rows))
     height, width = letters.fill.shape
     cells = cv2.resize(letters.fill, (max(1, width // pitch), max(1, height // pitch)), interpolation=cv2.INTER_AREA)
     lit = (cells > 105).astype(np.uint8)
-    if lit.sum() * pitch * pitch * 255 < 0.6 * int(letters.fill.sum()):
+    missed = np.abs(cells.astype(np.float32) - 255 * lit).sum()
+    if missed > 0.5 * cells.sum(dtype=np.float32):
         return letters.fill
     dots = np.zeros((height, width), np.uint8)
     grid = np.kron(lit, _dot(pitch))
@@ -52,5 +56,5 @@ def _dot(pitch: int) -> np.ndarray:
     """A dot in a cell of the grid, uint8 (pitch, pitch)."""
     detail = 8
     large = np.zeros((pitch * detail, pitch * detail), np.uint8)
-    cv2.circle(large, (pitch * detail // 2, pitch * detail // 2), round(0.46 * pitch * detail), 255, -1)
+    cv2.circle(large, (pitch * detail // 2, pitch * detail // 2), round(0.43 * pitch * detail), 255, -1)
     return cv2.resize(large, (pitch, pitch), interpolation=cv2.INTER_AREA)

@@ -10,10 +10,10 @@ import torch
 from builders import build_evaluator, build_model, build_schedule, build_segmenter, build_training_data
 from bundle import load_bundle
 from config import Config
-from distributed import Process
+from engine.distributed import Process
+from loading.transforms import AugmentWord, RandAugmentWord, ResizeWord
 from modules.ssn import SSN
 from tests import small_networks
-from transforms import AugmentWord, RandAugmentWord, ResizeWord
 from utils import UserError
 
 TINY = {key: value for key, value in small_networks.SSN.items() if key != "areas"}
@@ -53,7 +53,7 @@ def test_an_ssn_is_loaded_from_beside_a_recogniser(beside_a_recogniser, ssn):
 
 def test_training_and_test_roots_and_two_files_of_a_run_render_no_word_twice(tmp_path):
     for name in ("one.yaml", "two.yaml"):
-        (tmp_path / name).write_text("length: 50\ndifficulty: 0.3\n")
+        (tmp_path / name).write_text("length: 50\nbackground: plain\nletters: {height_spread: 0.0}\n")
     config = small_networks.small_config("abinet", data_aug=False)
     config.dataset.train.roots = [f"render://{tmp_path / name}" for name in ("one.yaml", "two.yaml")]
     config.dataset.test.roots = config.dataset.train.roots[:1]
@@ -82,6 +82,28 @@ def test_difficulty_is_of_training_words_and_changes_over_the_run(tmp_path):
     assert len(list(itertools.islice(loader, 6))) == 6
     assert drawn == pytest.approx(np.repeat(0.1 + 0.8 * np.arange(6) / 6, 4))
     assert build_evaluator(config, model_eval="vision", **parts).loaders["render"].dataset.source.difficulty is None
+
+
+def test_a_mixture_goes_on_exactly_whatever_the_workers(tmp_path):
+    """Rendered words that get harder and words of a file, augmented: the second half is the whole's second half."""
+    small_networks.write_words(tmp_path / "words", 7)
+    (tmp_path / "render.yaml").write_text("length: 5\nbackground: plain\n")
+    config = small_networks.small_config("abinet", data_aug="rand")
+    config.dataset.train.roots = [f"render://{tmp_path / 'render.yaml'}", str(tmp_path / "words")]
+    config.dataset.train.shares, config.dataset.train.difficulty = [[0.9, 0.2], [0.1, 0.8]], [0.1, 0.7]
+    config.dataset.train.batch_size, config.dataset.train.length, config.training.epochs = 6, 12, 4
+
+    def batches(epoch, batch, count, workers):
+        config.dataset.num_workers = workers
+        loader = build_training_data(config, device=torch.device("cpu"), process=Process())
+        loader.batch_sampler.set_position(epoch, batch)
+        return list(itertools.islice(loader, count))
+
+    whole = batches(0, 0, 8, 0)
+    for one, other in zip(whole[3:], batches(1, 1, 5, 2), strict=True):
+        assert one.texts == other.texts
+        assert torch.equal(one.images, other.images)
+    assert len({image.numpy().tobytes() for batch in whole for image in batch.images}) == sum(map(len, whole))
 
 
 @pytest.mark.parametrize(

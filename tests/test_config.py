@@ -409,3 +409,10 @@ def test_wrong_assignment_is_refused():
     config = Config()
     with pytest.raises(ValueError, match="valid integer"):
         config.training.epochs = "ten"
+
+
+def test_graphs_of_a_step_and_parts_of_a_batch_exclude_each_other():
+    overrides = ["training.compile_mode=reduce-overhead", "training.accumulation=2"]
+    load_config(FOLDER / "small.yaml", overrides)
+    with pytest.raises(UserError, match=r"training\.compile_mode=reduce-overhead.*training\.accumulation is 2"):
+        load_config(FOLDER / "small.yaml", [*overrides, "training.compile=true"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from contact_sheet import Cell, make_contact_sheet
+from evaluation.contact_sheet import Cell, make_contact_sheet
 
 
 def _picture(value: int, height: int = 20, width: int = 60) -> np.ndarray:

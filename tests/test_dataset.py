@@ -16,38 +16,26 @@ import torch
 from PIL import Image
 
 import dataset
-import transforms
-import word_index
-from charset import Charset
 from dataset import (
-    Batch,
-    EqualSizeBatchSampler,
     JoinedDataset,
-    LabelRule,
-    LanguageCollate,
     LanguageDataset,
-    LmdbMasks,
-    OnlineMasks,
     RenderedDataset,
-    ResumableBatchSampler,
-    SampleKey,
-    SegmentationCollate,
     SegmentationDataset,
-    ShardedSampler,
     SkipLog,
-    Skipped,
-    WordCollate,
     WordDataset,
     make_loader,
     mutate_spelling,
     open_segmentation_datasets,
     open_word_datasets,
 )
-from lmdb_io import LmdbReader, LmdbWriter
-from masks import find_mask_lmdb
-from pictures import to_pictures
-from sampling import SampleGenerators
-from transforms import AugmentWord, CropSegmentation, ResizeWord
+from evaluation.drawing import to_pictures
+from loading import transforms, word_index
+from loading.batches import Batch, LabelRule, LanguageCollate, SegmentationCollate, Skipped, WordCollate
+from loading.charset import Charset
+from loading.lmdb_io import LmdbReader, LmdbWriter
+from loading.masks import LmdbMasks, OnlineMasks, find_mask_lmdb
+from loading.sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler
+from loading.transforms import AugmentWord, CropSegmentation, ResizeWord
 from utils import UserError
 
 ALPHANUMERIC = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -266,7 +254,7 @@ class TestBrokenSamples:
         return words
 
     def test_each_damage_has_its_reason_and_the_rest_is_read(self, damaged, monkeypatch):
-        monkeypatch.setattr("masks.PAIRS_CHECKED", 1)
+        monkeypatch.setattr("loading.masks.PAIRS_CHECKED", 1)
         data = open_masked(damaged)
         samples = data.__getitems__([SampleKey(0, index) for index in range(len(data))])
         skipped = {sample.index: sample.reason for sample in samples if isinstance(sample, Skipped)}
@@ -277,7 +265,7 @@ class TestBrokenSamples:
         assert batch.texts == [WORDS[index] for index in batch.indices]
 
     def test_tiny_images_are_left_out_where_they_are_asked_to_be(self, words):
-        """DESIGN 6: in training (only there) an image with a side of 6 pixels or less is left out."""
+        """As published: in training (only there) an image with a side of 6 pixels or less is left out."""
         edit(words, {"image-000000003": png(np.zeros((6, 60, 3), np.uint8))})
         edit(words, {"image-000000005": png(np.zeros((7, 60, 3), np.uint8))})
         assert all(not isinstance(open_set(words)[index], Skipped) for index in range(len(WORDS)))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import tiny_run
@@ -24,7 +25,9 @@ from tiny_run import (
 )
 from torch import nn
 
-import distributed
+from builders import build_criterion, build_model
+from engine import distributed
+from tests import small_networks
 from tests.small_networks import terms_and_gradients
 from utils import UserError
 
@@ -175,19 +178,19 @@ def test_a_slurm_job_whose_time_is_over_saves_and_is_put_back(config, tmp_path):
         )
 
     job = submit("training.iterations=2000", "training.save_iters=1000", "training.eval_iters=1000")
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while len(tiny_run.history_text(config).splitlines()) < 4 and time.monotonic() < end:
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
     for pid in (tmp_path / "tasks.txt").read_text().split():
         os.kill(int(pid), signal.SIGUSR1)
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=300)[0]
     assert job.returncode == 128 + signal.SIGUSR1, output
     assert (tmp_path / "requeued.txt").read_text() == "requeue 77\n"
     done = len(history(config))
     assert list(folder_of(config).glob(f"{NAME}_*_{done}.pth")), output
     job = submit(f"training.iterations={done + 2}")
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=300)[0]
     assert job.returncode == 0, output
     assert len(history(config)) == done + 2
 
@@ -308,11 +311,15 @@ def test_torchrun_with_one_process_makes_a_group(free_port):
     alone.join(60)
 
 
-def test_synchronized_batch_norm_compiles_whole(free_port, monkeypatch):
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+def join_group_of_one(port, monkeypatch):
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     distributed.start("cpu")
+
+
+def test_synchronized_batch_norm_compiles_whole(free_port, monkeypatch):
+    join_group_of_one(free_port, monkeypatch)
     try:
         network = distributed.synchronized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), True)
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
@@ -320,6 +327,20 @@ def test_synchronized_batch_norm_compiles_whole(free_port, monkeypatch):
         assert network[0].weight.grad.abs().sum() > 0
     finally:
         distributed.stop()
+
+
+@pytest.mark.parametrize("name", ["binet", "ssn"])
+def test_all_counts_of_a_loss_take_one_message(name, free_port, monkeypatch):
+    join_group_of_one(free_port, monkeypatch)
+    try:
+        config, batch = small_networks.small_config(name), small_networks.uneven_batch(name)
+        output = build_model(config).eval()(*batch.inputs())
+        messages = mock.Mock(wraps=torch.distributed.all_reduce)
+        monkeypatch.setattr(torch.distributed, "all_reduce", messages)
+        assert len(build_criterion(config)(output, *batch.targets())) > 3
+    finally:
+        distributed.stop()
+    assert messages.call_count == 1
 
 
 @pytest.mark.gpu

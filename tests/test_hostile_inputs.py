@@ -38,14 +38,15 @@ from PIL import Image
 from small_networks import SSN, save_networks, small_config
 from tiny_run import NAME, WORDS, start, write_config
 
-from batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
 from builders import build_model
-from charset import Charset
 from config import load_config
 from dataset import LanguageDataset, open_segmentation_datasets, open_word_datasets
-from lmdb_io import NUM_SAMPLES, LmdbWriter, image_key, label_key, mask_key
-from transforms import BrokenPictureError, CropSegmentation, ResizeWord, decode_mask, decode_picture
-from utils import UserError, load_checkpoint
+from engine.checkpoints import load_checkpoint
+from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
+from loading.charset import Charset
+from loading.lmdb_io import NUM_SAMPLES, LmdbWriter, image_key, label_key, mask_key
+from loading.transforms import BrokenPictureError, CropSegmentation, ResizeWord, decode_mask, decode_picture
+from utils import UserError
 
 SEED = 0
 CASES = {  # of the slow test

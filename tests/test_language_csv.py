@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import language_csv
-from batches import LabelRule
-from charset import PROTOCOLS, Charset
-from language_csv import read_pairs
+from loading import language_csv
+from loading.batches import LabelRule
+from loading.charset import PROTOCOLS, Charset
+from loading.language_csv import read_pairs
 from tools.create_language_data import write_rows
 
 RULE_36 = LabelRule(Charset(PROTOCOLS[36]), max_length=25)

@@ -13,9 +13,11 @@ import torch
 import yaml
 
 from config import load_config
-from distributed import Process
-from lmdb_io import LmdbWriter
-from main import build_criterion, build_model, main, overrides_of, parse_arguments, resume_state
+from engine.checkpoints import resume_state
+from engine.distributed import Process
+from engine.trainer import Trainer
+from loading.lmdb_io import LmdbWriter
+from main import build_criterion, build_model, main, overrides_of, parse_arguments
 from tests.reference import expected_tensors, known_inputs, tensor_shapes
 from utils import UserError
 
@@ -221,6 +223,19 @@ def test_training_and_test_round_float32_alike(data, tmp_path, phase, allowed):
     finally:
         for each, value in zip(backends, before, strict=True):
             each.allow_tf32 = value
+
+
+def test_an_operation_without_a_deterministic_form_is_named(data, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("upsample_backward does not have a deterministic implementation, but you set it.\nMore.")
+
+    monkeypatch.setattr(Trainer, "fit", refuse)
+    arguments = [f"--config={data / 'vision.yaml'}", "--name=deterministic", "training.iterations=1"]
+    with pytest.raises(UserError, match=r"training\.deterministic: torch cannot \(upsample_backward .*set it to false"):
+        main([*arguments, "training.deterministic=true"])
+    with pytest.raises(RuntimeError, match="upsample_backward"):
+        main(arguments)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def assert_tested(folder, weights):

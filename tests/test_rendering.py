@@ -1,5 +1,6 @@
 """The renderer: what it promises of letters, masks, seeds, fonts, words and settings."""
 
+import functools
 import multiprocessing
 import pickle
 import time
@@ -11,6 +12,7 @@ import pytest
 from PIL import ImageFont
 
 from config import Section, walk_schema
+from loading.sampling import SampleKey
 from rendering import RenderConfig, RenderedWords, Stream, WordRenderer, load_render_config
 from rendering.backgrounds import find_photos, read_photo
 from rendering.colours import luminance, with_luminance
@@ -19,7 +21,6 @@ from rendering.fonts import FontBook, FontFamily, find_families, in_split
 from rendering.geometry import Bend
 from rendering.letters import Layout, draw_layout, set_letters
 from rendering.words import WordSource, draw_number, read_words
-from sampling import SampleKey
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,15 +193,18 @@ class TestKinds:
     """Each kind of letter, crop, light and surrounding does what its key says."""
 
     @pytest.fixture
-    def plain(self, make):
+    def plain(self, make, renderer):
         """Words of one colour on one colour, upright, and nothing else but what `more` asks for."""
         off = [f"effects.{name}=0" for name in ("gradient", "two_colours", "worn", "emboss", "hollow")]
         off += [f"geometry.{name}=0" for name in ("rotation", "shear", "perspective", "curve", "cut")]
         off += [f"geometry.{name}=0" for name in ("strong_rotation", "strong_curve", "loose", "tight")]
         off += ["letters.height=40", "letters.height_spread=0", "letters.bounce=0", "letters.initial=0"]
 
+        @functools.cache
         def build(*more):
-            return make(*PLAIN_LETTERS, *ALONE, *NO_CAMERA, *off, "background=plain", *more)
+            built = make(*PLAIN_LETTERS, *ALONE, *NO_CAMERA, *off, "background=plain", *more)
+            built.fonts = renderer.fonts  # their letters are drawn already
+            return built
 
         return build
 
@@ -227,12 +231,17 @@ class TestKinds:
             assert np.ptp(grey) > 25, word.text
 
     def test_dots_are_apart_in_image_and_mask(self, plain):
-        word = plain("effects.dots=1", "letters.height=70").render(3, 0, text="HOLE")
-        whole = plain("letters.height=70").render(3, 0, text="HOLE")
-        parts = [cv2.connectedComponents((each.mask > 100).astype(np.uint8))[0] - 1 for each in (word, whole)]
-        assert parts[0] > 30
-        assert parts[1] <= 4
-        assert 0.4 < word.mask.sum() / whole.mask.sum() < 0.9
+        def parts(word):
+            return cv2.connectedComponents((word.mask > 180).astype(np.uint8))[0] - 1
+
+        dotted = 0
+        for index in range(8):
+            word = plain("effects.dots=1", "letters.height=70").render(3, index, text="HOLE")
+            whole = plain("letters.height=70").render(3, index, text="HOLE")
+            if not np.array_equal(word.mask, whole.mask):  # else a face that the grid is too coarse for
+                dotted += parts(word) > 20
+                assert 0.3 < word.mask.sum() / whole.mask.sum() < 0.9
+        assert dotted >= 3
 
     def test_a_stencil_cuts_bridges(self, plain):
         changed = 0
@@ -365,13 +374,19 @@ class TestKinds:
 
         assert saturation(1.0) > 1.5 * saturation(0.0)
 
-    def test_words_may_share_their_text(self, make):
-        words = render_range(make("letters.reuse=3"), 0, 12)
+    def test_words_may_share_their_letters(self, make):
+        renderer = make("letters.reuse=3", "surroundings.occlusion=0")
+        words = render_range(renderer, 0, 12)
         for start in range(0, 12, 3):
             group = words[start : start + 3]
-            assert len({(word.text, word.family) for word in group}) == 1
-            assert len({word.image.shape for word in group}) > 1
+            assert len({(word.text, word.family, word.mask.tobytes()) for word in group}) == 1
+            assert len({word.image.tobytes() for word in group}) == 3
         assert len({word.text for word in words}) > 1
+        # What was drawn before must not matter, nor the order.
+        again = [make("letters.reuse=3", "surroundings.occlusion=0").render(3, index) for index in (7, 4, 5)]
+        assert all(same(words[index], word) for index, word in zip((7, 4, 5), again, strict=True))
+        assert not same(renderer.render(3, 7, difficulty=0.9), words[7])
+        assert same(renderer.render(3, 7), words[7])
 
 
 class TestDifficulty:

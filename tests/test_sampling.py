@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sampling import MixtureBatchSampler, ResumableBatchSampler, SampleKey
+from loading.sampling import MixtureBatchSampler, ResumableBatchSampler, SampleKey
 from utils import UserError
 
 LENGTHS = (50, 7, 1000)  # indices from 0, 50 and 57 on

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from builders import build_model, build_ssn
 from config import load_config
+from inference.segmenter import Segmenter
 from modules.mask_refinement import PrototypeSimilarity
-from segmentation import Segmenter
 from tools import benchmark
 from tools.growth import growth_table, largest_steps, make_curve
 from tools.measuring import BlockClock, Timing, blocks_of, count_flops, shares, time_interleaved

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from batches import normalize_images, stack_pictures
 from bundle import load_bundle
-from lmdb_io import LmdbReader, image_key
+from loading.batches import normalize_images, stack_pictures
+from loading.lmdb_io import LmdbReader, image_key
+from loading.transforms import decode_picture, resize
 from tests.small_networks import save_networks, write_words
 from tools import export_onnx
-from transforms import decode_picture, resize
 from utils import UserError
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-import lmdb_io
-from lmdb_io import LmdbReader, image_key, label_key
+from loading import lmdb_io
+from loading.lmdb_io import LmdbReader, image_key, label_key
 from rendering import WordRenderer, load_render_config
 from tools import render_words
 from utils import UserError

@@ -1,5 +1,6 @@
 """The loop: exact resume, skipped steps, accumulation, averaging, stopping. A toy network stands for any other."""
 
+import functools
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 import tiny_run
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,14 +24,13 @@ from callbacks import (
     History,
     NotFiniteBatches,
     Progress,
-    newest_whole_checkpoint,
 )
-from dataset import ResumableBatchSampler
-from distributed import Process
-from main import load_training_state
-from optimization import make_optimizer, parameter_groups, poly_schedule
+from engine.checkpoints import load_training_state, newest_whole_checkpoint
+from engine.distributed import Process
+from engine.optimization import make_optimizer, parameter_groups, poly_schedule
+from engine.trainer import AveragedWeights, FiniteWatch, Trainer
+from loading.sampling import ResumableBatchSampler, SampleKey
 from tests import small_networks
-from trainer import AveragedWeights, FiniteWatch, Trainer
 from utils import UserError
 
 SAMPLES, BATCH, ITERATIONS = 40, 8, 12
@@ -510,11 +511,28 @@ def test_compiled_training_is_the_same(tmp_path):
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
 
 
+@dataclass
+class PartlyReadBatch(ToyBatch):
+    skipped: dict
+
+
+def test_a_batch_with_a_sample_that_could_not_be_read_is_not_compiled_anew(tmp_path, monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    trainer = make_trainer(tmp_path, compile_mode="default")
+    whole = collate([trainer.data.dataset[SampleKey(0, index)] for index in range(BATCH)])
+    short = PartlyReadBatch(whole.x[:-1], whole.y[:-1], whole.indices[:-1], {7: "broken"})
+    for batch in (short, whole, short, whole):
+        assert torch.isfinite(trainer._step(batch, 0.0).terms["total"])
+    assert counter.frame_count == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, precision):
+    from builders import build_trainer
     from config import load_config
-    from main import build_trainer
 
     path = tiny_run.write_config(tmp_path)
     config = load_config(path, [f"training.precision={precision}", "training.ema=0.9"])

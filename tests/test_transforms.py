@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import transforms
-from transforms import (
+from loading import transforms
+from loading.transforms import (
     AugmentWord,
     BrokenPictureError,
     CropSegmentation,
@@ -32,6 +32,7 @@ from transforms import (
     rescale,
     rotation,
     symmetric,
+    views,
     warp,
 )
 
@@ -200,7 +201,7 @@ class TestGeometry:
             assert (np.abs(corners - [[0, 100, 100, 0], [0, 0, 40, 40]]) <= [[25.001], [10.001]]).all()
 
     def test_affine_turns_too_and_scales_evenly(self):
-        """DESIGN 6: rotation symmetric, 45 degrees; scale even in 0.5..2."""
+        """As published: rotation symmetric, 45 degrees; scale even in 0.5..2."""
         only_turns = [affine(rng(seed), (40, 100), scale=(1.0, 1.0), shear=(0.0, 0.0)) for seed in range(2000)]
         degrees = np.degrees([np.arctan2(each[1, 0], each[0, 0]) for each in only_turns])
         assert np.abs(degrees).max() < 45
@@ -273,7 +274,7 @@ class TestDeterioration:
                 assert abs(result.mean() - picture.mean()) < 6
 
     def test_rescale_takes_0_to_4_levels_of_a_pyramid_as_often_as_published(self, monkeypatch):
-        """DESIGN 6: to 128 x 512, halved by a Gaussian pyramid round(Uniform(0, 4)) times."""
+        """As published: to 128 x 512, halved by a Gaussian pyramid round(Uniform(0, 4)) times."""
         levels = []
         monkeypatch.setattr(cv2, "pyrDown", lambda picture: levels.append(picture.shape[:2]) or picture[::2, ::2])
         counts = []
@@ -349,7 +350,7 @@ class TestWordTransforms:
         np.testing.assert_array_equal(resized[..., 0], expected)
 
     def test_random_aspects_are_half_of_the_words_with_even_widths(self):
-        """DESIGN 6: in training, half of the time, a width drawn evenly from 32 to 128 at height 32."""
+        """As published: in training, half of the time, a width drawn evenly from 32 to 128 at height 32."""
         resize = ResizeWord(fit="centre", random_aspect=True)
         sizes = [resize.draw_size((20, 90), rng(seed)) for seed in range(4000)]
         kept = resize.fitted((20, 90))
@@ -361,7 +362,7 @@ class TestWordTransforms:
         np.testing.assert_allclose(np.histogram(drawn, bins=[32, 65, 97, 129])[0] / len(drawn), 1 / 3, atol=0.04)
 
     def test_order_is_deterioration_colour_geometry(self, monkeypatch):
-        """DESIGN 6: the order of BINet, whatever is drawn; geometry sees what the others made of the image."""
+        """As published: the order of BINet, whatever is drawn; geometry sees what the others made of the image."""
         calls = []
         monkeypatch.setattr(transforms, "deteriorate", lambda picture, _: calls.append(picture.shape) or picture + 1)
         monkeypatch.setattr(transforms, "color_jitter", lambda picture, _: calls.append(picture.shape) or picture + 10)
@@ -495,3 +496,17 @@ class TestCropSegmentation:
         )
         assert abs(int((cut == 1).sum()) - 600) <= 51
         assert (cut != 0).all()
+
+
+class TestViews:
+    def test_only_tall_pictures_are_turned_both_ways(self):
+        picture, mask = rng().integers(0, 256, (31, 20, 3), dtype=np.uint8), rng(1).integers(0, 256, (31, 20), np.uint8)
+        as_stored, left, right = views(picture, mask, turn_tall=1.5)
+        assert (as_stored.turned, left.turned, right.turned) == (0, 90, 270)
+        assert as_stored.picture is picture
+        for view, turns in ((left, 1), (right, 3)):
+            assert np.array_equal(view.picture, np.rot90(picture, turns))
+            assert np.array_equal(view.mask, np.rot90(mask, turns))
+            assert view.picture.flags.c_contiguous
+        assert [each.mask for each in views(picture[:30], None, turn_tall=1.5)] == [None]
+        assert len(views(picture, None)) == 1

@@ -23,9 +23,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from lmdb_io import PARTIAL_SUFFIX, LmdbWriter
+from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
+from loading.transforms import MAX_PIXELS, BrokenPictureError, decode_picture
 from tools.support import PICTURE_ERRORS, RejectionLog, make_parser, print_summary, progress
-from transforms import MAX_PIXELS, BrokenPictureError, decode_picture
 from utils import UserError, explain_full_disk, run_command_line
 
 EXAMPLE = """  python tools/create_segmentation_data.py --format totaltext --source Total-Text --split Train \\

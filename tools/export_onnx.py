@@ -39,11 +39,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batches import IMAGENET_MEAN, IMAGENET_STD
 from builders import checked_model_eval
 from bundle import Bundle, load_bundle, load_ssn
 from config import load_config
-from evaluation import chosen_logits
+from evaluation.evaluator import chosen_logits
+from loading.batches import IMAGENET_MEAN, IMAGENET_STD
 from modules.hrnet import resize_aligned
 from modules.ssn import SSN
 from tools.support import make_parser, print_summary

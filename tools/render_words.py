@@ -18,8 +18,8 @@ import argparse
 import cv2
 import numpy as np
 
-from contact_sheet import Cell, save_contact_sheet
-from lmdb_io import LmdbWriter
+from evaluation.contact_sheet import Cell, save_contact_sheet
+from loading.lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS, SPLITS, OutputConfig
 from tools.support import make_parser, map_in_processes, positive, print_summary, progress, seed_number, usable_cores

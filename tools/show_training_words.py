@@ -14,9 +14,9 @@ import torch
 
 from builders import build_training_data
 from config import Config, load_config
-from contact_sheet import Cell, save_contact_sheet
-from distributed import Process
-from pictures import to_pictures
+from engine.distributed import Process
+from evaluation.contact_sheet import Cell, save_contact_sheet
+from evaluation.drawing import to_pictures
 from tools.support import make_parser, positive, print_summary, seed_number
 from utils import UserError, run_command_line
 

@@ -18,17 +18,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
-import distributed
-import metrics
-from charset import NULL, Charset, protocol_normalizer
-from inference import PreparedSSN
+from engine import distributed
+from engine.precision import autocast, without_search
+from evaluation.drawing import to_pictures
+from evaluation.evaluator import metrics
+from inference.prepare import PreparedSSN
+from inference.segmenter import Segmenter
+from loading.batches import Batch
+from loading.charset import NULL, Charset, protocol_normalizer
+from loading.transforms import TEXT_THRESHOLD
 from modules.outputs import RecogniserOutput
-from pictures import to_pictures
-from precision import autocast
-from segmentation import Segmenter
-from transforms import TEXT_THRESHOLD
 from utils import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,25 @@ def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float
     after_end = (ends.cumsum(1) - ends.long()) > 0  # steps behind the first end token
     confidences = probabilities.masked_fill(after_end, 1.0).prod(1).nan_to_num(0.0)
     return [charset.decode(row) for row in ids.tolist()], confidences.tolist()
+
+
+def most_confident(confidences: Sequence[float], owners: Sequence[int]) -> list[int]:
+    """The row of the most confident view of each word; the first of equal ones.
+
+    Args:
+        confidences: of M views.
+        owners: the word that each view shows, in ascending order from 0.
+    """
+    best: dict[int, int] = {}
+    for row, (word, confidence) in enumerate(zip(owners, confidences, strict=True)):
+        if word not in best or confidence > confidences[best[word]]:
+            best[word] = row
+    return list(best.values())
+
+
+def take_rows(output: Any, rows: Sequence[int]) -> Any:
+    """Some rows of all tensors of a network's output."""
+    return _pytree.tree_map(lambda leaf: None if leaf is None else leaf[rows], output)
 
 
 def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
@@ -169,6 +190,10 @@ class WordEvaluator:
             with autocast(self.device, self.precision):
                 output = model(*batch.inputs())
             texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
+            if isinstance(batch, Batch) and batch.owners is not None:
+                rows = most_confident(confidences, batch.owners.tolist())
+                batch, output = batch.with_images(rows), take_rows(output, rows)
+                texts, confidences = [texts[row] for row in rows], [confidences[row] for row in rows]
             indices = batch.indices.tolist()
             numbers = map(self.numbers.get(name, lambda index: index + 1), indices)
             rows = zip(indices, batch.texts, texts, confidences, numbers, strict=True)
@@ -205,7 +230,8 @@ class SegmentationEvaluator:
         segmenter = Segmenter(ssn, self.areas, device=self.device)
         datasets = {}
         for name, loader in self.loaders.items():
-            counts, samples, unreadable = self._count(segmenter, loader)
+            with without_search():
+                counts, samples, unreadable = self._count(segmenter, loader)
             true_positive, false_positive, false_negative = counts
             skipped = Counter(self.filtered[name]) + unreadable
             datasets[name] = {

@@ -24,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-import distributed
-from distributed import Process
-from precision import autocast
+from engine import distributed
+from engine.distributed import Process
+from engine.precision import autocast
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ class Trainer:
             batch. What batch norms normalise with in training is each part's own.
         clip_grad: largest gradient norm; None leaves it.
         ema_decay: decay of the averaged weights that are evaluated and saved; None for none.
+        compile_mode: of torch.compile; None leaves the network as it is. A batch of which a sample could not be read
+            goes through the plain network.
         find_unused_parameters: some parameters may get no gradient (a loss term has weight 0); several processes then
             look for them at every step.
         max_skipped_steps: steps in a row that are not finite, or batches of which nothing could be read, that stop the
@@ -108,7 +110,7 @@ class Trainer:
         accumulation: int = 1,
         clip_grad: float | None = 20.0,
         ema_decay: float | None = None,
-        compile_model: bool = False,
+        compile_mode: str | None = None,
         find_unused_parameters: bool = False,
         max_skipped_steps: int = 10,
         extra_state: dict[str, Any] | None = None,
@@ -141,7 +143,8 @@ class Trainer:
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(model)
-        self._network = self._wrap(compile_model, find_unused_parameters)
+        self._network = self._wrap(find_unused_parameters)
+        self._compiled = None if compile_mode is None else torch.compile(self._network, mode=compile_mode)
 
     @property
     def epochs_done(self) -> int:
@@ -241,14 +244,15 @@ class Trainer:
     def _forward_backward(self, batch: Any) -> dict[str, Tensor]:
         """Accumulate the gradients of the batch's parts; returns the loss terms of the global batch."""
         parts = batch.split(self.accumulation)
-        whole = self._whole_counts(parts) if len(parts) > 1 else None
+        network = self._network_for(batch)
+        whole = self._whole_counts(parts, network) if len(parts) > 1 else None
         collected: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             sync = contextlib.nullcontext() if last or not distributed.is_distributed() else self._network.no_sync()
             with sync:
                 with autocast(self.device, self.precision):
-                    output = self._network(*part.inputs())
+                    output = network(*self._inputs(part))
                     terms = self.criterion(output, *part.targets(), whole=whole)
                 self.scaler.scale(terms["total"]).backward()
             collected.append({name: term.detach() for name, term in terms.items()})
@@ -257,7 +261,7 @@ class Trainer:
         return dict(zip(names, distributed.average(stacked).unbind(), strict=True))
 
     @torch.no_grad()
-    def _whole_counts(self, parts: Sequence[Any]) -> dict[str, Tensor]:
+    def _whole_counts(self, parts: Sequence[Any], network: Callable) -> dict[str, Tensor]:
         """What the criterion's means are divided by, over all parts and processes, before the first part's gradient.
 
         Where pixels of the output are counted, each part goes through the network once more. That draws no number of
@@ -269,13 +273,11 @@ class Trainer:
         counts = []
         with torch.random.fork_rng(devices), autocast(self.device, self.precision):
             for part in parts:
-                output = self._network(*part.inputs()) if self.criterion.counts_outputs else None
+                output = network(*self._inputs(part)) if self.criterion.counts_outputs else None
                 counts.append(self.criterion.counts(output, *part.targets()))
         if before:
             torch._foreach_copy_(buffers, before)
-        names = list(counts[0])
-        sums = torch.stack([torch.stack([each[name].float() for name in names]) for each in counts]).sum(0)
-        return dict(zip(names, distributed.counted(sums).unbind(), strict=True))
+        return distributed.summed_counts(counts)
 
     def _update(self, norm: Tensor, finite: Tensor) -> None:
         """Clip and step the optimiser where loss and gradient norm are finite; the decision stays on the device.
@@ -294,8 +296,8 @@ class Trainer:
             group["lr"] = base * factor
         return self.optimizer.param_groups[0]["lr"]
 
-    def _wrap(self, compile_model: bool, find_unused_parameters: bool) -> Callable:
-        """The network as the loop calls it."""
+    def _wrap(self, find_unused_parameters: bool) -> nn.Module:
+        """The network, in parallel with those of other processes where there are some."""
         network: Any = self.model
         if distributed.is_distributed():
             devices = [self.device] if self.device.type == "cuda" else None
@@ -306,9 +308,26 @@ class Trainer:
                 network,
                 device_ids=devices,
                 find_unused_parameters=find_unused_parameters,
+                gradient_as_bucket_view=True,
                 **{BUFFER_SYNC: False},
             )
-        return torch.compile(network) if compile_model else network
+        return network
+
+    def _network_for(self, batch: Any) -> Callable:
+        """The compiled network for a batch of which all could be read, the plain one for another.
+
+        A batch of another size would be compiled anew, for minutes, in the middle of an epoch.
+        """
+        return self._network if self._compiled is None or getattr(batch, "skipped", None) else self._compiled
+
+    def _inputs(self, part: Any) -> tuple[Tensor | None, ...]:
+        """What the network takes; on a GPU with the channels of a pixel side by side, as its convolutions want them."""
+        if self.device.type != "cuda":
+            return part.inputs()
+        return tuple(
+            value.contiguous(memory_format=torch.channels_last) if value is not None and value.dim() == 4 else value
+            for value in part.inputs()
+        )
 
     def share_statistics(self) -> None:
         """Average what the processes' batch norms remember, before the network is evaluated or saved.

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from batches import normalize_images
+from engine.precision import PRECISIONS, fastest_precision
+from loading.batches import normalize_images
 from modules.hrnet import resize_aligned
 from modules.ssn import PUBLISHED_AREAS, SSN, network_size
-from precision import PRECISIONS, fastest_precision
 from utils import UserError
 
 # Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.

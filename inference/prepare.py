@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from engine.precision import PRECISIONS
+from inference.segmenter import fold_batch_norms
 from modules.ssn import PUBLISHED_AREAS, SSN
-from precision import PRECISIONS
-from segmentation import fold_batch_norms
 
 # Modules that stay in float32 whatever the rest runs in: those that decide about a character, a cell or a pixel, those
 # that take probabilities or positions, layer norms, so that the sums that run past a transformer's layers are not

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from batches import EMPTY, TOO_LONG, LabelRule
+from loading.batches import EMPTY, TOO_LONG, LabelRule
 from utils import UserError
 
 FIELDS = "fields"  # another number of fields than the header has

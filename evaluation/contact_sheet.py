@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pictures import overlay
+from evaluation.drawing import overlay
 from utils import UserError
 
 _PAPER = (255, 255, 255)

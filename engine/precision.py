@@ -1,5 +1,9 @@
 """Arithmetic of the networks: the three precisions, autocast, and what a device multiplies natively."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -18,6 +22,31 @@ def use_tf32(allowed: bool) -> None:
     """
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def choose_algorithms(*, deterministic: bool, search: bool) -> None:
+    """Which of several algorithms a GPU uses in this program; to be called before it is used.
+
+    Args:
+        deterministic: only those that give the same bits every time; torch raises RuntimeError where it has none.
+        search: let cuDNN time them for each new size of a convolution, and take the fastest.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in the search for faults, at a cost
+    torch.backends.cudnn.benchmark = search and not deterministic
+
+
+@contextlib.contextmanager
+def without_search() -> Iterator[None]:
+    """Let cuDNN take algorithms by rule of thumb, for images that each have a size of their own."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def fastest_precision(device: torch.device) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -228,6 +228,13 @@ def counted(count: Tensor) -> Tensor:
         count = count.detach().clone()
         dist.all_reduce(count)
     return count
+
+
+def summed_counts(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums of the numbers of each name, float32, over the parts of a batch and the processes: one message for all."""
+    names = list(parts[0])
+    sums = torch.stack([torch.stack([each[name].float() for name in names]) for each in parts]).sum(0)
+    return dict(zip(names, counted(sums).unbind(), strict=True))
 
 
 def average(values: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-import segmentation
+from inference.prepare import segmenter as segmentation
+from inference.segmenter import Segmenter, fold_batch_norms
 from modules.ssn import SSN
-from segmentation import Segmenter, fold_batch_norms
 from utils import UserError
 
 SMALL = {

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from inference import prepare_for_inference
+from inference.prepare import prepare_for_inference
 from modules.outputs import RecogniserOutput
 from modules.ssn import SSN
 from tests.reference import known_inputs, small_language, small_recogniser, small_vision
@@ -120,7 +120,7 @@ def test_a_batch_in_parts_reads_as_in_one(masked, monkeypatch):
     together = fast(*inputs)
     calls = []
     fast.network.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
-    monkeypatch.setattr("inference.CPU_BATCH", 3)
+    monkeypatch.setattr("inference.prepare.CPU_BATCH", 3)
     in_parts = fast(*inputs)
     assert sorted(calls) == [2, 2, 3]
     assert type(in_parts) is type(together)

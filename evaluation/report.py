@@ -21,11 +21,11 @@ import jinja2
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-import distributed
-from charset import Charset
-from evaluation import ScoredWord, read_logits
+from engine import distributed
+from evaluation.drawing import grey, to_pictures
+from evaluation.evaluator import ScoredWord, read_logits
+from loading.charset import Charset
 from modules.outputs import RecogniserOutput
-from pictures import grey, to_pictures
 from utils import write_atomically
 
 logger = logging.getLogger(__name__)

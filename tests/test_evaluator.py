@@ -14,16 +14,25 @@ import torch
 from torch import nn
 
 import main
-from batches import IMAGENET_MEAN, IMAGENET_STD, Batch
 from builders import build_evaluator, build_model
-from charset import PROTOCOLS, Charset
-from distributed import Process
-from evaluation import EMPTY_IN_PROTOCOL, WordEvaluator, read_logits, score_csv, score_table, write_scores
-from inference import prepare_for_inference
-from lmdb_io import LmdbWriter
+from engine.distributed import Process
+from evaluation.evaluator import (
+    EMPTY_IN_PROTOCOL,
+    WordEvaluator,
+    most_confident,
+    read_logits,
+    score_csv,
+    score_table,
+    write_scores,
+)
+from inference.prepare import prepare_for_inference
+from inference.segmenter import Segmenter
+from loading.batches import IMAGENET_MEAN, IMAGENET_STD, Batch
+from loading.charset import PROTOCOLS, Charset
+from loading.lmdb_io import LmdbWriter
 from modules.outputs import RecogniserOutput, VisionOutput
-from segmentation import Segmenter
-from tests.small_networks import save_network, small_config, write_words
+from reader import Reader
+from tests.small_networks import ReadsUprightWords, save_network, small_config, write_words
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHARSET = Charset(PROTOCOLS[94])
@@ -186,6 +195,67 @@ def test_processes_change_nothing(run, reference):
     assert (folder / "two" / "metrics.json").read_text() == reference
     page = (folder / "two" / "report" / "index.html").read_text()
     assert page.count('"0-0000') + page.count('"1-0000') >= 2  # sprites of both processes
+
+
+RAMP = np.tile(np.linspace(0, 255, 90, dtype=np.uint8), (30, 1))  # upright, (H, W)
+TURNED = [RAMP, np.rot90(RAMP), np.rot90(RAMP, 2), np.rot90(RAMP, 3), RAMP[:, :40], RAMP[:, :20]]
+
+
+class Seen:
+    """An observer that keeps what it is given of every word."""
+
+    def __init__(self):
+        self.words, self.images, self.masks, self.attention = [], [], [], []
+
+    def on_batch(self, dataset, batch, output, readings):
+        assert len(batch) == len(readings) == len(output.vision.attention) == len(output.alignment[-1].logits)
+        self.words += [(reading.label, reading.text, reading.confidence) for reading in readings]
+        self.images += list(batch.images)
+        self.masks += [] if batch.masks is None else list(batch.masks)
+
+    def on_end(self, scores):
+        self.scores = scores
+
+
+@pytest.mark.parametrize("network", ["abinet", "binet"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tall_words_are_read_turned_both_ways(tmp_path, network, workers):
+    """By a network that only reads upright words; the reader gives the same predictions."""
+    for kind in ("images", "masks"):
+        with LmdbWriter(tmp_path / kind / "set") as writer:
+            for number, picture in enumerate(TURNED):
+                writer.append(cv2.imencode(".png", picture)[1].tobytes(), f"w{number}")
+    seen = {}
+    for ratio in (None, 1.4):
+        data = {"turn_tall": ratio, "num_workers": workers, "masks": {"root": str(tmp_path / "masks")}}
+        config = small_config(network, test={"roots": [str(tmp_path / "images")], "batch_size": 4}, **data)
+        evaluator = build_evaluator(config, device=torch.device("cpu"), process=Process(), model_eval="alignment")
+        seen[ratio] = Seen()
+        evaluator.evaluate(ReadsUprightWords(config), [seen[ratio]])
+    read = {ratio: [text for _, text, _ in each.words] for ratio, each in seen.items()}
+    assert read[None] == ["up", "no", "no", "no", "up", "up"]  # parts of an upright word are upright
+    assert read[1.4] == ["up", "up", "no", "up", "up", "up"]
+    assert [label for label, _, _ in seen[1.4].words] == [f"w{number}" for number in range(len(TURNED))]
+    assert seen[1.4].scores["datasets"]["set"]["samples"] == len(TURNED)
+    for place in (1, 3):  # what the report shows is what was read
+        assert seen[1.4].images[place][..., -1].float().mean() > seen[1.4].images[place][..., 0].float().mean()
+    assert len(seen[1.4].masks) == (len(TURNED) if network == "binet" else 0)
+
+    save_network(tmp_path / "network.pth", config)
+    reader = Reader(tmp_path / "network.pth", device="cpu", masks="none", batch_size=4)
+    reader._model = ReadsUprightWords(config)
+    predictions = reader.read(TURNED, masks=TURNED)
+    assert [(each.text, each.confidence) for each in predictions] == [word[1:] for word in seen[1.4].words]
+    assert [each.turned for each in predictions] == [0, 270, 0, 90, 0, 0]
+    assert all(
+        each.mask is None or each.mask.shape == picture.shape for each, picture in zip(predictions, TURNED, strict=True)
+    )
+
+
+def test_the_most_confident_view_is_kept_and_the_first_of_equal_ones():
+    assert most_confident([0.1, 0.5, 0.3, 0.2, 0.4, 0.4, 0.1], [0, 1, 1, 1, 2, 2, 3]) == [0, 1, 4, 6]
+    assert most_confident([], []) == []
+    assert most_confident([0.0, 0.0, 0.0], [0, 0, 0]) == [0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -15,12 +15,14 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import cv2
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageOps
+
+from utils import first_line
 
 Picture = np.ndarray  # (H, W, 3) uint8, RGB
 Mask = np.ndarray  # (H, W) uint8, 255 = text
@@ -106,8 +108,10 @@ def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> 
             if oriented:
                 ImageOps.exif_transpose(opened, in_place=True)
             return np.ascontiguousarray(convert(opened, mode))
+    except Image.UnidentifiedImageError as error:
+        raise BrokenPictureError("not an image, or a damaged one") from error
     except PICTURE_ERRORS as error:
-        raise BrokenPictureError(str(error)) from error
+        raise BrokenPictureError(f"damaged ({first_line(error)})") from error
 
 
 def picture_size(data: bytes | memoryview) -> Size:
@@ -134,7 +138,7 @@ def _header(data: bytes | memoryview) -> tuple[Size, bool]:
         with Image.open(io.BytesIO(data)) as opened:
             return opened.size[::-1], not opened.has_transparency_data
     except Image.DecompressionBombError as error:
-        raise BrokenPictureError(str(error)) from error
+        raise BrokenPictureError(first_line(error)) from error
     except PICTURE_ERRORS:
         return (0, 0), True
 
@@ -195,10 +199,10 @@ INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTE
 
 def rotation(rng: Generator, size: Size, *, degrees: float = 45.0) -> np.ndarray:
     """Matrix (3, 3) of a rotation by up to `degrees` either way."""
-    return turn(symmetric(rng, degrees))
+    return rotation_matrix(symmetric(rng, degrees))
 
 
-def turn(degrees: float) -> np.ndarray:
+def rotation_matrix(degrees: float) -> np.ndarray:
     """Matrix (3, 3) of a rotation."""
     sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
@@ -468,6 +472,33 @@ class ResizeWord:
         return cv2.copyMakeBorder(picture, top, below - top, left, right - left, border, value=0)
 
 
+TURNS = (0, 90, 270)  # degrees counterclockwise
+
+
+def turn(picture: np.ndarray, degrees: int) -> np.ndarray:
+    """An image or mask turned counterclockwise by a multiple of 90 degrees."""
+    return np.ascontiguousarray(np.rot90(picture, degrees // 90)) if degrees else picture
+
+
+class View(NamedTuple):
+    """An image and its mask, turned counterclockwise by some degrees."""
+
+    picture: Picture
+    mask: Mask | None
+    turned: int = 0
+
+
+def views(picture: Picture, mask: Mask | None, *, turn_tall: float | None = None) -> list[View]:
+    """The ways in which an image is read: as stored and, where it is tall, turned by 90 degrees both ways, too.
+
+    Args:
+        turn_tall: height / width above which an image is tall; None for no image.
+    """
+    tall = turn_tall is not None and picture.shape[0] > turn_tall * picture.shape[1]
+    turns = TURNS if tall else TURNS[:1]
+    return [View(turn(picture, each), None if mask is None else turn(mask, each), each) for each in turns]
+
+
 class AugmentWord:
     """The published training augmentation, then resizing; kinds and magnitudes are drawn for every sample.
 
@@ -612,7 +643,7 @@ PIXEL_OPERATIONS = {
 }
 # (level, height and width) -> matrix (3, 3). A translation keeps the canvas.
 MATRIX_OPERATIONS = {
-    "rotate": lambda level, size: turn(30 * level),
+    "rotate": lambda level, size: rotation_matrix(30 * level),
     "shear_x": lambda level, size: np.array([[1, 0.9 * level, 0], [0, 1, 0], [0, 0, 1.0]]),
     "shear_y": lambda level, size: np.array([[1, 0, 0], [0.2 * level, 1, 0], [0, 0, 1.0]]),
     "translate_x": lambda level, size: np.array([[1, 0, 0.1 * level * size[1]], [0, 1, 0], [0, 0, 1.0]]),

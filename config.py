@@ -644,11 +644,11 @@ def _validated(
         found = [_describe(error) for error in errors.errors(include_url=False)]
     problems += [f"{_origin(dotted, document, origins)}: {message}" for dotted, message in found]
     if problems or config is None:
+        shown = problems[:PROBLEMS_SHOWN]
+        if more := len(problems) - len(shown):
+            shown.append(f"and {more} more: mend these first")
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration\n  "
-        more = (
-            [f"and {len(problems) - PROBLEMS_SHOWN} more: mend these first"] if len(problems) > PROBLEMS_SHOWN else []
-        )
-        raise UserError(head + "\n  ".join(problems[:PROBLEMS_SHOWN] + more))
+        raise UserError(head + "\n  ".join(shown))
     return config
 
 

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 
 from engine import distributed
 from engine.precision import autocast, without_search
+from evaluation import metrics
 from evaluation.drawing import to_pictures
-from evaluation.evaluator import metrics
 from inference.prepare import PreparedSSN
 from inference.segmenter import Segmenter
 from loading.batches import Batch

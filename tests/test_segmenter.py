@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from inference.prepare import segmenter as segmentation
+from inference import segmenter as segmentation
 from inference.segmenter import Segmenter, fold_batch_norms
 from modules.ssn import SSN
 from utils import UserError

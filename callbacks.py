@@ -191,18 +191,18 @@ class History(Callback):
         if not trainer.process.is_main:
             return
         kept = self._lines_up_to(trainer.iteration)
-        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        write_atomically(self.path, lambda file: file.writelines(kept))
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
-    def _lines_up_to(self, iteration: int) -> list[str]:
+    def _lines_up_to(self, iteration: int) -> list[bytes]:
         """Whole lines of iterations that a resumed run does not repeat."""
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
                 if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                logger.warning("%s: a line cut off by a kill is dropped", self.path)
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                logger.warning("%s: a line that is damaged, as by a kill, is dropped", self.path)
         return kept
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:

@@ -40,6 +40,8 @@ ABINET_DEFAULTS = {
     "vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}},
 }
 
+PROBLEMS_SHOWN = 30  # of a configuration, in one message
+
 # Published keys that nothing reads any more: they are named in a warning and ignored.
 DEAD_KEYS = ("dataset.one_hot_y", "training.stats_iters", "model.ensemble", "model.use_vision")
 
@@ -642,8 +644,11 @@ def _validated(
         found = [_describe(error) for error in errors.errors(include_url=False)]
     problems += [f"{_origin(dotted, document, origins)}: {message}" for dotted, message in found]
     if problems or config is None:
+        shown = problems[:PROBLEMS_SHOWN]
+        if more := len(problems) - len(shown):
+            shown.append(f"and {more} more: mend these first")
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration\n  "
-        raise UserError(head + "\n  ".join(problems))
+        raise UserError(head + "\n  ".join(shown))
     return config
 
 

@@ -509,18 +509,26 @@ class SegmentationFolder:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def read(self, index: int) -> tuple[bytes, bytes]:
-        """The encoded picture and mask."""
+    def read(self, index: int) -> tuple[bytes | None, bytes | None]:
+        """The encoded picture and mask, None of a file that cannot be read."""
         image, mask = self.pairs[index]
-        return image.read_bytes(), mask.read_bytes()
+        return _bytes_of(image), _bytes_of(mask)
 
     def image(self, index: int) -> bytes:
-        """An encoded image."""
-        return self.pairs[index][0].read_bytes()
+        """An encoded image, empty where it cannot be read."""
+        return _bytes_of(self.pairs[index][0]) or b""
 
     def describe(self, index: int) -> str:
         """Stem of a pair."""
         return self.pairs[index][0].stem
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    """What a file holds; None of one that has gone, of a folder, or of a link that leads nowhere."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 class SegmentationLmdb:

@@ -17,13 +17,26 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
+LONGEST_LINE = 1000  # characters of an error message
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 FILE_ONLY = "file_only"  # of a log record, see `setup_logging`
 RENDER_SCHEME = "render://"  # begins a data root that is no file but a renderer's YAML
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message names the key or file at fault and the remedy, in one or two lines."""
+    """A mistake of the user's: the message names the key or file at fault and the remedy, in one or two lines.
+
+    What it quotes of a file may be anything: long lines show their ends, and signs that cannot be printed are escaped.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(_printable, super().__str__().split("\n")))
+
+
+def _printable(line: str) -> str:
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE * 2 // 3]} ... {line[-LONGEST_LINE // 3 :]}"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def is_folder_name(text: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,20 @@ UNUSED_PUBLISHED = re.compile(
 )
 # Prefixes that wrappers put before every name: DistributedDataParallel / DataParallel, torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+# What torch's unpickler raises on bytes that are no pickle, or one of hostile make.
+UNPICKLING_ERRORS = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+)
 NAMES_SHOWN = 5
 CHECKPOINT_LIST = "checkpoint.yaml"
 
@@ -59,7 +74,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         foreign = re.search(r"(?i)unsupported (global|class)|unrecognized function|can only build", str(error))
         reason = "it holds objects other than tensors and plain values" if foreign else "damaged"
         raise UserError(f"checkpoint {path} is refused ({reason}); save a state_dict with torch.save") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except UNPICKLING_ERRORS as error:
         raise UserError(f"checkpoint {path} is damaged or no torch file ({first_line(error)}); use another") from error
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a state_dict; save model.state_dict()")
@@ -70,7 +85,8 @@ def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint: ours and the published form keep them under `model`, a plain one at the top."""
     weights = state.get("model", state)
     weights = weights if isinstance(weights, Mapping) else {}
-    return {_strip_wrappers(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    tensors = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    return {_strip_wrappers(name): tensor for name, tensor in tensors.items()}
 
 
 def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> dict[str, Any]:
@@ -137,11 +153,13 @@ def _strip_wrappers(name: str) -> str:
 def listed_checkpoints(folder: Path, name: str) -> list[str]:
     """Names of run `name` in `checkpoint.yaml` whose files exist, oldest first; behind them files it does not list."""
     listing = folder / CHECKPOINT_LIST
+    present = {path.name for path in folder.glob("*")}
     names: list[str] = []
     if listing.exists():
         try:
-            names = list(yaml.safe_load(listing.read_text(encoding="utf-8"))["checkpoints"])
-        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+            listed = yaml.safe_load(listing.read_text(encoding="utf-8"))["checkpoints"]
+            names = [each for each in listed if isinstance(each, str) and each in present]
+        except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
             logger.warning("%s is damaged; looking at the files themselves", listing)
     form = re.compile(rf"{re.escape(name)}_\d+_\d+\.pth")
     found = sorted(
@@ -149,7 +167,7 @@ def listed_checkpoints(folder: Path, name: str) -> list[str]:
         key=lambda path: (path.stat().st_mtime_ns, path.name),
     )
     newer = [path.name for path in found if path.name not in names]  # written, but killed before it was listed
-    return [each for each in names if (folder / each).exists()] + newer
+    return names + newer
 
 
 def list_as_newest(folder: Path, name: str, file: str, *, keep: int | None = None) -> list[str]:

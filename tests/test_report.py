@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import main
-from evaluation.evaluator import ScoredWord, report
+from evaluation import report
+from evaluation.evaluator import ScoredWord
 from evaluation.report import Comparison, ReportedWord
 from tests.browser import fill, found, missing_pictures, page_data
 from tests.small_networks import save_network, small_config, write_masks, write_words

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo quickstart test test-slow gpu-check lint format clean
+.PHONY: help venv venv-dev demo quickstart test test-slow gpu-check lint format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,7 +14,13 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
 venv: $(VENV)/installed  ## Make .venv from requirements.txt
+
+venv-dev: $(VENV)/installed-dev  ## Add to it what tests, style and export need (requirements-dev.txt)
 
 QUICKSTART_WORDS := data/quickstart/images
 
@@ -32,20 +38,20 @@ quickstart: venv $(QUICKSTART_WORDS)/train $(QUICKSTART_WORDS)/test  ## Render w
 demo: venv  ## Read the pictures in fig/demo with the weights that come with it
 	$(BIN)/python demo.py --input fig/demo --overlay workdir/demo
 
-test: venv  ## Run the tests (CPU, a few minutes)
+test: venv-dev  ## Run the tests (CPU, a few minutes)
 	$(BIN)/python -m pytest
 
-test-slow: venv  ## Run the tests marked slow
+test-slow: venv-dev  ## Run the tests marked slow
 	$(BIN)/python -m pytest -m slow
 
-gpu-check: venv  ## Prove the GPU path on this machine: losses, resume, speed (under 8 minutes); writes gpu-check.md
+gpu-check: venv-dev  ## Prove the GPU path on this machine: losses, resume, speed (under 8 minutes); writes gpu-check.md
 	$(BIN)/python tools/gpu_check.py
 
-lint: venv  ## Check style
+lint: venv-dev  ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: venv  ## Mend style
+format: venv-dev  ## Mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

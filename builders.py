@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +10,30 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import distributed
-from charset import PROTOCOLS, Charset
+from callbacks import (
+    Callback,
+    Checkpoints,
+    Evaluation,
+    History,
+    NotFiniteBatches,
+    Progress,
+    TensorBoard,
+    UnreadableSamples,
+)
 from config import Config, SSNConfig
 from dataset import (
-    EqualSizeBatchSampler,
     JoinedDataset,
-    LabelRule,
-    LanguageCollate,
     LanguageDataset,
-    OnlineMasks,
-    ResumableBatchSampler,
-    SegmentationCollate,
-    ShardedSampler,
-    WordCollate,
+    SkipLog,
     WordDataset,
-    default_cache_dir,
     make_loader,
     open_segmentation_datasets,
     open_word_datasets,
 )
-from distributed import Process
-from evaluation import Evaluator, SegmentationEvaluator, WordEvaluator
-from losses import RecogniserCriterion, SegmentationCriterion
-from modules.attention import PositionAttention, ReadingOrderAttention
-from modules.backbone import ResNet, TransformerBackbone
-from modules.model_alignment import AlignmentModel
-from modules.model_binet_iter import BINet
-from modules.model_language import LanguageModel
-from modules.model_vision import MaskedVisionModel, VisionModel
-from modules.ssn import SSN
-from optimization import (
+from engine import distributed
+from engine.checkpoints import load_weights, read_checkpoint
+from engine.distributed import Process
+from engine.optimization import (
     Schedule,
     make_optimizer,
     one_cycle_schedule,
@@ -49,13 +42,30 @@ from optimization import (
     step_schedule,
     with_warmup,
 )
-from segmentation import Segmenter
-from transforms import AugmentWord, CropSegmentation, ResizeWord
-from utils import RENDER_SCHEME, UserError, load_weights, read_checkpoint
+from engine.trainer import Trainer
+from evaluation.evaluator import Evaluator, SegmentationEvaluator, WordEvaluator
+from inference.segmenter import Segmenter
+from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
+from loading.charset import PROTOCOLS, Charset
+from loading.masks import OnlineMasks
+from loading.sampling import EqualSizeBatchSampler, MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
+from loading.transforms import AugmentWord, CropSegmentation, RandAugmentWord, ResizeWord
+from loading.word_index import default_cache_dir
+from losses import RecogniserCriterion, SegmentationCriterion
+from modules.attention import PositionAttention, ReadingOrderAttention
+from modules.backbone import ResNet, TransformerBackbone
+from modules.model_alignment import AlignmentModel
+from modules.model_binet_iter import BINet
+from modules.model_language import LanguageModel
+from modules.model_vision import MaskedVisionModel, VisionModel
+from modules.ssn import SSN
+from utils import RENDER_SCHEME, UserError
 
 logger = logging.getLogger(__name__)
 
 SUB_MODELS = ("alignment", "vision", "language")
+AUGMENTATIONS = {True: AugmentWord, "rand": RandAugmentWord}  # by dataset.data_aug
+MIN_TRAINING_SIDE = 7  # pixels; words of smaller images are left out of training, as published
 
 # --- networks and losses ----------------------------------------------------------------------------------------------
 
@@ -260,14 +270,21 @@ def build_training_data(config: Config, *, device: torch.device, process: Proces
     dataset = JoinedDataset(datasets)
     if not len(dataset):
         raise UserError(f"dataset.train.roots {roots} hold no usable sample; see the counts above")
-    sampler = ResumableBatchSampler(
-        len(dataset),
-        config.dataset.train.batch_size,
-        seed=config.global_.seed or 0,
-        rank=process.rank,
-        world_size=process.world_size,
-    )
+    sampler = build_training_sampler(config, datasets, process=process)
     return make_loader(dataset, collate, batch_sampler=sampler, **_loading(config))
+
+
+def build_training_sampler(config: Config, datasets: Sequence[Any], *, process: Process) -> ResumableBatchSampler:
+    """The order of training samples: over all data sets alike, or by the shares of their roots."""
+    train = config.dataset.train
+    options = {"seed": config.global_.seed or 0, "rank": process.rank, "world_size": process.world_size}
+    if train.shares is None:
+        sampler = ResumableBatchSampler(sum(map(len, datasets)), train.batch_size, **options)
+    else:
+        lengths = [sum(len(each) for each in datasets if each.root == place) for place in range(len(train.roots))]
+        sampler = MixtureBatchSampler(lengths, train.shares, train.batch_size, length=train.length, **options)
+    sampler.run_batches = config.training.iterations or config.training.epochs * len(sampler)
+    return sampler
 
 
 def build_evaluator(
@@ -278,7 +295,7 @@ def build_evaluator(
     if not roots:
         raise UserError("dataset.test.roots is empty; name the LMDBs to test on, or give --test_root")
     if config.model.kind == "ssn":
-        return _build_segmentation_evaluator(config, device=device, process=process, precision=precision)
+        return _build_segmentation_evaluator(config, device=device, process=process)
     open_sets = _open_language if config.model.kind == "language" else _open_words
     datasets, collate = open_sets(config, roots, training=False, device=device)
     loaders = {}
@@ -300,14 +317,16 @@ def build_evaluator(
     )
 
 
-def _build_segmentation_evaluator(
-    config: Config, *, device: torch.device, process: Process, precision: str
-) -> SegmentationEvaluator:
+def _build_segmentation_evaluator(config: Config, *, device: torch.device, process: Process) -> SegmentationEvaluator:
     datasets, collate = _open_segmentation(config, config.dataset.test.roots, training=False, device=device)
     loaders = {}
     for dataset in datasets:
         batches = EqualSizeBatchSampler(
-            dataset.sizes(), config.dataset.test.batch_size, rank=process.rank, world_size=process.world_size
+            len(dataset),
+            dataset.size,
+            config.dataset.test.batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
         )
         loaders[dataset.name] = make_loader(dataset, collate, batch_sampler=batches, **_loading(config))
     return SegmentationEvaluator(
@@ -316,11 +335,10 @@ def _build_segmentation_evaluator(
         areas=config.model.ssn.areas,
         device=device,
         ignore_index=config.dataset.segmentation.ignore_index,
-        precision=precision,
     )
 
 
-def build_segmenter(config: Config, *, device: torch.device | str, precision: str = "auto") -> Segmenter:
+def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
     """The network that makes masks, for pictures of any size.
 
     Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser. A
@@ -332,7 +350,7 @@ def build_segmenter(config: Config, *, device: torch.device | str, precision: st
     ssn, areas = carried or (build_ssn(config), config.model.ssn.areas)
     if config.model.ssn.areas != SSNConfig().areas:  # its own wish goes before what the checkpoint was trained for
         areas = config.model.ssn.areas
-    return Segmenter(ssn, areas, device=device, precision=precision)
+    return Segmenter(ssn, areas, device=device)
 
 
 def segmenter_checkpoint(config: Config) -> str:
@@ -397,15 +415,19 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
             "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
             data.charset_path,
         )
-    transform = AugmentWord if training and data.data_aug else ResizeWord
+    resize = ResizeWord(size=size, fit=data.fit, random_aspect=training and data.multiscales)
     datasets = open_word_datasets(
         roots,
         labels=labels,
-        transform=transform(size=size, keep_aspect=data.multiscales),
+        transform=AUGMENTATIONS[data.data_aug](resize) if training and data.data_aug else resize,
         masks=_mask_source(config, device=device),
         seed=config.global_.seed or 0,
         cache_dir=(data.cache_dir or default_cache_dir()) if data.cache_index else None,
-        length=data.train.length,
+        min_side=MIN_TRAINING_SIDE if training else 1,
+        length=data.train.length if training and data.train.shares is None else None,
+        split=0 if training else 1,
+        difficulty=data.train.difficulty if training else None,
+        turn_tall=None if training else data.turn_tall,
     )
     return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
 
@@ -455,6 +477,8 @@ def _open_language(config: Config, roots: list[str], *, training: bool, device: 
         )
         for stream, root in enumerate(roots)
     ]
+    for number, dataset in enumerate(datasets):
+        dataset.root = number
     return datasets, LanguageCollate(labels)
 
 
@@ -483,3 +507,80 @@ def _loading(config: Config) -> dict:
         "multiprocessing_context": data.multiprocessing_context,
         "pin_memory": data.pin_memory,
     }
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(config: Config, *, device: torch.device, process: Process, resumed: bool = False) -> Trainer:
+    """Everything that training needs, from data to callbacks.
+
+    Args:
+        resumed: the weights come from a checkpoint of the run itself: those that the config names are not loaded.
+    """
+    with distributed.main_first():  # it stores the indices of large LMDBs
+        data = build_training_data(config, device=device, process=process)
+        callbacks = build_callbacks(config, data=data, device=device, process=process)
+    model = build_model(with_checkpoint(config, None) if resumed else config)
+    model = distributed.synchronized(model, config.training.sync_batchnorm)
+    # As a GPU's convolutions want their weights; before the optimiser makes momenta of the same form.
+    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    criterion = build_criterion(config)
+    batches = len(data.batch_sampler)
+    iterations = config.training.iterations or config.training.epochs * batches
+    training = config.training
+    return Trainer(
+        model=model,
+        criterion=criterion,
+        optimizer=build_optimizer(config, model),
+        learning_rate_factor=build_schedule(config, batches_per_epoch=batches, iterations=iterations),
+        data=data,
+        batches_per_epoch=batches,
+        iterations=iterations,
+        device=device,
+        process=process,
+        callbacks=callbacks,
+        precision=training.precision,
+        accumulation=training.accumulation,
+        clip_grad=config.optimizer.clip_grad,
+        ema_decay=training.ema,
+        compile_mode=training.compile_mode if training.compile else None,
+        find_unused_parameters=0 in criterion.weights.values(),
+        max_skipped_steps=training.max_skipped_steps,
+        extra_state={"config": config.to_dict(), "charset": build_charset(config).characters},
+    )
+
+
+def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, process: Process) -> list[Callback]:
+    """What happens beside the loop, in the order in which it happens."""
+    folder, name, training = config.work_folder, config.global_.name, config.training
+    tensorboard = TensorBoard(
+        folder=folder / "tensorboard", interval=training.show_iters, most_pictures=training.log_images
+    )
+    callbacks = [
+        Progress(interval=training.show_iters),
+        History(path=folder / "history.jsonl", interval=training.show_iters),
+        NotFiniteBatches(folder=folder),
+        UnreadableSamples(log=SkipLog(data.dataset)),
+        tensorboard,
+    ]
+    if config.dataset.test.roots:
+        evaluator = build_evaluator(
+            config,
+            device=device,
+            process=process,
+            model_eval=checked_model_eval(config, None),
+            precision=training.precision,
+        )
+        callbacks.append(
+            Evaluation(
+                evaluator=evaluator,
+                interval=training.eval_iters,
+                start=training.start_iters,
+                folder=folder,
+                name=name,
+                observers=[tensorboard],
+            )
+        )
+    rhythm = {"interval": training.save_iters, "start": training.start_iters, "keep": training.keep_checkpoints}
+    return [*callbacks, Checkpoints(folder=folder, name=name, **rhythm)]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from builders import build_carried_ssn, build_charset, build_model, ssn_part, with_checkpoint
-from charset import Charset
 from config import Config
-from inference import FLOAT32_MODULES
+from engine.checkpoints import checkpoint_weights, load_weights, read_checkpoint, save_atomically
+from inference.prepare import FLOAT32_MODULES
+from loading.charset import Charset
 from modules.ssn import SSN
-from utils import UserError, checkpoint_weights, load_weights, read_checkpoint, save_atomically
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def portable(config: Config) -> dict[str, Any]:
     config.model.ssn.checkpoint = None
     config.global_.workdir = fresh.global_.workdir
     config.dataset.train.roots = []
+    config.dataset.train.shares = config.dataset.train.difficulty = None
     config.dataset.test.roots = []
     config.dataset.masks.root = config.dataset.cache_dir = None
     config.dataset.charset_path = fresh.dataset.charset_path  # the checkpoint carries the characters themselves

@@ -10,34 +10,28 @@ import itertools
 import json
 import logging
 import math
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import torch
-import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import distributed
-from pictures import grid, reading_picture, to_pictures
-from utils import FILE_ONLY, UserError, explain_full_disk, read_checkpoint, save_atomically, write_atomically
+from engine.checkpoints import list_as_newest, save_atomically
+from evaluation.drawing import evaluation_pictures, grid
+from utils import FILE_ONLY, explain_full_disk, write_atomically
 
 if TYPE_CHECKING:
     from dataset import SkipLog
-    from evaluation import Evaluator, ScoredWord
+    from engine.trainer import Step, Trainer
+    from evaluation.evaluator import Evaluator, ScoredWord
     from modules.outputs import RecogniserOutput
-    from trainer import Step, Trainer
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_LIST = "checkpoint.yaml"
-ONE_FIELD = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # keeps a label one field of one line
 
 
 class Callback:
@@ -197,18 +191,18 @@ class History(Callback):
         if not trainer.process.is_main:
             return
         kept = self._lines_up_to(trainer.iteration)
-        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        write_atomically(self.path, lambda file: file.writelines(kept))
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
-    def _lines_up_to(self, iteration: int) -> list[str]:
+    def _lines_up_to(self, iteration: int) -> list[bytes]:
         """Whole lines of iterations that a resumed run does not repeat."""
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
                 if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                logger.warning("%s: a line cut off by a kill is dropped", self.path)
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                logger.warning("%s: a line that is damaged, as by a kill, is dropped", self.path)
         return kept
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
@@ -458,124 +452,3 @@ class UnreadableSamples(Callback):
         if self.log.counts:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.log.counts.items())
             logger.warning("left out of training as they could not be read: %s", counts)
-
-
-# --- dumps of an evaluation: observers that an evaluator calls --------------------------------------------------------
-
-
-class PredictionFiles:
-    """`<dataset>-<model_eval>/<model_eval>.txt` with every `gt<TAB>prediction`, and `-false.txt` with the wrong ones.
-
-    Args:
-        normalize: what the evaluation's protocol compares of a text.
-    """
-
-    def __init__(self, *, folder: Path, model_eval: str, normalize: Callable[[str], str]):
-        self.folder = folder
-        self.model_eval = model_eval
-        self.normalize = normalize
-        self._readings: dict[str, list[ScoredWord]] = {}
-
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
-        self._readings.setdefault(dataset, []).extend(readings)
-
-    def on_end(self, scores: Mapping[str, Any]) -> None:
-        for dataset in scores["datasets"]:
-            readings = distributed.gather(self._readings.get(dataset, []))
-            if distributed.is_main():
-                self._write(dataset, sorted(readings, key=lambda reading: reading.index))
-        self._readings.clear()
-
-    def _write(self, dataset: str, readings: Sequence[ScoredWord]) -> None:
-        folder = self.folder / f"{dataset}-{self.model_eval}"
-        folder.mkdir(parents=True, exist_ok=True)
-        wrong = [each for each in readings if self.normalize(each.text) != self.normalize(each.label)]
-        for name, listed in ((self.model_eval, readings), (f"{self.model_eval}-false", wrong)):
-            lines = "".join(f"{each.label.translate(ONE_FIELD)}\t{each.text}\n" for each in listed)
-            (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
-
-
-class AttentionPictures:
-    """`<dataset>-<model_eval>/attn/<number>.jpg`: each word with its masks and the attention of each character.
-
-    The number is that of the word in its LMDB.
-    """
-
-    def __init__(self, *, folder: Path, model_eval: str):
-        self.folder = folder
-        self.model_eval = model_eval
-
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
-        if output.vision is None:
-            return
-        folder = self.folder / f"{dataset}-{self.model_eval}" / "attn"
-        folder.mkdir(parents=True, exist_ok=True)
-        for reading, picture in zip(readings, evaluation_pictures(batch, output, readings), strict=True):
-            cv2.imwrite(str(folder / f"{reading.number:09d}.jpg"), picture[..., ::-1])
-
-    def on_end(self, scores: Mapping[str, Any]) -> None:
-        """Every picture is written already."""
-
-
-def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> Iterator[np.ndarray]:
-    """One picture for each word of a batch: word, masks, attention and reading."""
-    attention = output.vision.attention.float().cpu().numpy()
-    refined = output.vision.refined_mask
-    masks = None if batch.masks is None else (batch.masks[:, 0] / 255.0).cpu().numpy()
-    refined = None if refined is None else refined[:, 0].float().cpu().numpy()
-    for row, (reading, picture) in enumerate(zip(readings, to_pictures(batch.images), strict=True)):
-        yield reading_picture(
-            picture,
-            caption=f"{reading.label} > {reading.text}",
-            characters=[*reading.text, "end"],
-            attention=attention[row],
-            mask=None if masks is None else masks[row],
-            refined_mask=None if refined is None else refined[row],
-        )
-
-
-# --- checkpoints of a work folder -------------------------------------------------------------------------------------
-
-
-def listed_checkpoints(folder: Path, name: str) -> list[str]:
-    """Names of run `name` in `checkpoint.yaml` whose files exist, oldest first; behind them files it does not list."""
-    listing = folder / CHECKPOINT_LIST
-    names: list[str] = []
-    if listing.exists():
-        try:
-            names = list(yaml.safe_load(listing.read_text(encoding="utf-8"))["checkpoints"])
-        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-            logger.warning("%s is damaged; looking at the files themselves", listing)
-    form = re.compile(rf"{re.escape(name)}_\d+_\d+\.pth")
-    found = sorted(
-        (path for path in folder.glob("*.pth") if form.fullmatch(path.name)),
-        key=lambda path: (path.stat().st_mtime_ns, path.name),
-    )
-    newer = [path.name for path in found if path.name not in names]  # written, but killed before it was listed
-    return [each for each in names if (folder / each).exists()] + newer
-
-
-def list_as_newest(folder: Path, name: str, file: str, *, keep: int | None = None) -> list[str]:
-    """Put `file` last in the list of run `name`'s checkpoints; returns those that `keep` leaves out of it."""
-    names = [each for each in listed_checkpoints(folder, name) if each != file] + [file]
-    kept = names[-keep:] if keep else names
-    content = yaml.safe_dump({"latest": file, "checkpoints": kept})
-    write_atomically(folder / CHECKPOINT_LIST, lambda listing: listing.write(content.encode()))
-    return names[: len(names) - len(kept)]
-
-
-def newest_whole_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of run `name` in its work folder; a damaged one is named and the one before it is used.
-
-    Raises:
-        UserError: there is none.
-    """
-    for each in reversed(listed_checkpoints(folder, name)):
-        try:
-            state = read_checkpoint(folder / each)
-        except UserError as error:
-            logger.warning("%s; trying the one before it", error)
-            continue
-        if "training" in state:
-            return folder / each, state
-    raise UserError(f"{folder} has no whole checkpoint to resume from; start without --resume")

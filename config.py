@@ -40,6 +40,8 @@ ABINET_DEFAULTS = {
     "vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}},
 }
 
+PROBLEMS_SHOWN = 30  # of a configuration, in one message
+
 # Published keys that nothing reads any more: they are named in a warning and ignored.
 DEAD_KEYS = ("dataset.one_hot_y", "training.stats_iters", "model.ensemble", "model.use_vision")
 
@@ -57,6 +59,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_pair(value: Any) -> Any:
+    return [value, value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def _single_rate(value: Any) -> Any:
     """Published YAMLs may give one learning rate for each layer group; equal ones mean a single rate."""
     return value[0] if isinstance(value, list) and value and all(rate == value[0] for rate in value) else value
@@ -67,6 +73,12 @@ def _known_stride(value: Any) -> Any:
     if value in (1, 2) or (isinstance(value, list) and len(value) == 2 and all(each in (1, 2) for each in value)):
         return value
     raise ValueError("must be 1, 2 or [rows, columns] of these")
+
+
+def _known_augmentation(value: Any) -> Any:
+    if isinstance(value, bool) or value == "rand":
+        return value
+    raise ValueError("must be true, false or rand")
 
 
 def _folder_name(value: Any) -> Any:
@@ -82,6 +94,7 @@ FeatureWidth = Annotated[int, Field(ge=2, multiple_of=2)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Five = Field(min_length=5, max_length=5)
+Share = Annotated[list[Weight], Field(min_length=2, max_length=2), BeforeValidator(_as_pair)]
 Stride = Annotated[int | list[int], BeforeValidator(_known_stride)]
 Pair = Field(min_length=2, max_length=2)
 
@@ -128,7 +141,19 @@ class TrainDataConfig(Section):
     )
     batch_size: PositiveInt = key(384, "Samples in one optimiser step over all processes.")
     length: PositiveInt | None = key(
-        None, "Samples in an epoch for render:// roots; null for the renderer's own number."
+        None,
+        "Samples in an epoch: of each render:// root (null: its own number), or, with shares, of the mixture (null: "
+        "all samples).",
+    )
+    shares: list[Share] | None = key(
+        None,
+        "Share of each root in every batch: a number, or [first, last] that it changes between over the run; each root "
+        "is passed through in its own order before it repeats. null: every sample once an epoch.",
+    )
+    difficulty: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Pair, BeforeValidator(_as_pair)] | None = key(
+        None,
+        "Difficulty of render:// words, 0 to 1: a number, or [first, last] that it changes between over the run; null: "
+        "that of the file. For rendered LMDBs: shares that change, of one LMDB for each difficulty.",
     )
 
 
@@ -185,8 +210,24 @@ class DatasetConfig(Section):
     image_width: PositiveInt = key(128, "Width of the network's input, pixels.")
     case_sensitive: bool = key(False, "Keep the case of labels in training (needs a charset with upper case).")
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
-    data_aug: bool = key(True, "Augment training samples: geometry, deterioration, colour.")
-    multiscales: bool = key(False, "Keep the aspect of the picture when resizing, instead of stretching it.")
+    data_aug: Annotated[bool | Literal["rand"], BeforeValidator(_known_augmentation)] = key(
+        True, "Augmentation of training samples: true, the published one; rand, RandAugment as of PARSeq; false, none."
+    )
+    multiscales: bool = key(
+        False,
+        "Keep the aspect when resizing, centred, borders replicated; in training, half of the time, a random aspect.",
+    )
+    align_left: bool = key(
+        False,
+        "Keep the aspect when resizing, at the left edge, the rest black: a letter's place tells its number.",
+    )
+    turn_tall: float | None = key(
+        None,
+        "Height / width of an image above which it is read as stored and turned by 90 degrees both ways (test, Reader, "
+        "demo); the most confident prediction is kept. null: images are read as stored.",
+        ge=1,
+        allow_inf_nan=False,
+    )
     num_workers: int = key(4, "Data loading processes for each training process; 0 loads in the loop.", ge=0)
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
     use_sm: bool = key(False, "Spelling mutation of language inputs.")
@@ -201,6 +242,11 @@ class DatasetConfig(Section):
     cache_dir: str | None = key(None, "Folder of those files and of cached masks; null: the user's cache folder.")
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)
+
+    @property
+    def fit(self) -> Literal["stretch", "centre", "left"]:
+        """How an image gets the network's size (`transforms.ResizeWord`)."""
+        return "centre" if self.multiscales else "left" if self.align_left else "stretch"
 
 
 class TrainingConfig(Section):
@@ -451,7 +497,12 @@ class Config(Section):
         Raises:
             UserError: with one line for each thing that is wrong.
         """
-        return _validated(Document(_plain(mapping), source, {}), {}, drop_unknown=drop_unknown)
+        return _validated(Document(_migrated(_plain(mapping)), source, {}), {}, drop_unknown=drop_unknown)
+
+    @property
+    def work_folder(self) -> Path:
+        """Where everything of the run goes."""
+        return Path(self.global_.workdir) / self.global_.name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dicts, lists, numbers, strings, None) that `from_dict` reads back equal."""
@@ -460,6 +511,15 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back equal."""
         return dump_yaml(self.to_dict(), width=120)
+
+
+def _migrated(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The resolved config of an older checkpoint in today's keys: there `multiscales` was what `align_left` is now."""
+    dataset = mapping.get("dataset")
+    if isinstance(dataset, dict) and "cache_dir" in dataset and "align_left" not in dataset:  # resolved, and older
+        align_left = dataset.get("multiscales", False)
+        return mapping | {"dataset": dataset | {"multiscales": False, "align_left": align_left}}
+    return mapping
 
 
 def _plain(value: Any) -> Any:
@@ -503,6 +563,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _validated(document, origins, problems)
 
 
+def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
+    """The config of a run that is resumed: it keeps the names of the weights that it started from.
+
+    Args:
+        before: the config in the run's checkpoint, as plain data; None: it has none.
+
+    Raises:
+        UserError: a key has changed that must not within a run.
+    """
+    config = config.model_copy(deep=True)
+    if before is None:
+        return config
+    now = config.to_dict()
+    for key in ("global.seed", "dataset.train.batch_size"):  # the order of the samples, and the steps of an epoch
+        if (value_of(before, key) or 0) != (value_of(now, key) or 0):
+            raise UserError(
+                f"{key}: the run to resume has {value_of(before, key)}, not {value_of(now, key)}, and its place in the "
+                "data means nothing with another; keep it, or start from the run's weights with --checkpoint"
+            )
+    sections = {"model": config.model, "model.vision": config.model.vision, "model.language": config.model.language}
+    if config.model.kind == "ssn":
+        sections["model.ssn"] = config.model.ssn
+    for name, section in sections.items():
+        started_from = value_of(before, f"{name}.checkpoint")
+        if section.checkpoint not in (None, started_from):
+            raise UserError(
+                f"{name}.checkpoint: the run to resume started from {started_from}, not {section.checkpoint}, and goes "
+                f"on with its own weights; leave it out ({name}.checkpoint=null)"
+            )
+        section.checkpoint = started_from
+    return config
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in a config as plain data; None where it has no such key."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved config to a YAML file that `load_config` reads back equal."""
     Path(path).write_text(config.to_yaml(), encoding="utf-8")
@@ -544,8 +644,11 @@ def _validated(
         found = [_describe(error) for error in errors.errors(include_url=False)]
     problems += [f"{_origin(dotted, document, origins)}: {message}" for dotted, message in found]
     if problems or config is None:
+        shown = problems[:PROBLEMS_SHOWN]
+        if more := len(problems) - len(shown):
+            shown.append(f"and {more} more: mend these first")
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration\n  "
-        raise UserError(head + "\n  ".join(problems))
+        raise UserError(head + "\n  ".join(shown))
     return config
 
 
@@ -595,6 +698,10 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
     smallest, largest = config.dataset.segmentation.scale_range
     if smallest > largest:
         yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
+    if config.dataset.multiscales and config.dataset.align_left:
+        yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
+    if config.global_.phase == "train":
+        yield from _mixture_problems(config.dataset.train)
     reads_files = [root for root in config.dataset.train.roots if not root.startswith(RENDER_SCHEME)]
     if config.global_.phase == "train" and reads_files and model.takes_masks:
         yield from _mask_problems(config)
@@ -629,6 +736,17 @@ def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
         weights = {name: weight for name, weight in weights.items() if name.startswith(f"model.{model.kind}.")}
     if not any(weights.values()):
         yield next(iter(weights)), f"all weights of the loss are 0; set one of {', '.join(weights)}"
+
+
+def _mixture_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:
+    if train.difficulty and not any(root.startswith(RENDER_SCHEME) for root in train.roots):
+        yield "dataset.train.difficulty", "no root is render://FILE.yaml, and words of files have theirs already"
+    if train.shares is None:
+        return
+    if len(train.shares) != len(train.roots):
+        yield "dataset.train.shares", f"{len(train.shares)} shares for {len(train.roots)} roots; give one for each root"
+    elif not all(map(sum, zip(*train.shares, strict=True))):
+        yield "dataset.train.shares", "all are 0 at the start or at the end of the run; give one of them more"
 
 
 def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:

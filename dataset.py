@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,59 +22,40 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from batches import (
-    Batch,
+from loading.batches import (
     LabelRule,
-    LanguageBatch,
-    LanguageCollate,
     LanguageSample,
-    SegmentationBatch,
-    SegmentationCollate,
     SegmentationSample,
     Skipped,
-    WordCollate,
     WordSample,
 )
-from lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
-from masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
-from sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler, as_key
-from transforms import BrokenPictureError, CropSegmentation, Mask, Picture, WordTransform, decode_mask, decode_picture
+from loading.language_csv import read_pairs
+from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
+from loading.masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
+from loading.sampling import (
+    SampleGenerators,
+    SampleKey,
+    as_key,
+)
+from loading.transforms import (
+    TEXT_THRESHOLD,
+    BrokenPictureError,
+    CropSegmentation,
+    Mask,
+    Picture,
+    WordTransform,
+    decode_mask,
+    decode_picture,
+    picture_size,
+    views,
+)
+from loading.word_index import MISSING, open_word_index
 from utils import RENDER_SCHEME, UserError
-from word_index import MISSING, default_cache_dir, open_word_index
-
-__all__ = [
-    "Batch",
-    "EqualSizeBatchSampler",
-    "JoinedDataset",
-    "LabelRule",
-    "LanguageBatch",
-    "LanguageCollate",
-    "LanguageDataset",
-    "LmdbMasks",
-    "OnlineMasks",
-    "RenderedDataset",
-    "ResumableBatchSampler",
-    "SampleKey",
-    "SegmentationBatch",
-    "SegmentationCollate",
-    "SegmentationDataset",
-    "ShardedSampler",
-    "SkipLog",
-    "Skipped",
-    "WordCollate",
-    "WordDataset",
-    "default_cache_dir",
-    "initialize_worker",
-    "make_loader",
-    "mutate_spelling",
-    "open_segmentation_datasets",
-    "open_word_datasets",
-]
 
 logger = logging.getLogger(__name__)
 
 BROKEN = "broken"  # the picture cannot be decoded
-TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
+TINY = "tiny"  # a side of the picture is too short
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -93,6 +73,8 @@ class WordDataset(Dataset):
         stream: tells data sets of one run apart, so that equal indices are not augmented alike.
         name: of the set, in results and messages; None takes the folder's.
         cache_dir: folder that keeps the result of the filter; None filters anew.
+        min_side: pixels; a word whose image has a shorter side is skipped when it comes.
+        turn_tall: height / width above which a word is read turned, too (`transforms.views`); None in training.
 
     Raises:
         UserError: this is no LMDB, or the masks do not belong to it.
@@ -109,11 +91,16 @@ class WordDataset(Dataset):
         stream: int = 0,
         name: str | None = None,
         cache_dir: str | Path | None = None,
+        min_side: int = 1,
+        turn_tall: float | None = None,
     ) -> None:
         self.reader = LmdbReader(path)
         self.name = name or Path(os.path.abspath(path)).name
         self.transform = transform
+        self.turn_tall = turn_tall
         self.masks = masks
+        self.min_side = min_side
+        self.root = 0  # number of the root that it was found in
         self.index = open_word_index(self.reader, labels, cache_dir=cache_dir)
         self.filtered = self.index.filtered  # reason -> words that the filter left out
         self._generators = SampleGenerators(seed, stream)
@@ -140,8 +127,7 @@ class WordDataset(Dataset):
                 samples.append(Skipped(key.index, word))
                 continue
             _, picture, mask, text = word
-            picture, mask = self.transform(picture, mask, self._generators.at(key))
-            samples.append(WordSample(picture, mask, text, key.index))
+            samples.append(_word_sample(self, key, picture, mask, text))
         return samples
 
     def picture(self, index: int) -> Picture:
@@ -168,9 +154,12 @@ class WordDataset(Dataset):
                     words.append(MISSING)
                     continue
                 try:
-                    words.append([number, decode_picture(data), None, bytes(text).decode()])
+                    picture = decode_picture(data)
                 except BrokenPictureError:
                     words.append(BROKEN)
+                    continue
+                tiny = min(picture.shape[:2]) < self.min_side
+                words.append(TINY if tiny else [number, picture, None, bytes(text).decode()])
         return words
 
     def _add_masks(self, words: list[Any]) -> None:
@@ -192,7 +181,8 @@ class RenderedDataset(Dataset):
 
     Args:
         source: `source[SampleKey]` -> (picture uint8 RGB, mask uint8, text), and its length.
-        labels, transform, seed, stream, name: as of WordDataset; a text that is not usable is skipped when it comes.
+        labels, transform, seed, stream, name, turn_tall: as of WordDataset; a text that is not usable is skipped when
+            it comes.
         with_masks: keep the masks.
         segmenter: pictures -> masks that take the place of the exact ones; None keeps those.
     """
@@ -208,13 +198,16 @@ class RenderedDataset(Dataset):
         seed: int = 0,
         stream: int = 0,
         name: str = "rendered",
+        turn_tall: float | None = None,
     ) -> None:
         self.source = source
         self.labels = labels
         self.transform = transform
+        self.turn_tall = turn_tall
         self.with_masks = with_masks
         self.segmenter = segmenter
         self.name = name
+        self.root = 0  # as of WordDataset
         self.filtered: dict[str, int] = {}
         self._generators = SampleGenerators(seed, stream)
 
@@ -236,8 +229,7 @@ class RenderedDataset(Dataset):
         masks = self._masks([words[place] for place in usable])
         for place, mask in zip(usable, masks, strict=True):
             picture, text = words[place][0], words[place][2]
-            picture, mask = self.transform(picture, mask, self._generators.at(keys[place]))
-            samples[place] = WordSample(picture, mask, text, keys[place].index)
+            samples[place] = _word_sample(self, keys[place], picture, mask, text)
         return samples
 
     def _masks(self, words: list[tuple[Picture, Mask, str]]) -> Sequence[Mask | None]:
@@ -250,6 +242,16 @@ class RenderedDataset(Dataset):
     def describe(self, index: int) -> str:
         """Name of a sample, for messages."""
         return f"{self.name} word {index}"
+
+
+def _word_sample(
+    dataset: WordDataset | RenderedDataset, key: SampleKey, picture: Picture, mask: Mask | None, text: str
+) -> WordSample:
+    """A word that was read, transformed in every view."""
+    rng = dataset._generators.at(key)
+    seen = views(picture, mask, turn_tall=dataset.turn_tall)
+    first, *turned = [dataset.transform(view.picture, view.mask, rng) for view in seen]
+    return WordSample(*first, text, key.index, turned)
 
 
 class JoinedDataset(Dataset):
@@ -277,7 +279,7 @@ class JoinedDataset(Dataset):
         by_dataset: dict[int, list[tuple[int, int, SampleKey]]] = {}
         for row, key in enumerate(map(as_key, keys)):
             place, local = self.locate(key.index)
-            by_dataset.setdefault(place, []).append((row, key.index, SampleKey(key.epoch, local)))
+            by_dataset.setdefault(place, []).append((row, key.index, key._replace(index=local)))
         samples: list[Any] = [None] * len(keys)
         for place, wanted in by_dataset.items():
             dataset = self.datasets[place]
@@ -337,7 +339,11 @@ def open_word_datasets(
     masks: str | Path | OnlineMasks | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
+    min_side: int = 1,
     length: int | None = None,
+    split: int = 0,
+    difficulty: tuple[float, float] | None = None,
+    turn_tall: float | None = None,
 ) -> list[WordDataset | RenderedDataset]:
     """Open every LMDB of some roots, and renderers for roots of the form `render://FILE.yaml`.
 
@@ -345,37 +351,39 @@ def open_word_datasets(
         roots: LMDBs or folders of LMDBs.
         masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), beside which rendered words
             bring their own; a network that makes all of them; or None for none.
-        length: words of an epoch of a renderer; None takes its own number.
-        labels, transform, seed, cache_dir: as of WordDataset.
+        labels, transform, seed, cache_dir, min_side, turn_tall: as of WordDataset.
+        length, split, difficulty: of renderers, as of `rendering.RenderedWords`.
 
     Returns:
-        One data set for each LMDB, in the order of the roots and of the paths below them, with different names.
+        One data set for each LMDB, in the order of the roots and of the paths below them, with different names; its
+        `root` is the number of the root that it was found in.
     """
-    found: list[tuple[str | None, Path | str]] = []
-    for root in map(str, roots):
-        if root.startswith(RENDER_SCHEME):
-            found.append((None, root))
-        else:
-            found += [(root, path) for path in find_lmdbs(root)]
+    found: list[tuple[int, Path | str]] = []
+    for number, root in enumerate(map(str, roots)):
+        paths = [root] if root.startswith(RENDER_SCHEME) else find_lmdbs(root)
+        found += [(number, path) for path in paths]
     names = _distinct_names([str(path) for _, path in found])
     datasets: list[WordDataset | RenderedDataset] = []
-    for stream, ((root, path), name) in enumerate(zip(found, names, strict=True)):
-        common = {"transform": transform, "seed": seed, "stream": stream, "name": name}
-        if root is None:
+    for stream, ((number, path), name) in enumerate(zip(found, names, strict=True)):
+        common = {"transform": transform, "seed": seed, "stream": stream, "name": name, "turn_tall": turn_tall}
+        if isinstance(path, str):
             segmenter = masks.segmenter if isinstance(masks, OnlineMasks) else None
             common |= {"with_masks": masks is not None, "segmenter": segmenter}
-            datasets.append(_open_renderer(path, labels, length=length, **common))
-            continue
-        source = LmdbMasks(find_mask_lmdb(masks, root, path)) if isinstance(masks, str | Path) else masks
-        datasets.append(WordDataset(path, labels=labels, masks=source, cache_dir=cache_dir, **common))
+            source = _open_renderer(path, length=length, seed=seed, split=split, stream=stream, difficulty=difficulty)
+            datasets.append(RenderedDataset(source, labels=labels, **common))
+        else:
+            named = isinstance(masks, str | Path)
+            source = LmdbMasks(find_mask_lmdb(masks, roots[number], path)) if named else masks
+            common |= {"masks": source, "cache_dir": cache_dir, "min_side": min_side}
+            datasets.append(WordDataset(path, labels=labels, **common))
+        datasets[-1].root = number
     return datasets
 
 
-def _open_renderer(root: str, labels: LabelRule, *, length: int | None, seed: int, **common: Any) -> RenderedDataset:
+def _open_renderer(root: str, **options: Any) -> Any:
     from rendering.endless import RenderedWords  # the engine is only needed for such roots
 
-    source = RenderedWords(root.removeprefix(RENDER_SCHEME), length=length, seed=seed)
-    return RenderedDataset(source, labels=labels, seed=seed, **common)
+    return RenderedWords(root.removeprefix(RENDER_SCHEME), **options)
 
 
 def _distinct_names(paths: Sequence[str]) -> list[str]:
@@ -399,8 +407,7 @@ def _distinct_names(paths: Sequence[str]) -> list[str]:
 class LanguageDataset(Dataset):
     """Pairs of a spelling and the right one, of a tab-separated file with columns `inp` and `gt`.
 
-    Texts are normalised by the rule; pairs of which one side is empty or too long are left out and counted. Nothing is
-    quoted in the file. All texts are kept as bytes in two arrays, which forked workers share.
+    Texts are normalised by the rule; pairs of which one side is empty or too long are left out and counted.
 
     Args:
         path: the file, UTF-8.
@@ -429,9 +436,9 @@ class LanguageDataset(Dataset):
         self.use_sm = use_sm
         self.smooth_label = smooth_label
         self.smooth_factor = smooth_factor
+        self.root = 0  # as of WordDataset
         self._generators = SampleGenerators(seed, stream)
-        self.filtered: dict[str, int] = {}
-        self._inputs, self._targets = self._read()
+        self._inputs, self._targets, self.filtered = read_pairs(self.path, labels)
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in self.filtered.items()) or "none"
         logger.info("%s: %s pairs; left out: %s", self.path, f"{len(self):,}", left_out)
 
@@ -457,62 +464,6 @@ class LanguageDataset(Dataset):
         noise = rng.random((self.labels.steps, self.labels.charset.num_classes), dtype=np.float32)
         share = np.float32(rng.uniform(0.0, self.smooth_factor))
         return noise * (share / noise.sum(1, keepdims=True))
-
-    def _read(self) -> tuple["TextArray", "TextArray"]:
-        inputs, targets, reasons = TextArray(), TextArray(), Counter()
-        try:
-            with open(self.path, encoding="utf-8-sig", newline="\n") as file:
-                columns = file.readline().rstrip("\r\n").split("\t")
-                if "inp" not in columns or "gt" not in columns:
-                    raise UserError(
-                        f"{self.path}: the first line is {columns}, not a tab-separated header with inp and gt; "
-                        "make the file with tools/create_language_data.py"
-                    )
-                for line in file:
-                    fields = line.rstrip("\r\n").split("\t")
-                    if len(fields) != len(columns):
-                        reasons["fields"] += 1
-                        continue
-                    text, target = fields[columns.index("inp")], fields[columns.index("gt")]
-                    reason = self.labels.unusable(text) or self.labels.unusable(target)
-                    if reason:
-                        reasons[reason] += 1
-                        continue
-                    inputs.append(self.labels.normalize(text))
-                    targets.append(self.labels.normalize(target))
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}); check dataset roots") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}: is not UTF-8 text ({error}); a language root is a CSV file") from error
-        self.filtered = dict(reasons)
-        return inputs.freeze(), targets.freeze()
-
-
-class TextArray:
-    """A list of texts in two arrays: workers that are forked share them, as they would not share text objects."""
-
-    def __init__(self) -> None:
-        self._data: Any = bytearray()
-        self._ends: Any = array("q", [0])
-
-    def append(self, text: str) -> None:
-        """Add a text."""
-        self._data += text.encode()
-        self._ends.append(len(self._data))
-
-    def freeze(self) -> "TextArray":
-        """Turn into arrays; nothing can be added any more."""
-        self._data = np.frombuffer(bytes(self._data), np.uint8)
-        self._ends = np.array(self._ends, np.int64)
-        return self
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"text {index} of {len(self)}")
-        return self._data[self._ends[index] : self._ends[index + 1]].tobytes().decode()
 
 
 _MUTATION_COUNTS = np.cumsum([0.7, 0.15, 0.1, 0.05])  # none, one, two, three characters
@@ -558,14 +509,26 @@ class SegmentationFolder:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def read(self, index: int) -> tuple[bytes, bytes]:
-        """The encoded picture and mask."""
+    def read(self, index: int) -> tuple[bytes | None, bytes | None]:
+        """The encoded picture and mask, None of a file that cannot be read."""
         image, mask = self.pairs[index]
-        return image.read_bytes(), mask.read_bytes()
+        return _bytes_of(image), _bytes_of(mask)
+
+    def image(self, index: int) -> bytes:
+        """An encoded image, empty where it cannot be read."""
+        return _bytes_of(self.pairs[index][0]) or b""
 
     def describe(self, index: int) -> str:
         """Stem of a pair."""
         return self.pairs[index][0].stem
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    """What a file holds; None of one that has gone, of a folder, or of a link that leads nowhere."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 class SegmentationLmdb:
@@ -592,6 +555,10 @@ class SegmentationLmdb:
     def read(self, index: int) -> tuple[bytes | None, bytes | None]:
         """The encoded picture and mask."""
         return self.images.get(image_key(index + 1)), self.masks.get(self.mask_key(index + 1))
+
+    def image(self, index: int) -> bytes:
+        """An encoded image, empty where there is none."""
+        return self.images.get(image_key(index + 1)) or b""
 
     def describe(self, index: int) -> str:
         """Key of a pair."""
@@ -624,6 +591,7 @@ class SegmentationDataset(Dataset):
         self.name = name or Path(os.path.abspath(source.path)).name
         self.transform = transform
         self.ignore_index = ignore_index
+        self.root = 0  # as of WordDataset
         self.filtered = source.filtered
         self._generators = SampleGenerators(seed, stream)
         self._classes = (np.arange(256) >= TEXT_THRESHOLD).astype(np.uint8)  # by grey level
@@ -650,15 +618,12 @@ class SegmentationDataset(Dataset):
             picture, labels = self.transform(picture, labels, self._generators.at(key))
         return SegmentationSample(picture, labels, self.source.describe(key.index), key.index)
 
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of every picture, (0, 0) of those that cannot be read; reads all of them."""
-        sizes = []
-        for index in range(len(self)):
-            try:
-                sizes.append(decode_picture(self.source.read(index)[0] or b"").shape[:2])
-            except BrokenPictureError:
-                sizes.append((0, 0))
-        return sizes
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image, from its header where that tells; (0, 0) where it cannot be read."""
+        try:
+            return picture_size(self.source.image(index))
+        except BrokenPictureError:
+            return 0, 0
 
     def describe(self, index: int) -> str:
         """File and key of a sample, for messages."""
@@ -683,15 +648,17 @@ def open_segmentation_datasets(
         transform, ignore_index, ignore_level, seed: as of SegmentationDataset.
     """
     sources: list[SegmentationFolder | SegmentationLmdb] = []
-    for root in map(Path, roots):
+    numbers: list[int] = []  # of each source's root
+    for number, root in enumerate(map(Path, roots)):
         if _is_pair_folder(root):
             sources.append(SegmentationFolder(root))
-            continue
-        for path in find_lmdbs(root):
-            mask_path = None if LmdbReader(path).get(mask_key(1)) is not None or mask_root is None else mask_root
-            sources.append(SegmentationLmdb(path, mask_path and find_mask_lmdb(mask_path, root, path)))
+        else:
+            for path in find_lmdbs(root):
+                mask_path = None if LmdbReader(path).get(mask_key(1)) is not None or mask_root is None else mask_root
+                sources.append(SegmentationLmdb(path, mask_path and find_mask_lmdb(mask_path, root, path)))
+        numbers += [number] * (len(sources) - len(numbers))
     names = _distinct_names([str(source.path) for source in sources])
-    return [
+    datasets = [
         SegmentationDataset(
             source,
             transform=transform,
@@ -703,6 +670,9 @@ def open_segmentation_datasets(
         )
         for stream, (source, name) in enumerate(zip(sources, names, strict=True))
     ]
+    for dataset, number in zip(datasets, numbers, strict=True):
+        dataset.root = number
+    return datasets
 
 
 def _is_pair_folder(root: Path) -> bool:

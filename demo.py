@@ -5,26 +5,29 @@ Examples:
     python demo.py --input "pictures/*.jpg" --checkpoint workdir/small/best-small.pth --json
     python demo.py --input pictures --checkpoint weights.pth --overlay seen
 
-Prints one line for each picture: path, reading, confidence (tab separated), or JSON objects with --json. With --overlay
-each picture is drawn with its mask and the attention of each character. Exit status: 0, also when some of the pictures
-are broken (their lines say so); 2 when all are, or for a mistake in the command.
+Prints one line for each image: path, prediction, confidence (tab separated), or JSON objects with --json. With
+--overlay each image is drawn with its mask and the attention of each character. An image that cannot be read has no
+prediction and confidence 0, and a line on stderr (with --json: its object) says why. Exit status: 0, also when some of
+the images are broken; 2 when all are, or for a mistake in the command.
 """
 
 import argparse
 import glob
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 
-from pictures import on_picture, reading_picture
+from evaluation.drawing import on_picture, reading_picture
+from loading.transforms import resize, turn
 from reader import MASK_SOURCES, Reader, Reading, to_picture
 from utils import ArgumentParser, UserError, run_command_line
 
 PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
-OVERLAY_HEIGHT = 64  # pixels of each drawing of the word
+OVERLAY_HEIGHT, OVERLAY_WIDTH = 64, 1024  # pixels that each drawing of the word fits into
+ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,10 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     overlays = overlay_paths(paths, Path(options.overlay)) if options.overlay else [None] * len(paths)
     read_any = False
-    for path, reading, overlay in zip(paths, read_all(reader, paths), overlays, strict=True):
+    for path, reading, overlay in zip(paths, reader.stream(paths), overlays, strict=True):
         if overlay is not None and reading.error is None:
             draw_overlay(path, reading, overlay)
         print(as_json(path, reading, overlay) if options.json else as_line(path, reading), flush=True)
+        if reading.error and not options.json:
+            print(f"error: {reading.error}".translate(ESCAPES), file=sys.stderr, flush=True)
         read_any = read_any or reading.error is None
     return 0 if read_any else 2
 
@@ -76,7 +81,7 @@ def find_pictures(inputs: Sequence[str]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            matches = [each for each in sorted(path.iterdir()) if each.suffix.lower() in PICTURE_SUFFIXES]
+            matches = [each for each in sorted(path.iterdir()) if is_picture(each)]
         elif path.exists():
             matches = [path]
         else:
@@ -87,15 +92,14 @@ def find_pictures(inputs: Sequence[str]) -> list[Path]:
     return found
 
 
-def read_all(reader: Reader, paths: Sequence[Path]) -> Iterator[Reading]:
-    """Readings in the order of the paths, batch by batch, so that a large folder never fills the memory."""
-    for start in range(0, len(paths), reader.batch_size):
-        yield from reader.read(paths[start : start + reader.batch_size])
+def is_picture(path: Path) -> bool:
+    """Whether this is a file with the name of an image."""
+    return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
 
 
 def as_line(path: Path, reading: Reading) -> str:
-    """What a person reads."""
-    return f"error: {reading.error}" if reading.error else f"{path}\t{reading.text}\t{reading.confidence:.4f}"
+    """A row of the table that a person reads: three columns, whatever the path is."""
+    return f"{str(path).translate(ESCAPES)}\t{reading.text}\t{reading.confidence:.4f}"
 
 
 def as_json(path: Path, reading: Reading, overlay: Path | None) -> str:
@@ -106,6 +110,7 @@ def as_json(path: Path, reading: Reading, overlay: Path | None) -> str:
         "path": str(path),
         "text": reading.text,
         "confidence": round(reading.confidence, 6),
+        "turned": reading.turned,
         "characters": [{"text": each.text, "confidence": round(each.confidence, 6)} for each in reading.characters],
     }
     if overlay is not None:
@@ -132,17 +137,17 @@ def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def draw_overlay(path: Path, reading: Reading, output: Path) -> None:
-    """The picture, the picture under its mask, the refined mask and the attention of each character."""
-    picture = to_picture(path)
-    scale = OVERLAY_HEIGHT / picture.shape[0]
-    picture = cv2.resize(picture, (max(round(picture.shape[1] * scale), 1), OVERLAY_HEIGHT))
-    size, refined = picture.shape[:2], reading.refined_mask
+    """The image as it was read, the image under its mask, the refined mask and the attention of each character."""
+    picture = turn(to_picture(path), reading.turned)
+    scale = min(OVERLAY_HEIGHT / picture.shape[0], OVERLAY_WIDTH / picture.shape[1])
+    size = tuple(max(round(side * scale), 1) for side in picture.shape[:2])
+    refined, mask = reading.refined_mask, reading.mask_levels
     drawing = reading_picture(
-        picture,
+        resize(picture, size),
         caption=f"{reading.text} {reading.confidence:.2f}",
         characters=reading.text,
         attention=[on_picture(weights, size, reading.extent) for weights in reading.attention],
-        mask=reading.mask,
+        mask=None if mask is None else resize(turn(mask, reading.turned), size) / 255,
         refined_mask=None if refined is None else on_picture(refined, size, reading.extent),
         over_picture=True,
     )

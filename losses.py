@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import batch_mean, is_distributed, summed_counts
+from engine.distributed import batch_mean, is_distributed, summed_counts
 from modules.outputs import RecogniserOutput
 from modules.ssn import SegmentationOutput
 

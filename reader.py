@@ -6,34 +6,47 @@
     for reading in reader.read(["a.png", pil_image, array]):
         print(reading.text, reading.confidence)
 
-Readings are those of `main.py --phase test` on the same pictures: both use the same transforms, collation and masks.
+Predictions are those of `main.py --phase test` on the same images: both use the same transforms, views and masks.
 """
 
+import functools
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from batches import normalize_images, stack_pictures
 from builders import checked_model_eval
 from bundle import Bundle, load_bundle, load_ssn
 from config import Config, load_config
-from evaluation import chosen_logits
-from inference import prepare_for_inference
-from precision import use_tf32
-from segmentation import Segmenter
-from transforms import BrokenPictureError, ResizeWord, decode_mask, decode_picture, to_8_bits
-from utils import UserError
+from engine.precision import use_tf32
+from evaluation.evaluator import chosen_logits, most_confident, read_logits, take_rows
+from inference.prepare import prepare_for_inference
+from inference.segmenter import IMAGE_PIXELS, Segmenter
+from loading.batches import normalize_images, stack_pictures
+from loading.transforms import (
+    MAX_PIXELS,
+    PICTURE_ERRORS,
+    BrokenPictureError,
+    ResizeWord,
+    convert,
+    decode_mask,
+    decode_picture,
+    views,
+)
+from utils import UserError, first_line
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "weights" / "binet-small.pth"
 MASK_SOURCES = ("auto", "none")
 
-Source = str | os.PathLike | bytes | Image.Image | np.ndarray
+CHANNELS = (1, 3, 4)  # of an array: grey, RGB, RGBA
+FLOAT_TOLERANCE = 1e-3  # of floats that should lie in [0, 1], for arithmetic that rounds
+
+Source = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -46,29 +59,37 @@ class Character:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read of one picture.
+    """What was read of one image. Compared, and hashed, by all but its arrays.
 
     Attributes:
         text: the word; empty where there is an `error`.
         confidence: product of the probabilities of its characters and of its end, in [0, 1].
         characters: each character with its own confidence.
-        mask: float32 (H, W) of the picture's size in [0, 1], 1 = text: what the network was given; None without masks.
+        mask_levels: the mask that the network was given, uint8 (H, W) of the image's size, 255 = text; None without.
         attention: float32 (len(text), h, w) over the network's input, where the vision model looked for each character;
             each sums to 1.
         refined_mask: float32 over the network's input, at its size, about 1 on text; None for a network without masks.
-        extent: parts of the input's height and width, in (0, 1], that the picture fills from the upper left corner: all
-            of them where it was stretched, less where it kept its shape (`dataset.multiscales`).
-        error: why the picture could not be read, else None.
+        extent: where the image lies in the network's input: top, left, height, width as parts of the input's sides;
+            (0, 0, 1, 1) where it was stretched, else less (`dataset.multiscales`, `dataset.align_left`).
+        turned: degrees counterclockwise, 0, 90 or 270, by which the image was turned before it went into the network's
+            input (`dataset.turn_tall`); attention, refined mask and extent are of the turned image.
+        error: why the image could not be read, else None.
     """
 
     text: str
     confidence: float
     characters: tuple[Character, ...] = ()
-    mask: np.ndarray | None = None
-    attention: np.ndarray | None = None
-    refined_mask: np.ndarray | None = None
-    extent: tuple[float, float] = (1.0, 1.0)
+    mask_levels: np.ndarray | None = field(default=None, compare=False, repr=False)
+    attention: np.ndarray | None = field(default=None, compare=False, repr=False)
+    refined_mask: np.ndarray | None = field(default=None, compare=False, repr=False)
+    extent: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    turned: int = 0
     error: str | None = None
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """The mask as float32 (H, W) in [0, 1], 1 = text; made anew at each call."""
+        return None if self.mask_levels is None else self.mask_levels.astype(np.float32) / 255
 
 
 class Reader:
@@ -80,11 +101,12 @@ class Reader:
         config: how to build the network of a checkpoint that carries no config: a Config, or its YAML.
         ssn: file of the SSN that makes masks; None takes the one that the checkpoint carries.
         masks: "auto" makes masks for a network that needs them; "none" gives it empty ones.
-        batch_size: most pictures in one forward pass.
+        batch_size: most images that are read together; large ones are read in smaller batches.
         model_eval: sub-model to read with, alignment, vision or language; None takes the last one that it has.
 
     Raises:
-        UserError: the checkpoint is missing or damaged, or the network needs masks and there is no SSN.
+        UserError: the checkpoint is missing or damaged, the network needs masks and there is no SSN, or an option is
+            none of these.
     """
 
     def __init__(
@@ -100,6 +122,8 @@ class Reader:
     ) -> None:
         if masks not in MASK_SOURCES:
             raise UserError(f"masks {masks!r} is unknown; give {' or '.join(MASK_SOURCES)}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size {batch_size!r} must be a whole number from 1")
         self.checkpoint = checkpoint_or_default(checkpoint)
         config = load_config(config) if isinstance(config, str | os.PathLike) else config
         bundle = load_bundle(self.checkpoint, config)
@@ -110,7 +134,8 @@ class Reader:
         self.model_eval = checked_model_eval(bundle.config, model_eval)
         use_tf32(bundle.config.training.tf32)  # readings are those of the test
         self._model = prepare_for_inference(bundle.model.to(self.device), precision="fp32", compile=False)
-        self._resize = ResizeWord(size=bundle.image_size, keep_aspect=bundle.config.dataset.multiscales)
+        self._resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
+        self._turn_tall = bundle.config.dataset.turn_tall
         self._segmenter = self._make_segmenter(bundle, ssn) if self.takes_masks and masks == "auto" else None
 
     @classmethod
@@ -121,71 +146,97 @@ class Reader:
         return cls(path, device=device, **options)
 
     def read(self, images: Sequence[Source], masks: Sequence[Source | None] | None = None) -> list[Reading]:
-        """Read pictures of one word each.
+        """Read images of one word each.
 
         Args:
-            images: paths, encoded bytes, PIL images, or uint8 arrays: RGB (H, W, 3), RGBA or grey (H, W).
-            masks: text masks of the pictures, of their sizes, 255 = text, in the same forms; None, as a whole or for a
-                picture, lets SSN make them.
+            images: paths, encoded bytes, PIL images, or arrays and tensors of uint8 levels or of floats in [0, 1]: RGB
+                (H, W, 3), RGBA (H, W, 4) or grey (H, W), (H, W, 1), tensors also with the channels first; or one array
+                or tensor of N such images. Files and PIL images are turned as their EXIF orientation says, and what is
+                transparent is white.
+            masks: text masks of the images, of their sizes, 255 (or 1.0) = text, in the same forms; None, as a whole or
+                for an image, lets SSN make them.
 
         Returns:
-            One reading for each picture, in order; of a picture that cannot be read, with its `error`.
+            One reading for each image, in order; of an image that cannot be read, with its `error`.
 
         Raises:
-            TypeError: an image is none of these, or `images` is a single one.
+            TypeError, ValueError: an image is none of these, or `images` is a single one.
         """
-        if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
-            raise TypeError("images must be a list of pictures; put a single one into a list")
-        masks = [None] * len(images) if masks is None else list(masks)
+        return list(self.stream(images, masks))
+
+    def stream(self, images: Sequence[Source], masks: Sequence[Source | None] | None = None) -> Iterator[Reading]:
+        """As `read`, but a batch is only read when it is asked for: any number of images fits into memory."""
+        if isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 4) != 4:
+            raise TypeError("images must be a list of images, or an array (N, H, W, 3); put a single one into a list")
+        masks = [None] * len(images) if masks is None else masks
         if len(masks) != len(images):
             raise ValueError(f"{len(masks)} masks for {len(images)} images")
-        readings: list[Reading] = []
-        for start in range(0, len(images), self.batch_size):
-            chosen = slice(start, start + self.batch_size)
-            readings += self._read_batch(list(images[chosen]), masks[chosen])
-        return readings
+        return self._stream(images, masks)
 
-    def _read_batch(self, images: list[Source], masks: list[Source | None]) -> list[Reading]:
-        readings: list[Reading | None] = [None] * len(images)
-        pictures, given, places = [], [], []
-        for place, (image, mask) in enumerate(zip(images, masks, strict=True)):
+    def _stream(self, images: Sequence[Source], masks: Sequence[Source | None]) -> Iterator[Reading]:
+        batch: list[tuple[np.ndarray, np.ndarray | None] | Reading] = []
+        pixels = 0
+        for image, mask in zip(images, masks, strict=True):
             try:
                 picture = to_picture(image)
-                given.append(None if mask is None or not self.takes_masks else to_mask(mask, picture))
-                pictures.append(picture)
-                places.append(place)
+                batch.append((picture, None if mask is None or not self.takes_masks else to_mask(mask, picture)))
+                pixels += picture.shape[0] * picture.shape[1]
             except BrokenPictureError as error:
-                readings[place] = Reading("", 0.0, error=str(error))
-        if places:
-            for place, reading in zip(places, self._read_pictures(pictures, given), strict=True):
-                readings[place] = reading
-        return readings
+                batch.append(Reading("", 0.0, error=" ".join(str(error).splitlines())))
+            if len(batch) == self.batch_size or pixels >= IMAGE_PIXELS:
+                yield from self._read_batch(batch)
+                batch, pixels = [], 0
+        yield from self._read_batch(batch)
 
-    def _read_pictures(self, pictures: list[np.ndarray], given: list[np.ndarray | None]) -> list[Reading]:
+    def _read_batch(self, batch: Sequence[tuple[np.ndarray, np.ndarray | None] | Reading]) -> list[Reading]:
+        """Readings of images with their given masks; what is a reading already stays."""
+        images = [each for each in batch if not isinstance(each, Reading)]
+        read = iter(self._read_pictures(*zip(*images, strict=True)) if images else ())
+        return [each if isinstance(each, Reading) else next(read) for each in batch]
+
+    def _read_pictures(self, pictures: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[Reading]:
         masks = self._complete(pictures, given) if self.takes_masks else [None] * len(pictures)
-        sized = [self._resize(picture, mask, None) for picture, mask in zip(pictures, masks, strict=True)]
-        images = normalize_images(stack_pictures([picture for picture, _ in sized]).to(self.device))
+        pairs = enumerate(zip(pictures, masks, strict=True))
+        seen = [(word, view) for word, pair in pairs for view in views(*pair, turn_tall=self._turn_tall)]
+        sized = [self._resize(view.picture, view.mask, None) for _, view in seen]
+        images = normalize_images(stack_pictures([picture for picture, _ in sized]).to(self.device))  # (M, 3, H, W)
         inputs = None
         if self.takes_masks:
             inputs = torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).to(self.device) / 255.0
         with torch.inference_mode():
             output = self._model(images, inputs)
-            probabilities, classes = chosen_logits(output, self.model_eval).float().softmax(-1).max(-1)  # (N, T)
+            texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
+            rows = most_confident(confidences, [word for word, _ in seen])
+            output = take_rows(output, rows)
+            chosen = chosen_logits(output, self.model_eval).float()  # (N, T, C)
+            probabilities = chosen.softmax(-1).amax(-1).nan_to_num(0.0)
         attention, refined = _array(output.vision.attention), output.vision.refined_mask
         refined = [None] * len(pictures) if refined is None else _array(refined)[:, 0]
-        extents = [self._extent(picture) for picture in pictures]
         return [
-            self._reading(*row)
-            for row in zip(probabilities.tolist(), classes.tolist(), masks, attention, refined, extents, strict=True)
+            Reading(
+                text=texts[row],
+                confidence=confidences[row],
+                characters=tuple(map(Character, texts[row], each)),
+                mask_levels=mask,
+                attention=looked[: len(texts[row])],
+                refined_mask=sharp,
+                extent=self._extent(seen[row][1].picture),
+                turned=seen[row][1].turned,
+            )
+            for row, each, mask, looked, sharp in zip(
+                rows, probabilities.tolist(), masks, attention, refined, strict=True
+            )
         ]
 
-    def _extent(self, picture: np.ndarray) -> tuple[float, float]:
-        """Parts of the input's height and width that a picture fills."""
-        height, width = self._resize.fitted(picture.shape[:2])
-        return height / self._resize.size[0], width / self._resize.size[1]
+    def _extent(self, picture: np.ndarray) -> tuple[float, float, float, float]:
+        """Top, left, height and width of a picture in the network's input, as parts of its sides."""
+        size = self._resize.fitted(picture.shape[:2])
+        height, width = self._resize.size
+        top, left = self._resize.corner(size)
+        return top / height, left / width, size[0] / height, size[1] / width
 
-    def _complete(self, pictures: list[np.ndarray], given: list[np.ndarray | None]) -> list[np.ndarray]:
-        """A mask, uint8 (H, W), for each picture: the one that was given, else SSN's, else an empty one."""
+    def _complete(self, pictures: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """A mask, uint8 (H, W), for each image: the one that was given, else SSN's, else an empty one."""
         missing = [place for place, mask in enumerate(given) if mask is None]
         masks = list(given)
         if self._segmenter is not None:
@@ -195,27 +246,6 @@ class Reader:
         for place, mask in zip(missing, made, strict=True):
             masks[place] = mask
         return masks
-
-    def _reading(
-        self,
-        probabilities: list[float],
-        classes: list[int],
-        mask: np.ndarray | None,
-        attention: np.ndarray,
-        refined: np.ndarray | None,
-        extent: tuple[float, float],
-    ) -> Reading:
-        text = self.charset.decode(classes)
-        counted = probabilities[: len(text) + 1]  # the end too, unless the text fills every step
-        return Reading(
-            text=text,
-            confidence=float(np.prod(counted)),
-            characters=tuple(Character(*each) for each in zip(text, counted, strict=False)),
-            mask=None if mask is None else mask.astype(np.float32) / 255,
-            attention=attention[: len(text)],
-            refined_mask=refined,
-            extent=extent,
-        )
 
     def _make_segmenter(self, bundle: Bundle, ssn: str | os.PathLike | None) -> Segmenter:
         network, areas = load_ssn(ssn) if ssn is not None else (bundle.ssn, bundle.areas)
@@ -247,7 +277,7 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # a meta device has nothing to read
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device}: not usable ({str(error).splitlines()[0]}); give cpu or cuda") from error
@@ -257,56 +287,90 @@ def to_picture(image: Source) -> np.ndarray:
     """RGB, uint8, (H, W, 3) of any of the forms that a reader takes.
 
     Raises:
-        BrokenPictureError: it cannot be decoded, or is no picture; says why.
-        TypeError: it is of another type.
+        BrokenPictureError: it cannot be decoded, or has no pixel; says why.
+        TypeError, ValueError: it is of another type, shape or range.
     """
     return _decoded(image, decode_picture, "RGB")
 
 
 def to_mask(mask: Source, picture: np.ndarray) -> np.ndarray:
-    """Grey, uint8, (H, W), of the picture's size; raises as `to_picture`."""
+    """Grey, uint8, (H, W), of the picture's size; raises as `to_picture`, and BrokenPictureError for another size."""
     decoded = _decoded(mask, decode_mask, "L")
     if decoded.shape != picture.shape[:2]:
         height, width = picture.shape[:2]
         raise BrokenPictureError(
-            f"the mask is {decoded.shape[1]} x {decoded.shape[0]} pixels and its picture {width} x {height}"
+            f"the mask is {decoded.shape[1]} x {decoded.shape[0]} pixels and its image {width} x {height}"
         )
     return decoded
 
 
-def _decoded(image: Source, decode: Callable[[bytes], np.ndarray], mode: str) -> np.ndarray:
+def _decoded(image: Source, decode: Callable[..., np.ndarray], mode: str) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
-        try:
-            return decode(Path(image).read_bytes())
-        except OSError as error:
-            raise BrokenPictureError(f"{image}: cannot be read ({error.strerror})") from error
-        except BrokenPictureError as error:
-            raise BrokenPictureError(f"{image}: not a picture, or a damaged one") from error
+        return _from_file(Path(image), functools.partial(decode, oriented=True))
     if isinstance(image, bytes):
         try:
-            return decode(image)
+            return decode(image, oriented=True)
         except BrokenPictureError as error:
-            raise BrokenPictureError(f"{len(image)} bytes: not a picture, or a damaged one") from error
+            raise BrokenPictureError(f"{len(image)} bytes: {error}") from error
+    if isinstance(image, Image.Image):
+        return _from_pillow(image, mode)
+    if isinstance(image, Tensor):
+        image = _from_tensor(image)
     if isinstance(image, np.ndarray):
         return _from_array(image, mode)
-    if isinstance(image, Image.Image):
-        try:
-            return np.array(to_8_bits(image).convert(mode))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise BrokenPictureError(f"picture of Pillow: {error}") from error
-    raise TypeError(f"a picture is a path, bytes, PIL image or uint8 array, not {type(image).__name__}")
+    raise TypeError(f"an image is a path, bytes, PIL image, array or tensor, not {type(image).__name__}")
+
+
+def _from_file(path: Path, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    try:
+        if not path.is_file():
+            raise BrokenPictureError("no such file")
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise BrokenPictureError(f"{path}: cannot be read ({error.strerror})") from error
+    except BrokenPictureError as error:
+        raise BrokenPictureError(f"{path}: {error}") from error
+
+
+def _from_pillow(image: Image.Image, mode: str) -> np.ndarray:
+    width, height = image.size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise BrokenPictureError(f"PIL image of {width} x {height} pixels; there must be 1 to {MAX_PIXELS}")
+    try:
+        return np.array(convert(ImageOps.exif_transpose(image), mode))
+    except PICTURE_ERRORS as error:
+        raise BrokenPictureError(f"PIL image: {first_line(error)}") from error
+
+
+def _from_tensor(tensor: Tensor) -> np.ndarray:
+    """An array of a tensor, whose channels may come first."""
+    tensor = tensor.detach().cpu()
+    if tensor.ndim == 3 and tensor.shape[0] in CHANNELS:
+        tensor = tensor.permute(1, 2, 0)
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _from_array(array: np.ndarray, mode: str) -> np.ndarray:
-    channels = (1, 3, 4) if mode == "RGB" else (1,)
+    shape, channels = array.shape, CHANNELS if mode == "RGB" else CHANNELS[:1]
     if array.ndim == 2:
         array = array[..., None]
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in channels or not array.size:
+    if array.ndim != 3 or array.shape[2] not in channels:
         shapes = "(H, W, 3), (H, W, 4) or (H, W)" if mode == "RGB" else "(H, W)"
-        raise BrokenPictureError(f"array is {array.dtype} {array.shape}; it must be uint8 {shapes}, not empty")
+        raise ValueError(f"array is {shape}; it must be {shapes}, with the channels last")
+    if not array.size:
+        raise BrokenPictureError(f"array is {shape}: empty")
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = array.min(), array.max()
+        if not (low >= -FLOAT_TOLERANCE and high <= 1 + FLOAT_TOLERANCE):
+            raise ValueError(f"array of floats from {low} to {high}; they must lie in [0, 1], or be uint8 levels")
+        array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise TypeError(f"array is {array.dtype}; it must hold uint8 levels or floats in [0, 1]")
+    if array.shape[2] == 4:
+        return np.array(convert(Image.fromarray(np.ascontiguousarray(array)), mode))
     if mode == "L":
         return np.ascontiguousarray(array[..., 0])
-    return np.ascontiguousarray(np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[..., :3])
+    return np.ascontiguousarray(np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -1,38 +1,42 @@
-"""Command lines, errors, logging, seeds and checkpoint files: what every part needs and no part owns."""
+"""Command lines, errors, logging, seeds and whole files: what every part needs and no part owns."""
 
 import argparse
 import contextlib
 import errno
 import logging
 import os
-import pickle
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-# Tensors that the published networks carry and never use (they are in no forward pass, so ours do not have them).
-UNUSED_PUBLISHED = re.compile(
-    r"(^|\.)(backbone\.resnet\.side4_1\.0\.(weight|bias)|backbone\.pos_encoder\.pe|project\.(weight|bias))$"
-)
-# Prefixes that wrappers put before every name: DistributedDataParallel / DataParallel, torch.compile.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-NAMES_SHOWN = 5
+LONGEST_LINE = 1000  # characters of an error message
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 FILE_ONLY = "file_only"  # of a log record, see `setup_logging`
 RENDER_SCHEME = "render://"  # begins a data root that is no file but a renderer's YAML
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message names the key or file at fault and the remedy, in one or two lines."""
+    """A mistake of the user's: the message names the key or file at fault and the remedy, in one or two lines.
+
+    What it quotes of a file may be anything: long lines show their ends, and signs that cannot be printed are escaped.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(_printable, super().__str__().split("\n")))
+
+
+def _printable(line: str) -> str:
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE * 2 // 3]} ... {line[-LONGEST_LINE // 3 :]}"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def is_folder_name(text: str) -> bool:
@@ -96,7 +100,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# --- checkpoint files -------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -132,102 +136,15 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def save_atomically(state: Mapping[str, Any], path: Path) -> None:
-    """`torch.save(state)` to `path`, all or nothing.
-
-    Raises:
-        UserError: the disk is full; what stood at `path` before is untouched.
-    """
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def read_checkpoint(path: Path | str) -> dict[str, Any]:
-    """Read a checkpoint file to CPU tensors and plain values; nothing in the file is executed.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds anything but tensors and plain containers.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"(?i)unsupported (global|class)|unrecognized function|can only build", str(error))
-        reason = "it holds objects other than tensors and plain values" if foreign else "damaged"
-        raise UserError(f"checkpoint {path} is refused ({reason}); save a state_dict with torch.save") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"checkpoint {path} is damaged or no torch file ({first_line(error)}); use another") from error
-    if not isinstance(state, Mapping):
-        raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a state_dict; save model.state_dict()")
-    return dict(state)
-
-
-def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: ours and the published form keep them under `model`, a plain one at the top."""
-    weights = state.get("model", state)
-    weights = weights if isinstance(weights, Mapping) else {}
-    return {_strip_wrappers(name): value for name, value in weights.items() if isinstance(value, Tensor)}
-
-
-def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> dict[str, Any]:
-    """Load the weights of `path` into `model`; returns the whole checkpoint (config, charset, ... where it has them).
-
-    Accepts our checkpoints, a plain `state_dict` and the published form `{"model": ..., "opt": ...}`, each with or
-    without a `module.` prefix. Tensors of the published networks that no forward pass uses are dropped.
-
-    Args:
-        strict: every tensor of the model must be in the file with its shape, and no other. Where False, what fits is
-            loaded and the rest is logged.
-    Raises:
-        UserError: as `read_checkpoint`; or the tensors differ and `strict` is set: the message names them.
-    """
-    state = read_checkpoint(path)
-    load_weights(model, state, path, strict=strict)
-    return state
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Any], path: Path | str, *, strict: bool = True) -> None:
-    """Load what a checkpoint holds, as read from `path`, into `model`; all else as `load_checkpoint`."""
-    weights = checkpoint_weights(state)
-    expected = model.state_dict()
-    weights = {k: v for k, v in weights.items() if k in expected or not UNUSED_PUBLISHED.search(k)}
-    differences = _differences(weights, expected)
-    if differences:
-        message = f"checkpoint {path} does not fit the network: " + "; ".join(differences)
-        if strict:
-            raise UserError(f"{message}. Check the config's model section, or allow it with --model_strict false")
-        logger.warning("%s", message)
-    fitting = {k: v for k, v in weights.items() if k in expected and v.shape == expected[k].shape}
-    if not fitting:
-        raise UserError(f"checkpoint {path} has no tensor of the network; it belongs to another model.name")
-    model.load_state_dict(fitting, strict=False)
-
-
-def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `weights` from being `expected`, one phrase per kind."""
-    missing = [name for name in expected if name not in weights]
-    extra = [name for name in weights if name not in expected]
-    reshaped = [
-        f"{name} is {tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in the network"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    kinds = (("missing", missing), ("not in the network", extra), ("other shapes", reshaped))
-    return [f"{len(names)} {kind}: {_shown(names)}" for kind, names in kinds if names]
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
-
-
-def _strip_wrappers(name: str) -> str:
-    while name.startswith(WRAPPER_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, cut to a length that fits into one of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+def __getattr__(name: str) -> Any:
+    """`utils.load_checkpoint`, which others rely on, lives in `engine.checkpoints`; imported when it is asked for."""
+    if name != "load_checkpoint":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from engine.checkpoints import load_checkpoint
+
+    return load_checkpoint

@@ -10,6 +10,8 @@ from yaml.constructor import ConstructorError
 
 from utils import UserError
 
+MOST_BYTES = 256 << 10  # of a file: PyYAML takes seconds for a megabyte
+
 
 class Document(NamedTuple):
     """What a YAML file holds, its name, and the line of each dotted key (counted from 1)."""
@@ -66,9 +68,12 @@ def read_yaml(path: Path) -> Document:
         UserError: it cannot be read, is no YAML, is empty or holds no mapping; names file and line.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the file ({error.strerror})") from error
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise UserError(f"{path}: cannot read the file ({getattr(error, 'strerror', error)})") from error
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{path}: more than {MOST_BYTES >> 10} KiB, which no settings are; name a YAML file")
     document = parse_yaml(content, str(path))
     if document.data is None:
         raise UserError(f"{path}:1: the file is empty; it must hold `key: value` lines")

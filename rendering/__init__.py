@@ -2,6 +2,7 @@
 
 from rendering.config import RenderConfig, load_render_config
 from rendering.endless import RenderedWords
-from rendering.engine import RenderedWord, Stream, WordRenderer
+from rendering.engine import RenderedWord, WordRenderer
+from rendering.streams import Stream
 
 __all__ = ["RenderConfig", "RenderedWord", "RenderedWords", "Stream", "WordRenderer", "load_render_config"]

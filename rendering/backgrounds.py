@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from rendering.blending import blend, full, raised
 from rendering.colours import draw_background_colour, draw_contrasting, luminance, with_luminance
@@ -16,7 +17,7 @@ from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.fonts import FontBook
 from rendering.geometry import Warp
 from rendering.letters import set_letters
-from rendering.textures import cut_texture
+from rendering.textures import cut_texture, ramp
 from rendering.words import WordSource
 from utils import UserError
 
@@ -42,6 +43,7 @@ class Backgrounds:
 
     def __init__(self, config: RenderConfig, fonts: FontBook, words: WordSource) -> None:
         self._fonts, self._words = fonts, words
+        self._saturated = config.colours.saturated
         self._photos = find_photos(config.photos) if config.photos else []
         weights = config.backgrounds.model_dump()
         if config.background != "mixed":
@@ -69,7 +71,7 @@ class Backgrounds:
 
     def make(self, kind: str, warp: Warp, rng: np.random.Generator) -> np.ndarray:
         """A background of `kind` for a picture of `warp.size`; the warp's margins say where other texts may be."""
-        base = draw_background_colour(rng)
+        base = draw_background_colour(rng, self._saturated)
         size = (warp.size[1], warp.size[0])
         if kind != "clutter":
             return self._surface(kind, base, size, rng)
@@ -166,10 +168,12 @@ class Backgrounds:
             rng = np.random.default_rng([_FRAGMENT_SEED, number])
             text = self._words.draw(rng)
             typeface = self._fonts.choose(text, rng)
-            size = round(_FRAGMENT_UNIT / self._fonts.capital_height(typeface))
-            letters = set_letters(self._fonts.open(typeface, size), text, unit=_FRAGMENT_UNIT)
+            letters = set_letters(self._fonts.face(typeface, _FRAGMENT_UNIT), text)
             left, top, right, bottom = letters.box
-            fragment = self._fragments[number] = letters.fill[top:bottom, left:right]
+            factor = _FRAGMENT_UNIT / letters.unit
+            piece = letters.fill[top:bottom, left:right]
+            size = max(1, round(piece.shape[1] * factor)), max(1, round(piece.shape[0] * factor))
+            fragment = self._fragments[number] = cv2.resize(piece, size, interpolation=cv2.INTER_AREA)
         return fragment
 
 
@@ -196,16 +200,16 @@ def read_photo(path: str) -> np.ndarray:
         UserError: it cannot be decoded.
     """
     try:
-        photo = cv2.imread(path, cv2.IMREAD_REDUCED_COLOR_2)
-    except cv2.error:  # larger than OpenCV is willing to decode
-        photo = None
-    if photo is None:
-        raise UserError(f"photos: {path}: cannot be decoded; mend it or take it out of the folder")
+        with Image.open(path) as file:
+            file.draft("RGB", (_PHOTO_SIDE, _PHOTO_SIDE))  # JPEG: decodes no more of a large one than is needed
+            photo = np.asarray(file.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"photos: {path}: cannot be decoded; mend it or take it out of the folder") from error
     scale = _PHOTO_SIDE / max(photo.shape[:2])
     if scale < 1:
         size = max(1, round(photo.shape[1] * scale)), max(1, round(photo.shape[0] * scale))
         photo = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+    return photo
 
 
 def _near(base: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarray:
@@ -217,7 +221,7 @@ def _near(base: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarr
 def _gradient(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     height, width = size
     other = _near(base, rng, 0.3)
-    x, y = np.linspace(-0.5, 0.5, width, dtype=np.float32), np.linspace(-0.5, 0.5, height, dtype=np.float32)
+    x, y = ramp(width), ramp(height)
     if rng.random() < 0.7:
         angle = rng.uniform(0, 2 * np.pi)
         share = 0.5 + x * np.cos(angle) + y[:, None] * np.sin(angle)

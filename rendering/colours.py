@@ -28,16 +28,17 @@ def with_luminance(colour: np.ndarray, wanted: float) -> np.ndarray:
     return colour + (255.0 - colour) * ((wanted - present) / max(1.0 - present, 1e-6))
 
 
-def draw_background_colour(rng: np.random.Generator) -> np.ndarray:
-    """A colour of walls, signs, paper and print: light or dark and nearly neutral, or a strong one."""
+def draw_background_colour(rng: np.random.Generator, saturated: float = 0.3) -> np.ndarray:
+    """A colour of walls, signs, paper and print: light or dark and nearly neutral, or, by chance, a strong one."""
     kind, hue, saturation, value = rng.random(4)
-    if kind < 0.3:  # paper, white walls
-        return _from_hsv(hue, 0.12 * saturation, 0.75 + 0.25 * value)
-    if kind < 0.54:  # black signs, shade
-        return _from_hsv(hue, 0.3 * saturation, 0.05 + 0.22 * value)
-    if kind < 0.7:  # stone, metal
-        return _from_hsv(hue, 0.2 * saturation, 0.25 + 0.5 * value)
-    return _from_hsv(_paint_hue(hue), 0.35 + 0.6 * saturation, 0.25 + 0.65 * value)
+    if kind >= 1 - saturated:
+        return _from_hsv(_paint_hue(hue), 0.35 + 0.6 * saturation, 0.25 + 0.65 * value)
+    kind /= 1 - saturated
+    if kind < 0.42:  # paper, white walls
+        return _from_hsv(hue, 0.16 * saturation, 0.65 + 0.35 * value)
+    if kind < 0.72:  # black signs, shade
+        return _from_hsv(hue, 0.5 * saturation, 0.05 + 0.25 * value)
+    return _from_hsv(hue, 0.3 * saturation, 0.25 + 0.5 * value)  # stone, metal
 
 
 def draw_hue(rng: np.random.Generator, neutral: float) -> np.ndarray:
@@ -80,6 +81,14 @@ def draw_letter_colour(darkest: float, lightest: float, config: RenderConfig, rn
         difference = least + (room - least) * share**0.6
     difference = min(max(difference, 0.0), room)
     return with_luminance(hue, lightest + difference if above else darkest - difference)
+
+
+def draw_light_colour(rng: np.random.Generator) -> np.ndarray:
+    """A colour of lamps: bright, white or strong."""
+    chance, hue, saturation, value = rng.random(4)
+    return _from_hsv(
+        _paint_hue(hue), 0.15 * saturation if chance < 0.25 else 0.35 + 0.6 * saturation, 0.8 + 0.2 * value
+    )
 
 
 def draw_contrasting(colour: np.ndarray, rng: np.random.Generator, *, neutral: float = 0.6) -> np.ndarray:

@@ -5,7 +5,8 @@ holds what a user would change first.
 
 Probabilities and amounts are those of `difficulty` 0.5. A probability is multiplied by twice the difficulty (at most
 1), an amount by a half plus the difficulty: at 0 nothing distorts or degrades a word, at 1 every effect is twice as
-frequent and half as strong again.
+frequent and half as strong again. A steep probability (what makes words hard: night, tiny letters, strong rotation) is
+0 up to difficulty 0.3, doubles from 0.5 to 0.7 and is three and a half times as large at 1.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +33,9 @@ PRINTABLE = "".join(chr(code) for code in range(33, 127))
 class CasesConfig(Section):
     """Weights of the ways to write a word."""
 
-    upper: Weight = key(0.45, "WORD")
+    upper: Weight = key(0.5, "WORD")
     title: Weight = key(0.27, "Word")
-    lower: Weight = key(0.25, "word")
+    lower: Weight = key(0.2, "word")
     mixed: Weight = key(0.03, "wOrd: each letter by chance.")
 
 
@@ -44,9 +45,9 @@ class WordsConfig(Section):
     file: str | None = key(None, "Word list, one a line, with a count after a tab where known; null: English words.")
     vocabulary: Annotated[int, Field(ge=100)] = key(60000, "Number of English words used when there is no file.")
     temperature: Annotated[float, Field(gt=0)] = key(
-        2.5, "A word's chance is frequency ** (1 / temperature): 1 as counted, large numbers make all equal."
+        1.8, "A word's chance is frequency ** (1 / temperature): 1 as counted, large numbers make all equal."
     )
-    numbers: Share = key(0.12, "Share of numbers: prices, years, phone fragments, times, amounts.")
+    numbers: Share = key(0.16, "Share of numbers: prices, years, phone fragments, times, amounts.")
     random: Share = key(0.05, "Share of random letters and digits, which no vocabulary predicts.")
     punctuation: Share = key(0.07, "Share of words that get punctuation before, after or around them.")
     max_length: Annotated[int, Field(ge=1)] = key(25, "Longest text in characters.")
@@ -77,20 +78,31 @@ class LettersConfig(Section):
     spacing: Share = key(0.3, "Probability of letters set wider or tighter than the font has them.")
     widest_spacing: Amount = key(0.5, "Most space added between letters.")
     bounce: Share = key(0.03, "Probability of letters that leave the base line up and down.")
+    initial: Share = key(0.06, "Probability of a larger first letter, in words that begin with a capital.")
+    reuse: Annotated[int, Field(ge=1)] = key(
+        1,
+        "Consecutive words that share their letters, warp included, and differ in colours, background and camera. "
+        "Larger numbers render faster, where words are asked for in order, with fewer different texts.",
+    )
 
 
 class EffectsConfig(Section):
-    """Probabilities of what is done to the letters, independent of difficulty."""
+    """Probabilities of what is done to the letters; up to `worn` independent of difficulty, then at difficulty 0.5."""
 
     outline: Share = key(0.12, "A line of another colour around each letter; not text in the mask.")
     hollow: Share = key(0.02, "Letters drawn by their outline alone; the line is text in the mask.")
     shadow: Share = key(0.15, "A shadow, sharp or soft; not text in the mask.")
     extrusion: Share = key(0.08, "Sides, as of letters of wood or metal; not text in the mask.")
-    glow: Share = key(0.04, "Light around the letters; not text in the mask.")
+    glow: Share = key(0.04, "Light around the letters, in their own colour; not text in the mask.")
     emboss: Share = key(0.08, "A light and a dark edge inside the letters.")
     gradient: Share = key(0.15, "A colour that changes over the letters.")
     two_colours: Share = key(0.03, "A colour for the upper and another for the lower part, or for each letter.")
-    worn: Share = key(0.12, "Paint that is uneven.")
+    worn: Share = key(0.12, "Paint that is uneven and lets the background through.")
+    relief: Share = key(0.05, "Letters of the background's own colour, told by light and shade alone (steep).")
+    dots: Share = key(0.02, "Letters of dots, as of a matrix of lamps, mostly shining on a dark panel; text: the dots.")
+    stencil: Share = key(0.015, "Letters with the bridges of a stencil; the bridges are not text in the mask.")
+    jersey: Share = key(0.02, "Two outlines, as of the letters on a jersey; not text in the mask.")
+    neon: Share = key(0.025, "Shining tubes before a dark background; the glow is not text in the mask.")
 
 
 class GeometryConfig(Section):
@@ -103,22 +115,41 @@ class GeometryConfig(Section):
     perspective: Share = key(0.4, "Probability of a perspective view.")
     perspective_amount: Amount = key(0.12, "Standard deviation of the relative change of size from end to end.")
     curve: Share = key(0.1, "Probability of a curved base line.")
-    curve_degrees: Amount = key(70.0, "Largest angle from the first to the last letter of a word on an arc, degrees.")
+    curve_degrees: Amount = key(60.0, "Largest angle from the first to the last letter of a word on an arc, degrees.")
+    strong_rotation: Share = key(0.06, "Probability of a rotation by any angle, mostly within 45 degrees (steep).")
+    strong_degrees: Amount = key(24.0, "Mean size of it, degrees, of a Laplace distribution; as it is.")
+    strong_curve: Share = key(0.04, "Probability of a word on an arc of more than `curve_degrees` (steep).")
+    strong_curve_degrees: Amount = key(60.0, "Mean of what such an arc has beyond that, degrees; as it is.")
     margin: Amount = key(0.22, "Mean space on each side, heights of a capital letter; independent of difficulty.")
     cut: Share = key(0.06, "Probability of a side that cuts a little into the letters.")
+    tight: Share = key(0.12, "Probability of a crop without space around the letters.")
+    loose: Share = key(0.06, "Probability of a crop with much space, the letters off its middle (steep).")
 
 
 class ColoursConfig(Section):
     """Contrast of letters and background, luminance from 0 to 1."""
 
+    saturated: Share = key(0.5, "Share of backgrounds of a strong colour.")
     min_contrast: Share = key(0.3, "Least difference of luminance between letters and the background behind them.")
     low_contrast: Share = key(0.08, "Probability, at difficulty 0.5, of a third to all of that difference.")
     neutral: Share = key(0.6, "Share of letters that are white, grey or black.")
 
 
+class SurroundingsConfig(Section):
+    """Probabilities, at difficulty 0.5, of what is beside and before the word; none of it is text in the mask."""
+
+    neighbours: Share = key(0.5, "Other text above, below or beside the word, warped with it and cut by the crop.")
+    same_face: Share = key(0.85, "Share of such text in the word's own face, size and colour; as it is.")
+    occlusion: Share = key(0.05, "Poles, leaves or other things before a part of the letters (steep).")
+
+
 class DegradationConfig(Section):
     """Probabilities and amounts of what a camera does, at difficulty 0.5."""
 
+    night: Share = key(0.05, "Probability of a dark, noisy picture in the colour of the lamps (steep).")
+    veil: Share = key(0.06, "Probability of haze, dust or glass that leaves hardly any contrast (steep).")
+    lights: Share = key(0.04, "Probability of lamps in the picture, or of bright parts that bloom (steep).")
+    tiny: Share = key(0.07, "Probability of letters enlarged from about 7 pixels (steep).")
     lighting: Share = key(0.35, "Probability of uneven light: a slope, a cast shadow or a shine.")
     exposure: Share = key(0.4, "Probability of a picture too dark, too light or too flat.")
     blur: Share = key(0.45, "Probability of a Gaussian blur.")
@@ -171,12 +202,27 @@ class RenderConfig(Section):
     effects: EffectsConfig = Field(default_factory=EffectsConfig)
     geometry: GeometryConfig = Field(default_factory=GeometryConfig)
     colours: ColoursConfig = Field(default_factory=ColoursConfig)
+    surroundings: SurroundingsConfig = Field(default_factory=SurroundingsConfig)
     degradation: DegradationConfig = Field(default_factory=DegradationConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
+
+    def with_difficulty(self, difficulty: float) -> "RenderConfig":
+        """The same settings at another difficulty.
+
+        Raises:
+            ValueError: it is not between 0 and 1.
+        """
+        if not 0 <= difficulty <= 1:
+            raise ValueError(f"difficulty={difficulty}: must be from 0 to 1")
+        return self.model_copy(update={"difficulty": float(difficulty)})
 
     def probability(self, at_half: float) -> float:
         """The probability `at_half` (of difficulty 0.5) at this difficulty."""
         return min(1.0, at_half * 2 * self.difficulty)
+
+    def steep(self, at_half: float) -> float:
+        """The steep probability `at_half` (of difficulty 0.5) at this difficulty."""
+        return min(1.0, at_half * max(0.0, self.difficulty - 0.3) / 0.2)
 
     def amount(self, at_half: float) -> float:
         """The amount `at_half` (of difficulty 0.5) at this difficulty."""

@@ -7,6 +7,8 @@ import numpy as np
 
 from rendering.blending import raised, scaled
 from rendering.config import RenderConfig
+from rendering.lights import darken, shine, veil
+from rendering.textures import ramp
 
 _NOISE_SIDE = 512
 _noise_tile = np.random.default_rng(11).standard_normal((_NOISE_SIDE, _NOISE_SIDE, 3), dtype=np.float32)
@@ -23,10 +25,17 @@ def degrade(picture: np.ndarray, unit: float, config: RenderConfig, rng: np.rand
         uint8 RGB (h, w, 3).
     """
     settings = config.degradation
-    chance, size = rng.random(8), rng.random(8)
+    chance, size, rare = rng.random(8), rng.random(8), rng.random(4)
+    at_night = rare[0] < config.steep(settings.night)
+    if rare[1] < config.steep(settings.lights):
+        picture = shine(picture, unit, rng)
     if chance[0] < config.probability(settings.lighting):
         picture = _light(picture, config.amount(1.0), rng)
-    if chance[1] < config.probability(settings.exposure):
+    if at_night:
+        picture = darken(picture, rng)
+    elif rare[2] < config.steep(settings.veil):
+        picture = veil(picture, rng)
+    elif chance[1] < config.probability(settings.exposure):
         picture = _expose(picture, config.amount(1.0), rng)
     picture = _eight_bits(picture)
     if chance[2] < config.probability(settings.motion):
@@ -35,11 +44,15 @@ def degrade(picture: np.ndarray, unit: float, config: RenderConfig, rng: np.rand
         sigma = config.amount(settings.blur_amount) * unit * size[3] ** 1.5
         if sigma > 0.2:
             picture = cv2.GaussianBlur(picture, (0, 0), sigma)
-    if chance[4] < config.probability(settings.low_resolution):
-        picture = _lose_resolution(picture, 1 + (config.amount(settings.resolution_loss) - 1) * size[4], unit)
-    if chance[5] < config.probability(settings.noise):
-        deviation = np.float32(config.amount(settings.noise_amount) * size[5] ** 2)
-        picture = _eight_bits(picture + deviation * _noise(picture.shape[:2], rng))
+    if rare[3] < config.steep(settings.tiny):
+        picture = _shrink_and_enlarge(picture, unit / (5.5 + 3.5 * size[4]), cv2.INTER_CUBIC)
+    elif chance[4] < config.probability(settings.low_resolution):
+        # Not below letters of 8 pixels: what is smaller is `tiny`.
+        factor = 1 + (config.amount(settings.resolution_loss) - 1) * size[4]
+        picture = _shrink_and_enlarge(picture, min(factor, unit / 8), cv2.INTER_LINEAR)
+    if at_night or chance[5] < config.probability(settings.noise):
+        deviation = 3 + 8 * size[5] if at_night else config.amount(settings.noise_amount) * size[5] ** 2
+        picture = _eight_bits(picture + np.float32(deviation) * _noise(picture.shape[:2], rng))
     if chance[6] < config.probability(settings.sharpening):
         blurred = cv2.GaussianBlur(picture, (0, 0), 1.2)
         picture = cv2.addWeighted(picture, 1.4 + size[6], blurred, -0.4 - size[6], 0)
@@ -55,8 +68,7 @@ def _eight_bits(picture: np.ndarray) -> np.ndarray:
 def _light(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
     """A slope of light, a cast shadow with an edge, or a shine."""
     height, width = picture.shape[:2]
-    x = np.linspace(-0.5, 0.5, width, dtype=np.float32)
-    y = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None]
+    x, y = ramp(width), ramp(height)[:, None]
     kind, angle, strength = rng.random(), rng.uniform(0, 2 * np.pi), amount * rng.uniform(0.1, 0.5)
     across = x * np.float32(math.cos(angle)) + y * np.float32(0.5 * math.sin(angle))
     if kind < 0.6:
@@ -74,7 +86,7 @@ def _expose(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.
     """Change contrast, brightness, gamma and the colour of the light."""
     flat = 1 - min(0.65, amount * 0.6 * rng.random() ** 1.5)
     black = rng.uniform(0, 1) * 255 * (1 - flat)
-    tint = 1 + np.clip(rng.normal(0, 0.05 * amount, size=3), -0.2, 0.2)
+    tint = 1 + np.clip(rng.normal(0, 0.09 * amount, size=3), -0.3, 0.3)
     picture = picture * (flat * tint).astype(np.float32) + np.float32(black)
     gamma = math.exp(float(np.clip(rng.normal(0, 0.3 * amount), -0.8, 0.8)))
     table = np.round(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
@@ -94,15 +106,14 @@ def _move(picture: np.ndarray, length: float, angle: float) -> np.ndarray:
     return cv2.filter2D(picture, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REPLICATE)
 
 
-def _lose_resolution(picture: np.ndarray, factor: float, unit: float) -> np.ndarray:
-    """Shrink by `factor`, but not below letters of 8 pixels, and enlarge again."""
-    factor = min(factor, unit / 8)
+def _shrink_and_enlarge(picture: np.ndarray, factor: float, interpolation: int) -> np.ndarray:
+    """Shrink by `factor` and enlarge again."""
     if factor <= 1:
         return picture
     height, width = picture.shape[:2]
     small = (max(4, round(width / factor)), max(4, round(height / factor)))
     shrunk = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
-    return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(shrunk, (width, height), interpolation=interpolation)
 
 
 def _noise(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

@@ -1,20 +1,20 @@
 """What is done to the letters: how they are filled, and what lies under them.
 
-The letters of the mask are `stroke`: the fill, or the line where letters are drawn by their outline alone. What lies
-under them (an outline of another colour, shadow, sides, glow) is no text. Lengths are in heights of a capital letter.
+The letters of the mask are `stroke`: the fill, or what a way of drawing leaves of it. What lies under them (outlines of
+another colour, shadow, sides, glow) is no text. Lengths are in heights of a capital letter.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import cv2
 import numpy as np
 
 from rendering.blending import blend, full, raised
 from rendering.colours import draw_contrasting, luminance, with_luminance
-from rendering.config import EffectsConfig
+from rendering.config import RenderConfig
 from rendering.geometry import Warp
 from rendering.letters import PADDING, Letters
+from rendering.strokes import disc, dotted, hollow, stencilled
 from rendering.textures import cut_wear
 
 
@@ -23,6 +23,7 @@ class Style:
     """The effects of one word; 0 or None where there is none."""
 
     outline: float = 0.0
+    second_outline: float = 0.0
     hollow: float = 0.0
     shadow: tuple[float, float, float, float] | None = None  # x, y, softness, opacity
     extrusion: tuple[float, float] | None = None  # x, y
@@ -31,6 +32,10 @@ class Style:
     gradient: float = 0.0  # angle, radians
     two_colours: str = ""  # "lines" (upper and lower part) or "parts" (from left to right)
     worn: float = 0.0
+    relief: tuple[float, float] | None = None  # strength, angle of the light in radians
+    dots: float = 0.0  # rows to a capital letter
+    stencil: float = 0.0
+    shining: bool = False  # letters are lamps before a dark background
 
     @property
     def has_under(self) -> bool:
@@ -38,71 +43,123 @@ class Style:
         return bool(self.outline or self.shadow or self.extrusion or self.glow)
 
 
-def draw_style(config: EffectsConfig, rng: np.random.Generator) -> Style:
+def draw_style(config: RenderConfig, rng: np.random.Generator) -> Style:
     """Random effects by the probabilities of `config`."""
-    chance = rng.random(9)
-    size = rng.random(9)
-    angle = rng.uniform(0, 2 * np.pi, size=2)
+    settings = config.effects
+    chance, size = rng.random(9), rng.random(9)
+    kinds, more = rng.random(5), rng.random(3)
+    angle = 2 * np.pi * rng.random(2)
+    if kinds[0] < config.steep(settings.relief):
+        return Style(relief=(0.35 + 0.65 * size[0], angle[0]))
+    if kinds[1] < config.probability(settings.neon):
+        line = 0.05 + 0.05 * size[1] if more[0] < 0.5 else 0.0
+        return Style(hollow=line, glow=0.15 + 0.25 * size[4], shining=True)
+    if kinds[2] < config.probability(settings.dots):
+        return Style(dots=9 + 5 * size[0], glow=0.1 if more[0] < 0.4 else 0.0, shining=more[1] < 0.8)
+    if kinds[3] < config.probability(settings.jersey):
+        return Style(outline=0.04 + 0.05 * size[0], second_outline=0.03 + 0.05 * size[1])
     reach = 0.04 + 0.12 * size[2]
-    hollow = 0.06 + 0.05 * size[1] if chance[1] < config.hollow else 0.0
+    line = 0.06 + 0.05 * size[1] if chance[1] < settings.hollow else 0.0
     shadow = None
-    if chance[2] < config.shadow:
+    if chance[2] < settings.shadow:
         softness = 0.0 if size[7] < 0.4 else 0.02 + 0.1 * size[7]
         shadow = (reach * np.cos(angle[0]), reach * abs(np.sin(angle[0])), softness, 0.4 + 0.6 * size[8])
     extrusion = None
-    if chance[3] < config.extrusion and shadow is None:
+    if chance[3] < settings.extrusion and shadow is None:
         depth = 0.06 + 0.16 * size[3]
         extrusion = (depth * np.cos(angle[0]), depth * np.sin(angle[0]))
     return Style(
-        outline=0.03 + 0.07 * size[0] if chance[0] < config.outline and not hollow else 0.0,
-        hollow=hollow,
+        outline=0.03 + 0.07 * size[0] if chance[0] < settings.outline and not line else 0.0,
+        hollow=line,
         shadow=shadow,
         extrusion=extrusion,
-        glow=0.08 + 0.15 * size[4] if chance[4] < config.glow else 0.0,
-        emboss=0.25 + 0.5 * size[5] if chance[5] < config.emboss and not hollow else 0.0,
-        gradient=angle[1] if chance[6] < config.gradient else 0.0,
-        two_colours=("lines" if size[7] < 0.4 else "parts") if chance[7] < config.two_colours else "",
-        worn=0.15 + 0.35 * size[8] if chance[8] < config.worn else 0.0,
+        glow=0.08 + 0.15 * size[4] if chance[4] < settings.glow else 0.0,
+        emboss=0.25 + 0.5 * size[5] if chance[5] < settings.emboss and not line else 0.0,
+        gradient=angle[1] if chance[6] < settings.gradient else 0.0,
+        two_colours=("lines" if size[7] < 0.4 else "parts") if chance[7] < settings.two_colours else "",
+        worn=0.15 + 0.35 * size[8] if chance[8] < settings.worn else 0.0,
+        stencil=0.05 + 0.05 * more[2] if kinds[4] < config.probability(settings.stencil) and not line else 0.0,
     )
 
 
-def letter_stroke(letters: Letters, style: Style) -> np.ndarray:
-    """What counts as text, uint8 (h, w), 255 = text: the fill, or the line of hollow letters."""
-    if not style.hollow:
-        return letters.fill
-    width = max(1, round(style.hollow * letters.unit / 2))
-    return cv2.dilate(letters.fill, _disc(width)) - cv2.erode(letters.fill, _disc(width))
+def letter_stroke(letters: Letters, text: str, style: Style) -> np.ndarray:
+    """What counts as text, uint8 (h, w), 255 = text: the fill, or what the way of drawing leaves of it."""
+    if style.hollow:
+        return hollow(letters, style.hollow)
+    if style.dots:
+        return dotted(letters, style.dots)
+    if style.stencil:
+        return stencilled(letters, text, style.stencil)
+    return letters.fill
 
 
-def paint_fill(letters: Letters, style: Style, warp: Warp, colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Colours of the letters in the picture, beyond the letters too, float32 (h, w, 3); (3,) where all have one."""
-    second = np.asarray(_second_colour(colour, rng), np.float32)
+def paint_fill(
+    letters: Letters, style: Style, warp: Warp, colour: np.ndarray, ground: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Colours of the letters in the picture, beyond the letters too, float32 (h, w, 3); (3,) where all have one.
+
+    Args:
+        ground: what was there before the letters, float32 (h, w, 3); worn paint lets it through.
+    """
     size = (warp.size[1], warp.size[0])
     wear = cut_wear(size, rng) if style.worn else None
     fill = np.asarray(colour, np.float32)
     share = _second_share(letters, style, rng)
     if share is not None:
-        fill = blend(fill, second, warp.apply(share))
+        fill = blend(fill, _second_colour(colour, rng), warp.apply(share))
     if wear is not None:
-        fill = blend(fill, np.zeros(3), np.float32(style.worn) * wear)
+        fill = blend(fill, ground, np.float32(2 * style.worn) * wear)
     if style.emboss:
-        relief = warp.apply(_relief(letters, style.emboss))
+        relief = warp.apply(_edges(letters, style.emboss))
         fill = np.clip(raised(full(size, fill) if fill.ndim == 1 else fill, relief), 0, 255)
     return fill
 
 
-def lay_under(
-    picture: np.ndarray, letters: Letters, style: Style, warp: Warp, colour: np.ndarray, rng: np.random.Generator
+def cut_relief(
+    picture: np.ndarray, letters: Letters, style: Style, warp: Warp, share: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """The picture, float32 (h, w, 3), with what lies under letters of `colour`: glow, shadow, sides, outline."""
+    """The picture, float32 (h, w, 3), with letters that stand out of it or are cut into it, in its own colour.
+
+    Args:
+        share: of each pixel that letters cover, float32 (h, w).
+    """
+    strength, angle = style.relief
+    unit = letters.unit
+    height = cv2.GaussianBlur(letters.fill, (0, 0), max(0.8, 0.035 * unit)).astype(np.float32)
+    x, y = np.cos(angle) * 0.05 * unit, np.sin(angle) * 0.05 * unit
+    slope = _moved(height, x, y) - _moved(height, -x, -y)
+    # Only on an even surface can light and shade alone be read.
+    picture = cv2.addWeighted(picture, 0.5, full(share.shape, picture.mean(axis=(0, 1))), 0.5, 0)
+    inside = raised(picture, np.float32(rng.uniform(-16, 16)) * share)
+    return np.clip(raised(inside, warp.apply(slope) * np.float32(0.55 * strength)), 0, 255)
+
+
+def lay_under(
+    picture: np.ndarray,
+    letters: Letters,
+    stroke: np.ndarray,
+    style: Style,
+    warp: Warp,
+    colour: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """The picture, float32 (h, w, 3), with what lies under letters of `colour`: glow, shadow, sides, outlines.
+
+    Args:
+        stroke: what of the flat word is text, of `letter_stroke`.
+    """
     unit = letters.unit
     edge = draw_contrasting(colour, rng)
     dark = with_luminance(edge, 0.1 * float(rng.random()))
     side = with_luminance(colour, float(luminance(colour)) * (0.25 + 0.4 * float(rng.random())))
-    body = cv2.dilate(letters.fill, _disc(max(1, round(style.outline * unit)))) if style.outline else letters.fill
+    body = cv2.dilate(letters.fill, disc(max(1, round(style.outline * unit)))) if style.outline else letters.fill
     if style.glow:
-        halo = cv2.dilate(body, _disc(max(1, round(0.4 * style.glow * unit))))
-        picture = _laid(picture, edge, 0.8, _softened(halo, style.glow * unit / 2), warp)
+        source = stroke if style.shining else body
+        halo = cv2.dilate(source, disc(max(1, round(0.4 * style.glow * unit))))
+        picture = _laid(picture, colour, 0.8, _softened(halo, style.glow * unit / 2), warp)
+    if style.second_outline:
+        second = cv2.dilate(body, disc(max(1, round(style.second_outline * unit))))
+        picture = _laid(picture, colour, 1.0, second, warp)
     if style.shadow:
         x, y, softness, opacity = style.shadow
         picture = _laid(picture, dark, opacity, _softened(_moved(body, x * unit, y * unit), softness * unit), warp)
@@ -136,7 +193,7 @@ def _second_share(letters: Letters, style: Style, rng: np.random.Generator) -> n
     return share
 
 
-def _relief(letters: Letters, strength: float) -> np.ndarray:
+def _edges(letters: Letters, strength: float) -> np.ndarray:
     """Light on the upper left edges and shade on the lower right ones, float32 (h, w), of 255."""
     step = max(1, round(0.04 * letters.unit))
     fill = letters.fill.astype(np.float32)
@@ -174,8 +231,3 @@ def _swept(alpha: np.ndarray, x: float, y: float) -> np.ndarray:
     for step in range(1, steps + 1):
         swept = np.maximum(swept, _moved(alpha, x * step / steps, y * step / steps))
     return swept
-
-
-@lru_cache(maxsize=64)
-def _disc(radius: int) -> np.ndarray:
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))

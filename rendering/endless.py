@@ -10,38 +10,52 @@ from rendering.engine import WordRenderer
 
 
 class EpochKey(Protocol):
-    """Which sample of which epoch is asked for, such as `dataset.SampleKey`."""
+    """Which sample of which epoch is asked for, and how much of the run is done, such as `sampling.SampleKey`."""
 
     epoch: int
     index: int
+    progress: float
 
 
 class RenderedWords:
     """`words[SampleKey(epoch, index)]` -> (picture uint8 RGB (h, w, 3), mask uint8 (h, w), text).
 
-    Sample i of epoch e is word e * length + i of the seed, whichever process draws it. May be pickled.
+    Sample i of epoch e is word e * length + i of (seed, split, stream), whichever process draws it. May be pickled.
 
     Args:
         path: YAML file of render settings.
         length: words in an epoch; None: the file's own number.
-        seed: another seed, other words.
+        seed: of the run; another seed, other words.
+        split, stream: tell training from test, and the data sets of one run apart, so that they share no word.
+        difficulty: at the start and at the end of the run, 0 to 1; None: the file's own, always.
 
     Raises:
         UserError: the file, a font folder, a word list or a folder of photographs is missing or wrong.
     """
 
-    def __init__(self, path: str | Path, *, length: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        length: int | None = None,
+        seed: int = 0,
+        split: int = 0,
+        stream: int = 0,
+        difficulty: tuple[float, float] | None = None,
+    ) -> None:
         config = load_render_config(path)
         self.length = length or config.length
-        self.seed = seed
+        self.seed = int(np.random.SeedSequence((seed, split, stream)).generate_state(1, np.uint64)[0])
+        self.difficulty = difficulty
         self.renderer = WordRenderer(config)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, key: EpochKey | int) -> tuple[np.ndarray, np.ndarray, str]:
-        epoch, index = (0, key) if isinstance(key, int) else (key.epoch, key.index)
+        epoch, index, progress = (0, key, 0.0) if isinstance(key, int) else (key.epoch, key.index, key.progress)
         if not 0 <= index < self.length:
             raise IndexError(f"word {index} of {self.length}")
-        word = self.renderer.render(self.seed, epoch * self.length + index)
+        difficulty = None if self.difficulty is None else float(np.interp(progress, (0, 1), self.difficulty))
+        word = self.renderer.render(self.seed, epoch * self.length + index, difficulty=difficulty)
         return word.image, word.mask, word.text

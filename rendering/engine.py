@@ -1,72 +1,70 @@
-"""The renderer: word `index` of seed `seed`, as a picture with its exact mask.
+"""The renderer: word `index` of seed `seed`, as a picture with its exact mask."""
 
-Every concern draws from a random stream of its own: the same index with another kind of background, or with another
-salt for one stream, keeps the letters, their place and everything else.
-"""
-
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from typing import Any
 
-import cv2
 import numpy as np
 
 from rendering.backgrounds import Backgrounds
-from rendering.blending import blend
-from rendering.colours import draw_letter_colour
 from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.degradation import degrade
-from rendering.effects import Style, draw_style, lay_under, letter_stroke, paint_fill
+from rendering.effects import Style, draw_style, letter_stroke
 from rendering.fonts import FontBook, Typeface, find_families
 from rendering.geometry import Warp, draw_warp
-from rendering.letters import Letters, set_letters
+from rendering.letters import Letters, draw_height, draw_layout, set_letters
+from rendering.neighbours import place_neighbours
+from rendering.occlusion import occlude
+from rendering.painting import paint
+from rendering.streams import Stream, Streams
 from rendering.words import WordSource
 from utils import UserError
 
 _DETAIL = 1.25  # the flat word is at least this much larger than the final one, so that the warp seldom enlarges
-# Ems in pixels that fonts are opened at: few, as a font's first word at a new size costs several times a later one.
-_FONT_SIZES = np.array([20, 28, 40, 56, 80, 112, 156])
 
-
-class Stream(IntEnum):
-    """The concerns that draw by themselves; the numbers are part of what a seed means."""
-
-    WORD = 0
-    FONT = 1
-    LAYOUT = 2
-    GEOMETRY = 3
-    EFFECTS = 4
-    COLOURS = 5
-    BACKGROUND_KIND = 6
-    BACKGROUND = 7
-    DEGRADATION = 8
+Salts = Mapping[Stream, int]
 
 
 @dataclass(frozen=True)
 class RenderedWord:
-    """A word: `image` uint8 RGB (h, w, 3); `mask` uint8 (h, w), 255 = text; `text` as drawn, case kept."""
+    """A word: `image` uint8 RGB (h, w, 3); `mask` uint8 (h, w), 255 = text; `text` as drawn, case kept.
+
+    `rotation` and `arc` (from the first to the last letter) in degrees: what the geometry was drawn with.
+    """
 
     image: np.ndarray
     mask: np.ndarray
     text: str
     family: str
     background: str
+    rotation: float
+    arc: float
 
 
 @dataclass(frozen=True)
 class _Drawing:
-    """The letters of a word before they meet a background. `alpha`: their share of each pixel, uint8 (h, w)."""
+    """The letters of a word before they meet a background, in the picture's pixels where not flat.
+
+    `stroke`: what of the flat word is text; `alpha`: its share of each pixel, uint8 (h, w); `neighbours`: the same of
+    other text, or None; `own_colour`: whether that has the letters' colour.
+    """
 
     text: str
     family: str
     letters: Letters
+    stroke: np.ndarray
     style: Style
     warp: Warp
     alpha: np.ndarray
+    neighbours: np.ndarray | None
+    own_colour: bool
 
 
 class WordRenderer:
     """Renders words. May be pickled and used in any process: a word depends on config, seed and index alone.
+
+    One renderer serves one thread at a time.
 
     Args:
         config: how words look.
@@ -80,6 +78,11 @@ class WordRenderer:
         self.fonts = FontBook(find_families(self.config.fonts))
         self.words = WordSource(self.config.words)
         self.backgrounds = Backgrounds(self.config, self.fonts, self.words)
+        self._streams = Streams()
+        self._last: tuple[tuple[Any, ...], _Drawing] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def render(
         self,
@@ -88,7 +91,8 @@ class WordRenderer:
         *,
         text: str | None = None,
         background: str | None = None,
-        salts: Mapping[Stream, int] | None = None,
+        salts: Salts | None = None,
+        difficulty: float | None = None,
     ) -> RenderedWord:
         """Render word `index` of `seed`.
 
@@ -96,14 +100,16 @@ class WordRenderer:
             text: write this instead of a drawn text.
             background: use this kind instead of a drawn one; the letters stay.
             salts: another number for a stream draws that concern anew and leaves the others.
+            difficulty: of this word, 0 to 1; None: the one of the config.
 
         Raises:
             UserError: no font can draw `text`, or `background` is no kind.
+            ValueError: `difficulty` is not between 0 and 1.
         """
-        salts = salts or {}
-        drawing = self._draw_letters(seed, index, text, salts)
-        kind = background or self.backgrounds.draw_kind(_stream(seed, index, Stream.BACKGROUND_KIND, salts))
-        return self._finish(drawing, kind, seed, index, salts)
+        config = self.config if difficulty is None else self.config.with_difficulty(difficulty)
+        word = _Word(self, config, seed, index, salts or {})
+        kind = background or self.backgrounds.draw_kind(word.stream(Stream.BACKGROUND_KIND))
+        return word.finish(self._draw(word, text), kind)
 
     def render_on_backgrounds(
         self, seed: int, index: int, kinds: Sequence[str] | None = None, *, text: str | None = None
@@ -115,83 +121,78 @@ class WordRenderer:
         """
         if kinds is None:
             kinds = [kind for kind in BACKGROUND_KINDS if kind != "photo" or self.config.photos]
-        drawing = self._draw_letters(seed, index, text, {})
-        return {kind: self._finish(drawing, kind, seed, index, {}) for kind in kinds}
+        word = _Word(self, self.config, seed, index, {})
+        drawing = self._draw(word, text)
+        return {kind: word.finish(drawing, kind) for kind in kinds}
 
-    def _draw_letters(self, seed: int, index: int, text: str | None, salts: Mapping[Stream, int]) -> _Drawing:
-        word_rng = _stream(seed, index, Stream.WORD, salts)
-        font_rng = _stream(seed, index, Stream.FONT, salts)
-        text = self.words.draw(word_rng) if text is None else text
-        typeface = self.fonts.choose(text, font_rng)
-        height, letters = self._set(text, typeface, _stream(seed, index, Stream.LAYOUT, salts))
-        style = draw_style(self.config.effects, _stream(seed, index, Stream.EFFECTS, salts))
-        warp = draw_warp(letters, height, self.config, _stream(seed, index, Stream.GEOMETRY, salts))
-        alpha = warp.apply(letter_stroke(letters, style))
-        return _Drawing(text, typeface.family, letters, style, warp, alpha)
+    def _draw(self, word: "_Word", text: str | None) -> _Drawing:
+        """The letters of a word, which the last word may have left."""
+        reuse = self.config.letters.reuse
+        if reuse == 1:
+            return word.draw(text)
+        first = dataclasses.replace(word, index=word.index // reuse)
+        key = first.seed, first.index, first.config.difficulty, tuple(sorted(first.salts.items())), text
+        if self._last is None or self._last[0] != key:
+            self._last = key, first.draw(text)
+        return self._last[1]
 
-    def _set(self, text: str, typeface: Typeface, rng: np.random.Generator) -> tuple[float, Letters]:
-        """The height of a capital letter that the picture should have, and the flat word."""
-        settings = self.config.letters
-        height = settings.height * np.exp(settings.height_spread * rng.normal())
-        height = float(np.clip(height, settings.min_height, settings.max_height))
-        chances, spread = rng.random(3), rng.random(len(text))
-        share = self.fonts.capital_height(typeface)
-        wanted = _DETAIL * height / share
-        size = int(_FONT_SIZES[min(int(np.searchsorted(_FONT_SIZES, wanted)), len(_FONT_SIZES) - 1)])
-        unit = size * share
-        spacing = 0.0
-        if chances[0] < settings.spacing:
-            # Mostly a little wider; sometimes tighter, so that letters nearly touch.
-            spacing = unit * (settings.widest_spacing * chances[1] ** 3 - 0.04)
-        bounce = 0.3 * unit * (spread - 0.5) if chances[2] < settings.bounce else None
-        letters = set_letters(self.fonts.open(typeface, size), text, unit=unit, spacing=spacing, bounce=bounce)
-        return height, letters
 
-    def _finish(self, drawing: _Drawing, kind: str, seed: int, index: int, salts: Mapping[Stream, int]) -> RenderedWord:
+@dataclass(frozen=True)
+class _Word:
+    """One word in the making: its streams and what they draw."""
+
+    renderer: WordRenderer
+    config: RenderConfig
+    seed: int
+    index: int
+    salts: Salts
+
+    def stream(self, stream: Stream) -> np.random.Generator:
+        """The generator of a concern, valid until the next is asked for."""
+        return self.renderer._streams.at(self.seed, self.index, stream, self.salts)
+
+    def draw(self, text: str | None) -> _Drawing:
+        """The letters, warped."""
+        fonts, words, config = self.renderer.fonts, self.renderer.words, self.config
+        text = words.draw(self.stream(Stream.WORD)) if text is None else text
+        typeface = fonts.choose(text, self.stream(Stream.FONT))
+        layout = draw_layout(text, config.letters, self.stream(Stream.LAYOUT))
+        style = draw_style(config, self.stream(Stream.EFFECTS))
+        rng = self.stream(Stream.GEOMETRY)
+        height = draw_height(config.letters, rng)
+        letters = set_letters(fonts.face(typeface, _DETAIL * height), text, layout)
+        warp = draw_warp(letters, height, config, rng)
+        stroke = letter_stroke(letters, text, style)
+        neighbours, own_colour = self._draw_neighbours(typeface, letters, warp)
+        return _Drawing(text, typeface.family, letters, stroke, style, warp, warp.apply(stroke), neighbours, own_colour)
+
+    def _draw_neighbours(self, typeface: Typeface, letters: Letters, warp: Warp) -> tuple[np.ndarray | None, bool]:
+        """The share of each pixel that other text covers, uint8 (h, w), or None; whether it has the letters' colour."""
+        settings, rng = self.config.surroundings, self.stream(Stream.NEIGHBOURS)
+        chance, same, size = rng.random(3)
+        if chance >= self.config.probability(settings.neighbours):
+            return None, False
+        fonts = self.renderer.fonts
+        text, scale, own = self.renderer.words.draw(rng), 1.0, same < settings.same_face
+        if not own or not fonts.covers(typeface.path, text):
+            typeface, scale = fonts.choose(text, rng), 0.5 + size
+        other = set_letters(fonts.face(typeface, letters.unit), text)
+        space = np.array(warp.margins) / warp.unit
+        around = place_neighbours(letters, other, scale=scale * letters.unit / other.unit, space=space, rng=rng)
+        return warp.apply(around.fill, around.centre), own
+
+    def finish(self, drawing: _Drawing, kind: str) -> RenderedWord:
+        """The letters on a background, as a camera sees them."""
         if kind not in BACKGROUND_KINDS:
             raise UserError(f"background: {kind!r} is none of {', '.join(BACKGROUND_KINDS)}")
-        picture = self.backgrounds.make(kind, drawing.warp, _stream(seed, index, Stream.BACKGROUND, salts))
-        picture = self._paint(drawing, picture, _stream(seed, index, Stream.COLOURS, salts))
-        rng = _stream(seed, index, Stream.DEGRADATION, salts)
-        image = degrade(picture, drawing.warp.unit, self.config, rng)
+        config, warp = self.config, drawing.warp
+        picture = self.renderer.backgrounds.make(kind, warp, self.stream(Stream.BACKGROUND))
+        picture = paint(drawing, picture, config, self.stream(Stream.COLOURS))
         mask = drawing.alpha
-        if self.config.output.mask == "binary":
+        rng = self.stream(Stream.OCCLUSION)
+        if rng.random() < config.steep(config.surroundings.occlusion):
+            picture, mask = occlude(picture, mask, warp.unit, rng)
+        image = degrade(picture, warp.unit, config, self.stream(Stream.DEGRADATION))
+        if config.output.mask == "binary":
             mask = np.where(mask > 127, np.uint8(255), np.uint8(0))
-        return RenderedWord(image, mask, drawing.text, drawing.family, kind)
-
-    def _paint(self, drawing: _Drawing, picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The letters, and what lies under them, on the background."""
-        letters, style, warp = drawing.letters, drawing.style, drawing.warp
-        share = drawing.alpha * np.float32(1 / 255)
-        picture, darkest, lightest = _make_room(picture, drawing.alpha, self.config.colours.min_contrast)
-        colour = draw_letter_colour(darkest, lightest, self.config, rng)
-        if style.has_under:
-            picture = lay_under(picture, letters, style, warp, colour, rng)
-        fill = paint_fill(letters, style, warp, colour, rng)
-        return blend(picture, fill, share)
-
-
-def _make_room(picture: np.ndarray, alpha: np.ndarray, contrast: float) -> tuple[np.ndarray, float, float]:
-    """Flatten a background so restless that no colour would differ by `contrast` from all that is behind the letters.
-
-    Returns:
-        the background, and the luminance between which nine tenths of it lie behind the letters.
-    """
-    behind = np.sort(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[alpha > 127][::3]) / 255
-    if not behind.size:
-        behind = np.array([float(picture.mean()) / 255])
-    darkest, lightest = float(behind[behind.size // 20]), float(behind[-1 - behind.size // 20])
-    # Flattening towards the middle of the range leaves room on the larger side.
-    middle, spread = (darkest + lightest) / 2, (lightest - darkest) / 2
-    allowed = max(max(middle, 1 - middle) - contrast, 0.02)
-    if spread > allowed:
-        factor = allowed / spread
-        picture = np.float32(255 * middle * (1 - factor)) + np.float32(factor) * picture
-        darkest, lightest = middle - allowed, middle + allowed
-    return picture, min(max(darkest, 0.0), 1.0), min(max(lightest, 0.0), 1.0)
-
-
-def _stream(seed: int, index: int, stream: Stream, salts: Mapping[Stream, int]) -> np.random.Generator:
-    # A counter-based generator: other keys and counters are other streams, and making one costs microseconds.
-    counter = np.array([0, 0, int(stream), salts.get(stream, 0)], np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=counter))
+        return RenderedWord(image, mask, drawing.text, drawing.family, kind, warp.rotation, warp.arc)

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rendering.config import FontsConfig
+from rendering.letters import Glyph
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,16 @@ _PROBE_SIZE = 32  # pixels; for looking at glyphs, not for words
 _CASE_PROBES = "abdeghnqr"  # small letters of another shape than their capitals
 _LIGHTEST = 250  # least weight of a variable font; hairlines are rare on signs
 _OPEN_FONTS = 1200
+# Sizes of flat words, pixels to the em. A letter is drawn by its font once, at the largest, which costs more than all
+# else of a word, and shrunk to the others.
+EMS = (24, 36, 50, 72)
+_KEPT_GLYPHS = 40000  # of all sizes, kept by a process: some 50 MB
+_AXIS_STEPS = 3
+# Letters after a letter that fonts move by more than a hair; the others are not worth asking for.
+_KERNED = {"A": "TVWYvwy'\"", "L": "TVWYy'\"", "R": "TVWY"}
+_KERNED |= (
+    dict.fromkeys("TVWY", "AOacdegmnopqrsuvwxyz.,:;-") | dict.fromkeys("FP7", "Aaeo.,") | dict.fromkeys("rvwy", ".,")
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ def _add_folder(found: dict[str, set[str]], folder: Path) -> None:
 
 
 class FontBook:
-    """Chooses typefaces and opens them; what is opened stays with the process and is not pickled.
+    """Chooses typefaces and keeps their letters; what is opened stays with the process and is not pickled.
 
     Args:
         families: from `find_families`, not empty.
@@ -131,8 +142,11 @@ class FontBook:
     def _forget(self) -> None:
         self._fonts: dict[tuple[str, int], ImageFont.FreeTypeFont] = {}
         self._coverage: dict[str, dict[str, bool]] = {}
+        self._missing: dict[str, np.ndarray] = {}
         self._axes: dict[str, list[dict[str, Any]]] = {}
-        self._capital: dict[Typeface, float] = {}
+        self._capital: dict[str, float] = {}
+        self._glyphs: dict[tuple[Typeface, str, int], Glyph] = {}
+        self._kerning: dict[tuple[Typeface, str], float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"families": self.families}
@@ -178,18 +192,48 @@ class FontBook:
             font.set_variation_by_axes(list(typeface.axes))
         return font
 
-    def capital_height(self, typeface: Typeface) -> float:
-        """Height of a capital letter over the em."""
-        height = self._capital.get(typeface)
+    def face(self, typeface: Typeface, height: float) -> "SizedFace":
+        """The letters of a typeface at the least size whose capitals are `height` pixels high, or at the largest."""
+        wanted = height / self.capital_height(typeface.path)
+        return SizedFace(self, typeface, next((em for em in EMS if em >= wanted), EMS[-1]))
+
+    def capital_height(self, path: str) -> float:
+        """Height of a capital letter over the em, with the axes as they come."""
+        height = self._capital.get(path)
         if height is None:
-            _, top, _, bottom = self.open(typeface, 64).getbbox("H", anchor="ls")
-            height = max(bottom - top, 16) / 64
-            if len(self._capital) < 10 * _OPEN_FONTS:
-                self._capital[typeface] = height
+            em = EMS[-1]
+            _, top, _, bottom = ImageFont.truetype(path, em).getbbox("H", anchor="ls")
+            height = self._capital[path] = max(bottom - top, em / 4) / em
         return height
 
+    def glyph(self, typeface: Typeface, character: str, em: int) -> Glyph:
+        """A letter at `em` pixels to the em, one of EMS."""
+        glyph = self._glyphs.get((typeface, character, em))
+        if glyph is None:
+            if em == EMS[-1]:
+                glyph = _draw_glyph(self.open(typeface, em), character)
+            else:
+                glyph = _shrunk(self.glyph(typeface, character, EMS[-1]), em / EMS[-1])
+            if len(self._glyphs) >= _KEPT_GLYPHS:
+                self._glyphs.clear()
+            self._glyphs[typeface, character, em] = glyph
+        return glyph
+
+    def kerning(self, typeface: Typeface, pair: str) -> float:
+        """What the font moves the second of two letters by, in ems."""
+        if pair[0] not in _KERNED or pair[1] not in _KERNED[pair[0]]:
+            return 0.0
+        kerning = self._kerning.get((typeface, pair))
+        if kerning is None:
+            if len(self._kerning) >= _KEPT_GLYPHS:
+                self._kerning.clear()
+            em = EMS[-1]
+            apart = sum(self.glyph(typeface, character, em).advance for character in pair)
+            kerning = self._kerning[typeface, pair] = (self.open(typeface, em).getlength(pair) - apart) / em
+        return kerning
+
     def _draw_axes(self, path: str, rng: np.random.Generator) -> tuple[float, ...]:
-        """Values for the axes of a variable font: weight and width by chance, the others as they come."""
+        """Values for the axes of a variable font: weight and width by chance, in few steps, the others as they come."""
         axes = self._axes.get(path)
         if axes is None:
             font = ImageFont.truetype(path, _PROBE_SIZE)
@@ -200,7 +244,7 @@ class FontBook:
             self._axes[path] = axes
         values = []
         for axis in axes:
-            low, share = axis["minimum"], rng.random()
+            low, share = axis["minimum"], int(rng.integers(_AXIS_STEPS + 1)) / _AXIS_STEPS
             if axis["name"] == b"Weight":
                 low = min(max(low, _LIGHTEST), axis["maximum"])
             free = axis["name"] in (b"Weight", b"Width")
@@ -210,23 +254,63 @@ class FontBook:
     def _first_look(self, path: str) -> dict[str, bool]:
         """What is known of a font at once: without small letters of their own, all of those are missing."""
         font = self.open(Typeface("", path), _PROBE_SIZE)
-        likeness = [_likeness(_glyph(font, c), _glyph(font, c.upper())) for c in _CASE_PROBES]
+        self._missing[path] = _draw_glyph(font, _NO_CHARACTER).fill
+        likeness = [_likeness(_draw_glyph(font, c).fill, _draw_glyph(font, c.upper()).fill) for c in _CASE_PROBES]
         if np.mean(likeness) < 0.8:
             return {}
         return {chr(code): False for code in range(ord("a"), ord("z") + 1)}
 
     def _draws(self, path: str, character: str) -> bool:
-        font = self.open(Typeface("", path), _PROBE_SIZE)
-        glyph, missing = _glyph(font, character), _glyph(font, _NO_CHARACTER)
-        return bool(glyph.any()) and not np.array_equal(glyph, missing)
+        glyph = _draw_glyph(self.open(Typeface("", path), _PROBE_SIZE), character).fill
+        return bool(glyph.any()) and not np.array_equal(glyph, self._missing[path])
 
 
-def _glyph(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
-    """The character's picture without space around it, grey (h, w); (1, 1) of 0 when it is empty."""
-    left, top, right, bottom = font.getbbox(character)
-    picture = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
-    ImageDraw.Draw(picture).text((-left, -top), character, fill=255, font=font)
-    return np.asarray(picture)
+@dataclass(frozen=True)
+class SizedFace:
+    """A typeface at `em` pixels to the em, as `letters.set_letters` takes it."""
+
+    book: FontBook
+    typeface: Typeface
+    em: int
+
+    @property
+    def unit(self) -> float:
+        """Height of a capital letter, pixels."""
+        return self.em * self.book.capital_height(self.typeface.path)
+
+    def glyph(self, character: str) -> Glyph:
+        """A letter."""
+        return self.book.glyph(self.typeface, character, self.em)
+
+    def kerning(self, pair: str) -> float:
+        """What the second letter is moved by, pixels."""
+        return self.em * self.book.kerning(self.typeface, pair)
+
+
+def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Glyph:
+    """The character without space around it; `fill` is (1, 1) of 0 when it is empty."""
+    # Asking a font for the extents costs as much as drawing, so the canvas is first taken large enough.
+    room = int(font.size)
+    while True:
+        picture = Image.new("L", (5 * room // 2, 2 * room))
+        ImageDraw.Draw(picture).text((room, 3 * room // 2), character, fill=255, font=font, anchor="ls")
+        box = picture.getbbox()
+        if box is None:
+            return Glyph(np.zeros((1, 1), np.uint8), 0, 0, font.getlength(character))
+        if box[0] > 0 and box[1] > 0 and box[2] < picture.width and box[3] < picture.height:
+            break
+        room *= 2
+    return Glyph(np.asarray(picture.crop(box)), box[0] - room, box[1] - 3 * room // 2, font.getlength(character))
+
+
+def _shrunk(glyph: Glyph, factor: float) -> Glyph:
+    """The glyph in a smaller size; its edges are rounded from the pen, so that letters keep their base line."""
+    height, width = glyph.fill.shape
+    left, top = round(glyph.left * factor), round(glyph.top * factor)
+    right, bottom = round((glyph.left + width) * factor), round((glyph.top + height) * factor)
+    size = max(1, right - left), max(1, bottom - top)
+    fill = cv2.resize(glyph.fill, size, interpolation=cv2.INTER_AREA)
+    return Glyph(fill, left, top, glyph.advance * factor)
 
 
 def _likeness(small: np.ndarray, capital: np.ndarray) -> float:

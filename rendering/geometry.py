@@ -6,6 +6,7 @@ downwards; the flat and the bent plane have their origin at the middle of the le
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -47,7 +48,8 @@ class Warp:
 
     `centre`: the origin in the flat picture; `bend` or None; `matrix`: (3, 3), bent plane to picture; `size`: (width,
     height) of the picture; `unit`: height of a capital letter in it; `margins`: left, top, right, bottom space around
-    the letters in pixels, negative where letters are cut.
+    the letters in pixels, negative where letters are cut; `rotation` and `arc` (from the first to the last letter, 0
+    for a wave): degrees.
     """
 
     centre: tuple[float, float]
@@ -56,31 +58,43 @@ class Warp:
     size: tuple[int, int]
     unit: float
     margins: tuple[float, float, float, float]
+    rotation: float = 0.0
+    arc: float = 0.0
 
-    def apply(self, layer: np.ndarray) -> np.ndarray:
-        """`layer` (h, w[, channels]) of the flat word, as it lies in the picture; 0 outside."""
+    def apply(self, layer: np.ndarray, centre: tuple[float, float] | None = None) -> np.ndarray:
+        """`layer` (h, w[, channels]) of the flat word, as it lies in the picture; 0 outside.
+
+        Args:
+            centre: the origin in `layer`, where that is not the flat picture itself.
+        """
+        x, y = centre or self.centre
         if self.bend is None:
-            matrix = self.matrix @ _shift(-self.centre[0], -self.centre[1])
+            matrix = self.matrix @ _shift(-x, -y)
+            if matrix[2, 0] == matrix[2, 1] == 0:  # half of the work
+                return cv2.warpAffine(layer, matrix[:2] / matrix[2, 2], self.size, flags=cv2.INTER_LINEAR)
             return cv2.warpPerspective(layer, matrix, self.size, flags=cv2.INTER_LINEAR)
-        return cv2.remap(layer, *self._maps(), cv2.INTER_LINEAR)
+        flat_x, flat_y = self._maps
+        return cv2.remap(layer, flat_x + np.float32(x), flat_y + np.float32(y), cv2.INTER_LINEAR)
 
+    @cached_property
     def _maps(self) -> tuple[np.ndarray, np.ndarray]:
-        inverse = np.linalg.inv(self.matrix)
+        inverse = np.linalg.inv(self.matrix).astype(np.float32)
         x, y = np.arange(self.size[0], dtype=np.float32), np.arange(self.size[1], dtype=np.float32)[:, None]
-        over = (inverse[2, 0] * x + inverse[2, 1] * y + inverse[2, 2]).astype(np.float32)
-        bent_x = (inverse[0, 0] * x + inverse[0, 1] * y + inverse[0, 2]).astype(np.float32) / over
-        bent_y = (inverse[1, 0] * x + inverse[1, 1] * y + inverse[1, 2]).astype(np.float32) / over
+        over = inverse[2, 0] * x + (inverse[2, 1] * y + inverse[2, 2])
+        bent_x = (inverse[0, 0] * x + (inverse[0, 1] * y + inverse[0, 2])) / over
+        bent_y = (inverse[1, 0] * x + (inverse[1, 1] * y + inverse[1, 2])) / over
         flat_x, flat_y = self.bend.backward(bent_x, bent_y)
-        return (flat_x + self.centre[0]).astype(np.float32), (flat_y + self.centre[1]).astype(np.float32)
+        return flat_x.astype(np.float32), flat_y.astype(np.float32)
 
 
 def draw_warp(letters: Letters, height: float, config: RenderConfig, rng: np.random.Generator) -> Warp:
     """A random warp that makes a capital letter about `height` pixels high and crops the picture around the letters."""
     left, top, right, bottom = letters.box
     centre = ((left + right) / 2, (top + bottom) / 2)
-    bend = _draw_bend(right - left, bottom - top, config, rng)
-    stretch = math.exp(float(np.clip(rng.normal(0, config.letters.stretch), -0.5, 0.5)))
-    view = _draw_view(max(right - left, bottom - top) / 2 * stretch, config, rng) @ np.diag([stretch, 1.0, 1.0])
+    bend, arc = _draw_bend(right - left, bottom - top, config, rng)
+    stretch = math.exp(min(max(config.letters.stretch * rng.standard_normal(), -0.5), 0.5))
+    view, rotation = _draw_view(max(right - left, bottom - top) / 2 * stretch, config, rng)
+    view = view @ np.diag([stretch, 1.0, 1.0])
     outline = _outline(letters) - centre
     points = cv2.perspectiveTransform((bend.forward(outline) if bend else outline)[None], view)[0]
     low, high = points.min(axis=0), points.max(axis=0)
@@ -88,67 +102,88 @@ def draw_warp(letters: Letters, height: float, config: RenderConfig, rng: np.ran
     margins = _draw_margins(config, rng) * letters.unit
     extent = high - low + margins[:2] + margins[2:]
     scale = min(scale, config.letters.max_width / extent[0], 3 * config.letters.max_height / extent[1])
-    size = np.maximum(np.round(extent * scale), 8).astype(int)
+    size = (max(round(extent[0] * scale), 8), max(round(extent[1] * scale), 8))
     matrix = np.diag([scale, scale, 1.0]) @ _shift(*(margins[:2] - low)) @ view
-    unit = letters.unit * scale
-    return Warp(centre, bend, matrix, (int(size[0]), int(size[1])), unit, tuple(float(m) for m in margins * scale))
+    sides = tuple(float(margin * scale) for margin in margins)
+    return Warp(centre, bend, matrix, size, letters.unit * scale, sides, rotation, arc)
 
 
 def _outline(letters: Letters) -> np.ndarray:
     """Points (n, 2) on the upper and lower edge of the letters, column by column: the warped ones bound the word."""
     left, top, right, bottom = letters.box
-    columns = np.unique(np.linspace(left, right - 1, 60).astype(int))
-    inked = letters.fill[top:bottom, columns] > 127
-    columns, inked = columns[inked.any(axis=0)], inked[:, inked.any(axis=0)]
-    if not columns.size:  # hairlines that never cover half a pixel
+    step = max(1, (right - left) // 50)
+    columns = np.arange(left, right, step)
+    inked = letters.fill[top:bottom, left:right:step] > 127
+    some = inked.any(axis=0)
+    if not some.any():  # hairlines that never cover half a pixel
         return np.array([(left, top), (right, top), (left, bottom), (right, bottom)], np.float64)
+    columns, inked = columns[some], inked[:, some]
     first = top + inked.argmax(axis=0)
     last = bottom - inked[::-1].argmax(axis=0)
-    sides = [(left, first[0]), (left, last[0]), (right, first[-1]), (right, last[-1])]
-    return np.concatenate([np.stack([columns, first], 1), np.stack([columns, last], 1), sides]).astype(np.float64)
+    points = np.empty((2 * len(columns) + 4, 2))
+    points[: len(columns), 0] = points[len(columns) : -4, 0] = columns
+    points[: len(columns), 1], points[len(columns) : -4, 1] = first, last
+    points[-4:] = (left, first[0]), (left, last[0]), (right, first[-1]), (right, last[-1])
+    return points
 
 
-def _draw_bend(width: int, height: int, config: RenderConfig, rng: np.random.Generator) -> Bend | None:
-    chance, arc, sign, angle, phase, waves = rng.random(6)
-    if chance >= config.probability(config.geometry.curve) or width < 1.5 * height:
-        return None
-    if arc < 0.7:
-        degrees = min(160.0, config.amount(config.geometry.curve_degrees)) * (0.25 + 0.75 * angle)
-        radius = width / math.radians(degrees)
-        # The inner side of the arc must not fold over: the radius stays above the letters' half height.
-        return Bend(radius=math.copysign(max(radius, height), sign - 0.35))
-    return Bend(
-        amplitude=config.amount(0.2) * height * (0.3 + 0.7 * angle),
-        length=width * (0.8 + 1.2 * waves),
-        phase=2 * math.pi * phase,
-    )
-
-
-def _draw_view(half_extent: float, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
-    """Perspective after rotation after slant, about the origin."""
+def _draw_bend(width: int, height: int, config: RenderConfig, rng: np.random.Generator) -> tuple[Bend | None, float]:
+    """A bend or None, and the degrees of the arc."""
     settings = config.geometry
-    chances, values = rng.random(3), np.clip(rng.normal(size=4), -2.2, 2.2)
-    matrix = np.eye(3)
+    chance, strong, kind, sign, angle, phase, waves = rng.random(7)
+    beyond = rng.standard_exponential()
+    if width < 1.5 * height:
+        return None, 0.0
+    if strong < config.steep(settings.strong_curve):
+        degrees = config.amount(settings.curve_degrees) + settings.strong_curve_degrees * beyond
+    elif chance >= config.probability(settings.curve):
+        return None, 0.0
+    elif kind < 0.85:
+        degrees = config.amount(settings.curve_degrees) * (0.25 + 0.75 * angle)
+    else:
+        amplitude = config.amount(0.16) * height * (0.3 + 0.7 * angle)
+        return Bend(amplitude=amplitude, length=width * (1 + 1.5 * waves), phase=2 * math.pi * phase), 0.0
+    # The inner side of the arc must not fold over, nor its ends meet: the radius stays above the letters' half height.
+    radius = max(width / math.radians(min(degrees, 320.0)), height)
+    return Bend(radius=math.copysign(radius, sign - 0.35)), math.degrees(width / radius)
+
+
+def _draw_view(half_extent: float, config: RenderConfig, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Perspective after rotation after slant, about the origin; and the rotation, degrees."""
+    settings = config.geometry
+    chances = rng.random(4)
+    values = [min(max(value, -2.2), 2.2) for value in rng.standard_normal(4).tolist()]
+    tail = rng.laplace()
+    matrix, degrees = np.eye(3), 0.0
     if chances[0] < config.probability(settings.shear):
         matrix[0, 1] = config.amount(settings.shear_amount) * values[0]
-    if chances[1] < config.probability(settings.rotation):
-        angle = math.radians(config.amount(settings.degrees) * values[1])
+    if chances[3] < config.steep(settings.strong_rotation):
+        degrees = settings.strong_degrees * tail
+    elif chances[1] < config.probability(settings.rotation):
+        degrees = config.amount(settings.degrees) * values[1]
+    if degrees:
+        angle = math.radians(degrees)
         turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1.0]])
         matrix = turn @ matrix
     if chances[2] < config.probability(settings.perspective):
-        tilt = np.clip(config.amount(settings.perspective_amount) * values[2:], -0.35, 0.35) / half_extent
+        amount = config.amount(settings.perspective_amount)
         view = np.eye(3)
-        view[2, :2] = tilt[0], 0.5 * tilt[1]
+        view[2, 0] = min(max(amount * values[2], -0.35), 0.35) / half_extent
+        view[2, 1] = 0.5 * min(max(amount * values[3], -0.35), 0.35) / half_extent
         matrix = view @ matrix
-    return matrix
+    return matrix, degrees
 
 
 def _draw_margins(config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
-    """Left, top, right, bottom space in heights of a capital letter; opposite ones are alike."""
-    margins = config.geometry.margin * rng.gamma(2.0, 0.5, size=2)[[0, 1, 0, 1]] * rng.uniform(0.6, 1.4, size=4)
-    cuts = rng.random(4) < config.probability(config.geometry.cut)
-    depths = rng.uniform(0.02, 0.1, size=4)
-    return np.where(cuts, -depths, margins)
+    """Left, top, right, bottom space in heights of a capital letter; opposite ones are mostly alike."""
+    settings = config.geometry
+    chances, spread = rng.random(6), rng.random((2, 4))
+    margins = settings.margin * rng.gamma(2.0, 0.5, size=2)[[0, 1, 0, 1]] * (0.6 + 0.8 * spread[0])
+    if chances[4] < config.steep(settings.loose):
+        margins = 0.2 + 1.6 * spread[0]
+    elif chances[5] < config.probability(settings.tight):
+        margins = 0.06 * spread[0]
+    return np.where(chances[:4] < config.probability(settings.cut), -0.02 - 0.08 * spread[1], margins)
 
 
 def _shift(x: float, y: float) -> np.ndarray:

@@ -1,12 +1,35 @@
-"""Letters set in a line: a flat picture of the word before any warp, larger than the final one."""
+"""Letters set in a line: a flat picture of the word before any warp."""
 
+import math
 from dataclasses import dataclass
+from typing import Protocol
 
+import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+
+from rendering.config import LettersConfig
 
 PADDING = 0.75  # heights of a capital letter, on each side: room for shadows, outlines and glow
-_ROOM = 1.0  # ems around the word on the first canvas
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """A letter: `fill` grey uint8 (h, w); its corner is at (left, top) from the pen on the base line, in pixels."""
+
+    fill: np.ndarray
+    left: int
+    top: int
+    advance: float
+
+
+class Face(Protocol):
+    """What letters are set with, such as `fonts.SizedFace`."""
+
+    unit: float
+
+    def glyph(self, character: str) -> Glyph: ...
+
+    def kerning(self, pair: str) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -14,49 +37,82 @@ class Letters:
     """The flat word.
 
     `fill`: grey, uint8, (h, w), the share of each pixel that the letters cover, 255 = all; `unit`: height of a capital
-    letter in pixels; `box`: left, top, right, bottom of what is not 0.
+    letter in pixels; `box`: left, top, right, bottom of what is not 0; `spans`: left and right of each letter.
     """
 
     fill: np.ndarray
     unit: float
     box: tuple[int, int, int, int]
+    spans: tuple[tuple[float, float], ...]
 
 
-def set_letters(
-    font: ImageFont.FreeTypeFont, text: str, *, unit: float, spacing: float = 0.0, bounce: np.ndarray | None = None
-) -> Letters:
+@dataclass(frozen=True)
+class Layout:
+    """How letters are set; lengths in heights of a capital letter.
+
+    `spacing` is added after each letter; `drops`: for each letter by how much it sits lower than the base line, or
+    None; `initial`: size of the first letter over that of the others; it hangs a little below the base line.
+    """
+
+    spacing: float = 0.0
+    drops: np.ndarray | None = None
+    initial: float = 1.0
+
+
+def draw_layout(text: str, config: LettersConfig, rng: np.random.Generator) -> Layout:
+    """A random layout."""
+    chances, size, drops = rng.random(3), rng.random(2), rng.random(len(text))
+    spacing, initial = 0.0, 1.0
+    if chances[0] < config.spacing:
+        # Mostly a little wider; sometimes tighter, so that letters nearly touch.
+        spacing = config.widest_spacing * size[0] ** 3 - 0.04
+    if chances[1] < config.initial and len(text) > 2 and text[0].isupper():
+        initial = 1.15 + 0.45 * size[1]
+    return Layout(spacing, 0.3 * (drops - 0.5) if chances[2] < config.bounce else None, initial)
+
+
+def draw_height(config: LettersConfig, rng: np.random.Generator) -> float:
+    """A random height of a capital letter in the picture, pixels."""
+    height = config.height * math.exp(config.height_spread * rng.standard_normal())
+    return min(max(height, config.min_height), config.max_height)
+
+
+_PLAIN = Layout()
+
+
+def set_letters(face: Face, text: str, layout: Layout = _PLAIN) -> Letters:
     """Draw `text` in one line.
-
-    Args:
-        font: opened at the size at which a capital letter is `unit` pixels high.
-        spacing: pixels added after each letter; 0 keeps the font's own setting, kerning and joins included.
-        bounce: for each letter the pixels by which it sits lower than the base line, or None.
 
     Raises:
         ValueError: nothing is drawn for `text`.
     """
-    if spacing == 0 and bounce is None:
-        pieces = [(text, 0.0, 0.0)]
-    else:
-        advances = [font.getlength(character) + spacing for character in text]
-        starts = np.concatenate([[0.0], np.cumsum(advances)])
-        drops = np.zeros(len(text)) if bounce is None else bounce
-        pieces = list(zip(text, starts[:-1].tolist(), drops.tolist(), strict=True))
-    # Asking a font for its extents costs as much as drawing, so the canvas is first taken large enough.
-    room = _ROOM
-    while True:
-        picture = Image.new(
-            "L", (int((2 * room + 1.1 * len(text)) * font.size + pieces[-1][1]), int(2 * room * font.size))
-        )
-        draw = ImageDraw.Draw(picture)
-        for piece, x, y in pieces:
-            draw.text((room * font.size + x, 1.2 * room * font.size + y), piece, fill=255, font=font, anchor="ls")
-        box = picture.getbbox()
-        if box is None:
-            raise ValueError(f"nothing is drawn for {text!r}")
-        if box[0] > 0 and box[1] > 0 and box[2] < picture.width and box[3] < picture.height:
-            break
-        room *= 2
+    unit = face.unit
+    placed: list[tuple[np.ndarray, int, int]] = []
+    pen, before = 0.0, ""
+    for number, character in enumerate(text):
+        glyph = face.glyph(character)
+        factor = layout.initial if number == 0 else 1.0
+        fill, left, top = glyph.fill, glyph.left, glyph.top
+        if factor != 1.0:
+            fill = cv2.resize(fill, None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
+            left, top = round(left * factor), round((top + 0.3 * (1 - 1 / factor) * unit) * factor)
+        if before:
+            pen += face.kerning(before + character)
+        drop = 0 if layout.drops is None else round(float(layout.drops[number]) * unit)
+        placed.append((fill, round(pen) + left, top + drop))
+        pen += glyph.advance * factor + layout.spacing * unit
+        before = character
+    inked = [(fill, x, y) for fill, x, y in placed if fill.size > 1]
+    if not inked:
+        raise ValueError(f"nothing is drawn for {text!r}")
     pad = int(PADDING * unit) + 1
-    fill = np.array(picture.crop((box[0] - pad, box[1] - pad, box[2] + pad, box[3] + pad)))
-    return Letters(fill, unit, (pad, pad, pad + box[2] - box[0], pad + box[3] - box[1]))
+    low_x, low_y = min(x for _, x, _ in inked), min(y for _, _, y in inked)
+    width = max(x + fill.shape[1] for fill, x, _ in inked) - low_x
+    height = max(y + fill.shape[0] for fill, _, y in inked) - low_y
+    picture = np.zeros((height + 2 * pad, width + 2 * pad), np.uint8)
+    for fill, x, y in inked:
+        top, left = y - low_y + pad, x - low_x + pad
+        area = picture[top : top + fill.shape[0], left : left + fill.shape[1]]
+        np.maximum(area, fill, out=area)
+    spans = tuple((x - low_x + pad, x - low_x + pad + fill.shape[1]) for fill, x, _ in placed)
+    return Letters(picture, unit, (pad, pad, pad + width, pad + height), spans)

@@ -124,6 +124,14 @@ def _wear(variant: int) -> np.ndarray:
     return _stretched(_noise(np.random.default_rng([_SEED, 100, variant]), falloff=0.8) ** 3)
 
 
+@lru_cache(maxsize=1024)
+def ramp(length: int) -> np.ndarray:
+    """From -0.5 to 0.5 in `length` steps, float32 (length,), to be read only."""
+    values = np.linspace(-0.5, 0.5, length, dtype=np.float32)
+    values.flags.writeable = False
+    return values
+
+
 def cut_texture(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A random piece of a random texture at a random scale, float32 (h, w) in [0, 1]; `size` is (height, width)."""
     return _cut(_tile(int(rng.integers(len(_KINDS))), int(rng.integers(VARIANTS))), size, rng)

@@ -160,6 +160,8 @@ _NUMBER_FORMS: tuple[Callable[[np.random.Generator], str], ...] = (
     lambda rng: _digits(rng, 1, 2),
     lambda rng: _digits(rng, 1, 4),
     lambda rng: _digits(rng, 3, 6),
+    lambda rng: _digits(rng, 1, 3),
+    lambda rng: _digits(rng, 2, 3),
     lambda rng: str(int(rng.integers(1850, 2040))),
     _price,
     lambda rng: f"{int(rng.integers(1, 24))}:{int(rng.integers(60)):02d}",

@@ -22,15 +22,15 @@ from callbacks import (
     Evaluation,
     History,
     NotFiniteBatches,
-    PredictionFiles,
     Progress,
     TensorBoard,
     UnreadableSamples,
-    listed_checkpoints,
 )
-from distributed import Process
-from evaluation import ScoredWord
-from trainer import Step
+from engine.checkpoints import listed_checkpoints
+from engine.distributed import Process
+from engine.trainer import Step
+from evaluation.dumps import PredictionFiles
+from evaluation.evaluator import ScoredWord
 from utils import UserError, setup_logging
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from charset import Charset, protocol_normalizer
+from loading.charset import Charset, protocol_normalizer
 from utils import UserError
 
 DATA = Path(__file__).parents[1] / "data"

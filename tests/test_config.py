@@ -173,6 +173,49 @@ def test_saved_config_is_read_back_equal(tmp_path, path):
     assert Config.from_dict(config.to_dict()) == config
 
 
+def test_shares_are_numbers_or_pairs_one_for_each_root(tmp_path):
+    roots = ["dataset.train.roots=[a, b]", "dataset.masks.root=m"]
+    path = tmp_path / "config.yaml"
+    path.write_text("{}")
+    shares = load_config(path, [*roots, "dataset.train.shares=[0.5, [1, 0]]"]).dataset.train.shares
+    assert shares == [[0.5, 0.5], [1, 0]]
+    for wrong, message in (
+        ("[1]", "1 shares for 2 roots"),
+        ("[[0, 1], [0, 1]]", "all are 0 at the start"),
+        ("[1, -1]", "shares"),
+        ("[1, [1, 2, 3]]", "shares"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(path, [*roots, f"dataset.train.shares={wrong}"])
+    assert load_config(path, ["global.phase=test", "dataset.train.shares=[1]"]).dataset.train.shares == [[1, 1]]
+
+
+def test_difficulty_is_of_rendered_roots(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("{dataset: {masks: {root: m}}}")
+    roots = "dataset.train.roots=[a, render://b.yaml]"
+    assert load_config(path, [roots, "dataset.train.difficulty=0.3"]).dataset.train.difficulty == [0.3, 0.3]
+    assert load_config(path, [roots, "dataset.train.difficulty=[0, 1]"]).dataset.train.difficulty == [0, 1]
+    for override, message in (
+        ("dataset.train.difficulty=[0, 2]", "less than or equal to 1"),
+        ("dataset.train.roots=[a]", "no root is render://"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(path, [roots, "dataset.train.difficulty=0.3", override])
+
+
+def test_older_checkpoints_keep_the_fit_that_they_were_trained_with():
+    """`multiscales` of a resolved config without `align_left` is what `align_left` is now."""
+    older = Config.from_dict({"dataset": {"multiscales": True}}).to_dict()
+    del older["dataset"]["align_left"]
+    dataset = Config.from_dict(older).dataset
+    assert (dataset.multiscales, dataset.align_left, dataset.fit) == (False, True, "left")
+    assert older["dataset"]["multiscales"] is True
+    assert Config.from_dict({"dataset": {"multiscales": True}}).dataset.fit == "centre"
+    with pytest.raises(UserError, match="align_left"):
+        Config.from_dict({"dataset": {"multiscales": True, "align_left": True}})
+
+
 def test_from_dict_reads_tuples_leaves_its_argument_and_names_its_source():
     mapping = {"optimizer": {"args": {"betas": (0.5, 0.6)}}, "model": {"ensemble": "", "name": "ssn"}}
     before = copy.deepcopy(mapping)

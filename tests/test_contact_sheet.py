@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from contact_sheet import Cell, make_contact_sheet
+from evaluation.contact_sheet import Cell, make_contact_sheet
 
 
 def _picture(value: int, height: int = 20, width: int = 60) -> np.ndarray:
@@ -32,6 +32,12 @@ def test_odd_shapes_and_captions_are_no_error():
         Cell(_picture(0), mask=np.zeros((3, 3), np.uint8)),
     ]
     assert make_contact_sheet(cells, columns=2).size[0] > 0
+
+
+def test_letters_with_accents_are_drawn():
+    """A letter that the font lacks is drawn as the same box whatever it is."""
+    drawn = {np.asarray(make_contact_sheet([Cell(_picture(0), letter * 3)])).tobytes() for letter in "éüßñŁЖλ\uffff"}
+    assert len(drawn) == 8
 
 
 def test_no_cell_is_an_error():

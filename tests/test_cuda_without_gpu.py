@@ -20,19 +20,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import batches
-import distributed
-from batches import Batch, LanguageBatch, SegmentationBatch
 from builders import build_charset, build_criterion, build_model, build_optimizer, build_training_data
-from charset import Charset
 from config import Config, load_config
-from distributed import Process
-from evaluation import WordEvaluator
-from inference import prepare_for_inference
+from engine import distributed
+from engine.distributed import Process
+from engine.trainer import Trainer
+from evaluation.evaluator import WordEvaluator
+from inference.prepare import prepare_for_inference
+from inference.segmenter import Segmenter
+from loading import batches
+from loading.batches import Batch, LanguageBatch, SegmentationBatch
+from loading.charset import Charset
 from reader import Reader
-from segmentation import Segmenter
 from tests import small_networks
-from trainer import Trainer
 
 CUDA = torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parents[1]

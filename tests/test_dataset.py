@@ -13,39 +13,29 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dataset
-import word_index
-from charset import Charset
 from dataset import (
-    Batch,
-    EqualSizeBatchSampler,
     JoinedDataset,
-    LabelRule,
-    LanguageCollate,
     LanguageDataset,
-    LmdbMasks,
-    OnlineMasks,
     RenderedDataset,
-    ResumableBatchSampler,
-    SampleKey,
-    SegmentationCollate,
     SegmentationDataset,
-    ShardedSampler,
     SkipLog,
-    Skipped,
-    WordCollate,
     WordDataset,
     make_loader,
     mutate_spelling,
     open_segmentation_datasets,
     open_word_datasets,
 )
-from lmdb_io import LmdbReader, LmdbWriter
-from masks import find_mask_lmdb
-from pictures import to_pictures
-from sampling import SampleGenerators
-from transforms import AugmentWord, CropSegmentation, ResizeWord
+from evaluation.drawing import to_pictures
+from loading import transforms, word_index
+from loading.batches import Batch, LabelRule, LanguageCollate, SegmentationCollate, Skipped, WordCollate
+from loading.charset import Charset
+from loading.lmdb_io import LmdbReader, LmdbWriter
+from loading.masks import LmdbMasks, OnlineMasks, find_mask_lmdb
+from loading.sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler
+from loading.transforms import AugmentWord, CropSegmentation, ResizeWord
 from utils import UserError
 
 ALPHANUMERIC = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -264,7 +254,7 @@ class TestBrokenSamples:
         return words
 
     def test_each_damage_has_its_reason_and_the_rest_is_read(self, damaged, monkeypatch):
-        monkeypatch.setattr("masks.PAIRS_CHECKED", 1)
+        monkeypatch.setattr("loading.masks.PAIRS_CHECKED", 1)
         data = open_masked(damaged)
         samples = data.__getitems__([SampleKey(0, index) for index in range(len(data))])
         skipped = {sample.index: sample.reason for sample in samples if isinstance(sample, Skipped)}
@@ -273,6 +263,15 @@ class TestBrokenSamples:
         assert batch.skipped == skipped
         assert batch.indices.tolist() == [0, 2, 4, 5, 6, 7, 11]
         assert batch.texts == [WORDS[index] for index in batch.indices]
+
+    def test_tiny_images_are_left_out_where_they_are_asked_to_be(self, words):
+        """As published: in training (only there) an image with a side of 6 pixels or less is left out."""
+        edit(words, {"image-000000003": png(np.zeros((6, 60, 3), np.uint8))})
+        edit(words, {"image-000000005": png(np.zeros((7, 60, 3), np.uint8))})
+        assert all(not isinstance(open_set(words)[index], Skipped) for index in range(len(WORDS)))
+        training = open_set(words, min_side=7)
+        assert [training[index] for index in (2,)] == [Skipped(2, "tiny")]
+        assert not isinstance(training[4], Skipped)
 
     def test_key_that_went_missing_later(self, words):
         data = open_set(words)
@@ -575,13 +574,18 @@ class TestSamplers:
 
     def test_equal_size_batches(self):
         sizes = [(1, 2), (3, 4), (1, 2), (1, 2), (3, 4), (5, 6)]
-        seen = []
+        seen, asked = [], []
+
+        def size(index):
+            asked.append(index)
+            return sizes[index]
+
         for rank in range(2):
-            for batch in EqualSizeBatchSampler(sizes, 2, rank=rank, world_size=2):
+            for batch in EqualSizeBatchSampler(len(sizes), size, 2, rank=rank, world_size=2):
                 assert len({sizes[key.index] for key in batch}) == 1
                 assert len(batch) <= 2
                 seen += [key.index for key in batch]
-        assert sorted(seen) == list(range(6))
+        assert sorted(seen) == asked == list(range(6))  # each process asks for its own sizes only
 
 
 class TestLanguage:
@@ -680,7 +684,18 @@ class TestSegmentation:
             for data in opened:
                 np.testing.assert_array_equal(data[index].image, word_picture(index + 1))
                 np.testing.assert_array_equal(data[index].labels, word_mask(index + 1) // 255)
-        assert opened[0].sizes() == [(24, 41), (24, 42), (24, 43), (24, 44)]
+            assert [data.size(index) for index in range(4)] == [(24, 41), (24, 42), (24, 43), (24, 44)]
+
+    def test_sizes_come_from_headers(self, folder, monkeypatch):
+        turned = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
+        turned.getexif()[0x0112] = 6
+        turned.save(folder / "images/w1.jpg", exif=turned.getexif())
+        (folder / "images/w2.jpg").write_bytes(b"no picture")
+        (folder / "images/w3.jpg").write_bytes(cv2.imencode(".tiff", word_picture(3))[1].tobytes())  # no header is read
+        data = open_segmentation_datasets([folder])[0]
+        assert [data.size(index) for index in range(4)] == [(8, 16), (0, 0), (24, 43), (24, 44)]
+        monkeypatch.setattr(transforms, "decode_picture", lambda _: pytest.fail("decoded"))
+        assert [data.size(index) for index in (0, 3)] == [(8, 16), (24, 44)]
 
     def test_training_crops_are_of_one_size_and_drawn_by_epoch(self, folder):
         data = open_segmentation_datasets([folder], transform=CropSegmentation(size=(48, 64)))[0]

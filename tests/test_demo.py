@@ -5,12 +5,14 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import demo
 import main
-from lmdb_io import LmdbReader, image_key
-from pictures import on_picture
+from evaluation.drawing import on_picture
+from loading.lmdb_io import LmdbReader, image_key
 from tests.small_networks import save_networks, small_config, write_words
+from tools.measuring import peak_memory
 from utils import UserError
 
 WORDS = 7
@@ -71,7 +73,33 @@ def test_json_lines_hold_characters_and_errors(capsys, setup, tmp_path):
     assert "a.png" in broken["error"]
     assert "".join(each["text"] for each in whole["characters"]) == whole["text"]
     assert run(capsys, setup, "--input", str(tmp_path / "a.png"))[0] == 2
-    assert run(capsys, setup, "--input", str(tmp_path))[1][0].startswith("error:")
+
+
+def test_the_table_keeps_its_columns_whatever_is_read(capsys, setup, tmp_path):
+    (tmp_path / "a\tb\nc.png").write_bytes(b"broken")
+    (tmp_path / "d.png").write_bytes((setup / "pictures" / "01.png").read_bytes())
+    (tmp_path / "folder.png").mkdir()
+    assert demo.main(["--checkpoint", str(setup / "both.pth"), "--device", "cpu", "--input", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    rows = [line.split("\t") for line in printed.out.splitlines()]
+    assert [len(row) for row in rows] == [3, 3]
+    assert rows[0][1:] == ["", "0.0000"]
+    assert rows[1][1]
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_a_picture_of_any_shape_is_drawn(capsys, setup, tmp_path):
+    """Very wide and very tall ones would be drawn at 64 pixels' height: gigabytes."""
+    for name, size in (("a", (1, 20_000)), ("b", (20_000, 1)), ("c", (3000, 4000))):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((*size, 3), 200, np.uint8))
+    (tmp_path / "d.png").write_bytes((setup / "pictures" / "01.png").read_bytes())
+    needed = peak_memory(
+        lambda: run(capsys, setup, "--input", str(tmp_path), "--overlay", str(tmp_path / "o")), torch.device("cpu")
+    )
+    assert len(list((tmp_path / "o").iterdir())) == 4
+    assert needed is None or needed < 400  # MiB
+    assert all(max(cv2.imread(str(each)).shape) < 5000 for each in (tmp_path / "o").iterdir())
 
 
 def test_overlays_are_pictures_with_names_of_their_own(capsys, setup, tmp_path):
@@ -94,11 +122,13 @@ def test_no_masks_may_be_asked_for(capsys, setup):
     assert len(capsys.readouterr().out.splitlines()) == WORDS
 
 
-@pytest.mark.parametrize("extent", [(1.0, 1.0), (1.0, 0.25), (0.5, 1.0)])
+@pytest.mark.parametrize(
+    "extent", [(0, 0, 1, 1), (0, 0, 1, 0.25), (0, 0, 0.5, 1), (0, 0.375, 1, 0.25), (0.25, 0, 0.5, 1)]
+)
 def test_a_map_over_the_input_lies_where_its_part_of_the_picture_is(extent):
     """A spot in the middle of what the picture fills of the input comes to the middle of the picture."""
     values = np.zeros((32, 128), np.float32)
-    row, column = int(16 * extent[0]), int(64 * extent[1])
+    row, column = int(32 * extent[0] + 16 * extent[2]), int(128 * extent[1] + 64 * extent[3])
     values[row - 2 : row + 2, column - 2 : column + 2] = 1
     drawn = on_picture(values, (64, 100), extent)
     assert drawn.shape == (64, 100)

@@ -25,8 +25,8 @@ from tiny_run import (
 )
 from torch import nn
 
-import distributed
 from builders import build_criterion, build_model
+from engine import distributed
 from tests import small_networks
 from tests.small_networks import terms_and_gradients
 from utils import UserError

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny_run import ITERATIONS, NAME, folder_of, history, history_text, png, run, start, write_config, write_words
 
-from distributed import Process
-from lmdb_io import image_key, label_key
+from engine.distributed import Process
+from loading.lmdb_io import image_key, label_key
 from utils import UserError
 
 
@@ -93,6 +93,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_left_out_and_the_run_ends_if_al
 
 def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, monkeypatch):
     """NaN in one batch."""
+    import builders
     import main
     from callbacks import Callback
 
@@ -110,8 +111,8 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, monkeypatc
             self.unchanged = all(torch.equal(v, self.before[k]) for k, v in trainer.model.named_parameters())
 
     spoil = Spoil()
-    build = main.build_callbacks
-    monkeypatch.setattr(main, "build_callbacks", lambda *args, **options: [spoil, *build(*args, **options)])
+    build = builders.build_callbacks
+    monkeypatch.setattr(builders, "build_callbacks", lambda *args, **options: [spoil, *build(*args, **options)])
     assert main.main([f"--config={config}", "training.iterations=5", "training.eval_iters=100"]) == 0
     assert spoil.skipped == 3
     assert spoil.unchanged
@@ -221,13 +222,13 @@ def test_a_second_run_in_one_work_folder_is_refused(config):
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
 def test_a_file_system_without_locks_is_told_and_trained_on(config, monkeypatch, caplog, code):
-    import main
+    from engine import run_folder
 
     def refuse(*arguments):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(main.fcntl, "lockf", refuse)
-    with main.claimed(folder_of(config), Process(), keep=False):
+    monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
+    with run_folder.claimed(folder_of(config), Process(), keep=False):
         assert folder_of(config).is_dir()
     assert f"its file system has no locks ({os.strerror(code)})" in caplog.text
     assert "global.workdir" in caplog.text
@@ -235,13 +236,16 @@ def test_a_file_system_without_locks_is_told_and_trained_on(config, monkeypatch,
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN])
 def test_a_lock_that_another_run_holds_is_called_so(config, monkeypatch, code):
-    import main
+    from engine import run_folder
 
     def refuse(*arguments):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(main.fcntl, "lockf", refuse)
-    with pytest.raises(UserError, match="in use by another run"), main.claimed(folder_of(config), Process(), keep=True):
+    monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
+    with (
+        pytest.raises(UserError, match="in use by another run"),
+        run_folder.claimed(folder_of(config), Process(), keep=True),
+    ):
         pass
 
 

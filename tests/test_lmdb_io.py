@@ -13,7 +13,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from lmdb_io import (
+from loading import lmdb_io
+from loading.lmdb_io import (
     DATA_FILE,
     NUM_SAMPLES,
     LmdbReader,
@@ -135,10 +136,31 @@ def test_interrupted_writer_is_resumed(tmp_path):
     assert os.listdir(tmp_path / "x") == [DATA_FILE]
 
 
+@pytest.mark.parametrize("entries", range(1, 8))
+def test_no_sample_is_cut_by_a_commit(tmp_path, monkeypatch, entries):
+    monkeypatch.setattr(lmdb_io, "_COMMIT_ENTRIES", entries)
+    stored = []
+
+    class Writer(LmdbWriter):
+        def commit(self):
+            super().commit()
+            with self._environment.begin() as transaction:
+                keys = {bytes(key).decode() for key, _ in transaction.cursor()}
+                stored.append((int(transaction.get(NUM_SAMPLES.encode()) or 0), keys))
+
+    with Writer(tmp_path / "a") as writer:
+        for _ in range(9):
+            writer.append(b"image", "label", b"mask")
+    assert len(stored) > 1
+    for count, keys in stored:
+        whole = {key(i) for key in (image_key, mask_key, label_key) for i in range(1, count + 1)}
+        assert keys == whole | {NUM_SAMPLES}
+
+
 def test_killed_writer_is_resumed_from_its_last_commit(tmp_path):
     code = """
         import os, signal, sys
-        from lmdb_io import LmdbWriter
+        from loading.lmdb_io import LmdbWriter
         writer = LmdbWriter(sys.argv[1], resumable=True)
         writer.append(b"1", "a")
         writer.commit()
@@ -163,7 +185,7 @@ def test_overwrite_discards_what_could_be_resumed(tmp_path):
 
 FILL = """
     import os, resource, sys
-    from lmdb_io import LmdbWriter
+    from loading.lmdb_io import LmdbWriter
     from utils import run_command_line
 
     def main():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from metrics import (
+from evaluation.metrics import (
     character_accuracy,
     expected_calibration_error,
     f_score,

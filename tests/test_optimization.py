@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimization import (
+from engine.optimization import (
     make_optimizer,
     one_cycle_schedule,
     parameter_groups,

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from precision import PRECISIONS, autocast, choose_algorithms, fastest_precision, use_tf32, without_search
+from engine.precision import PRECISIONS, autocast, choose_algorithms, fastest_precision, use_tf32, without_search
 
 CPU = torch.device("cpu")
 

@@ -1,6 +1,9 @@
 """The reader: every form of a picture, batches, broken pictures, threads, and checkpoints that are enough alone."""
 
 import io
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +15,13 @@ from PIL import Image
 
 import reader as reader_module
 from bundle import load_bundle
+from engine.checkpoints import read_checkpoint
 from reader import Reader
 from tests.small_networks import save_networks, small_config
 from tools import bundle_weights
-from utils import UserError, read_checkpoint
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +48,40 @@ def texts(readings) -> list[str]:
 
 
 def test_the_extent_says_what_of_the_input_a_picture_fills(reader, files):
-    assert reader.read([picture(height=40, width=40)])[0].extent == (1.0, 1.0)
-    keeping = Reader(files / "both.pth", device="cpu", config=small_config(multiscales=True))
-    extents = [each.extent for each in keeping.read([picture(height=h, width=w) for h, w in ((40, 40), (16, 128))])]
-    assert extents == [(1.0, 0.25), (0.5, 1.0)]
+    assert reader.read([picture(height=40, width=40)])[0].extent == (0, 0, 1, 1)
+    expected = {
+        "align_left": [(0, 0, 1, 0.25), (0, 0, 0.5, 1)],
+        "multiscales": [(0, 0.375, 1, 0.25), (0.25, 0, 0.5, 1)],
+    }
+    for key, extents in expected.items():
+        keeping = Reader(files / "both.pth", device="cpu", config=small_config(**{key: True}))
+        read = keeping.read([picture(height=h, width=w) for h, w in ((40, 40), (16, 128))])
+        assert [each.extent for each in read] == extents
+
+
+def test_importing_a_reader_imports_no_compiler():
+    code = "import sys, torch, reader; print({'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_every_form_of_a_picture_gives_the_same_reading(reader, tmp_path):
     array = picture()
     (tmp_path / "word.png").write_bytes(png(array))
-    transparent = np.dstack([array, np.full(array.shape[:2], 7, np.uint8)])
+    opaque = np.dstack([array, np.full(array.shape[:2], 255, np.uint8)])
+    tensor = torch.from_numpy(array)
     forms = [
         tmp_path / "word.png",
         str(tmp_path / "word.png"),
         png(array),
         array,
-        transparent,
+        opaque,
+        array / 255,
+        (array / 255).astype(np.float32) * 1.00001,
+        (array / 255).astype(np.float16),
+        tensor,
+        tensor.permute(2, 0, 1),
+        tensor.permute(2, 0, 1) / 255,
         Image.fromarray(array),
         Image.open(io.BytesIO(png(array))),
     ]
@@ -99,15 +123,44 @@ def test_batches_change_nothing(files):
     assert len(set(texts(one))) > 1
 
 
+def test_a_batch_may_be_one_array(reader):
+    pictures = np.stack([picture(seed) for seed in range(3)])
+    expected = reader.read(list(pictures))
+    tensor = torch.from_numpy(pictures)
+    for batch in (pictures, pictures / 255, tensor, tensor.permute(0, 3, 1, 2), pictures[:0]):
+        assert texts(reader.read(batch)) == texts(expected)[: len(batch)]
+    masks = np.zeros((3, 30, 90), np.float32)
+    assert [each.mask.max() for each in reader.read(pictures, masks=masks)] == [0, 0, 0]
+
+
 def test_a_broken_picture_fails_alone(reader, tmp_path):
     whole = picture()
     (tmp_path / "broken.png").write_bytes(png(whole)[:40])
-    (tmp_path / "text.jpg").write_text("not a picture")
-    cut = Image.open(io.BytesIO(png(picture(5, 200, 400))[:9000]))
-    wrong = np.zeros((4, 4, 3), np.float32)
-    bad = [tmp_path / "broken.png", tmp_path / "text.jpg", tmp_path / "missing.png", b"", cut, wrong, whole[:0]]
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    closed = Image.open(io.BytesIO(png(whole)))
+    closed.close()
+    bad = [
+        tmp_path / "broken.png",
+        tmp_path / "text.jpg",
+        tmp_path / "missing.png",
+        tmp_path / "folder.png",
+        tmp_path / "pipe.png",
+        "nul\0byte.png",
+        "x" * 5000,
+        b"",
+        b"\x89PNG",
+        Image.open(io.BytesIO(png(picture(5, 200, 400))[:9000])),
+        Image.new("RGB", (0, 5)),
+        Image.new("1", (1 << 14, 1 << 14)),
+        closed,
+        whole[:0],
+        torch.zeros(3, 0, 5),
+    ]
     readings = reader.read([whole, *bad, whole])
-    assert all(reading.error and reading.text == "" and reading.confidence == 0 for reading in readings[1:-1])
+    for each in readings[1:-1]:
+        assert (each.text, each.confidence, each.error.count("\n")) == ("", 0, 0)
     assert "broken.png" in readings[1].error
     assert "missing.png" in readings[3].error
     assert readings[0].error is None
@@ -116,11 +169,104 @@ def test_a_broken_picture_fails_alone(reader, tmp_path):
     assert reader.read([]) == []
 
 
-def test_what_is_no_picture_at_all_is_a_mistake_of_the_caller(reader):
-    with pytest.raises(TypeError, match="int"):
-        reader.read([3])
-    with pytest.raises(TypeError, match="list"):
-        reader.read(picture())
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        3,
+        None,
+        picture()[..., 0] > 100,
+        picture().astype(np.int64),
+        picture().astype(np.uint16),
+        picture().astype(np.float32),
+        picture() / 255 - 0.5,
+        np.full((9, 9, 3), np.nan),
+        picture().transpose(2, 0, 1),
+        np.zeros((2, 9, 9, 3), np.uint8),
+        np.zeros(9, np.uint8),
+        torch.zeros(9, 9, dtype=torch.bool),
+        torch.zeros(2, 9, 9),
+    ],
+)
+def test_mistakes_of_the_caller_are_raised(reader, mistake):
+    with pytest.raises((TypeError, ValueError)):
+        reader.read([picture(), mistake])
+    with pytest.raises((TypeError, ValueError)):
+        reader.read([picture()], masks=[3 if mistake is None else mistake])
+
+
+def test_a_single_picture_is_a_mistake(reader):
+    for single in (picture(), torch.zeros(3, 9, 9), "word.png", b"bytes", Image.new("RGB", (9, 9))):
+        with pytest.raises(TypeError, match="list"):
+            reader.read(single)
+    with pytest.raises(ValueError, match="2 masks for 1"):
+        reader.read([picture()], masks=[None, None])
+
+
+def test_files_are_turned_as_their_orientation_says(reader, tmp_path):
+    upright = cv2.resize(picture(), (90, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored picture is to be turned clockwise
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
+    stored.save(tmp_path / "turned.png", exif=exif)
+    forms = [tmp_path / "turned.png", (tmp_path / "turned.png").read_bytes(), Image.open(tmp_path / "turned.png")]
+    readings = reader.read([upright, *forms])
+    assert [each.mask.shape for each in readings] == [(30, 90)] * 4
+    assert readings[1:] == readings[:1] * 3
+
+
+def test_letters_on_transparency_stand_on_white(reader, tmp_path):
+    clear = np.zeros((30, 90, 4), np.uint8)
+    clear[10:20, 20:60, 3] = 255
+    white = np.where(clear[..., 3:] > 0, 0, 255).astype(np.uint8)
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    for forms in ([clear, clear / 255], [tmp_path / "clear.png", Image.fromarray(clear)]):
+        readings = reader.read([white, *forms])
+        assert readings[1:] == readings[:1] * 2
+
+
+def test_readings_can_be_compared_and_hashed(reader):
+    first, again, other = reader.read([picture(), picture(), picture(1)])
+    assert first == again != other
+    assert len({first, again, other}) == 2
+    assert "array" not in repr(first)
+
+
+def test_a_network_that_gives_no_numbers_is_sure_of_nothing(files):
+    reader = Reader(files / "abinet.pth", device="cpu")
+    with torch.no_grad():
+        for tensor in reader._model.parameters():
+            tensor.fill_(float("nan"))
+    reading = reader.read([picture()])[0]
+    assert reading.confidence == 0
+    assert all(each.confidence == 0 for each in reading.characters)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, None])
+def test_batches_of_no_size_are_refused(files, size):
+    with pytest.raises(UserError, match="batch_size"):
+        Reader(files / "both.pth", device="cpu", batch_size=size)
+
+
+def test_large_pictures_are_read_in_small_batches(reader, monkeypatch):
+    sizes = []
+    read = reader._read_pictures
+    monkeypatch.setattr(reader_module, "IMAGE_PIXELS", 3 * 30 * 90)
+    monkeypatch.setattr(reader, "_read_pictures", lambda *some: sizes.append(len(some[0])) or read(*some))
+    pictures = [picture(), picture(1, 300, 90), b"", *map(picture, range(2, 7))]
+    readings = reader.stream(pictures)
+    assert sizes == []
+    assert next(readings).text
+    assert sizes == [2]
+    assert len(list(readings)) == 7
+    assert sizes == [2, 3, 2]
+
+
+def test_masks_stay_in_8_bits(reader):
+    reading = reader.read([picture(0, 300, 900)])[0]
+    assert reading.mask_levels.dtype == np.uint8
+    held = sum(each.nbytes for each in vars(reading).values() if isinstance(each, np.ndarray))
+    assert held < 300 * 900 + 100_000
+    assert reading.mask.dtype == np.float32
 
 
 def test_threads_share_a_reader(reader):
@@ -184,8 +330,9 @@ def test_mistakes_are_named(files, tmp_path, monkeypatch):
         Reader(files / "ssn.pth")
     with pytest.raises(UserError, match="holds no SSN"):
         Reader(files / "binet.pth", ssn=files / "abinet.pth")
-    with pytest.raises(UserError, match="device"):
-        Reader(files / "abinet.pth", device="toaster")
+    for device in ("toaster", "meta"):
+        with pytest.raises(UserError, match="device"):
+            Reader(files / "abinet.pth", device=device)
     monkeypatch.setattr(reader_module, "DEFAULT_CHECKPOINT", tmp_path / "weights.pth")
     with pytest.raises(UserError, match="--checkpoint"):
         Reader()

@@ -3,9 +3,12 @@
 import argparse
 import ast
 import importlib
+import importlib.metadata
 import re
 import shlex
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,6 +120,55 @@ def test_make_targets_exist():
     named = set(re.findall(r"(?:^|`)make ([\w-]+)", TEXT, re.MULTILINE))
     assert named
     assert named <= targets
+
+
+def pins(name):
+    """Distribution -> version of a file of requirements, without those of files that it names."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def imported(paths):
+    """Names of the packages that some files import, ours and Python's own left out."""
+    names = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.split(".")[0])
+    ours = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/*.py")}
+    ours |= {path.stem for path in (ROOT / "tests").glob("*.py")}
+    return names - ours - set(sys.stdlib_module_names)
+
+
+def test_requirements_name_what_is_imported_and_the_second_file_what_only_developers_need():
+    distributions = importlib.metadata.packages_distributions()
+    sources = [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", "workdir"))]
+    tests = [path for path in sources if path.relative_to(ROOT).parts[0] == "tests"]
+    export = ROOT / "tools" / "export_onnx.py"
+    needed, dev = pins("requirements.txt"), pins("requirements-dev.txt")
+    assert not needed.keys() & dev.keys()
+
+    def unpinned(paths, pinned):
+        known = {name.lower() for name in pinned}
+        return {name for name in imported(paths) if known.isdisjoint(map(str.lower, distributions.get(name, [name])))}
+
+    assert not unpinned([path for path in sources if path not in tests and path != export], needed)
+    assert not unpinned([*tests, export], needed | dev)
+
+
+def test_the_python_that_is_asked_for_can_have_what_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (oldest,) = re.fullmatch(r">=(\d+\.\d+)", project["requires-python"]).groups()
+    assert set(re.findall(r"Python (\d\.\d+) or newer", TEXT)) == {oldest}
+    for name, version in (pins("requirements.txt") | pins("requirements-dev.txt")).items():
+        try:
+            found = importlib.metadata.metadata(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        least = re.search(r">=\s*3\.(\d+)", found["Requires-Python"] or "")
+        if found["Version"] == version and least:
+            assert int(least[1]) <= int(oldest.removeprefix("3.")), f"{name}=={version}"
 
 
 def test_named_configs_and_pictures_exist():

@@ -1,10 +1,10 @@
 """The renderer: what it promises of letters, masks, seeds, fonts, words and settings."""
 
+import functools
 import multiprocessing
 import pickle
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,23 +12,29 @@ import pytest
 from PIL import ImageFont
 
 from config import Section, walk_schema
+from loading.sampling import SampleKey
 from rendering import RenderConfig, RenderedWords, Stream, WordRenderer, load_render_config
 from rendering.backgrounds import find_photos, read_photo
 from rendering.colours import luminance, with_luminance
-from rendering.config import BACKGROUND_KINDS, WordsConfig
-from rendering.fonts import FontBook, FontFamily, Typeface, find_families, in_split
+from rendering.config import BACKGROUND_KINDS, DegradationConfig, LettersConfig, WordsConfig
+from rendering.fonts import FontBook, FontFamily, find_families, in_split
 from rendering.geometry import Bend
-from rendering.letters import set_letters
+from rendering.letters import Layout, draw_layout, set_letters
 from rendering.words import WordSource, draw_number, read_words
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = ["street", "market", "coffee", "open", "exit", "north", "jolly", "quiz", "don't"]
-PLAIN_LETTERS = [f"effects.{name}=0" for name in ("outline", "shadow", "extrusion", "glow")]
-NO_CAMERA = [
-    f"degradation.{name}=0"
-    for name in ("lighting", "exposure", "blur", "motion", "low_resolution", "sharpening", "noise", "jpeg")
+# Letters of one paint, nothing of theirs beyond them.
+PLAIN_LETTERS = [
+    f"effects.{name}=0"
+    for name in ("outline", "shadow", "extrusion", "glow", "relief", "dots", "stencil", "jersey", "neon")
 ]
+ALONE = ["surroundings.neighbours=0", "surroundings.occlusion=0"]
+NO_CAMERA = [
+    f"degradation.{name}=0" for name in DegradationConfig.model_fields if not name.endswith(("amount", "loss"))
+]
+NO_CAMERA.remove("degradation.jpeg_quality=0")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +113,7 @@ class TestMasks:
 
     @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
     def test_recolouring_changes_the_mask_and_nothing_else(self, make, difficulty):
-        settings = [*PLAIN_LETTERS, *NO_CAMERA, f"difficulty={difficulty}", "colours.min_contrast=0"]
+        settings = [*PLAIN_LETTERS, *ALONE, *NO_CAMERA, f"difficulty={difficulty}", "colours.min_contrast=0"]
         renderer = make(*settings)
         changed_letters = 0
         for index in range(30):
@@ -123,7 +129,7 @@ class TestMasks:
 
     def test_recolouring_by_the_mask_gives_the_rendered_picture(self, make):
         one_colour = [f"effects.{name}=0" for name in ("gradient", "two_colours", "worn", "emboss", "hollow")]
-        renderer = make(*PLAIN_LETTERS, *one_colour, *NO_CAMERA, "background=plain", "geometry.curve=0.5")
+        renderer = make(*PLAIN_LETTERS, *ALONE, *one_colour, *NO_CAMERA, "background=plain", "geometry.curve=0.5")
         for index in range(20):
             word = renderer.render(0, index)
             ground = np.median(word.image[word.mask == 0], axis=0)
@@ -159,7 +165,7 @@ class TestMasks:
 
     def test_distractors_are_not_in_the_mask(self, make):
         """Clutter changes the picture beyond the letters and leaves the mask."""
-        renderer = make(*NO_CAMERA, *PLAIN_LETTERS)
+        renderer = make(*NO_CAMERA, *PLAIN_LETTERS, *ALONE)
         changed = 0
         for index in range(10):
             words = renderer.render_on_backgrounds(0, index, ["plain", "clutter"])
@@ -178,11 +184,224 @@ class TestMasks:
                 assert contrast > 0.12, (index, word.text, word.background)
 
 
+def median_colours(word):
+    """Colours of the ground and of the letters: medians where the mask is 0, and where it is 255."""
+    return (np.median(word.image[word.mask == value], axis=0) for value in (0, 255))
+
+
+class TestKinds:
+    """Each kind of letter, crop, light and surrounding does what its key says."""
+
+    @pytest.fixture
+    def plain(self, make, renderer):
+        """Words of one colour on one colour, upright, and nothing else but what `more` asks for."""
+        off = [f"effects.{name}=0" for name in ("gradient", "two_colours", "worn", "emboss", "hollow")]
+        off += [f"geometry.{name}=0" for name in ("rotation", "shear", "perspective", "curve", "cut")]
+        off += [f"geometry.{name}=0" for name in ("strong_rotation", "strong_curve", "loose", "tight")]
+        off += ["letters.height=40", "letters.height_spread=0", "letters.bounce=0", "letters.initial=0"]
+
+        @functools.cache
+        def build(*more):
+            built = make(*PLAIN_LETTERS, *ALONE, *NO_CAMERA, *off, "background=plain", *more)
+            built.fonts = renderer.fonts  # their letters are drawn already
+            return built
+
+        return build
+
+    def test_a_glow_has_the_colour_of_the_letters(self, plain):
+        for index, word in enumerate(render_range(plain("effects.glow=1"), 0, 12)):
+            ground, ink = median_colours(plain().render(3, index))
+            near = (cv2.dilate(word.mask, np.ones((5, 5))) > 0) & (word.mask == 0)
+            towards = (word.image[near].astype(float) - ground) @ (ink - ground)
+            assert np.mean(towards) > 0.1 * np.sum((ink - ground) ** 2), word.text
+
+    def test_worn_paint_shows_the_ground(self, plain):
+        for index, word in enumerate(render_range(plain("effects.worn=1"), 0, 12)):
+            ground, ink = median_colours(plain().render(3, index))
+            letters = word.image[word.mask == 255].astype(float)
+            assert (letters >= np.minimum(ground, ink) - 2).all(), word.text
+            assert (letters <= np.maximum(ground, ink) + 2).all(), word.text
+            assert np.abs(letters - ink).max() > 8
+
+    def test_relief_has_the_colour_of_the_ground_and_light_and_shade(self, plain):
+        for word in render_range(plain("effects.relief=1"), 0, 12):
+            ground, ink = median_colours(word)
+            assert np.abs(ground - ink).max() <= 20, word.text
+            grey = cv2.cvtColor(word.image, cv2.COLOR_RGB2GRAY)
+            assert np.ptp(grey) > 25, word.text
+
+    def test_dots_are_apart_in_image_and_mask(self, plain):
+        def parts(word):
+            return cv2.connectedComponents((word.mask > 180).astype(np.uint8))[0] - 1
+
+        dotted = 0
+        for index in range(8):
+            word = plain("effects.dots=1", "letters.height=70").render(3, index, text="HOLE")
+            whole = plain("letters.height=70").render(3, index, text="HOLE")
+            if not np.array_equal(word.mask, whole.mask):  # else a face that the grid is too coarse for
+                dotted += parts(word) > 20
+                assert 0.3 < word.mask.sum() / whole.mask.sum() < 0.9
+        assert dotted >= 3
+
+    def test_a_stencil_cuts_bridges(self, plain):
+        changed = 0
+        for index in range(8):
+            word = plain("effects.stencil=1").render(3, index, text="BOO")
+            whole = plain().render(3, index, text="BOO")
+            assert (word.mask <= whole.mask).all()
+            assert (word.image == whole.image)[whole.mask == 0].all()
+            changed += (whole.mask.astype(int) - word.mask).max() > 200
+        assert changed >= 6
+
+    def test_a_jersey_has_two_outlines(self, plain):
+        for index, word in enumerate(render_range(plain("effects.jersey=1"), 0, 8)):
+            whole = plain().render(3, index)
+            assert np.array_equal(word.mask, whole.mask)
+            _, ink = median_colours(whole)
+            beyond = (word.image != whole.image).any(axis=2) & (word.mask == 0)
+            far = np.abs(word.image[beyond].astype(float) - ink).max(axis=1)
+            assert (far < 3).any(), word.text  # the outer line has the letters' colour
+            assert (far > 60).any(), word.text  # the inner one another
+
+    def test_neon_shines_before_the_dark(self, plain):
+        for word in render_range(plain("effects.neon=1", "effects.hollow=0"), 0, 12):
+            if word.mask.max() == 255:
+                ground, ink = median_colours(word)
+                assert luminance(ink) > 0.15 + luminance(ground), word.text
+
+    def test_large_initials(self, renderer):
+        face = renderer.fonts.face(renderer.fonts.choose("HHH", np.random.default_rng(0)), 30)
+        plain, large = set_letters(face, "HHH"), set_letters(face, "HHH", Layout(initial=1.5))
+        (left, right), (other_left, other_right) = (letters.spans[0] for letters in (plain, large))
+        assert 1.3 < (other_right - other_left) / (right - left) < 1.7
+        assert large.box[3] - large.box[1] > 1.3 * (plain.box[3] - plain.box[1])
+        config = LettersConfig(initial=1.0)
+        assert draw_layout("Market", config, np.random.default_rng(0)).initial > 1.1
+        assert draw_layout("market", config, np.random.default_rng(0)).initial == 1.0
+
+    def test_rotations_and_arcs_have_heavy_tails(self, make):
+        words = render_range(make("geometry.strong_rotation=1", "geometry.curve=0"), 0, 60)
+        angles = np.abs([word.rotation for word in words])
+        assert 0.2 < np.mean(angles > 20) < 0.7
+        assert np.mean(angles > 60) > 0.01
+        arcs = [word.arc for word in render_range(make("geometry.strong_curve=1"), 0, 60) if len(word.text) > 5]
+        assert np.mean(np.array(arcs) > 90) > 0.3
+        assert max(arcs) < 321
+
+    def test_easy_words_have_no_steep_kinds(self, make):
+        names = ("night", "veil", "lights", "tiny")
+        settings = [f"degradation.{name}=1" for name in names] + ["geometry.strong_rotation=1", "geometry.loose=1"]
+        settings += ["effects.relief=1", "surroundings.occlusion=1", "geometry.strong_curve=1", "difficulty=0.3"]
+        without = [setting.replace("=1", "=0") for setting in settings[:-1]] + ["difficulty=0.3"]
+        first, second = make(*settings), make(*without)
+        assert all(same(*pair) for pair in zip(render_range(first, 0, 10), render_range(second, 0, 10), strict=True))
+        assert first.config.steep(0.1) == 0
+        assert make("difficulty=0.7").config.steep(0.1) == pytest.approx(0.2)
+
+    def test_loose_and_tight_crops(self, plain):
+        def spaces(word):
+            rows, columns = np.nonzero(word.mask > 60)
+            height, width = word.mask.shape
+            return np.array([columns[0:].min(), rows.min(), width - 1 - columns.max(), height - 1 - rows.max()]) / 40
+
+        loose = np.array([spaces(word) for word in render_range(plain("geometry.loose=1"), 0, 12)])
+        tight = np.array([spaces(word) for word in render_range(plain("geometry.tight=1"), 0, 12)])
+        assert loose.min() > 0.1
+        assert np.abs(loose[:, 0] - loose[:, 2]).max() > 0.5  # off the middle
+        assert tight.max() < 0.15
+
+    def test_night_is_dark_and_a_veil_flat(self, plain):
+        def grey(word):
+            return cv2.cvtColor(word.image, cv2.COLOR_RGB2GRAY).astype(float)
+
+        for index in range(12):
+            day = grey(plain().render(3, index))
+            night = grey(plain("degradation.night=1").render(3, index))
+            veiled = grey(plain("degradation.veil=1").render(3, index))
+            assert night.mean() < 0.75 * day.mean() + 15
+            assert np.ptp(veiled) < 0.6 * np.ptp(day)
+            assert np.ptp(veiled) > 10
+
+    def test_lights_add_light(self, plain):
+        for index in range(12):
+            dark, lit = plain().render(3, index), plain("degradation.lights=1").render(3, index)
+            brighter = lit.image.astype(int) - dark.image
+            assert brighter.max() > 8 or dark.image.max() < 120 or dark.image.min() > 230, dark.text
+            assert np.array_equal(dark.mask, lit.mask)
+
+    def test_tiny_letters_have_no_fine_detail(self, plain):
+        def detail(word):
+            grey = cv2.cvtColor(word.image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+            small = cv2.resize(grey, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+            return np.abs(grey - cv2.resize(small, grey.shape[::-1], interpolation=cv2.INTER_CUBIC)).mean()
+
+        for index in range(8):
+            sharp, tiny = plain().render(3, index), plain("degradation.tiny=1").render(3, index)
+            assert sharp.image.shape == tiny.image.shape
+            assert np.array_equal(sharp.mask, tiny.mask)
+            assert detail(tiny) < 0.6 * detail(sharp)
+
+    @pytest.mark.parametrize("warp", [[], ["geometry.curve=1", "geometry.rotation=1", "geometry.perspective=1"]])
+    def test_neighbours_are_seen_and_not_in_the_mask(self, plain, warp):
+        warp = [*warp, "geometry.margin=0.5"]
+        seen = 0
+        for index in range(20):
+            alone = plain(*warp).render(3, index)
+            among = plain(*warp, "surroundings.neighbours=1").render(3, index)
+            assert np.array_equal(alone.mask, among.mask)
+            assert (alone.image == among.image)[alone.mask == 255].all()
+            seen += (np.abs(alone.image.astype(int) - among.image).max(axis=2)[alone.mask == 0] > 30).sum() > 20
+        assert seen >= 15
+
+    def test_what_is_covered_is_no_text_and_every_letter_stays(self, plain):
+        covered = 0
+        for index in range(40):
+            free = plain("geometry.curve=1").render(3, index)
+            word = plain("geometry.curve=1", "surroundings.occlusion=1").render(3, index)
+            assert (word.mask <= free.mask).all()
+            assert (word.image == free.image)[(word.mask == free.mask) & (free.mask == 255)].all()
+            covered += (free.mask.astype(int) - word.mask).max() > 200
+            count, labels = cv2.connectedComponents((free.mask > 127).astype(np.uint8))
+            for part in range(1, count):
+                if (labels == part).sum() > 60:
+                    assert word.mask[labels == part].sum() > 0.4 * free.mask[labels == part].sum(), word.text
+        assert covered > 8
+
+    def test_saturated_grounds(self, make):
+        def saturation(share):
+            words = render_range(make(f"colours.saturated={share}", "background=plain", *NO_CAMERA), 0, 30)
+            return np.mean([cv2.cvtColor(word.image, cv2.COLOR_RGB2HSV)[..., 1].mean() for word in words])
+
+        assert saturation(1.0) > 1.5 * saturation(0.0)
+
+    def test_words_may_share_their_letters(self, make):
+        renderer = make("letters.reuse=3", "surroundings.occlusion=0")
+        words = render_range(renderer, 0, 12)
+        for start in range(0, 12, 3):
+            group = words[start : start + 3]
+            assert len({(word.text, word.family, word.mask.tobytes()) for word in group}) == 1
+            assert len({word.image.tobytes() for word in group}) == 3
+        assert len({word.text for word in words}) > 1
+        # What was drawn before must not matter, nor the order.
+        again = [make("letters.reuse=3", "surroundings.occlusion=0").render(3, index) for index in (7, 4, 5)]
+        assert all(same(words[index], word) for index, word in zip((7, 4, 5), again, strict=True))
+        assert not same(renderer.render(3, 7, difficulty=0.9), words[7])
+        assert same(renderer.render(3, 7), words[7])
+
+
 class TestDifficulty:
     def test_easy_words_are_upright_and_sharp(self, make):
         config = make("difficulty=0").config
         assert config.probability(config.geometry.rotation) == 0
         assert config.probability(config.degradation.blur) == 0
+
+    def test_a_word_may_have_a_difficulty_of_its_own(self, make, renderer):
+        hard = make("difficulty=0.9")
+        assert all(same(renderer.render(3, i, difficulty=0.9), hard.render(3, i)) for i in range(5))
+        assert same(renderer.render(3, 0, difficulty=0.5), renderer.render(3, 0))
+        assert renderer.config.difficulty == 0.5
+        with pytest.raises(ValueError, match="difficulty"):
+            renderer.render(3, 0, difficulty=1.1)
 
     def test_hard_words_have_less_detail(self, make):
         def sharpness(difficulty):
@@ -211,6 +430,11 @@ class TestBackgrounds:
 
     def test_photographs_are_made_small(self, photos):
         assert max(read_photo(find_photos(str(photos))[0]).shape) == 640
+
+    def test_small_photographs_keep_their_pixels(self, tmp_path):
+        noise = np.random.default_rng(0).integers(0, 255, size=(192, 288, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / "small.png"), noise[..., ::-1])
+        assert np.array_equal(read_photo(str(tmp_path / "small.png")), noise)
 
     def test_photo_without_a_folder(self, make, renderer):
         with pytest.raises(UserError, match="photos"):
@@ -261,10 +485,10 @@ class TestFonts:
         rng = np.random.default_rng(0)
         for text in ("Il1.,'", "WORD", "jgy", '"-"'):
             typeface = renderer.fonts.choose(text, rng)
-            font = renderer.fonts.open(typeface, 56)
+            face = renderer.fonts.face(typeface, 40)
             before = 0
             for count in range(1, len(text) + 1):
-                letters = set_letters(font, text[:count], unit=40, spacing=3)
+                letters = set_letters(face, text[:count], Layout(spacing=0.1))
                 ink = int((letters.fill > 0).sum())
                 assert ink > before
                 before = ink
@@ -303,8 +527,7 @@ class TestFonts:
             pytest.skip("no variable font is installed")
         fonts = {renderer.fonts.choose("H", np.random.default_rng(n)).axes for n in range(200)}
         assert len(fonts) > 10
-        face = Typeface(family.name, family.files[0], ())
-        assert 0.4 < renderer.fonts.capital_height(face) < 1.2
+        assert 0.4 < renderer.fonts.capital_height(family.files[0]) < 1.2
 
 
 class TestWords:
@@ -411,15 +634,39 @@ class TestEndless:
         words = RenderedWords(path, seed=3)
         assert len(words) == 7
         image, mask, text = words[2]
-        again = words[SimpleNamespace(epoch=0, index=2)]
+        again = words[SampleKey(0, 2)]
         assert np.array_equal(image, again[0])
         assert np.array_equal(mask, again[1])
         assert text == again[2]
-        later = words[SimpleNamespace(epoch=1, index=2)]
-        assert np.array_equal(later[0], words.renderer.render(3, 9).image)
+        later = words[SampleKey(1, 2)]
+        assert np.array_equal(later[0], words.renderer.render(words.seed, 9).image)
         assert len(RenderedWords(path, length=4)) == 4
         with pytest.raises(IndexError):
             words[7]
+
+    def test_splits_and_data_sets_of_a_run_share_no_word(self, tmp_path, word_file):
+        """Of 50 words none is one of another part's, image and text."""
+        path = tmp_path / "render.yaml"
+        path.write_text("length: 50\n")
+
+        def words_of(**part):
+            words = RenderedWords(path, seed=3, **part)
+            return {(text, image.tobytes()) for image, _, text in map(words.__getitem__, range(50))}
+
+        training = words_of()
+        assert training == words_of(split=0, stream=0)
+        for part in ({"split": 1}, {"stream": 1}):
+            others = words_of(**part)
+            assert not training & others
+            assert len({text for text, _ in training} & {text for text, _ in others}) < 10  # numbers and short words
+
+    def test_difficulty_changes_over_the_run(self, tmp_path, word_file):
+        path = tmp_path / "render.yaml"
+        path.write_text(f"length: 7\nwords: {{file: {word_file}}}\n")
+        words = pickle.loads(pickle.dumps(RenderedWords(path, difficulty=(0.2, 0.8))))
+        for progress, difficulty in ((0.0, 0.2), (0.5, 0.5), (1.0, 0.8)):
+            expected = words.renderer.render(words.seed, 9, difficulty=difficulty).image
+            assert np.array_equal(words[SampleKey(1, 2, progress)][0], expected)
 
 
 def test_luminance_can_be_chosen():

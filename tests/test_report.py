@@ -1,5 +1,6 @@
 """The report: its numbers, and the page in a real browser."""
 
+import html
 import json
 import re
 import shutil
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 
 import main
-import report
-from evaluation import ScoredWord
-from report import Comparison, ReportedWord
+from evaluation import report
+from evaluation.evaluator import ScoredWord
+from evaluation.report import Comparison, ReportedWord
 from tests.browser import fill, found, missing_pictures, page_data
 from tests.small_networks import save_network, small_config, write_masks, write_words
 
@@ -123,6 +124,28 @@ def test_image_only_and_networks_without_masks_leave_parts_out(run):
     (first.parent / "pictures" / "words-9-00000.jpg").write_bytes(b"of an older report")
     test("abinet", "--image_only")
     assert not (first.parent / "pictures" / "words-9-00000.jpg").exists()
+
+
+def written(folder: Path, words: list[ReportedWord]) -> Path:
+    """The page of some words of data set `set`, all characters counting."""
+    writer = report.Report(folder=folder, title="title", charset=report.Charset("ab"), normalize=str)
+    writer._words = words
+    score = {"accuracy": 0.0, "ccr": 0.0, "ned": 0.0, "ece": 0.5}
+    entry = {"samples": len(words), "skipped": {}, **score}
+    scores = {"model_eval": "vision", "protocol": 94, "datasets": {"set": entry}, "weighted": entry, "mean": score}
+    writer.on_end(scores)
+    return folder / "index.html"
+
+
+def test_confusions_of_any_characters_are_told_apart(tmp_path):
+    """A lost ">", one too many, and one that was read as another: the page's buttons find each among the words."""
+    words = [word("a>", "a"), word("a", "a>"), word("x>", "xb"), word('b"', "b")]
+    page = written(tmp_path, [each.reported for each in words])
+    data = page_data(page)
+    pairs = [tuple(pair.split(data["between"])) for row in data["words"] for pair in row[13]]
+    assert pairs == [(">", ""), ("", ">"), (">", "b"), ('"', "")]
+    buttons = [html.unescape(each) for each in re.findall(r'data-confusion="([^"]*)"', page.read_text())]
+    assert sorted(tuple(each.split(data["between"])) for each in buttons) == sorted(pairs)
 
 
 def test_hostile_labels_stay_text(tmp_path):

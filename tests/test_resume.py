@@ -14,9 +14,9 @@ from tiny_run import ITERATIONS, NAME, folder_of, history, history_text, run, st
 
 from builders import build_charset, build_model
 from bundle import save_bundle
-from callbacks import newest_whole_checkpoint
 from config import load_config
 from dataset import initialize_worker
+from engine.checkpoints import newest_whole_checkpoint
 from tests import small_networks
 
 OPTIONS = ("training.ema=0.9", "training.accumulation=2")
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_run_does_not_cut_the_history_of_this_one(config
     (checkpoint,) = folder_of(config, "other").glob("other_*_3.pth")
     refused = start(config, f"--resume={checkpoint}", "training.iterations=5")
     assert refused.wait() == 2, refused.text()
-    assert f"error: --resume {checkpoint}: {folder_of(config)} holds another run" in refused.text()
+    assert f"error: --resume {checkpoint}: no checkpoint of the run in {folder_of(config)}" in refused.text()
     assert history_text(config) == before
     run(config, "--name=new", f"--resume={checkpoint}", "training.iterations=5")
     assert [entry["iteration"] for entry in history(config, "new")] == [4, 5]

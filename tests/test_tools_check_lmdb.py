@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, image_key, label_key
+from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, image_key, label_key
+from loading.masks import find_mask_lmdb
 from tools import check_lmdb
 from utils import UserError
 
@@ -242,6 +243,28 @@ def test_exit_status_for_scripts(tmp_path, broken):
     missing = run(tmp_path / "missing")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("root", "masks"),
+    [
+        ("images", "masks"),  # <masks>/set of <images>/set
+        ("images/set", "masks"),
+        ("images/set", "masks/set"),  # the only one
+        ("images", "masks/set"),
+        ("images", "tree"),  # <tree>/images/set: the root is a folder of a larger tree
+    ],
+)
+def test_masks_are_found_where_training_finds_them(tmp_path, root, masks):
+    _write_words(tmp_path / "images" / "set")
+    for place in ("masks/set", "tree/images/set"):
+        _write(tmp_path / place, [(_mask(), None)] * 5)  # training takes masks without labels, too
+    found = find_mask_lmdb(tmp_path / masks, tmp_path / root, tmp_path / "images" / "set")
+    assert found.is_relative_to(tmp_path / masks)
+    assert _check(tmp_path / root, "--masks", tmp_path / masks)[0] == 0
+    shutil.rmtree(found)
+    _write(found, [(_mask((9, 9)), None)] * 5)
+    assert _check(tmp_path / root, "--masks", tmp_path / masks)[0] == 1
 
 
 def test_masks_of_segmentation_data_are_checked_where_pairs_have_names(tmp_path):

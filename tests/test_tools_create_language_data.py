@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from charset import Charset
+from loading.charset import Charset
 from tools import create_language_data
 from tools.create_language_data import WordRule, draw_rows, split_words
 from utils import UserError

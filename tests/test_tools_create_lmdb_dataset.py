@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmdb_io import LmdbReader, image_key, label_key
+from loading.lmdb_io import LmdbReader, image_key, label_key
 from tools import create_lmdb_dataset
 from tools.create_lmdb_dataset import read_entries, split_line
 from utils import UserError

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from config import Config
-from lmdb_io import DATA_FILE, LmdbReader, LmdbWriter, image_key, label_key
-from masks import LmdbMasks
+from inference.segmenter import Segmenter
+from loading.lmdb_io import DATA_FILE, LmdbReader, LmdbWriter, image_key, label_key
+from loading.masks import LmdbMasks
 from modules.ssn import SSN
-from segmentation import Segmenter
 from tests import small_networks
 from tools import create_masks
 from utils import UserError, run_command_line

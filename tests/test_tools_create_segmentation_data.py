@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmdb_io import LmdbReader, image_key, mask_key
+from loading.lmdb_io import LmdbReader, image_key, mask_key
 from tools import create_segmentation_data as tool
 from utils import UserError
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from lmdb_io import LmdbReader, image_key, label_key
+from loading.lmdb_io import LmdbReader, image_key, label_key
 from tools import crop_by_word_bb
 from tools.crop_by_word_bb import check_box, crop_rectified, crop_upright, parse_scene
 from utils import UserError

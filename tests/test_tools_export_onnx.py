@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from batches import normalize_images, stack_pictures
 from bundle import load_bundle
-from lmdb_io import LmdbReader, image_key
+from loading.batches import normalize_images, stack_pictures
+from loading.lmdb_io import LmdbReader, image_key
+from loading.transforms import decode_picture, resize
 from tests.small_networks import save_networks, write_words
 from tools import export_onnx
-from transforms import decode_picture, resize
 from utils import UserError
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -71,7 +71,7 @@ def test_the_recogniser_reads_as_in_torch(files, pictures, tmp_path, network, ca
     facts = exported.get_modelmeta().custom_metadata_map
     assert facts["charset"] == bundle.charset.characters
     assert json.loads(facts["image_size"]) == [32, 128]
-    assert json.loads(facts["keep_aspect"]) is False
+    assert facts["fit"] == "stretch"
 
 
 @pytest.mark.slow
@@ -107,3 +107,9 @@ def test_mistakes_are_named(files, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"")
     with pytest.raises(UserError, match="--overwrite"):
         export_onnx.main(both)
+
+
+def test_a_missing_package_is_named(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_onnx, "PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(UserError, match=r"^no_such_package is not installed; install requirements-dev\.txt"):
+        export_onnx.main(["--checkpoint", str(files / "both.pth"), "--output", str(tmp_path / "x.onnx")])

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-import lmdb_io
-from lmdb_io import LmdbReader, image_key, label_key
+from loading import lmdb_io
+from loading.lmdb_io import LmdbReader, image_key, label_key
 from rendering import WordRenderer, load_render_config
 from tools import render_words
 from utils import UserError
@@ -115,7 +115,7 @@ def test_a_failure_at_the_very_end_leaves_neither(tmp_path, words, monkeypatch):
 def test_contact_sheet(tmp_path, words):
     run(tmp_path, words, "--contact-sheet", str(tmp_path / "sheet.png"))
     assert decode((tmp_path / "sheet.png").read_bytes()).shape[0] > 100
-    with pytest.raises(UserError, match="contact-sheet"):
+    with pytest.raises(UserError, match="contact sheet"):
         run(tmp_path, words, "--contact-sheet", str(tmp_path / "sheet.nothing"), name="other")
 
 

@@ -24,14 +24,13 @@ from callbacks import (
     History,
     NotFiniteBatches,
     Progress,
-    newest_whole_checkpoint,
 )
-from dataset import ResumableBatchSampler, SampleKey
-from distributed import Process
-from main import load_training_state
-from optimization import make_optimizer, parameter_groups, poly_schedule
+from engine.checkpoints import load_training_state, newest_whole_checkpoint
+from engine.distributed import Process
+from engine.optimization import make_optimizer, parameter_groups, poly_schedule
+from engine.trainer import AveragedWeights, FiniteWatch, Trainer
+from loading.sampling import ResumableBatchSampler, SampleKey
 from tests import small_networks
-from trainer import AveragedWeights, FiniteWatch, Trainer
 from utils import UserError
 
 SAMPLES, BATCH, ITERATIONS = 40, 8, 12
@@ -532,8 +531,8 @@ def test_a_batch_with_a_sample_that_could_not_be_read_is_not_compiled_anew(tmp_p
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, precision):
+    from builders import build_trainer
     from config import load_config
-    from main import build_trainer
 
     path = tiny_run.write_config(tmp_path)
     config = load_config(path, [f"training.precision={precision}", "training.ema=0.9"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils import UserError, load_checkpoint, read_checkpoint, save_atomically
+from engine.checkpoints import load_checkpoint, read_checkpoint, save_atomically
+from utils import UserError
 
 
 def small_network(width=4):
@@ -145,10 +146,10 @@ def test_a_failed_save_leaves_the_older_file_whole(weights, tmp_path):
     save_atomically(weights, path)
     before = path.read_bytes()
     code = (
-        "import resource, torch, utils\n"
+        "import resource, torch, utils\nfrom engine import checkpoints\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"utils.run_command_line(lambda: utils.save_atomically({{'w': torch.ones(10**6)}}, {str(path)!r}))\n"
+        f"utils.run_command_line(lambda: checkpoints.save_atomically({{'w': torch.ones(10**6)}}, {str(path)!r}))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2

@@ -11,15 +11,15 @@ import torch
 
 import demo
 import main
-from batches import normalize_images, stack_pictures
 from bundle import load_bundle
 from config import load_config
-from inference import prepare_for_inference
+from inference.prepare import prepare_for_inference
+from inference.segmenter import Segmenter
+from loading.batches import normalize_images, stack_pictures
+from loading.transforms import ResizeWord, decode_picture, turn
 from reader import DEFAULT_CHECKPOINT, Reader
-from segmentation import Segmenter
 from tests.browser import fill, found, missing_pictures, page_data
 from tests.reference import fill_known_weights
-from transforms import ResizeWord, decode_picture
 
 ROOT = Path(__file__).parent.parent
 PICTURES = sorted((ROOT / "fig" / "demo").glob("*.png"))  # named after what they say
@@ -48,6 +48,21 @@ def test_the_demo_needs_no_flag_but_its_input(capsys, tmp_path):
     assert demo.main(["--input", str(PICTURES[0].parent), "--overlay", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(PICTURES)
     assert len(list(tmp_path.glob("*.png"))) == len(PICTURES)
+
+
+def test_words_turned_by_90_degrees_are_read_where_that_is_asked_for():
+    words = {path.stem: decode_picture(path.read_bytes()) for path in PICTURES}
+    words = {text: word for text, word in words.items() if word.shape[1] > 1.5 * word.shape[0]}
+    turned = [turn(word, (90, 270)[i % 2]) for i, word in enumerate(words.values())]
+    config, right = load_bundle(DEFAULT_CHECKPOINT).config, {}
+    for ratio in (None, 1.5):
+        config.dataset.turn_tall = ratio
+        read = Reader(config=config).read(turned)
+        right[ratio] = sum(reading.text == text for reading, text in zip(read, words, strict=True))
+    assert [each.turned for each in read] == [(270, 90)[i % 2] for i in range(len(read))]
+    assert all(each.mask.shape == word.shape[:2] for each, word in zip(read, turned, strict=True))
+    assert right[None] <= 1
+    assert right[1.5] >= len(words) - 1 >= 5
 
 
 # --- real words -------------------------------------------------------------------------------------------------------
@@ -108,7 +123,7 @@ def real_inputs():
     bundle = load_bundle(DEFAULT_CHECKPOINT)
     pictures = [decode_picture(path.read_bytes()) for path in sorted(REAL_WORDS.glob("*/images/*"))]
     masks = Segmenter(bundle.ssn, bundle.areas)(pictures)
-    resize = ResizeWord(size=bundle.image_size, keep_aspect=bundle.config.dataset.multiscales)
+    resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
     sized = [resize(picture, mask, None) for picture, mask in zip(pictures, masks, strict=True)]
     images = normalize_images(stack_pictures([picture for picture, _ in sized]))
     return images, torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).float() / 255

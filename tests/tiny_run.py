@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import yaml
 
-from lmdb_io import LmdbWriter
+from loading.lmdb_io import LmdbWriter
 
 ROOT = Path(__file__).parents[1]
 NAME = "tiny"

@@ -36,11 +36,11 @@ import matplotlib
 import numpy as np
 
 from bundle import load_ssn
-from charset import PROTOCOLS, protocol_normalizer
+from inference.segmenter import Segmenter
+from loading.charset import PROTOCOLS, protocol_normalizer
 from reader import Reader, pick_device
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS
-from segmentation import Segmenter
 from tools.support import make_parser, map_in_processes, positive, progress, seed_number, usable_cores
 from utils import UserError, run_command_line, write_atomically
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from batches import normalize_images, stack_pictures
 from builders import (
     build_charset,
     build_criterion,
@@ -40,13 +39,14 @@ from builders import (
 )
 from builders import image_size as image_size_of
 from config import Config, load_config
-from distributed import Process
-from inference import prepare_for_inference
+from engine.distributed import Process
+from engine.precision import PRECISIONS
+from inference.prepare import prepare_for_inference
+from inference.segmenter import Segmenter
+from loading.batches import normalize_images, stack_pictures
 from modules.hrnet import HRNet, resize_aligned
 from modules.mask_refinement import EPSILON
 from modules.ssn import RefinementHead
-from precision import PRECISIONS
-from segmentation import Segmenter
 from tools.growth import (
     Point,
     growth_table,

@@ -19,9 +19,11 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # lets `python tools/NAME.py` find the repository's modules
 
-from charset import Charset
-from contact_sheet import Cell, make_contact_sheet
-from lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
+from evaluation.contact_sheet import Cell, save_contact_sheet
+from loading.charset import Charset
+from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
+from loading.masks import find_mask_lmdb
+from loading.transforms import to_8_bits
 from tools.support import (
     MAX_PIXELS,
     RejectionLog,
@@ -33,7 +35,6 @@ from tools.support import (
     print_summary,
     progress,
 )
-from transforms import to_8_bits
 from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/check_lmdb.py data/training --charset data/charset_36.txt
@@ -129,8 +130,9 @@ def check_sample(
     if segmentation or masks is not None:
         mask = reader.get(mask_key(index)) if segmentation else masks.get(image_key(index))
         problem, mask_empty = check_mask(mask, size, max_pixels)
-        if problem is None and not segmentation and masks.get(label_key(index)) != label.encode():
-            problem = ("mask of another word", f"its label is {masks.get(label_key(index))!r}")
+        copied = None if segmentation else masks.get(label_key(index))  # training does without
+        if problem is None and copied is not None and copied != label.encode():
+            problem = ("mask of another word", f"its label is {copied!r}")
         if problem is not None:
             return Sample(index, *problem, label=label)
     digest = hashlib.blake2b(repr(size).encode() + pixels.tobytes(), digest_size=16).digest()
@@ -292,13 +294,8 @@ def _bucket(value: float, edges: tuple[int, ...]) -> str:
 
 
 def pair_masks(root: str, lmdbs: list[Path], masks_root: str | None) -> list[Path | None]:
-    """The mask LMDB of each LMDB: at the same place below `masks_root`. Raises UserError where one is missing."""
-    if masks_root is None:
-        return [None] * len(lmdbs)
-    paths = [Path(masks_root) / path.relative_to(root) for path in lmdbs]
-    for path in paths:
-        find_lmdbs(path)
-    return paths
+    """The mask LMDB of each LMDB, found as training finds it. Raises UserError where one is missing."""
+    return [None if masks_root is None else find_mask_lmdb(masks_root, root, path) for path in lmdbs]
 
 
 def write_clean_copy(report: Report, mask_path: Path | None, root: str, output: Path, *, overwrite: bool) -> None:
@@ -339,11 +336,7 @@ def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, co
         label = reader.get(label_key(index)) or b""
         image = _decode(reader.get(image_key(index)), "RGB")
         cells.append(Cell(image, f"{index} {label.decode()}", None if mask is None else _decode(mask, "L")))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        make_contact_sheet(cells).save(output)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{output}: cannot be written ({error}); name a .png file") from error
+    save_contact_sheet(cells, output)
 
 
 def _decode(data: bytes, mode: str) -> np.ndarray:
@@ -413,7 +406,9 @@ def _write_json(target: str, reports: list[Report]) -> None:
 def _parse(arguments: list[str] | None) -> Any:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("lmdb", metavar="LMDB", help="an LMDB, or a folder of LMDBs")
-    parser.add_argument("--masks", metavar="LMDB", help="its masks: a mask LMDB, or a folder with the same names")
+    parser.add_argument(
+        "--masks", metavar="LMDB", help="its masks, found as training finds those of dataset.masks.root"
+    )
     parser.add_argument("--charset", metavar="FILE", help="count label characters outside this charset")
     parser.add_argument("--max-length", type=positive, default=25, help="count longer labels (default: 25)")
     parser.add_argument(

@@ -26,7 +26,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # lets `python tools/NAME.py` find the repository's modules
 
-from charset import Charset
+from loading.charset import Charset
 from tools.support import RejectionLog, make_parser, positive, print_summary, progress, seed_number
 from utils import UserError, run_command_line
 

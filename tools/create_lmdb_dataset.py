@@ -29,6 +29,8 @@ EXAMPLE = """  python tools/create_lmdb_dataset.py words/ words/gt.txt data/trai
 
 each line of GT_FILE is `path<TAB>label`, `path,label` or `path, "label"`; paths are relative to IMAGE_FOLDER"""
 
+LONGEST_PATH = 4096  # bytes, of any system
+
 SEPARATORS = {"auto": ("\t", ","), "tab": ("\t",), "comma": (",",)}
 
 
@@ -59,7 +61,7 @@ def read_entries(gt_file: str | os.PathLike) -> Iterator[Entry]:
         raise UserError(f"{gt_file}: cannot be read ({error.strerror}); name the list of labels") from error
 
 
-def split_line(line: str, separators: tuple[str, ...]) -> list[tuple[str, str]]:
+def split_line(line: str, separators: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Every way to read `line` as (path, label), the likeliest first.
 
     The first separator of `separators` that occurs is used. Later places of it are tried too, for paths that hold it.
@@ -67,12 +69,10 @@ def split_line(line: str, separators: tuple[str, ...]) -> list[tuple[str, str]]:
     """
     separator = next((s for s in separators if s in line), None)
     if separator is None:
-        return []
-    places = [i for i, character in enumerate(line) if character == separator]
-    pairs = [(line[:i].strip(), line[i + 1 :].strip()) for i in places]
-    if separator == ",":
-        pairs = [(name, _unquote(label)) for name, label in pairs]
-    return pairs
+        return
+    for place in (i for i, character in enumerate(line[:LONGEST_PATH]) if character == separator):
+        name, label = line[:place].strip(), line[place + 1 :].strip()
+        yield name, _unquote(label) if separator == "," else label
 
 
 def _unquote(label: str) -> str:
@@ -87,10 +87,10 @@ def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pix
         line = entry.content.decode("utf-8")
     except UnicodeDecodeError as error:
         return Word(entry.content.decode(errors="backslashreplace"), reason="line is not UTF-8", detail=str(error))
-    pairs = split_line(line, separators)
-    if not pairs:
+    first = next(split_line(line, separators), None)
+    if first is None:
         return Word(line, reason="no separator", detail="neither tab nor comma between path and label")
-    for name, label in pairs:
+    for name, label in split_line(line, separators):
         path = find_picture(folder, name) if name else None
         if path is None:
             continue
@@ -99,7 +99,7 @@ def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pix
         if "\t" in label:
             return Word(name, reason="tab in label", detail=label)
         return read_picture(name, path, label, max_pixels)
-    name = pairs[0][0]
+    name = first[0]
     if not name:
         return Word(line, reason="no path")
     climbs = "\0" not in name and inside(folder, name) is None

@@ -24,12 +24,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import distributed
 from builders import build_ssn, ssn_part
 from bundle import load_ssn
 from config import load_config
-from distributed import Process
-from lmdb_io import (
+from engine import distributed
+from engine.checkpoints import load_weights, read_checkpoint
+from engine.distributed import Process
+from engine.precision import PRECISIONS
+from inference.segmenter import Segmenter
+from loading.lmdb_io import (
     DATA_FILE,
     NUM_SAMPLES,
     PARTIAL_SUFFIX,
@@ -40,12 +43,10 @@ from lmdb_io import (
     is_lmdb,
     label_key,
 )
+from loading.transforms import BrokenPictureError, decode_picture
 from modules.ssn import SSN
-from precision import PRECISIONS
-from segmentation import Segmenter
 from tools.support import RejectionLog, make_parser, positive, print_summary
-from transforms import BrokenPictureError, decode_picture
-from utils import UserError, load_weights, read_checkpoint, run_command_line, write_atomically
+from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --checkpoint ssn.pth \\
     --input data/training/label/real --output data/masks
@@ -233,7 +234,7 @@ class MaskOutput:
 
     def check(self) -> None:
         """Find out whether there is anything to do; raises UserError when something else is in the way."""
-        self.complete = distributed.any_process(self.process.is_main and self._is_made())
+        self.complete = bool(distributed.largest(int(self.process.is_main and self._is_made())))
 
     def _is_made(self) -> bool:
         if self.overwrite or not self.target.exists():

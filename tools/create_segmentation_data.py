@@ -23,9 +23,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from lmdb_io import PARTIAL_SUFFIX, LmdbWriter
+from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
+from loading.transforms import MAX_PIXELS, BrokenPictureError, decode_picture
 from tools.support import PICTURE_ERRORS, RejectionLog, make_parser, print_summary, progress
-from transforms import BrokenPictureError, decode_picture
 from utils import UserError, explain_full_disk, run_command_line
 
 EXAMPLE = """  python tools/create_segmentation_data.py --format totaltext --source Total-Text --split Train \\
@@ -103,6 +103,8 @@ def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
     """The stored values of a mask, (H, W) or (H, W, 3): palette indices stay indices, unless `colours` are wanted."""
     try:
         with Image.open(path) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise UnusableError("mask too large", f"{path.name}: {opened.width} x {opened.height} pixels")
             if colours and opened.mode == "P":
                 return np.asarray(opened.convert("RGB"))
             return np.asarray(opened if opened.mode in ("P", "L", "RGB") else _flattened(opened))
@@ -411,9 +413,11 @@ def pairs_of(entry: Entry, *, words: bool, margin: float) -> Iterator[tuple[str,
     Raises:
         UnusableError: the picture or what is known of it cannot be used.
     """
-    data = entry.picture.read_bytes()
     try:
+        data = entry.picture.read_bytes()
         picture = decode_picture(data)
+    except OSError as error:
+        raise UnusableError("picture cannot be read", str(error.strerror)) from error
     except BrokenPictureError as error:
         raise UnusableError("damaged picture", str(error)) from error
     truth = entry.read()

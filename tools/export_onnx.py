@@ -7,19 +7,21 @@ Alone, the inputs are what the network reads:
           masks
 With --ssn the input is the picture itself, and the graph does the rest:
   picture float32 (N, 3, h, w): RGB, 0 to 255, brought to the size given by --ssn-size (32 k + 1 each)
-A picture is brought to a size by bilinear interpolation, as the network was trained (`keep_aspect` of the metadata):
-  false   stretched to that size
-  true    scaled until one side fits and filled up with black, mask 0, on the right or below
+A picture is brought to a size by bilinear interpolation, as the network was trained (`fit` of the metadata):
+  stretch  to that size
+  left     scaled until one side fits and filled up with black, mask 0, on the right or below
+  centre   scaled until one side fits, in the middle, its borders replicated
 Outputs:
   logits     float32 (N, steps, classes): class 0 is the end of the text, class i the i-th character of the charset;
              read the largest class of every step up to the first 0
   attention  float32 (N, steps, h, w): where the vision model looked at every step
   text_mask  float32 (N, 1, h, w), with --ssn: probability of text of the picture's pixels
-N is free. Charset, sizes, keep_aspect, mean and deviation are in the file's metadata.
+N is free. Charset, sizes, fit, mean and deviation are in the file's metadata.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -37,11 +39,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batches import IMAGENET_MEAN, IMAGENET_STD
 from builders import checked_model_eval
 from bundle import Bundle, load_bundle, load_ssn
 from config import load_config
-from evaluation import chosen_logits
+from evaluation.evaluator import chosen_logits
+from loading.batches import IMAGENET_MEAN, IMAGENET_STD
 from modules.hrnet import resize_aligned
 from modules.ssn import SSN
 from tools.support import make_parser, print_summary
@@ -50,6 +52,7 @@ from utils import UserError, explain_full_disk, run_command_line
 EXAMPLE = """  python tools/export_onnx.py --checkpoint weights/binet-small.pth --output binet.onnx
   python tools/export_onnx.py --checkpoint weights/binet-small.pth --ssn --output binet-with-ssn.onnx"""
 
+PACKAGES = ("onnx", "onnxscript")  # of requirements-dev.txt
 OPSET = 18
 SSN_SIZE = (161, 641)  # height, width: in the shape of the network's input, about the area that masks are made at
 
@@ -171,7 +174,7 @@ def facts_of(bundle: Bundle, model_eval: str) -> dict[str, object]:
         "charset": bundle.charset.characters,
         "model_eval": model_eval,
         "image_size": list(bundle.image_size),
-        "keep_aspect": bundle.config.dataset.multiscales,
+        "fit": bundle.config.dataset.fit,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }
@@ -181,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    if missing := [each for each in PACKAGES if importlib.util.find_spec(each) is None]:
+        raise UserError(f"{', '.join(missing)} is not installed; install requirements-dev.txt")
     output = Path(options.output)
     if output.exists() and not options.overwrite:
         raise UserError(f"--output {output} exists; give another path or --overwrite")

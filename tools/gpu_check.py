@@ -27,20 +27,19 @@ sys.path.insert(
 import torch
 import torchvision
 
-from builders import build_model, build_training_data
+from builders import build_model, build_trainer, build_training_data
 from bundle import load_ssn
 from config import Config, load_config
-from distributed import Process, pick_device
-from inference import prepare_for_inference
-from main import build_trainer
+from engine.distributed import Process, pick_device
+from engine.precision import PRECISIONS, choose_algorithms, use_tf32
+from engine.trainer import Trainer
+from inference.prepare import prepare_for_inference
+from inference.segmenter import Segmenter
 from modules.ssn import PUBLISHED_AREAS, SSN
-from precision import PRECISIONS, choose_algorithms, use_tf32
-from segmentation import Segmenter
 from tools.benchmark import describe_machine, without_checkpoints, word_pictures
 from tools.growth import time_loading, write_rendered_words
 from tools.measuring import count_flops, matrix_rate, seconds_of, synchronize, time_interleaved
 from tools.support import make_parser, positive, usable_cores
-from trainer import Trainer
 from utils import run_command_line, seed_everything, write_atomically
 
 EXAMPLE = """  python tools/gpu_check.py

@@ -19,11 +19,11 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader
 
-from batches import LabelRule
 from dataset import WordDataset
-from lmdb_io import LmdbWriter
+from loading.batches import LabelRule
+from loading.lmdb_io import LmdbWriter
+from loading.transforms import ResizeWord
 from tools.measuring import Measurement, Timing
-from transforms import ResizeWord
 
 FROM_CACHE = "second opening"  # which reads no word, so that words a second say nothing
 OPENINGS = ("first opening", FROM_CACHE)

@@ -18,12 +18,12 @@ import argparse
 import cv2
 import numpy as np
 
-from contact_sheet import Cell, make_contact_sheet
-from lmdb_io import LmdbWriter
+from evaluation.contact_sheet import Cell, save_contact_sheet
+from loading.lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS, SPLITS, OutputConfig
 from tools.support import make_parser, map_in_processes, positive, print_summary, progress, seed_number, usable_cores
-from utils import UserError, is_folder_name, run_command_line
+from utils import is_folder_name, run_command_line
 
 EXAMPLE = """  python tools/render_words.py --output data/rendered --name words --count 10000 --seed 0
   python tools/render_words.py --output data/rendered --name hard --count 2000 --difficulty 0.9 --contact-sheet hard.png
@@ -105,11 +105,7 @@ def draw_sheet(words: list[EncodedWord], path: Path) -> None:
         image = cv2.imdecode(np.frombuffer(word.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
         mask = cv2.imdecode(np.frombuffer(word.mask, np.uint8), cv2.IMREAD_GRAYSCALE)
         cells.append(Cell(image, word.text, mask))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make_contact_sheet(cells).save(path)
-    except (OSError, ValueError) as error:  # ValueError: Pillow knows no format of that name
-        raise UserError(f"--contact-sheet {path}: cannot be written ({error}); name a .png file") from error
+    save_contact_sheet(cells, path)
 
 
 def read_settings(options: argparse.Namespace) -> RenderConfig:

@@ -22,8 +22,8 @@ import cv2
 from PIL import Image
 from tqdm import tqdm
 
-from lmdb_io import LmdbWriter
-from transforms import PICTURE_ERRORS, to_8_bits
+from loading.lmdb_io import LmdbWriter
+from loading.transforms import MAX_PIXELS, PICTURE_ERRORS, convert
 from utils import ArgumentParser, UserError
 
 Item = TypeVar("Item")
@@ -31,7 +31,6 @@ Result = TypeVar("Result")
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 REJECTION_HEADER = "entry\treason\tdetail\n"
-MAX_PIXELS = 1 << 26  # 8192 x 8192: no word is larger, and a decoded picture of it still fits a worker's memory
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; decode_picture refuses by the header instead
 
@@ -201,7 +200,7 @@ def decode_picture(
         if width * height > max_pixels:
             return None, ("too large", f"{width} x {height} pixels")
         image.load()
-        return image if mode is None else to_8_bits(image).convert(mode), ("", "")
+        return image if mode is None else convert(image, mode), ("", "")
     except Image.UnidentifiedImageError:
         return None, ("not a picture", f"begins with {data[:8]!r}")
     except PICTURE_ERRORS as error:

@@ -1,14 +1,18 @@
 """Segmenter: the published procedure in batches, in every precision, and independence of batch mates."""
 
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from inference import segmenter as segmentation
+from inference.segmenter import Segmenter, fold_batch_norms
 from modules.ssn import SSN
-from segmentation import Segmenter, fold_batch_norms, to_8_bits
 from utils import UserError
 
 SMALL = {
@@ -20,6 +24,7 @@ SMALL = {
     "bottleneck_width": 4,
     "head_width": 8,
 }
+ROOT = Path(__file__).resolve().parents[1]
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
@@ -50,23 +55,75 @@ def published_way(ssn: SSN, picture: np.ndarray, areas: list[int]) -> np.ndarray
 
 
 @pytest.mark.parametrize("batch_pixels", [1, 9000, None])
-def test_equals_the_published_procedure_one_by_one(ssn, pictures, batch_pixels):
-    segmenter = Segmenter(ssn, [65, 97], precision="fp32", batch_pixels=batch_pixels)
-    for picture, probability in zip(pictures, segmenter.probabilities(pictures), strict=True):
-        assert probability.shape == picture.shape[:2]
-        np.testing.assert_allclose(probability, published_way(ssn, picture, [65, 97]), atol=2e-5)
-
-
-def test_masks_are_the_probabilities_in_8_bits(ssn, pictures):
-    segmenter = Segmenter(ssn, [65], precision="fp32")
-    for mask, probability in zip(segmenter(pictures), segmenter.probabilities(pictures), strict=True):
+@pytest.mark.parametrize("strip_pixels", [1, 300, 1 << 20])
+def test_masks_are_the_published_probabilities_in_8_bits(ssn, pictures, batch_pixels, strip_pixels, monkeypatch):
+    monkeypatch.setattr(segmentation, "STRIP_PIXELS", strip_pixels)
+    segmenter = Segmenter(ssn, [65, 97], batch_pixels=batch_pixels)
+    for picture, mask in zip(pictures, segmenter(pictures), strict=True):
         assert mask.dtype == np.uint8
-        assert np.abs(mask / 255.0 - probability).max() <= 1 / 510 + 1e-6
-    assert to_8_bits(np.array([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
+        assert mask.shape == picture.shape[:2]
+        assert np.abs(mask / 255.0 - published_way(ssn, picture, [65, 97])).max() <= 1 / 510 + 2e-5
+
+
+@pytest.mark.parametrize("size", [(3000, 4000), (1, 20_000), (20_000, 1), (9000, 1300)])
+def test_large_pictures_cost_no_floats_of_their_size(ssn, size):
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    segmenter = Segmenter(ssn, [65])
+    segmenter([picture[:40, :40]])
+    with torch.profiler.profile(profile_memory=True) as profile:
+        mask = segmenter([picture])[0]
+    assert mask.shape == size
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= 4 * 4 * max(segmentation.STRIP_PIXELS, 2 * size[0], 2 * size[1])
+    assert np.abs(mask / 255.0 - published_way(ssn, picture, [65])).max() <= 1 / 510 + 1e-3
+
+
+def test_large_pictures_are_taken_a_few_at_a_time(ssn, pictures, monkeypatch):
+    monkeypatch.setattr(segmentation, "IMAGE_PIXELS", 2500)
+    segmenter, sizes = Segmenter(ssn, [65]), []
+    whole = segmenter._segment
+    monkeypatch.setattr(
+        segmenter, "_segment", lambda some: sizes.append([len(p) * len(p[0]) for p in some]) or whole(some)
+    )
+    masks = segmenter(pictures)
+    assert [mask.shape for mask in masks] == [picture.shape[:2] for picture in pictures]
+    assert len(sizes) > 2
+    assert all(sum(each) <= 2500 or len(each) == 1 for each in sizes)
+
+
+def test_the_process_keeps_its_number_of_threads(ssn, pictures):
+    """Several threads share one segmenter, which computes on several threads: none of them is left with one."""
+    code = """
+import sys, threading, torch
+from tests.test_segmentation import SMALL, SSN, Segmenter, np
+torch.set_num_threads(3)
+segmenter = Segmenter(SSN(**SMALL).eval(), [65, 97])
+pictures = [np.zeros((20, 50 + 9 * k, 3), np.uint8) for k in range(8)]
+threads = []
+def work():
+    for _ in range(3):
+        segmenter(pictures)
+    threads.append(torch.get_num_threads())
+started = [threading.Thread(target=work) for _ in range(6)]
+for each in started: each.start()
+for each in started: each.join()
+later = threading.Thread(target=lambda: threads.append(torch.get_num_threads()))
+later.start()
+later.join()
+print(threads + [torch.get_num_threads()])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == str([3] * 8), done.stderr
+
+
+def test_masks_are_made_in_one_precision_on_every_machine(ssn, monkeypatch):
+    monkeypatch.setattr(segmentation, "fastest_precision", lambda device: "bf16")
+    assert Segmenter(ssn, [65]).precision == "fp32"
+    assert Segmenter(ssn, [65], precision="auto").precision == "bf16"
 
 
 def test_a_word_does_not_depend_on_its_batch(ssn, pictures):
-    segmenter = Segmenter(ssn, [65], precision="fp32")
+    segmenter = Segmenter(ssn, [65])
     together = segmenter(pictures)
     for i, picture in enumerate(pictures):
         alone = segmenter([picture])[0]
@@ -74,7 +131,7 @@ def test_a_word_does_not_depend_on_its_batch(ssn, pictures):
 
 
 def test_words_of_one_network_size_share_a_forward_pass(ssn, pictures):
-    segmenter = Segmenter(ssn, [65], precision="fp32")
+    segmenter = Segmenter(ssn, [65])
     batches = list(segmenter._batches([picture.shape[:2] for picture in pictures], 65))
     assert any({0, 1, 3} <= set(members) for _, members in batches)  # (20, 60), (21, 62), (20, 60)
     assert sorted(i for _, members in batches for i in members) == list(range(len(pictures)))
@@ -82,7 +139,7 @@ def test_words_of_one_network_size_share_a_forward_pass(ssn, pictures):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "auto"])
 def test_other_precisions_stay_within_a_few_levels(ssn, pictures, precision):
-    exact = Segmenter(ssn, [65], precision="fp32")(pictures)
+    exact = Segmenter(ssn, [65])(pictures)
     for mask, expected in zip(Segmenter(ssn, [65], precision=precision)(pictures), exact, strict=True):
         assert np.abs(mask.astype(int) - expected).mean() < 3
 
@@ -114,7 +171,7 @@ def test_read_only_and_strided_pictures_are_taken(ssn, pictures):
     picture = pictures[2].copy()
     picture.setflags(write=False)
     flipped = picture[:, ::-1]
-    segmenter = Segmenter(ssn, [65], precision="fp32")
+    segmenter = Segmenter(ssn, [65])
     assert np.array_equal(segmenter([flipped])[0], segmenter([flipped.copy()])[0])
 
 
@@ -134,7 +191,7 @@ def test_overflow_is_an_error_and_no_mask(pictures):
 
 
 def test_can_be_sent_to_a_worker_process(ssn, pictures):
-    segmenter = Segmenter(ssn, [65], precision="fp32")
+    segmenter = Segmenter(ssn, [65])
     assert np.array_equal(pickle.loads(pickle.dumps(segmenter))(pictures[:1])[0], segmenter(pictures[:1])[0])
 
 

@@ -24,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-import distributed
-from distributed import Process
-from precision import autocast
+from engine import distributed
+from engine.distributed import Process
+from engine.precision import autocast
 from utils import UserError, first_line
 
 if TYPE_CHECKING:

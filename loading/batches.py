@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from charset import Charset
+from loading.charset import Charset
 
 B = TypeVar("B", bound="_Batch")
 
@@ -84,12 +84,21 @@ class Skipped:
 
 @dataclass
 class WordSample:
-    """One word, transformed: image (H, W, 3) uint8 RGB, mask (H, W) uint8 with 255 = text, label as stored."""
+    """One word, transformed: image (H, W, 3) uint8 RGB, mask (H, W) uint8 with 255 = text, label as stored.
+
+    `turned` holds image and mask of each further view in which the word is read (`dataset.turn_tall`).
+    """
 
     image: np.ndarray
     mask: np.ndarray | None
     text: str
     index: int
+    turned: Sequence[tuple[np.ndarray, np.ndarray | None]] = ()
+
+    @property
+    def views(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Image and mask of every view, the word as stored first."""
+        return [(self.image, self.mask), *self.turned]
 
 
 @dataclass
@@ -169,6 +178,8 @@ class Batch(_Batch):
         texts: N labels as stored.
         indices: (N,) int64 place of each sample in the data set.
         skipped: index -> reason of the samples of this batch that could not be read; N does not count them.
+        owners: (M,) int64 in ascending order, the word that each image shows, where some words are read in several
+            views (`dataset.turn_tall`; never in training): images and masks have M rows then. None where M = N.
     """
 
     images: Tensor
@@ -178,10 +189,16 @@ class Batch(_Batch):
     texts: list[str]
     indices: Tensor
     skipped: dict[int, str] = field(default_factory=dict)
+    owners: Tensor | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor | None]:
         """What the network is called with: normalised images and masks in [0, 1], float32."""
         return normalize_images(self.images), None if self.masks is None else self.masks / 255.0
+
+    def with_images(self, rows: Sequence[int]) -> "Batch":
+        """The batch with one image for each word: those of `rows` among its M."""
+        masks = None if self.masks is None else self.masks[rows]
+        return dataclasses.replace(self, images=self.images[rows], masks=masks, owners=None)
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """What the criterion is called with, behind the network's output."""
@@ -292,19 +309,24 @@ class WordCollate:
         read, skipped = part_skipped(samples)
         texts = [sample.text for sample in read]
         labels, lengths = self.labels.encode(texts)
+        views = [view for sample in read for view in sample.views]
         masks = None
         if read and read[0].mask is not None:
-            masks = torch.from_numpy(np.stack([sample.mask for sample in read])).unsqueeze(1)
+            masks = torch.from_numpy(np.stack([mask for _, mask in views])).unsqueeze(1)
         elif not read and self.with_masks:
             masks = torch.empty(0, 1, *self.size, dtype=torch.uint8)
+        owners = None
+        if len(views) > len(read):
+            owners = torch.tensor([word for word, sample in enumerate(read) for _ in sample.views])
         return Batch(
-            images=_stacked([sample.image for sample in read], self.size),
+            images=_stacked([image for image, _ in views], self.size),
             masks=masks,
             labels=labels,
             lengths=lengths,
             texts=texts,
             indices=torch.tensor([sample.index for sample in read], dtype=torch.int64),
             skipped=skipped,
+            owners=owners,
         )
 
 

@@ -4,11 +4,14 @@ Pictures are RGB, (H, W, 3) uint8; masks and maps are (H, W) float in [0, 1] and
 picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 from torch import Tensor
+
+from modules.outputs import RecogniserOutput
 
 TEXT_COLOUR = (255, 60, 60)  # of a mask laid over its word
 MARGIN = 2  # pixels between two pictures of a grid
@@ -62,15 +65,17 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet
 
 
-def on_picture(values: np.ndarray, size: tuple[int, int], extent: tuple[float, float]) -> np.ndarray:
+def on_picture(values: np.ndarray, size: tuple[int, int], extent: Sequence[float]) -> np.ndarray:
     """The part of a map (h, w) over a network's input that lies on the picture, at the picture's size.
 
     Args:
         size: height and width of the picture.
-        extent: parts of the input's height and width that the picture fills, as of `reader.Reading`.
+        extent: top, left, height and width of the picture in the input, as of `reader.Reading`.
     """
-    whole = tuple(max(round(side / part), side) for side, part in zip(size, extent, strict=True))
-    return cv2.resize(values.astype(np.float32), whole[::-1])[: size[0], : size[1]]
+    whole = tuple(max(round(side / part), side) for side, part in zip(size, extent[2:], strict=True))
+    first = [min(round(start * full), full - side) for start, full, side in zip(extent[:2], whole, size, strict=True)]
+    values = cv2.resize(values.astype(np.float32), whole[::-1])
+    return values[first[0] : first[0] + size[0], first[1] : first[1] + size[1]]
 
 
 def reading_picture(
@@ -100,3 +105,20 @@ def reading_picture(
     for character, weights in zip(characters, attention, strict=False):
         cells.append(captioned(heat(picture, weights), character))
     return grid(cells, columns=4)
+
+
+def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence[Any]) -> Iterator[np.ndarray]:
+    """One picture for each word of a batch: word, masks, attention and reading; `readings` are `ScoredWord`s."""
+    attention = output.vision.attention.float().cpu().numpy()
+    refined = output.vision.refined_mask
+    masks = None if batch.masks is None else (batch.masks[:, 0] / 255.0).cpu().numpy()
+    refined = None if refined is None else refined[:, 0].float().cpu().numpy()
+    for row, (reading, picture) in enumerate(zip(readings, to_pictures(batch.images), strict=True)):
+        yield reading_picture(
+            picture,
+            caption=f"{reading.label} > {reading.text}",
+            characters=[*reading.text, "end"],
+            attention=attention[row],
+            mask=None if masks is None else masks[row],
+            refined_mask=None if refined is None else refined[row],
+        )

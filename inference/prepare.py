@@ -2,18 +2,18 @@
 
 import contextlib
 import copy
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 from torch.utils import _pytree
 
+from engine.precision import PRECISIONS
+from inference.segmenter import fold_batch_norms
 from modules.ssn import PUBLISHED_AREAS, SSN
-from precision import PRECISIONS
-from segmentation import fold_batch_norms
 
 # Modules that stay in float32 whatever the rest runs in: those that decide about a character, a cell or a pixel, those
 # that take probabilities or positions, layer norms, so that the sums that run past a transformer's layers are not
@@ -88,17 +88,24 @@ class PreparedNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.frozen = frozen
+        self._signature = inspect.signature(network.forward)
         self.eval()
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor | None) -> Any:
-        """What the network gives for its inputs, see there; float32."""
+    def forward(self, *inputs: Tensor | None, **named: Tensor | None) -> Any:
+        """What the network gives for its inputs, by position or name as there; float32."""
+        if named:
+            inputs = self._signature.bind(*inputs, **named).args
         with self._compiler_settings():
             outputs = [self.network(*map(_channels_last, part)) for part in _parts(inputs)]
         return outputs[0] if len(outputs) == 1 else _pytree.tree_map(_concatenated, *outputs)
 
     def _compiler_settings(self) -> contextlib.AbstractContextManager:
-        return inductor_config.patch(freezing=True) if self.frozen else contextlib.nullcontext()
+        if not self.frozen:
+            return contextlib.nullcontext()
+        from torch._inductor import config  # here, as the compiler takes seconds to import
+
+        return config.patch(freezing=True)
 
 
 class PreparedSSN(PreparedNetwork):

@@ -1,13 +1,16 @@
 """Contact sheets: many words, with their masks where there are any, on one picture to look at."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pictures import overlay
+from evaluation.drawing import overlay
+from utils import UserError
 
 _PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
@@ -44,7 +47,7 @@ def make_contact_sheet(
     columns = min(columns, len(cells))
     sheet = Image.new("RGB", (columns * step_x + _GAP, math.ceil(len(cells) / columns) * step_y + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(_CAPTION_SIZE)
+    font = caption_font()
     for number, cell in enumerate(cells):
         left = _GAP + number % columns * step_x
         top = _GAP + number // columns * step_y
@@ -53,6 +56,30 @@ def make_contact_sheet(
         caption_top = top + layers * (cell_height + 2)
         draw.text((left, caption_top), _fitting(cell.caption, font, cell_width), fill=_INK, font=font)
     return sheet
+
+
+def save_contact_sheet(cells: Sequence[Cell], path: Path, **layout: int) -> None:
+    """Write the sheet that `make_contact_sheet` draws; `layout` is its columns and cell sizes.
+
+    Raises:
+        UserError: the file cannot be written, or its name is of no image format.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_contact_sheet(cells, **layout).save(path)
+    except (OSError, ValueError) as error:  # ValueError: Pillow knows no format of that name
+        raise UserError(f"contact sheet {path}: cannot be written ({error}); name a .png file") from error
+
+
+@functools.cache
+def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Matplotlib's font, which has the letters of Europe's languages; Pillow's own where that is not installed."""
+    try:
+        import matplotlib
+
+        return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _CAPTION_SIZE)
+    except (ImportError, OSError):
+        return ImageFont.load_default(_CAPTION_SIZE)
 
 
 def _layers(cell: Cell) -> list[np.ndarray]:

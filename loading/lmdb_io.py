@@ -116,7 +116,6 @@ class LmdbWriter:
         self.count = 0  # samples added by `append`
         self._pending: dict[bytes, bytes] = {}
         self._pending_bytes = 0
-        self._appended = False
         self._environment: lmdb.Environment | None = None
         self._check_target()
         with self._clear_errors():
@@ -152,23 +151,26 @@ class LmdbWriter:
 
     def put(self, key: str, value: bytes | str) -> None:
         """Store `value` (text is encoded as UTF-8) under `key`; a later value replaces an earlier one."""
-        data = value.encode() if isinstance(value, str) else bytes(value)
-        self._pending[key.encode()] = data
-        self._pending_bytes += len(data)
-        if self._pending_bytes >= _COMMIT_BYTES or len(self._pending) >= _COMMIT_ENTRIES:
-            self.commit()
+        self._add({key: value})
 
     def append(self, image: bytes, label: bytes | str | None = None, mask: bytes | None = None) -> int:
-        """Store the next sample and return its index, counted from 1; `num-samples` is kept in step at every commit."""
+        """Store the next sample and return its index, counted from 1.
+
+        No commit comes between its parts and `num-samples`: what is committed are whole samples.
+        """
         self.count += 1
-        self._appended = True
-        self._pending[NUM_SAMPLES.encode()] = str(self.count).encode()
-        self.put(image_key(self.count), image)
-        if mask is not None:
-            self.put(mask_key(self.count), mask)
-        if label is not None:
-            self.put(label_key(self.count), label)
+        parts = {image_key(self.count): image, mask_key(self.count): mask, label_key(self.count): label}
+        self._add({NUM_SAMPLES: str(self.count)} | {key: part for key, part in parts.items() if part is not None})
         return self.count
+
+    def _add(self, entries: dict[str, bytes | str]) -> None:
+        """Store entries in one transaction, which comes when much is pending."""
+        for key, value in entries.items():
+            data = value.encode() if isinstance(value, str) else bytes(value)
+            self._pending[key.encode()] = data
+            self._pending_bytes += len(data)
+        if self._pending_bytes >= _COMMIT_BYTES or len(self._pending) >= _COMMIT_ENTRIES:
+            self.commit()
 
     def commit(self) -> None:
         """Write what is pending in one transaction, all of it or nothing."""

@@ -20,8 +20,8 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from batches import EMPTY, TOO_LONG, LabelRule
-from lmdb_io import DATA_FILE, LmdbReader
+from loading.batches import EMPTY, TOO_LONG, LabelRule
+from loading.lmdb_io import DATA_FILE, LmdbReader
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@
       (!confusion || word.confusions.includes(confusion)));
     chosen.sort(orders[values.order]);
     const wrong = chosen.reduce((sum, word) => sum + 1 - word.right, 0);
-    const part = confusion ? ` with ${confusion.split(">").map((each) => each || "∅").join(" → ")}` : "";
+    const part = confusion ? ` with ${confusion.split(data.between).map((each) => each || "∅").join(" → ")}` : "";
     found.textContent = `${chosen.length.toLocaleString("en")} of ${words.length.toLocaleString("en")} words${part}, ` +
       `${wrong.toLocaleString("en")} wrong`;
     cards.replaceChildren();

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from inference import prepare_for_inference
+from inference.prepare import prepare_for_inference
 from modules.outputs import RecogniserOutput
 from modules.ssn import SSN
 from tests.reference import known_inputs, small_language, small_recogniser, small_vision
@@ -53,6 +53,18 @@ def test_float32_form_gives_the_same(options):
     assert isinstance(output, RecogniserOutput)
     for ours, theirs in zip(leaves(output), leaves(expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_inputs_may_be_named(compiled):
+    fast = prepare_for_inference(with_statistics(small_recogniser()), precision="fp32", compile=compiled)
+    image, mask, *_ = known_inputs(5, 3)
+    expected = leaves(fast(image, mask))
+    for output in (fast(image=image, mask=mask), fast(mask=mask, image=image), fast(image, mask=mask)):
+        for ours, theirs in zip(leaves(output), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="image"):
+        fast(mask=mask)
 
 
 @pytest.mark.parametrize("options", KINDS)
@@ -108,7 +120,7 @@ def test_a_batch_in_parts_reads_as_in_one(masked, monkeypatch):
     together = fast(*inputs)
     calls = []
     fast.network.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
-    monkeypatch.setattr("inference.CPU_BATCH", 3)
+    monkeypatch.setattr("inference.prepare.CPU_BATCH", 3)
     in_parts = fast(*inputs)
     assert sorted(calls) == [2, 2, 3]
     assert type(in_parts) is type(together)

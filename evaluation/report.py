@@ -21,11 +21,11 @@ import jinja2
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-import distributed
-from charset import Charset
-from evaluation import ScoredWord, read_logits
+from engine import distributed
+from evaluation.drawing import grey, to_pictures
+from evaluation.evaluator import ScoredWord, read_logits
+from loading.charset import Charset
 from modules.outputs import RecogniserOutput
-from pictures import grey, to_pictures
 from utils import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ DARKEST = 48  # grey level of no attention: the page multiplies the picture with
 CALIBRATION_BINS = 10
 SHOWN_CONFUSIONS = 30
 NOTHING = ""  # in a confusion: no character
+BETWEEN = "\t"  # the characters of a confusion on the page: no protocol compares it
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class Report:
                 lengths=accuracy_by_length(compared),
                 calibration=calibration(compared, CALIBRATION_BINS),
                 confusions=most_confused(compared, SHOWN_CONFUSIONS),
+                between=BETWEEN,
                 total=len(compared),
                 data=self._page_data(listed, layout, list(order)),
             )
@@ -200,6 +202,7 @@ class Report:
             "layout": layout,
             "attention": self.with_attention and layout is not None,
             "folds": self.normalize("A") == "a",
+            "between": BETWEEN,
             "characters": "".join(c for c in string.printable if self.normalize(c) == c),
             "words": [word_row(each, datasets, sprites) for each in listed],
         }
@@ -334,7 +337,7 @@ def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) 
     """A word as the page's script gets it, without names to save space.
 
     Data set, number, label, reading, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite (-1
-    for none), row, readings of vision, language and alignment (0 where equal to the reading), confusions ("o>0").
+    for none), row, readings of vision, language and alignment (0 where equal to the reading), confusions ("o\\t0").
     """
     reported, word = each.reported, each.reported.word
 
@@ -355,7 +358,7 @@ def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) 
         short(reported.vision),
         [short(text) for text in reported.language],
         [short(text) for text in reported.alignment],
-        [f"{true}>{read}" for true, read in confusions_of(each.target, each.prediction)],
+        [f"{true}{BETWEEN}{read}" for true, read in confusions_of(each.target, each.prediction)],
     ]
 
 

@@ -7,16 +7,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import main
-from batches import IMAGENET_MEAN, IMAGENET_STD, Batch
-from charset import PROTOCOLS, Charset
-from evaluation import EMPTY_IN_PROTOCOL, WordEvaluator, read_logits, score_csv, score_table, write_scores
+from builders import build_evaluator, build_model
+from engine.distributed import Process
+from evaluation.evaluator import (
+    EMPTY_IN_PROTOCOL,
+    WordEvaluator,
+    most_confident,
+    read_logits,
+    score_csv,
+    score_table,
+    write_scores,
+)
+from inference.prepare import prepare_for_inference
+from inference.segmenter import Segmenter
+from loading.batches import IMAGENET_MEAN, IMAGENET_STD, Batch
+from loading.charset import PROTOCOLS, Charset
+from loading.lmdb_io import LmdbWriter
 from modules.outputs import RecogniserOutput, VisionOutput
-from tests.small_networks import save_network, small_config, write_words
+from reader import Reader
+from tests.small_networks import ReadsUprightWords, save_network, small_config, write_words
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHARSET = Charset(PROTOCOLS[94])
@@ -179,6 +195,90 @@ def test_processes_change_nothing(run, reference):
     assert (folder / "two" / "metrics.json").read_text() == reference
     page = (folder / "two" / "report" / "index.html").read_text()
     assert page.count('"0-0000') + page.count('"1-0000') >= 2  # sprites of both processes
+
+
+RAMP = np.tile(np.linspace(0, 255, 90, dtype=np.uint8), (30, 1))  # upright, (H, W)
+TURNED = [RAMP, np.rot90(RAMP), np.rot90(RAMP, 2), np.rot90(RAMP, 3), RAMP[:, :40], RAMP[:, :20]]
+
+
+class Seen:
+    """An observer that keeps what it is given of every word."""
+
+    def __init__(self):
+        self.words, self.images, self.masks, self.attention = [], [], [], []
+
+    def on_batch(self, dataset, batch, output, readings):
+        assert len(batch) == len(readings) == len(output.vision.attention) == len(output.alignment[-1].logits)
+        self.words += [(reading.label, reading.text, reading.confidence) for reading in readings]
+        self.images += list(batch.images)
+        self.masks += [] if batch.masks is None else list(batch.masks)
+
+    def on_end(self, scores):
+        self.scores = scores
+
+
+@pytest.mark.parametrize("network", ["abinet", "binet"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tall_words_are_read_turned_both_ways(tmp_path, network, workers):
+    """By a network that only reads upright words; the reader gives the same predictions."""
+    for kind in ("images", "masks"):
+        with LmdbWriter(tmp_path / kind / "set") as writer:
+            for number, picture in enumerate(TURNED):
+                writer.append(cv2.imencode(".png", picture)[1].tobytes(), f"w{number}")
+    seen = {}
+    for ratio in (None, 1.4):
+        data = {"turn_tall": ratio, "num_workers": workers, "masks": {"root": str(tmp_path / "masks")}}
+        config = small_config(network, test={"roots": [str(tmp_path / "images")], "batch_size": 4}, **data)
+        evaluator = build_evaluator(config, device=torch.device("cpu"), process=Process(), model_eval="alignment")
+        seen[ratio] = Seen()
+        evaluator.evaluate(ReadsUprightWords(config), [seen[ratio]])
+    read = {ratio: [text for _, text, _ in each.words] for ratio, each in seen.items()}
+    assert read[None] == ["up", "no", "no", "no", "up", "up"]  # parts of an upright word are upright
+    assert read[1.4] == ["up", "up", "no", "up", "up", "up"]
+    assert [label for label, _, _ in seen[1.4].words] == [f"w{number}" for number in range(len(TURNED))]
+    assert seen[1.4].scores["datasets"]["set"]["samples"] == len(TURNED)
+    for place in (1, 3):  # what the report shows is what was read
+        assert seen[1.4].images[place][..., -1].float().mean() > seen[1.4].images[place][..., 0].float().mean()
+    assert len(seen[1.4].masks) == (len(TURNED) if network == "binet" else 0)
+
+    save_network(tmp_path / "network.pth", config)
+    reader = Reader(tmp_path / "network.pth", device="cpu", masks="none", batch_size=4)
+    reader._model = ReadsUprightWords(config)
+    predictions = reader.read(TURNED, masks=TURNED)
+    assert [(each.text, each.confidence) for each in predictions] == [word[1:] for word in seen[1.4].words]
+    assert [each.turned for each in predictions] == [0, 270, 0, 90, 0, 0]
+    assert all(
+        each.mask is None or each.mask.shape == picture.shape for each, picture in zip(predictions, TURNED, strict=True)
+    )
+
+
+def test_the_most_confident_view_is_kept_and_the_first_of_equal_ones():
+    assert most_confident([0.1, 0.5, 0.3, 0.2, 0.4, 0.4, 0.1], [0, 1, 1, 1, 2, 2, 3]) == [0, 1, 4, 6]
+    assert most_confident([], []) == []
+    assert most_confident([0.0, 0.0, 0.0], [0, 0, 0]) == [0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_segmentation_scores_are_those_of_the_masks_that_users_get(tmp_path, precision, prepared):
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (24, width, 3), dtype=np.uint8) for width in (60, 60, 90)]
+    labels = [random.integers(0, 2, picture.shape[:2], dtype=np.uint8) for picture in pictures]
+    with LmdbWriter(tmp_path / "pairs") as writer:
+        for picture, label in zip(pictures, labels, strict=True):
+            image, mask = (cv2.imencode(".png", each)[1].tobytes() for each in (picture[..., ::-1], label * 255))
+            writer.append(image, mask=mask)
+    config = small_config("ssn", test={"roots": [str(tmp_path / "pairs")], "batch_size": 2})
+    torch.manual_seed(0)
+    ssn = build_model(config).eval()
+    ssn.semrfnhead.conv_ref_last.weight.data.mul_(5)
+    true, found = np.concatenate([each.ravel() for each in labels]) > 0, Segmenter(ssn, [65])(pictures)
+    found = np.concatenate([each.ravel() for each in found]) >= 128
+    wanted = {"device": torch.device("cpu"), "process": Process(), "model_eval": "ssn", "precision": precision}
+    evaluator = build_evaluator(config, **wanted)
+    scores = evaluator.evaluate(prepare_for_inference(ssn, precision="fp32", compile=False) if prepared else ssn)
+    assert 0 < found.mean() < 1
+    assert scores["datasets"]["pairs"]["iou"] == (true & found).sum() / (true | found).sum()
 
 
 def test_a_network_that_gives_no_numbers_is_scored_as_sure_of_nothing():

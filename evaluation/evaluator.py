@@ -15,15 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
-import distributed
-import metrics
-from charset import NULL, Charset, protocol_normalizer
+from engine import distributed
+from engine.precision import autocast, without_search
+from evaluation import metrics
+from evaluation.drawing import to_pictures
+from inference.prepare import PreparedSSN
+from inference.segmenter import Segmenter
+from loading.batches import Batch
+from loading.charset import NULL, Charset, protocol_normalizer
+from loading.transforms import TEXT_THRESHOLD
 from modules.outputs import RecogniserOutput
-from precision import autocast, without_search
 from utils import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -78,6 +85,25 @@ def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float
     after_end = (ends.cumsum(1) - ends.long()) > 0  # steps behind the first end token
     confidences = probabilities.masked_fill(after_end, 1.0).prod(1).nan_to_num(0.0)
     return [charset.decode(row) for row in ids.tolist()], confidences.tolist()
+
+
+def most_confident(confidences: Sequence[float], owners: Sequence[int]) -> list[int]:
+    """The row of the most confident view of each word; the first of equal ones.
+
+    Args:
+        confidences: of M views.
+        owners: the word that each view shows, in ascending order from 0.
+    """
+    best: dict[int, int] = {}
+    for row, (word, confidence) in enumerate(zip(owners, confidences, strict=True)):
+        if word not in best or confidence > confidences[best[word]]:
+            best[word] = row
+    return list(best.values())
+
+
+def take_rows(output: Any, rows: Sequence[int]) -> Any:
+    """Some rows of all tensors of a network's output."""
+    return _pytree.tree_map(lambda leaf: None if leaf is None else leaf[rows], output)
 
 
 def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
@@ -164,6 +190,10 @@ class WordEvaluator:
             with autocast(self.device, self.precision):
                 output = model(*batch.inputs())
             texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
+            if isinstance(batch, Batch) and batch.owners is not None:
+                rows = most_confident(confidences, batch.owners.tolist())
+                batch, output = batch.with_images(rows), take_rows(output, rows)
+                texts, confidences = [texts[row] for row in rows], [confidences[row] for row in rows]
             indices = batch.indices.tolist()
             numbers = map(self.numbers.get(name, lambda index: index + 1), indices)
             rows = zip(indices, batch.texts, texts, confidences, numbers, strict=True)
@@ -181,25 +211,27 @@ class WordEvaluator:
 
 @dataclass
 class SegmentationEvaluator:
-    """Scores a segmentation network: foreground IoU and F-score over all pixels of a data set."""
+    """Scores a segmentation network: foreground IoU and F-score over all pixels of a data set.
+
+    What is scored are the masks that `Segmenter` makes of the network, as recognisers are given them.
+    """
 
     loaders: Mapping[str, DataLoader]
     filtered: Mapping[str, Mapping[str, int]]
     areas: Sequence[int]
     device: torch.device
     ignore_index: int = 255
-    precision: str = "fp32"
     headline: str = field(default="iou", init=False)
     columns: Sequence[str] = field(default=("iou", "f_score"), init=False)
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
         """Segment every picture at its own size and compare with its labels."""
-        was_training = model.training
-        model.eval()
+        ssn = model.network if isinstance(model, PreparedSSN) else model
+        segmenter = Segmenter(ssn, self.areas, device=self.device)
         datasets = {}
         for name, loader in self.loaders.items():
             with without_search():
-                counts, samples, unreadable = self._count(model, loader)
+                counts, samples, unreadable = self._count(segmenter, loader)
             true_positive, false_positive, false_negative = counts
             skipped = Counter(self.filtered[name]) + unreadable
             datasets[name] = {
@@ -208,24 +240,19 @@ class SegmentationEvaluator:
                 "iou": metrics.foreground_iou(true_positive, false_positive, false_negative),
                 "f_score": metrics.f_score(true_positive, false_positive, false_negative),
             }
-        model.train(was_training)
         return {"model_eval": "ssn", **summarise(datasets)}
 
-    @torch.inference_mode()
-    def _count(self, model: nn.Module, loader: DataLoader) -> tuple[list[int], int, Counter]:
+    def _count(self, segmenter: Segmenter, loader: DataLoader) -> tuple[list[int], int, Counter]:
         """True positives, false positives, false negatives; pictures; what could not be read."""
-        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        counts = np.zeros(3, np.int64)
         samples, unreadable = 0, Counter()
         for batch in loader:
             unreadable.update(batch.skipped.values())
-            if not len(batch):
-                continue
-            batch = batch.to(self.device)
-            with autocast(self.device, self.precision):
-                probability = model.text_probability(*batch.inputs(), areas=self.areas)  # (N, H, W)
-            counted = batch.labels != self.ignore_index
-            text, predicted = (batch.labels == 1) & counted, (probability > 0.5) & counted
-            counts += torch.stack([(text & predicted).sum(), (~text & predicted).sum(), (text & ~predicted).sum()])
+            masks = segmenter(list(to_pictures(batch.images)))
+            for mask, labels in zip(masks, batch.labels.numpy(), strict=True):  # (H, W) each
+                counted = labels != self.ignore_index
+                text, predicted = (labels == 1)[counted], (mask >= TEXT_THRESHOLD)[counted]
+                counts += [(text & predicted).sum(), (~text & predicted).sum(), (text & ~predicted).sum()]
             samples += len(batch)
         shares = distributed.gather([(counts.tolist(), samples, dict(unreadable))])
         totals = [sum(column) for column in zip(*(share[0] for share in shares), strict=True)]

@@ -1,0 +1,74 @@
+"""A run's work folder: one run at a time holds it, an earlier run's is moved aside, the log is in it."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine import distributed
+from engine.distributed import Process
+from utils import UserError, setup_logging
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
+    """Hold the work folder for this run; unless it is to be kept, an earlier run's folder is moved out of the way.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if not process.is_main:
+        distributed.barrier()
+        yield
+        return
+    with _open_lock(folder) as lock:
+        try:
+            # Not flock: forked loader workers would inherit it and hold it for seconds after a kill.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{folder} is in use by another run; give this one another --name") from error
+            logger.warning(
+                "%s: its file system has no locks (%s), so nothing keeps a second run out of this folder; see to that "
+                "yourself, or set global.workdir to another disk",
+                folder,
+                error.strerror,
+            )
+        if not keep and (folder / "history.jsonl").exists():
+            _move_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        yield
+
+
+def _open_lock(folder: Path):
+    """The lock stands beside the folder, so that it stays when the folder moves."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return open(folder.parent / f".{folder.name}.lock", "w")
+    except OSError as error:
+        raise UserError(f"{folder.parent} cannot be written ({error.strerror}); set global.workdir") from error
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (moved := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(moved)
+    print(f"an earlier run was in {folder}; it is now {moved} (to go on with it, use --resume)")
+
+
+def log_to(folder: Path, process: Process, *, debug: bool = False) -> None:
+    """Log to the terminal and `log.txt`; processes other than the main one only warn."""
+    if process.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            setup_logging(folder / "log.txt", level=logging.DEBUG if debug else logging.INFO)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); set global.workdir") from error
+    else:
+        setup_logging(level=logging.WARNING)

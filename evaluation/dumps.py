@@ -1,0 +1,68 @@
+"""What a test writes of each word: prediction files and attention images. Observers that an evaluator calls."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from engine import distributed
+from evaluation.drawing import evaluation_pictures
+from evaluation.evaluator import ScoredWord
+from modules.outputs import RecogniserOutput
+
+ONE_FIELD = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # keeps a label one field of one line
+
+
+class PredictionFiles:
+    """`<dataset>-<model_eval>/<model_eval>.txt` with every `gt<TAB>prediction`, and `-false.txt` with the wrong ones.
+
+    Args:
+        normalize: what the evaluation's protocol compares of a text.
+    """
+
+    def __init__(self, *, folder: Path, model_eval: str, normalize: Callable[[str], str]):
+        self.folder = folder
+        self.model_eval = model_eval
+        self.normalize = normalize
+        self._readings: dict[str, list[ScoredWord]] = {}
+
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
+        self._readings.setdefault(dataset, []).extend(readings)
+
+    def on_end(self, scores: Mapping[str, Any]) -> None:
+        for dataset in scores["datasets"]:
+            readings = distributed.gather(self._readings.get(dataset, []))
+            if distributed.is_main():
+                self._write(dataset, sorted(readings, key=lambda reading: reading.index))
+        self._readings.clear()
+
+    def _write(self, dataset: str, readings: Sequence[ScoredWord]) -> None:
+        folder = self.folder / f"{dataset}-{self.model_eval}"
+        folder.mkdir(parents=True, exist_ok=True)
+        wrong = [each for each in readings if self.normalize(each.text) != self.normalize(each.label)]
+        for name, listed in ((self.model_eval, readings), (f"{self.model_eval}-false", wrong)):
+            lines = "".join(f"{each.label.translate(ONE_FIELD)}\t{each.text}\n" for each in listed)
+            (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
+
+
+class AttentionPictures:
+    """`<dataset>-<model_eval>/attn/<number>.jpg`: each word with its masks and the attention of each character.
+
+    The number is that of the word in its LMDB.
+    """
+
+    def __init__(self, *, folder: Path, model_eval: str):
+        self.folder = folder
+        self.model_eval = model_eval
+
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
+        if output.vision is None:
+            return
+        folder = self.folder / f"{dataset}-{self.model_eval}" / "attn"
+        folder.mkdir(parents=True, exist_ok=True)
+        for reading, picture in zip(readings, evaluation_pictures(batch, output, readings), strict=True):
+            cv2.imwrite(str(folder / f"{reading.number:09d}.jpg"), picture[..., ::-1])
+
+    def on_end(self, scores: Mapping[str, Any]) -> None:
+        """Every picture is written already."""

@@ -1,0 +1,217 @@
+"""Text masks for images of any sizes: SSN over one or several sizes, in batches.
+
+The procedure is the published one (`SSN.text_probability`), with the images that enter the network at one size sharing
+a forward pass. A mask holds round(255 * probability): storing it in 8 bits moves a probability by at most 1 / 510.
+Whatever is of an image's own size stays in 8 bits, but for a strip of it at a time.
+"""
+
+import copy
+import functools
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from engine.precision import PRECISIONS, fastest_precision
+from loading.batches import normalize_images
+from modules.hrnet import resize_aligned
+from modules.ssn import PUBLISHED_AREAS, SSN, network_size
+from utils import UserError
+
+# Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.
+BATCH_PIXELS = {"cuda": 1 << 23, "cpu": 1 << 19}
+IMAGE_PIXELS = 1 << 24  # of the images, at their own size, whose masks are made together
+STRIP_PIXELS = 1 << 20  # of an image that are brought to floats together
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Segmenter:
+    """Gives each image its text mask; an image's mask does not depend on those that it is given with.
+
+    One segmenter may be used by many threads at once.
+
+    Args:
+        ssn: the network; a copy of it is used, so that it may go on learning.
+        areas: sides of the squares whose areas the resized pictures have, in pixels; the mean over them is the mask.
+        device: where the copy runs.
+        precision: of weights and maps: `fp32`, `bf16`, `fp16`, or `auto`, the fastest on the device. Masks made while
+            reading (by reader, training, its workers or the test) are made in `fp32` on any device, so that all are the
+            same. Softmaxes, attention and everything at the images' own size stay in float32.
+        batch_pixels: network input pixels in one forward pass, more for a single picture that is larger; None chooses.
+
+    Raises:
+        ValueError: `areas` is empty or `precision` is none of the above.
+    """
+
+    def __init__(
+        self,
+        ssn: SSN,
+        areas: Sequence[int] = PUBLISHED_AREAS,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        batch_pixels: int | None = None,
+    ) -> None:
+        if not areas:
+            raise ValueError("areas must name at least one side in pixels, such as 193")
+        self.areas = tuple(areas)
+        self.device = torch.device(device)
+        self.precision = fastest_precision(self.device) if precision == "auto" else precision
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; it must be auto, {', '.join(PRECISIONS)}")
+        self.batch_pixels = batch_pixels or BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cpu"])
+        self._dtype = PRECISIONS[self.precision]
+        network = fold_batch_norms(copy.deepcopy(ssn).eval().requires_grad_(False).float())
+        self._ssn: SSN = network.to(self.device, self._dtype, memory_format=torch.channels_last)
+
+        if self.device.type == "cpu":
+            _one_thread_each(torch.get_num_threads())  # here, where no other thread is likely to start its work
+
+    def __call__(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Masks, uint8 (H, W), 255 = text, of RGB images, uint8 (H, W, 3).
+
+        Raises:
+            ValueError: an image has another type or shape, or no pixel.
+            UserError: the network overflowed, as fp16 or weights of a training that diverged make it.
+        """
+        for i, picture in enumerate(pictures):
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+                raise ValueError(
+                    f"picture {i} is {picture.dtype} {picture.shape}; it must be uint8 (H, W, 3), not empty"
+                )
+        masks: list[np.ndarray] = []
+        while len(masks) < len(pictures):
+            masks += self._segment(_within(pictures[len(masks) :], IMAGE_PIXELS))
+        return masks
+
+    @torch.inference_mode()
+    def _segment(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        pictures = [np.require(each, requirements=["C", "W"]) for each in pictures]  # as torch can wrap them
+        images = [torch.from_numpy(each).to(self.device).permute(2, 0, 1)[None] for each in pictures]  # (1, 3, H, W)
+        sizes = [image.shape[-2:] for image in images]
+        batches = [batch for area in self.areas for batch in self._batches(sizes, area)]
+
+        def text_maps(batch: tuple[tuple[int, int], list[int]]) -> Tensor:
+            size, members = batch
+            return self._text_maps([images[i] for i in members], size)
+
+        maps: list[list[Tensor]] = [[] for _ in images]
+        for (_, members), made in zip(batches, self._map(text_maps, batches), strict=True):
+            for i, each in zip(members, made, strict=True):
+                maps[i].append(each[None])  # (1, 1, h, w); in the order of the areas, so that sums are the same always
+        return [mean_mask(*each) for each in zip(maps, sizes, strict=True)]
+
+    def _batches(self, sizes: Sequence[Sequence[int]], area: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
+        """(network size, indices of pictures) of each forward pass at this area."""
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, size in enumerate(sizes):
+            groups[network_size(size, area)].append(i)
+        for (height, width), members in groups.items():
+            step = max(1, self.batch_pixels // (height * width))
+            for start in range(0, len(members), step):
+                yield (height, width), members[start : start + step]
+
+    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
+        """`map`; on a CPU the items run side by side, one thread each.
+
+        A batch of words is made of small maps: threads that share each operation wait for one another more than they
+        work.
+        """
+        threads = torch.get_num_threads()
+        if self.device.type != "cpu" or min(threads, len(items)) < 2:
+            return map(function, items)
+        return _one_thread_each(threads).map(function, items)
+
+    @torch.inference_mode()
+    def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Probability of text (N, 1, h, w) float32 of N images (1, 3, H, W) uint8 that enter the network at `size`."""
+        batch = torch.cat([_resized(image, size) for image in images])
+        maps = self._ssn.probability(normalize_images(batch).to(self._dtype, memory_format=torch.channels_last))
+        if not maps.isfinite().all():
+            raise UserError(f"SSN gives numbers that are not finite in {self.precision}; use fp32, or other weights")
+        return maps
+
+
+def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:
+    """round(255 * mean of the maps), uint8 (H, W): maps (1, 1, h, w) of any sizes, each brought to `size` first."""
+    height, width = size
+    step = max(STRIP_PIXELS // width, 1)
+    strips = []
+    for top in range(0, height, step):
+        rows = range(top, min(top + step, height))
+        total = sum(_resized(each, size, rows) for each in maps)  # (1, 1, rows, W)
+        strips.append((total / len(maps) * 255).round().byte()[0, 0].cpu().numpy())
+    return np.concatenate(strips)
+
+
+def _resized(image: Tensor, size: Sequence[int], rows: range | None = None) -> Tensor:
+    """Some rows, all by default, of what `resize_aligned` makes of an image: (1, C, H, W) -> (1, C, rows, size[1]).
+
+    A large image is brought to the rows first, so that no more of it than those depend on becomes floats.
+    """
+    rows = range(size[0]) if rows is None else rows
+    height, width = image.shape[-2:]
+    if len(rows) == size[0] and height * width <= STRIP_PIXELS:
+        return resize_aligned(image.float(), size)
+    places = torch.arange(rows.start, rows.stop, device=image.device) * ((height - 1) / max(size[0] - 1, 1))
+    above = places.long()
+    below = (above + 1).clamp(max=height - 1)
+    blended = image[..., above, :].float().lerp(image[..., below, :].float(), (places - above)[:, None])
+    return resize_aligned(blended, (len(rows), size[1]))
+
+
+def _within(pictures: Sequence[np.ndarray], pixels: int) -> Sequence[np.ndarray]:
+    """The first of some images: as many as have that many pixels together, and one at least."""
+    ends = np.cumsum([picture.shape[0] * picture.shape[1] for picture in pictures])
+    return pictures[: max(int(np.searchsorted(ends, pixels, side="right")), 1)]
+
+
+@functools.cache
+def _one_thread_each(count: int) -> ThreadPoolExecutor | None:
+    """The process's threads for work side by side: each computes alone. None for a count of one.
+
+    torch lets a thread have a number of its own only by `set_num_threads`, which is the number of threads to come, too.
+    So it is called once for each of these threads, as they start together, and set back at once.
+    """
+    if count < 2:
+        return None
+    started = threading.Barrier(count)
+
+    def compute_alone() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="segmentation", initializer=compute_alone)
+    for each in [pool.submit(int) for _ in range(count)]:
+        each.result()
+    torch.set_num_threads(count)
+    return pool
+
+
+os.register_at_fork(after_in_child=_one_thread_each.cache_clear)  # threads do not survive a fork
+
+
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Fold, in place, each batch norm of a network in eval mode into the convolution that stands before it.
+
+    For networks whose modules are named in the order in which they run, as HRNet and its head; returns the network.
+    """
+    previous = None
+    for name, child in list(network.named_children()):
+        convolution = getattr(network, previous) if previous else None
+        if isinstance(child, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
+            setattr(network, previous, fuse_conv_bn_eval(convolution, child))
+            setattr(network, name, nn.Identity())
+        else:
+            fold_batch_norms(child)
+        previous = name
+    return network

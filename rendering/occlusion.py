@@ -1,0 +1,104 @@
+"""Things before the letters: poles and wires, leaves, the edge of something near. What they cover is no text."""
+
+import math
+
+import cv2
+import numpy as np
+
+from rendering.blending import blend, full
+from rendering.colours import draw_background_colour, with_luminance
+from rendering.textures import cut_texture
+
+_VISIBLE = 0.55  # least share of each part of the letters that stays
+_TRIES = 4
+
+
+def occlude(
+    picture: np.ndarray, alpha: np.ndarray, unit: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put something before a part of the word; every letter stays in part.
+
+    Args:
+        picture: float32 RGB (h, w, 3), 0 to 255.
+        alpha: share of each pixel that letters cover, uint8 (h, w).
+        unit: height of a capital letter, pixels.
+
+    Returns:
+        picture and alpha; both as they were where nothing fits.
+    """
+    kind = ("pole", "wires", "leaves", "edge")[int(rng.integers(4))]
+    size = 1.0
+    for _ in range(_TRIES):
+        cover = _draw_cover(kind, alpha.shape, unit * size, rng)
+        if _every_part_stays(alpha, cover, unit):
+            break
+        size *= 0.6
+    else:
+        return picture, alpha
+    share = cover * np.float32(1 / 255)
+    thing = _draw_thing(kind, alpha.shape, rng)
+    return blend(picture, thing, share), cv2.multiply(alpha, 255 - cover, scale=1 / 255)
+
+
+def _draw_cover(kind: str, shape: tuple[int, int], unit: float, rng: np.random.Generator) -> np.ndarray:
+    """Where the thing is, uint8 (h, w)."""
+    height, width = shape
+    cover = np.zeros(shape, np.uint8)
+    if kind == "pole":
+        _draw_bar(cover, rng.uniform(0, width), height / 2, rng.normal(90, 12), unit * rng.uniform(0.1, 0.4))
+    elif kind == "wires":
+        for _ in range(int(rng.integers(1, 4))):
+            place = rng.random(2) * (width, height)
+            _draw_bar(cover, *place, rng.uniform(0, 180), max(1.0, unit * rng.uniform(0.03, 0.1)))
+    elif kind == "leaves":
+        middle = np.array([rng.uniform(0, width), height * (rng.uniform(-0.1, 0.2) + (rng.random() < 0.5) * 0.9)])
+        for _ in range(int(rng.integers(4, 14))):
+            x, y = middle + rng.normal(0, 0.5, size=2) * unit
+            length, angle = unit * rng.uniform(0.12, 0.35), rng.uniform(0, 180)
+            cv2.ellipse(cover, ((x, y), (2 * length, length * rng.uniform(0.5, 1.0)), angle), 255, -1, cv2.LINE_AA)
+    else:
+        depth = unit * rng.uniform(0.15, 0.5)
+        side, tilt, far = int(rng.integers(4)), rng.normal(0, 8), 4 * max(width, height)
+        x, y = ((depth, height / 2), (width / 2, depth), (width - depth, height / 2), (width / 2, height - depth))[side]
+        away = math.radians((180, 270, 0, 90)[side] + tilt)
+        _draw_bar(
+            cover, x + far / 2 * math.cos(away), y + far / 2 * math.sin(away), math.degrees(away) + 90, float(far)
+        )
+    return cover
+
+
+def _draw_bar(cover: np.ndarray, x: float, y: float, degrees: float, thick: float) -> None:
+    """Draw a bar `thick` pixels wide through (x, y) across the whole picture, in place."""
+    length = 4.0 * max(cover.shape)
+    corners = cv2.boxPoints(((float(x), float(y)), (length, float(thick)), float(degrees)))
+    cv2.fillConvexPoly(cover, np.round(corners * 16).astype(np.int32), 255, cv2.LINE_AA, shift=4)
+
+
+def _draw_thing(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """What is seen where the thing is, float32 (h, w, 3)."""
+    colour = draw_background_colour(rng)
+    if kind == "leaves":
+        colour = np.array([rng.uniform(30, 130), rng.uniform(80, 180), rng.uniform(20, 80)])
+    elif kind == "wires" or rng.random() < 0.5:
+        colour = with_luminance(colour, rng.uniform(0.02, 0.3))
+    thing = full(shape, colour)
+    if kind == "wires":
+        return thing
+    return blend(thing, full(shape, with_luminance(colour, rng.uniform(0.0, 0.7))), cut_texture(shape, rng))
+
+
+def _every_part_stays(alpha: np.ndarray, cover: np.ndarray, unit: float) -> bool:
+    """Whether enough is left of each connected part of the letters, and of each piece of one as wide as a letter."""
+    ink = (alpha > 127).astype(np.uint8)
+    count, labels = cv2.connectedComponents(ink, ltype=cv2.CV_32S)
+    columns = (np.arange(alpha.shape[1]) / max(0.6 * unit, 4)).astype(np.int32)
+    pieces = labels * (int(columns[-1]) + 1) + columns
+    inked, free = ink > 0, (ink > 0) & (cover < 127)
+    for numbers, number in ((labels, count), (pieces, int(pieces.max()) + 1)):
+        before = np.bincount(numbers[inked], minlength=number)
+        after = np.bincount(numbers[free], minlength=number)
+        # Small pieces are ends of letters and dots: what counts is that the letter stays.
+        counted = before > 0.03 * unit * unit
+        if (after[counted] < _VISIBLE * before[counted]).any():
+            return False
+    return True

@@ -1,0 +1,73 @@
+"""Draw a sheet of training words as the network sees them: augmented, at its size, with mask and label."""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # lets `python tools/NAME.py` find the repository's modules
+
+import torch
+
+from builders import build_training_data
+from config import Config, load_config
+from engine.distributed import Process
+from evaluation.contact_sheet import Cell, save_contact_sheet
+from evaluation.drawing import to_pictures
+from tools.support import make_parser, positive, print_summary, seed_number
+from utils import UserError, run_command_line
+
+EXAMPLE = """  python tools/show_training_words.py --config configs/small.yaml --output sheet.png
+  python tools/show_training_words.py --config configs/small.yaml --output sheet.png --epoch 5 dataset.data_aug=rand"""
+
+
+def read_training_words(config: Config, count: int, *, epoch: int = 0) -> list[Cell]:
+    """The first `count` words that a run trains on from `epoch` on, with their labels as stored.
+
+    Raises:
+        UserError: the network of the config reads no words from images, or its data cannot be opened.
+    """
+    if config.model.kind not in ("vision", "recogniser"):
+        raise UserError(f"model.name {config.model.name}: is not trained on words; give the config of a recogniser")
+    config = config.model_copy(deep=True)
+    config.global_.phase, config.dataset.num_workers = "train", 0
+    loader = build_training_data(config, device=torch.device("cpu"), process=Process())
+    loader.batch_sampler.set_position(epoch, 0)
+    cells: list[Cell] = []
+    for batch in itertools.islice(loader, len(loader.batch_sampler)):
+        masks = [None] * len(batch) if batch.masks is None else batch.masks[:, 0].numpy()
+        cells += map(Cell, to_pictures(batch.images), batch.texts, masks)
+        if len(cells) >= count:
+            break
+    return cells[:count]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    options = parse_arguments(arguments)
+    config = load_config(options.config, options.overrides)
+    cells = read_training_words(config, options.count, epoch=options.epoch)
+    if not cells:
+        raise UserError("dataset.train.roots: no word of the first epoch can be read; see the messages above")
+    height, width = config.dataset.image_height, config.dataset.image_width
+    save_contact_sheet(cells, options.output, cell_width=2 * width, cell_height=2 * height, columns=6)
+    print_summary(f"wrote {options.output}", {"words": len(cells)})
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """See `--help`."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("--config", required=True, metavar="YAML", help="as main.py reads it")
+    parser.add_argument("--output", required=True, type=Path, metavar="PNG", help="sheet to write")
+    parser.add_argument("--count", type=positive, default=60, help="words on the sheet (default: 60)")
+    parser.add_argument("--epoch", type=seed_number, default=0, help="epoch that they are of, from 0 (default: 0)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    run_command_line(main)

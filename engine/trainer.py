@@ -487,6 +487,12 @@ class Trainer:
         self.optimizer.load_state_dict(state)
         for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(configured)
+            names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in group else {"momentum_buffer"}
+            for parameter in group["params"]:
+                momenta = {k: v for k, v in self.optimizer.state.get(parameter, {}).items() if v is not None}
+                shapes = {name: each.shape for name, each in momenta.items() if name != "step" or each.numel() != 1}
+                if momenta and shapes != dict.fromkeys(names - {"step"}, parameter.shape):
+                    raise ValueError("the state of the optimizer is damaged")
 
     def _in_our_groups(self, state: dict[str, Any]) -> dict[str, Any]:
         """An optimiser's state whose only group has the parameters in the network's order."""

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 import distributed
 from distributed import Process
-from precision import autocast
+from precision import channels_last, prefers_channels_last, sum_few_channels, training_arithmetic
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -223,8 +223,8 @@ class Trainer:
             last = number == len(parts) - 1
             sync = contextlib.nullcontext() if last or not distributed.is_distributed() else self._network.no_sync()
             with sync:
-                with autocast(self.device, self.precision):
-                    output = self._network(*part.inputs())
+                with training_arithmetic(self.device, self.precision):
+                    output = self._network(*map(self._laid_out, part.inputs()))
                     terms = self.criterion(output, *part.targets())
                 self.scaler.scale(terms["total"] / len(parts)).backward()
             collected.append({name: term.detach() for name, term in terms.items()})
@@ -250,9 +250,15 @@ class Trainer:
             group["lr"] = base * factor
         return self.optimizer.param_groups[0]["lr"]
 
+    def _laid_out(self, value: Tensor | None) -> Tensor | None:
+        """An input of the network in the memory format that its convolutions are fastest in."""
+        return channels_last(value) if prefers_channels_last(self.device, self.precision) else value
+
     def _wrap(self, compile_model: bool, find_unused_parameters: bool) -> Callable:
         """The network as the loop calls it."""
         network: Any = self.model
+        if self.device.type == "cpu":
+            sum_few_channels(network)
         if distributed.is_distributed():
             devices = [self.device] if self.device.type == "cuda" else None
             # A 1x1 kernel's gradient may have other strides than its weight, of the same order in memory.

@@ -10,6 +10,7 @@ import logging
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,9 @@ UNPICKLING_ERRORS = (
     AssertionError,
     MemoryError,
     struct.error,
+    zipfile.BadZipFile,
 )
+LARGEST_EXPANSION = 16  # times a file's size that its tensors may take; they may share memory in it
 NAMES_SHOWN = 5
 CHECKPOINT_LIST = "checkpoint.yaml"
 
@@ -68,7 +71,12 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist; give the path of a .pth file")
+    most = LARGEST_EXPANSION * path.stat().st_size + (1 << 26)
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch stores its entries, and unpacks what is compressed
+                if sum(entry.file_size for entry in archive.infolist()) > most:
+                    raise ValueError("it unpacks to far more than it holds")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"(?i)unsupported (global|class)|unrecognized function|can only build", str(error))
@@ -76,9 +84,24 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} is refused ({reason}); save a state_dict with torch.save") from error
     except UNPICKLING_ERRORS as error:
         raise UserError(f"checkpoint {path} is damaged or no torch file ({first_line(error)}); use another") from error
+    if _bytes_declared(state) > most:
+        raise UserError(f"checkpoint {path} is refused: its tensors claim far more than the file holds; use another")
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a state_dict; save model.state_dict()")
     return dict(state)
+
+
+def _bytes_declared(state: Any) -> int:
+    """Bytes that the tensors of nested containers would take if each were copied: a view may claim any size."""
+    total, seen, left = 0, set(), [state]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, Mapping) else value
+    return total
 
 
 def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -117,7 +140,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], path: Path | str, *
         if strict:
             raise UserError(f"{message}. Check the config's model section, or allow it with --model_strict false")
         logger.warning("%s", message)
-    fitting = {k: v for k, v in weights.items() if k in expected and v.shape == expected[k].shape}
+    fitting = {k: v for k, v in weights.items() if k in expected and _fits(v, expected[k])}
     if not fitting:
         raise UserError(f"checkpoint {path} has no tensor of the network; it belongs to another model.name")
     model.load_state_dict(fitting, strict=False)
@@ -128,12 +151,25 @@ def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     missing = [name for name in expected if name not in weights]
     extra = [name for name in weights if name not in expected]
     reshaped = [
-        f"{name} is {tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in the network"
+        f"{name} is {_form(weights[name], tensor)} in the file, {_form(tensor, weights[name])} in the network"
         for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
+        if name in weights and not _fits(weights[name], tensor)
     ]
     kinds = (("missing", missing), ("not in the network", extra), ("other shapes", reshaped))
     return [f"{len(names)} {kind}: {_shown(names)}" for kind, names in kinds if names]
+
+
+def _fits(tensor: Tensor, expected: Tensor) -> bool:
+    """Whether a tensor of a file can become one of the network; floats may have any precision."""
+    kinds = [(each.shape, each.is_floating_point(), each.layout, each.is_meta) for each in (tensor, expected)]
+    return kinds[0] == kinds[1]
+
+
+def _form(tensor: Tensor, other: Tensor) -> str:
+    """What tells a tensor from another: its shape, else its type."""
+    return (
+        f"{tuple(tensor.shape)}" if tensor.shape != other.shape else f"{tensor.dtype} {tensor.layout} {tensor.device}"
+    )
 
 
 def _shown(names: list[str]) -> str:
@@ -236,7 +272,7 @@ def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.load_state_dict(state)
     except UserError:
         raise
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except UNPICKLING_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {reason}); resume with the "

@@ -147,12 +147,14 @@ def mutated_value(rng: np.random.Generator, value: Any, odd: Sequence[Callable[[
     return value
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (holder, key) in nested dicts and lists."""
+def _places(value: Any, seen: set[int] | None = None) -> Iterator[tuple[Any, Any]]:
+    """Every (holder, key) in nested dicts and lists; what is there twice is walked once."""
+    seen = set() if seen is None else seen
+    seen.add(id(value))
     for name, each in list(value.items()) if isinstance(value, dict) else list(enumerate(value)):
         yield value, name
-        if isinstance(each, dict | list):
-            yield from _places(each)
+        if isinstance(each, dict | list) and id(each) not in seen:
+            yield from _places(each, seen)
 
 
 SIDES = (0, 1, 8000, 65535, 2**31 - 1, 2**32 - 1)

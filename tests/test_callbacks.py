@@ -316,3 +316,26 @@ def test_a_full_disk_is_told_by_the_history(tmp_path):
     each._file = SimpleNamespace(write=lambda text: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"history\.jsonl: no space left"):
         each.on_step_end(FakeTrainer(), step())
+
+
+def test_a_history_that_is_damaged_keeps_its_whole_lines(tmp_path, caplog):
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(
+        b'{"iteration": 1}\n{"iteration": \xff}\n[1]\n{"iteration": "x"}\n{"iteration": 2}\n{"iteration": 9}\n'
+    )
+    trainer = FakeTrainer()
+    trainer.iteration = 2
+    each = History(path=path, interval=1)
+    each.on_fit_start(trainer)
+    each.on_fit_end(trainer)
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+    assert caplog.text.count("is damaged") == 3
+
+
+@pytest.mark.parametrize(
+    "listed", ["[7, a_0_1.pth, [b]]", f"[{'x' * 300}, a_0_1.pth]", "[../a_0_1.pth]", "7", "2001-13-01"]
+)
+def test_a_list_of_checkpoints_that_is_damaged_is_made_good_by_the_files(tmp_path, listed):
+    (tmp_path / "a_0_1.pth").touch()
+    (tmp_path / "checkpoint.yaml").write_text(f"checkpoints: {listed}\n")
+    assert listed_checkpoints(tmp_path, "a") == ["a_0_1.pth"]

@@ -416,3 +416,11 @@ def test_graphs_of_a_step_and_parts_of_a_batch_exclude_each_other():
     load_config(FOLDER / "small.yaml", overrides)
     with pytest.raises(UserError, match=r"training\.compile_mode=reduce-overhead.*training\.accumulation is 2"):
         load_config(FOLDER / "small.yaml", [*overrides, "training.compile=true"])
+
+
+def test_a_message_names_no_more_problems_than_can_be_read(tmp_path):
+    (tmp_path / "a.yaml").write_text("dataset:\n  train:\n    roots: [" + "1, " * 500 + "1]\n")
+    with pytest.raises(UserError, match="501 problems") as caught:
+        load_config(tmp_path / "a.yaml")
+    assert len(str(caught.value).splitlines()) == 32
+    assert str(caught.value).endswith("and 471 more: mend these first")

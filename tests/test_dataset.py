@@ -772,3 +772,17 @@ def test_two_million_words_open_in_a_second_the_second_time(tmp_path):
     assert time.perf_counter() - started < 1.0
     assert len(data) == len(LmdbReader(path)) == 2_000_000
     assert data[1_999_999].text == "w1999999"
+
+
+def test_segmentation_files_that_cannot_be_read_are_skipped(tmp_path):
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        for number in range(3):
+            (tmp_path / part / f"{number}.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
+    (tmp_path / "images" / "0.png").unlink()
+    (tmp_path / "images" / "0.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "masks" / "1.png").unlink()
+    (tmp_path / "masks" / "1.png").mkdir()
+    data = open_segmentation_datasets([tmp_path])[0]
+    assert [getattr(data[index], "reason", None) for index in range(3)] == ["missing", "mask_missing", None]
+    assert data.size(0) == (0, 0)

@@ -277,14 +277,17 @@ def demo(rng: Rng, folder: Path, material: Path) -> Run:
     arguments += ["--overlay", str(folder / "out")] if rng.random() < 0.6 else []
 
     def run() -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        told = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(told):
             status = program.main(arguments)
         lines = printed.getvalue().split("\n")[:-1]
         assert count - 1 <= len(lines) <= count, lines  # a folder is no image
         rows = [json.loads(line, parse_constant=_refuse) for line in lines] if as_json else lines
-        failed = ["error" in row if as_json else "error: " in row for row in rows]
-        assert status == (2 if all(failed) else 0)
-        return SKIP if any(failed) else RESULT
+        assert as_json or all(row.count("\t") == 2 for row in rows)
+        errors = sum("error" in row for row in rows) if as_json else told.getvalue().count("\nerror: ")
+        errors += told.getvalue().startswith("error: ")
+        assert status == (2 if errors == len(rows) else 0)
+        return SKIP if errors else RESULT
 
     return run
 

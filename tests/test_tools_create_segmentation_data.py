@@ -1,6 +1,7 @@
 """tools/create_segmentation_data.py: each set on a small sample in its owners' form, and what must be refused."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -302,3 +303,16 @@ def test_words_that_cannot_be_cut_out_are_counted(tmp_path, box):
     assert names(run(tmp_path, "textseg", "--words")) == ["1_001"]
     (line,) = (tmp_path / "out-rejected.tsv").read_text().splitlines()[1:]
     assert line.startswith("2")
+
+
+def test_a_mask_of_a_huge_size_is_refused_by_its_header(textseg):
+    image = Image.new("L", (9000, 9000))
+    image.save(textseg / "source" / "semantic_label" / "b_maskfg.png")
+    save(textseg / "source" / "image" / "b.jpg", scene())
+    tracemalloc.start()
+    try:
+        assert names(run(textseg, "textseg")) == ["a00001"]
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+    assert "mask too large" in (textseg / "out-rejected.tsv").read_text()

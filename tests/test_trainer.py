@@ -313,7 +313,7 @@ def test_counting_for_a_batch_in_parts_leaves_no_trace():
     before = {name: buffer.clone() for name, buffer in counted.model.named_buffers()}
     drawn = torch.get_rng_state()
     counted.model.train()
-    counted._whole_counts(small_networks.uneven_batch("binet").split(2))
+    counted._whole_counts(small_networks.uneven_batch("binet").split(2), counted.model)
     assert torch.equal(torch.get_rng_state(), drawn)
     for name, buffer in counted.model.named_buffers():
         assert torch.equal(buffer, before[name]), name
@@ -547,3 +547,13 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, precision):
             trainer._step(batch, 0.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("damage", [{}, {"exp_avg_sq": None}, {"exp_avg": torch.zeros(1)}, {"exp_avg": 7}])
+def test_damaged_momenta_are_refused_before_a_step_is_made(tmp_path, damage):
+    make_trainer(tmp_path).fit()
+    _, state = newest_whole_checkpoint(tmp_path, "toy")
+    momenta = state["training"]["optimizer"]["state"]
+    momenta[0] = momenta[0] | damage if damage else {"step": momenta[0]["step"]}
+    with pytest.raises(UserError, match="does not fit the run"):
+        load_training_state(make_trainer(tmp_path), state)

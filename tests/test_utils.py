@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -156,3 +157,57 @@ def test_a_failed_save_leaves_the_older_file_whole(weights, tmp_path):
     assert "no space left" in result.stderr
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["weights.pth"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02a.", "damaged"),  # takes from an empty stack
+        (b"\x80\x02G\x00", "damaged"),  # a number that is cut short
+    ],
+)
+def test_bytes_that_are_a_hostile_pickle_are_a_user_error(content, message, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(tmp_path / "weights.pth")
+
+
+def test_names_of_weights_that_are_no_text_are_left_out(weights, tmp_path):
+    torch.save(weights | {7: torch.zeros(1)}, tmp_path / "weights.pth")
+    load_checkpoint(small_network(), tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.zeros(4, dtype=torch.complex64), torch.zeros(4, dtype=torch.bool), torch.empty(4, device="meta")]
+)
+def test_a_tensor_of_another_kind_is_named(odd, weights, tmp_path):
+    torch.save(weights | {"1.weight": odd}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"1\.weight is torch\..* in the file, torch\.float32"):
+        load_checkpoint(small_network(), tmp_path / "weights.pth")
+
+
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(weights, tmp_path):
+    torch.save(weights | {"odd": torch.zeros(1).expand(1 << 40)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="claim far more than the file holds"):
+        read_checkpoint(tmp_path / "weights.pth")
+
+
+def test_a_compressed_archive_is_not_unpacked_without_bounds(weights, tmp_path):
+    torch.save({"0.weight": torch.zeros(1 << 25)}, tmp_path / "stored.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as stored,
+        zipfile.ZipFile(tmp_path / "weights.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(UserError, match="unpacks to far more"):
+        read_checkpoint(tmp_path / "weights.pth")
+
+
+def test_a_message_is_a_line_that_can_be_printed_and_read():
+    assert str(UserError("a\x1b[31m.yaml: \u2028 is wrong")) == r"a\x1b[31m.yaml: \u2028 is wrong"
+    assert str(UserError("2 problems\n  one")) == "2 problems\n  one"
+    long = str(UserError("first " + "x" * 10**6 + " last"))
+    assert long.startswith("first x")
+    assert long.endswith("x last")
+    assert len(long) < 1100

@@ -55,7 +55,7 @@ from losses import RecogniserCriterion, SegmentationCriterion
 from modules.attention import PositionAttention, ReadingOrderAttention
 from modules.backbone import ResNet, TransformerBackbone
 from modules.model_alignment import AlignmentModel
-from modules.model_binet_iter import BINet
+from modules.model_binet_iter import BINet, LanguageRecogniser, VisionRecogniser
 from modules.model_language import LanguageModel
 from modules.model_vision import MaskedVisionModel, VisionModel
 from modules.ssn import SSN
@@ -82,8 +82,8 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
     if config.model.kind == "ssn":
         model = build_ssn(config)
     else:
-        builders = {"vision": build_vision_model, "language": build_language_model, "recogniser": build_recogniser}
-        model = builders[config.model.kind](config, charset or build_charset(config))
+        build = {"vision": build_vision_network, "language": build_language_network, "recogniser": build_recogniser}
+        model = build[config.model.kind](config, charset or build_charset(config))
     return _with_weights(model, config.model.checkpoint, config)
 
 
@@ -97,7 +97,17 @@ def build_recogniser(config: Config, charset: Charset) -> nn.Module:
     )
 
 
-def build_vision_model(config: Config, charset: Charset) -> nn.Module:
+def build_vision_network(config: Config, charset: Charset) -> VisionRecogniser:
+    """A vision model that reads alone."""
+    return VisionRecogniser(build_vision_model(config, charset))
+
+
+def build_language_network(config: Config, charset: Charset) -> LanguageRecogniser:
+    """A language model that corrects spellings alone."""
+    return LanguageRecogniser(build_language_model(config, charset))
+
+
+def build_vision_model(config: Config, charset: Charset) -> VisionModel:
     """Backbone, mask branch where `model.vision.segmentation` is enabled, attention and classifier."""
     vision, size = config.model.vision, image_size(config)
     backbone = ResNet(
@@ -147,7 +157,7 @@ def build_attention(config: Config, *, cells: tuple[int, int]) -> nn.Module:
     )
 
 
-def build_language_model(config: Config, charset: Charset) -> nn.Module:
+def build_language_model(config: Config, charset: Charset) -> LanguageModel:
     """The bidirectional cloze network (ABINet)."""
     language = config.model.language
     options = language.model_dump(exclude={"checkpoint", "loss_weight"})

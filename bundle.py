@@ -15,7 +15,7 @@ from torch import Tensor
 from builders import build_carried_ssn, build_charset, build_model, ssn_part, with_checkpoint
 from config import Config
 from engine.checkpoints import checkpoint_weights, load_weights, read_checkpoint, save_atomically
-from inference.prepare import FLOAT32_MODULES
+from inference.prepare import float32_names
 from loading.charset import Charset
 from modules.ssn import SSN
 from utils import UserError
@@ -111,13 +111,14 @@ def save_bundle(
     state = read_checkpoint(recogniser)
     config = _carried_config(state, recogniser)
     charset = state["charset"] if "charset" in state else build_charset(config).characters
-    content = {"model": _stored(checkpoint_weights(state), half), "config": portable(config), "charset": charset}
+    weights = _stored(state, config, Charset(charset), half)
+    content = {"model": weights, "config": portable(config), "charset": charset}
     content |= {name: state[name] for name in ("iteration", "scores") if name in state}
     if ssn is not None:
         state = ssn_part(read_checkpoint(ssn))
         config = _carried_config(state, ssn)
         config.model.ssn.areas = list(areas) or config.model.ssn.areas
-        content["ssn"] = {"model": _stored(checkpoint_weights(state), half), "config": portable(config)}
+        content["ssn"] = {"model": _stored(state, config, None, half), "config": portable(config)}
     # What cannot be read is found here, not by who receives the file.
     if _built(content, recogniser).ssn is None and ssn is not None:
         raise UserError(f"--ssn {ssn}: holds no SSN; give a checkpoint that main.py trained with model.name=ssn")
@@ -145,15 +146,15 @@ def _carried_config(state: Mapping[str, Any], path: Path | str) -> Config:
     return Config.from_dict(state["config"], source=f"{path} (config)", drop_unknown=True)
 
 
-def _stored(weights: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """Weights as they are written: 16 bits for what the fast form computes in 16 bits (`inference.FLOAT32_MODULES`).
+def _stored(state: Mapping[str, Any], config: Config, charset: Charset | None, half: bool) -> dict[str, Tensor]:
+    """Weights as they are written: 16 bits for what the fast form computes in 16 bits (all but `float32_layers`).
 
     Vectors (norms, biases) stay as they are: they cost nothing and need their range.
     """
+    weights = checkpoint_weights(state)
+    kept = float32_names(build_model(with_checkpoint(config, None), charset)) if half else set(weights)
 
     def is_halved(name: str, tensor: Tensor) -> bool:
-        return tensor.is_floating_point() and tensor.dim() > 1 and not FLOAT32_MODULES.search(name.rpartition(".")[0])
+        return tensor.is_floating_point() and tensor.dim() > 1 and name not in kept
 
-    return {
-        name: tensor.half() if half and is_halved(name, tensor) else tensor.clone() for name, tensor in weights.items()
-    }
+    return {name: tensor.half() if is_halved(name, tensor) else tensor.clone() for name, tensor in weights.items()}

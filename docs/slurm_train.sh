@@ -1,6 +1,6 @@
 #!/bin/bash
-# Train on the GPUs of several machines under SLURM. Five minutes before its time is over a job saves, ends and is put
-# back into the queue, where it goes on from there. The machines must share this folder and the data.
+# Train on the GPUs of several machines under SLURM. Five minutes before its time limit a job saves a checkpoint, exits and
+# is requeued; it then continues from there. The machines must share this folder and the data.
 #
 #   sbatch docs/slurm_train.sh --config=configs/train.yaml training.precision=bf16 training.compile=true
 #
@@ -15,7 +15,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.txt
 
-# A task is a process for one GPU; srun gives the signal to each, which torchrun would die of.
+# One task per GPU. srun sends the signal to each of them, which would kill torchrun.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=1

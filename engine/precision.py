@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,3 +60,54 @@ def fastest_precision(device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     native = torch.cpu.get_capabilities()
     return "bf16" if native.get("amx_bf16") or native.get("avx512_bf16") else "fp32"
+
+
+@contextlib.contextmanager
+def training_arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """`autocast` for training.
+
+    A CPU in 16 bits also computes attention as matrix multiplications and softmax: the backward pass of torch's fused
+    kernel for it takes several times as long.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(autocast(device, precision))
+        if device.type == "cpu" and precision != "fp32":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.callback(
+                torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp,
+                torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
+            )
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else it multiplies in float32
+        yield
+
+
+class ChannelSum(nn.Conv2d):
+    """A 1x1 convolution to one channel, computed as a sum."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps (N, C, H, W) -> (N, 1, H, W)."""
+        return (maps * self.weight.view(1, -1, 1, 1)).sum(dim=1, keepdim=True) + self.bias
+
+
+def sum_few_channels(network: nn.Module) -> None:
+    """Let a CPU compute the 1x1 convolutions of one or two channels to one as sums, in place.
+
+    oneDNN takes fifteen times as long for them from batches of 16 on, a tenth of a small network's training step.
+    """
+    for module in network.modules():
+        if type(module) is nn.Conv2d and module.weight.shape in ((1, 1, 1, 1), (1, 2, 1, 1)):
+            module.__class__ = ChannelSum
+
+
+def prefers_channels_last(device: torch.device, precision: str) -> bool:
+    """Whether training is faster with the channels of a pixel side by side, as convolutions want them.
+
+    Not where a CPU trains in float32: its sums over a batch then depend more on how many processes share it.
+    """
+    return device.type != "cpu" or precision != "fp32"
+
+
+def channels_last(value: Tensor | None) -> Tensor | None:
+    """Images or masks (N, C, H, W) with the channels of a pixel side by side; all else as it is."""
+    is_image = value is not None and value.dim() == 4
+    return value.contiguous(memory_format=torch.channels_last) if is_image else value

@@ -14,7 +14,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from engine import distributed
 from engine.distributed import Process
-from engine.precision import autocast
+from engine.precision import channels_last, prefers_channels_last, sum_few_channels, training_arithmetic
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ class Trainer:
             last = number == len(parts) - 1
             sync = contextlib.nullcontext() if last or not distributed.is_distributed() else self._network.no_sync()
             with sync:
-                with autocast(self.device, self.precision):
+                with training_arithmetic(self.device, self.precision):
                     output = network(*self._inputs(part))
                     terms = self.criterion(output, *part.targets(), whole=whole)
                 self.scaler.scale(terms["total"]).backward()
@@ -271,7 +271,7 @@ class Trainer:
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers] if self.criterion.counts_outputs else []
         counts = []
-        with torch.random.fork_rng(devices), autocast(self.device, self.precision):
+        with torch.random.fork_rng(devices), training_arithmetic(self.device, self.precision):
             for part in parts:
                 output = network(*self._inputs(part)) if self.criterion.counts_outputs else None
                 counts.append(self.criterion.counts(output, *part.targets()))
@@ -299,6 +299,8 @@ class Trainer:
     def _wrap(self, find_unused_parameters: bool) -> nn.Module:
         """The network, in parallel with those of other processes where there are some."""
         network: Any = self.model
+        if self.device.type == "cpu":
+            sum_few_channels(network)
         if distributed.is_distributed():
             devices = [self.device] if self.device.type == "cuda" else None
             # A 1x1 kernel's gradient may have other strides than its weight, of the same order in memory.
@@ -320,14 +322,10 @@ class Trainer:
         """
         return self._network if self._compiled is None or getattr(batch, "skipped", None) else self._compiled
 
-    def _inputs(self, part: Any) -> tuple[Tensor | None, ...]:
-        """What the network takes; on a GPU with the channels of a pixel side by side, as its convolutions want them."""
-        if self.device.type != "cuda":
-            return part.inputs()
-        return tuple(
-            value.contiguous(memory_format=torch.channels_last) if value is not None and value.dim() == 4 else value
-            for value in part.inputs()
-        )
+    def _inputs(self, part: Any) -> Iterable[Tensor | None]:
+        """What the network takes, in the memory format that its convolutions are fastest in."""
+        laid_out = prefers_channels_last(self.device, self.precision)
+        return map(channels_last, part.inputs()) if laid_out else part.inputs()
 
     def share_statistics(self) -> None:
         """Average what the processes' batch norms remember, before the network is evaluated or saved.

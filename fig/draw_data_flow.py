@@ -1,4 +1,4 @@
-"""Draw fig/data_flow.png: how a word picture is read.
+"""Draw fig/data_flow.png: how a word is recognised.
 
     python fig/draw_data_flow.py
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(FOLDER.parent))
 from rendering import RenderedWord, WordRenderer, load_render_config  # noqa: E402
 
 WORD = "Harbour"
-SEED, INDEX = 7, 25  # a word with a piece of another one below it, which the mask leaves out
+SEED, INDEX = 7, 42  # a word with a piece of another one below it, which the mask leaves out
 
 INK = "#25303b"
 MUTED = "#5d6b78"
@@ -68,11 +68,11 @@ def draw_panels(axes: Axes) -> None:
 
 
 def draw_masks(axes: Axes, word: RenderedWord) -> None:
-    """From the picture to its text mask."""
+    """From the image to its text mask."""
     thumbnail(axes, word.image, (0.15, 3.05), 3.3)
-    label(axes, (1.8, 2.75), "word picture\n(vision: 32 × 128)")
-    box(axes, (4.4, 7.15), (3.45, 1.25), "HRNet-W48\n+ refining head", SSN)
-    label(axes, (6.12, 7.08), "in 8 sizes; trained apart")
+    label(axes, (1.8, 2.75), "word image\n(vision: 32 × 128)")
+    box(axes, (4.4, 7.15), (3.45, 1.25), "HRNet-W48 +\nrefinement head", SSN)
+    label(axes, (6.12, 7.08), "pre-trained; 8 scales")
     thumbnail(axes, word.mask, (8.55, 7.37), 3.3)
     label(axes, (10.2, 7.27), "text mask")
     arrow(axes, (1.8, 4.05), (4.35, 7.78), corner="up")
@@ -80,14 +80,14 @@ def draw_masks(axes: Axes, word: RenderedWord) -> None:
 
 
 def draw_vision(axes: Axes, word: RenderedWord) -> None:
-    """Backbone, mask refinement, mask embedding, attention and the vision model's reading."""
+    """Backbone, mask refinement, mask embedding, attention and the prediction of the vision model."""
     box(axes, (4.4, 2.75), (3.45, 1.4), "ResNet45 +\ntransformer", VISION)
     box(axes, (8.6, 4.5), (3.2, 1.25), "mask\nrefinement", MASK)
     thumbnail(axes, word.mask, (12.35, 4.72), 3.3)
     label(axes, (14.0, 5.62), "refined mask", above=True)
     box(axes, (12.4, 2.83), (3.2, 1.25), "mask\nembedding", MASK)
     box(axes, (16.3, 2.83), (2.25, 1.25), "attention", VISION)
-    reading(axes, (16.3, 0.95), "vision reading", "harbour", VISION)
+    prediction(axes, (16.3, 0.95), "vision prediction", "harbour", VISION)
 
     arrow(axes, (3.5, 3.45), (4.35, 3.45))
     arrow(axes, (7.9, 3.45), (12.35, 3.45))
@@ -104,10 +104,10 @@ def draw_vision(axes: Axes, word: RenderedWord) -> None:
 
 
 def draw_rounds(axes: Axes) -> None:
-    """Language and alignment, which correct the reading in rounds, and the last reading."""
+    """Language and alignment, which correct the prediction in rounds, and the final prediction."""
     box(axes, (19.75, 0.85), (4.2, 1.25), "language\nmodel (BCN)", LANGUAGE)
     box(axes, (19.75, 3.3), (4.2, 1.25), "alignment\n(gate)", LANGUAGE)
-    reading(axes, (24.95, 3.42), "reading", "harbour", LANGUAGE, width=1.95)
+    prediction(axes, (24.95, 3.42), "prediction", "harbour", LANGUAGE, width=1.95)
     arrow(axes, (18.6, 1.47), (19.7, 1.47))
     arrow(axes, (20.6, 2.15), (20.6, 3.25))
     label(axes, (21.85, 2.42), "next round", above=True)
@@ -117,7 +117,7 @@ def draw_rounds(axes: Axes) -> None:
     loss(axes, (23.95, 4.55))
     loss(axes, (23.95, 2.1))
     loss(axes, (19.75, 9.1))
-    axes.text(20.2, 9.1, "has a loss of its own", color=MUTED, fontsize=SMALL_TEXT, va="center")
+    axes.text(20.2, 9.1, "has its own loss", color=MUTED, fontsize=SMALL_TEXT, va="center")
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -144,22 +144,22 @@ def box(axes: Axes, corner: Point, size: Point, text: str, colours: tuple[str, s
     axes.text(*middle, text, color=INK, fontsize=BOX_TEXT, ha="center", va="center", linespacing=1.15)
 
 
-def reading(axes: Axes, corner: Point, title: str, text: str, colours: tuple[str, str], *, width: float = 2.25) -> None:
-    """What was read, on white, with its name below."""
+def prediction(
+    axes: Axes, corner: Point, title: str, text: str, colours: tuple[str, str], *, width: float = 2.25
+) -> None:
+    """A predicted text, on white, with its name below."""
     _patch(axes, corner, (width, 1.0), facecolor="white", edgecolor=colours[1], linewidth=1.4, radius=0.1)
     middle = corner[0] + width / 2
     axes.text(middle, corner[1] + 0.5, text, color=INK, fontsize=BOX_TEXT, family="monospace", ha="center", va="center")
     label(axes, (middle, corner[1] - 0.1), title)
 
 
-def thumbnail(axes: Axes, picture: np.ndarray, corner: Point, width: float) -> None:
-    """A picture with a thin frame, as wide as asked and as high as a word of 32 x 128 pixels."""
+def thumbnail(axes: Axes, image: np.ndarray, corner: Point, width: float) -> None:
+    """An image with a thin frame, as wide as asked and as high as a word of 32 x 128 pixels."""
     height = width / 4
     extent = (corner[0], corner[0] + width, corner[1], corner[1] + height)
     limits = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(
-        picture, cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto", interpolation="bilinear", zorder=3
-    )
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto", interpolation="bilinear", zorder=3)
     axes.set(xlim=limits[0], ylim=limits[1])
     _patch(axes, corner, (width, height), facecolor="none", edgecolor=INK, linewidth=0.8, radius=0.01)
 
@@ -171,7 +171,7 @@ def label(axes: Axes, place: Point, text: str, *, above: bool = False, left: boo
 
 
 def loss(axes: Axes, place: Point) -> None:
-    """The mark of an output that has a loss of its own."""
+    """The mark of an output that has its own loss."""
     axes.plot(*place, "o", color="white", markersize=14, markeredgecolor=LOSS, markeredgewidth=1.2, zorder=6)
     axes.text(*place, "L", color=LOSS, fontsize=8.5, fontweight="bold", ha="center", va="center", zorder=7)
 

@@ -11,20 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from engine.precision import PRECISIONS
+from engine.precision import PRECISIONS, channels_last
 from inference.segmenter import fold_batch_norms
 from modules.ssn import PUBLISHED_AREAS, SSN
-
-# Modules that stay in float32 whatever the rest runs in: those that decide about a character, a cell or a pixel, those
-# that take probabilities or positions, layer norms, so that the sums that run past a transformer's layers are not
-# rounded at each of them, and the first stages on the picture, where rounding was seen to change most characters. They
-# are about 3 % of the arithmetic. (`resnet.cls` is a large convolution.)
-FLOAT32_MODULES = re.compile(
-    r"(^|\.)((?<!resnet\.)cls|proj|project|we|token_encoder|pos_encoder|similarity|rf|rf2|norm[123])$"
-    r"|(^|\.)resnet\.(conv1$|layer[12]\.)"
-)
-# Modules whose output goes on in float32: a sum over many residual blocks starts there, or a softmax is taken of it.
-FLOAT32_OUTPUTS = re.compile(r"(^|^vision\.)(conv0|back|attention\.k_decoder\.\d+)$")
 
 # Pictures that go through the network together on a CPU. A larger batch is read in parts: its maps would leave the
 # caches, and from 32 MiB on the C library has the system clear the memory of each map anew.
@@ -97,7 +86,7 @@ class PreparedNetwork(nn.Module):
         if named:
             inputs = self._signature.bind(*inputs, **named).args
         with self._compiler_settings():
-            outputs = [self.network(*map(_channels_last, part)) for part in _parts(inputs)]
+            outputs = [self.network(*map(channels_last, part)) for part in _parts(inputs)]
         return outputs[0] if len(outputs) == 1 else _pytree.tree_map(_concatenated, *outputs)
 
     def _compiler_settings(self) -> contextlib.AbstractContextManager:
@@ -133,25 +122,47 @@ def _concatenated(*leaves: Tensor | None) -> Tensor | None:
     return None if leaves[0] is None else torch.cat(leaves)
 
 
-def _channels_last(value: Tensor | None) -> Tensor | None:
-    """Pictures (N, C, H, W) with the channels of a pixel side by side, as the convolutions want them."""
-    is_picture = value is not None and value.dim() == 4
-    return value.contiguous(memory_format=torch.channels_last) if is_picture else value
+def float32_layers(network: nn.Module) -> set[nn.Module]:
+    """Layers that compute in float32 whatever the rest runs in: layer norms and what `float32_layers` of a class names.
+
+    Layer norms, so that the sums that run past a transformer's layers are not rounded at each of them; the classes name
+    what decides about a character, a cell or a pixel, what takes probabilities or positions, and the first stages on
+    the image, where rounding was seen to change most characters. They are about 3 % of the arithmetic.
+    """
+    named = [layer for layer in _named_by_classes(network, "float32_layers") for layer in layer.modules()]
+    return {*named, *(module for module in network.modules() if isinstance(module, nn.LayerNorm))}
+
+
+def float32_names(network: nn.Module) -> set[str]:
+    """Names in the network's `state_dict` of what its `float32_layers` hold."""
+    kept = {id(each) for layer in float32_layers(network) for each in (*layer.parameters(), *layer.buffers())}
+    return {name for name, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in kept}
+
+
+def _named_by_classes(network: nn.Module, attribute: str) -> list[nn.Module]:
+    """The children that the classes of a network's modules name in an attribute; of a list, its entries."""
+    found: list[nn.Module] = []
+    for module in network.modules():
+        for name in getattr(module, attribute, ()):
+            child = getattr(module, name, None)
+            found += child if isinstance(child, nn.ModuleList) else [] if child is None else [child]
+    return found
 
 
 def _lower_precision(network: nn.Module, dtype: torch.dtype) -> None:
-    """Bring the network to `dtype`, in place, but for FLOAT32_MODULES; every layer converts what it is given."""
-    for name, module in network.named_modules():
-        if not FLOAT32_MODULES.search(name):
+    """Bring the network to `dtype`, in place, but for its `float32_layers`; every layer converts what it is given."""
+    kept = float32_layers(network)
+    for module in network.modules():
+        if module not in kept:
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype)
         parameter = next(module.parameters(recurse=False), None)
         if parameter is not None and not isinstance(module, nn.Embedding):
             module.register_forward_pre_hook(_Convert(parameter.dtype))
-        if FLOAT32_OUTPUTS.search(name):
-            module.register_forward_hook(_to_float32)
-    network.register_forward_hook(_to_float32)
+    # Where a sum over many residual blocks starts, or a softmax follows, the output goes on in float32.
+    for module in (*_named_by_classes(network, "float32_outputs"), network):
+        module.register_forward_hook(_to_float32)
 
 
 class _Convert:

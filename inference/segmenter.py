@@ -105,9 +105,13 @@ class Segmenter:
             return self._text_maps([images[i] for i in members], size)
 
         maps: list[list[Tensor]] = [[] for _ in images]
+        overflows: list[Tensor] = []  # of each forward pass; a GPU is waited for once, not at each of them
         for (_, members), made in zip(batches, self._map(text_maps, batches), strict=True):
+            overflows.append((~made.isfinite()).any())
             for i, each in zip(members, made, strict=True):
                 maps[i].append(each[None])  # (1, 1, h, w); in the order of the areas, so that sums are the same always
+        if any(torch.stack(overflows).tolist()):
+            raise UserError(f"SSN gives numbers that are not finite in {self.precision}; use fp32, or other weights")
         return [mean_mask(*each) for each in zip(maps, sizes, strict=True)]
 
     def _batches(self, sizes: Sequence[Sequence[int]], area: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
@@ -135,10 +139,7 @@ class Segmenter:
     def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Probability of text (N, 1, h, w) float32 of N images (1, 3, H, W) uint8 that enter the network at `size`."""
         batch = torch.cat([_resized(image, size) for image in images])
-        maps = self._ssn.probability(normalize_images(batch).to(self._dtype, memory_format=torch.channels_last))
-        if not maps.isfinite().all():
-            raise UserError(f"SSN gives numbers that are not finite in {self.precision}; use fp32, or other weights")
-        return maps
+        return self._ssn.probability(normalize_images(batch).to(self._dtype, memory_format=torch.channels_last))
 
 
 def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:

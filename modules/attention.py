@@ -1,6 +1,6 @@
 """The two ways in which the vision model attends to the cells of a feature map, one reading step at a time.
 
-Legend: N pictures, T steps, E features, h x w cells, K = h*w.
+Legend: N images, T steps, E features, h x w cells, K = h*w.
 """
 
 import math
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from modules.transformer import PositionalEncoding
 
 UPSAMPLING_MODES = ("nearest", "nearest-exact", "bilinear", "bicubic", "area")
-# Of the key encoder's four convolutions; the first halves the width only because word pictures are wide.
+# Of the key encoder's four convolutions; the first halves the width only because word images are wide.
 KEY_STRIDES = ((1, 2), (2, 2), (2, 2), (2, 2))
 
 
@@ -18,9 +18,12 @@ class PositionAttention(nn.Module):
     """Queries are reading positions, keys come from a small U-net on the features (ABINet, position attention).
 
     weights = softmax(q k^T / sqrt(E)) over the cells; values are the features themselves.
-    The U-net resizes to the size of the encoder map that it adds, so any feature map works. Training with one picture
+    The U-net resizes to the size of the encoder map that it adds, so any feature map works. Training with one image
     needs two cells or more in the deepest map (batch norm), that is h > 8 or w > 16.
     """
+
+    float32_layers = ("project", "pos_encoder")
+    float32_outputs = ("k_decoder",)
 
     def __init__(
         self,
@@ -44,18 +47,13 @@ class PositionAttention(nn.Module):
         for stride in KEY_STRIDES:
             sizes.append(tuple(math.ceil(n / s) for n, s in zip(sizes[-1], stride, strict=True)))
         in_channels = (d_model, *[attention_channels] * (len(KEY_STRIDES) - 1))
-        self.k_encoder = nn.Sequential(
-            *(
-                _encoder_step(channels, attention_channels, s)
-                for channels, s in zip(in_channels, KEY_STRIDES, strict=True)
-            )
+        self.k_encoder = nn.ModuleList(
+            _encoder_step(channels, attention_channels, s) for channels, s in zip(in_channels, KEY_STRIDES, strict=True)
         )
         out_channels = (*in_channels[:0:-1], d_model)
-        self.k_decoder = nn.Sequential(
-            *(
-                _decoder_step(attention_channels, channels, size, attention_mode)
-                for channels, size in zip(out_channels, sizes[-2::-1], strict=True)
-            )
+        self.k_decoder = nn.ModuleList(
+            _decoder_step(attention_channels, channels, size, attention_mode)
+            for channels, size in zip(out_channels, sizes[-2::-1], strict=True)
         )
         self.pos_encoder = PositionalEncoding(length=num_steps, d_model=d_model, dropout=0.0)
         self.project = nn.Linear(d_model, d_model)
@@ -85,6 +83,8 @@ class ReadingOrderAttention(nn.Module):
     weights = softmax over cells of we(tanh(w0(f0_embedding) + wv(feature))); values are the features themselves.
     `w0` mixes the T embedded positions into one vector per cell, so it fixes the number of cells.
     """
+
+    float32_layers = ("we",)
 
     def __init__(self, *, num_steps: int = 26, cells: tuple[int, int] = (8, 32), d_model: int = 512):
         super().__init__()

@@ -1,6 +1,6 @@
 """ResNet45 of ABINet with BINet's two side outputs, and the transformer encoder on top of it.
 
-Legend: N pictures, H x W pixels, h x w cells of the feature map (8 x 32 for 32 x 128 pixels), E features.
+Legend: N images, H x W pixels, h x w cells of the feature map (8 x 32 for 32 x 128 pixels), E features.
 """
 
 import math
@@ -60,12 +60,14 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network on word pictures: a 3x3 stem at full resolution and one stage per entry of `widths`.
+    """Residual network on word images: a 3x3 stem at full resolution and one stage per entry of `widths`.
 
     `strides` are those of each stage's first block, one number or (of rows, of columns). With `mask_branch` the last
     two stages, `a` and `b`, also feed BINet's side outputs: `cls(b)` and `side5_1(concat(side3_1(a), b))`, so the last
     stage must keep the size.
     """
+
+    float32_layers = ("conv1", "layer1", "layer2")
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class ResNet(nn.Module):
             self.side5_1 = _side_layer(side_channels + widths[-1], side_channels)
 
     def output_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Cells (h, w) of the feature map of a picture of `image_size` (H, W)."""
+        """Cells (h, w) of the feature map of an image of `image_size` (H, W)."""
         height, width = image_size
         for rows, columns in self.strides:
             height, width = math.ceil(height / rows), math.ceil(width / columns)
@@ -114,10 +116,6 @@ class ResNet(nn.Module):
 
     def forward(self, image: Tensor) -> BackboneFeatures:
         """image (N, 3, H, W) -> features on h x w cells."""
-        if image.is_cuda or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            # Channels side by side: no reordering around a convolution, and the cells become a sequence without a copy.
-            # Not where a CPU trains in float32: its sums over a batch then depend more on how many processes share it.
-            image = image.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, stem_width, H, W)
         stages = []
         for number in range(1, len(self.strides) + 1):
@@ -152,6 +150,8 @@ class TransformerBackbone(nn.Module):
     (`positional_encoding`); BINet does not.
     """
 
+    float32_layers = ("pos_encoder",)
+
     def __init__(
         self,
         *,
@@ -183,7 +183,7 @@ class TransformerBackbone(nn.Module):
         )
 
     def output_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Cells (h, w) of the feature map of a picture of `image_size` (H, W)."""
+        """Cells (h, w) of the feature map of an image of `image_size` (H, W)."""
         return self.resnet.output_size(image_size)
 
     def forward(self, image: Tensor) -> BackboneFeatures:

@@ -6,19 +6,18 @@ Legend: N images, H x W pixels, E_i channels of branch i (`widths`), E = sum of 
 (H / 4, H / 8, H / 16, ... rounded up).
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modules.functional import resize
 
 
 def resize_aligned(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Resize (N, C, h, w) to (N, C, *size) bilinearly, the centres of the corner cells falling onto each other."""
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+    return resize(maps, size, align_corners=True)
 
 
 def _conv3x3(inputs: int, outputs: int, *, stride: int = 1) -> nn.Conv2d:
@@ -113,7 +112,7 @@ def _fusion_path(widths: Sequence[int], source: int, target: int) -> nn.Module:
 
 
 class HRNet(nn.Module):
-    """(N, 3, H, W) -> (N, E, h_0, w_0): the maps of all branches at a quarter of the picture's size, mixed.
+    """(N, 3, H, W) -> (N, E, h_0, w_0): the maps of all branches at a quarter of the image's size, mixed.
 
     Args:
         widths: channels of the branches, from the highest resolution down; at least two.
@@ -177,8 +176,6 @@ class HRNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        # Channels side by side: no reordering around a convolution, a training step of a CPU in two thirds of the time.
-        image = image.contiguous(memory_format=torch.channels_last)
         maps = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, stem, H / 2, W / 2)
         maps = F.relu(self.bn2(self.conv2(maps)), inplace=True)  # (N, stem, h_0, w_0)
         branches = [self.layer1(maps)]
@@ -193,33 +190,10 @@ class HRNet(nn.Module):
         return [path(branches[min(i, len(branches) - 1)]) for i, path in enumerate(transition)]
 
     def mix(self, branches: list[Tensor]) -> Tensor:
-        """Bring all branches to the first one's size, concatenate, mix by `last_layer`: (N, E, h_0, w_0).
-
-        The concatenation is never made: a 1x1 convolution and an interpolation commute, so each branch is convolved
-        with its own columns at its own size, which saves most of the products. Where the sizes nest (each one twice
-        the next less one, as in a picture of 32 k + 1 pixels), rising in steps is exact too: the cells of a small map
-        are among those of the next larger one, and the function between them is bilinear.
-        """
-        mix, norm, activation = self.last_layer
-        columns = mix.weight.split([branch.shape[1] for branch in branches], dim=1)
-        parts = [F.conv2d(branch, column) for branch, column in zip(branches[1:], columns[1:], strict=True)]
-        total = F.conv2d(branches[0], columns[0], mix.bias)  # (N, E, h_0, w_0)
-        if _sizes_nest(branches):
-            while len(parts) > 1:
-                smallest = parts.pop()
-                parts[-1] += resize_aligned(smallest, parts[-1].shape[-2:])
-        for part in parts:
-            total += resize_aligned(part, total.shape[-2:])
-        return activation(norm(total))
-
-
-def _sizes_nest(branches: Sequence[Tensor]) -> bool:
-    """Whether each map's cells, corners aligned, contain those of the next smaller one."""
-    return all(
-        large == 2 * small - 1
-        for larger, smaller in itertools.pairwise(branches)
-        for large, small in zip(larger.shape[-2:], smaller.shape[-2:], strict=True)
-    )
+        """Bring all branches to the first one's size, concatenate, mix by `last_layer`: (N, E, h_0, w_0)."""
+        size = branches[0].shape[-2:]
+        maps = torch.cat([resize_aligned(branch, size) for branch in branches], dim=1)
+        return self.last_layer(maps)
 
 
 def _transition(previous: Sequence[int], current: Sequence[int]) -> nn.ModuleList:

@@ -1,6 +1,7 @@
 """Mask embedding: the refined mask modulates the features (BINet; spatial feature transform, Wang et al., CVPR 2018).
 
-Legend: N pictures, H x W pixels, h x w cells, S channels of the modulated features, D channels of the condition.
+Legend: N images, H x W pixels, h x w cells, E features, S channels of the modulated features, D channels
+of the condition.
 """
 
 from torch import Tensor, nn
@@ -21,17 +22,7 @@ class ConditionNetwork(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, mask: Tensor) -> Tensor:
-        first, *rest = self
-        # The copies are never made: all are the same, so their weights add up. A convolution whose windows do not
-        # overlap is one product for each window; written so, the channels of a cell lie side by side for what follows.
-        weight = first.weight.sum(dim=1)  # (hidden_channels, *stride)
-        rows, columns = first.stride
-        windows = mask.to(weight.dtype).unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
-        windows = windows.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (N, h, w, rows * columns)
-        condition = F.linear(windows, weight.flatten(1), first.bias).permute(0, 3, 1, 2)
-        for layer in rest:
-            condition = layer(condition)
-        return condition
+        return super().forward(mask.expand(-1, MASK_COPIES, -1, -1))
 
 
 class SpatialFeatureTransform(nn.Module):
@@ -81,3 +72,39 @@ class ModulatedStack(nn.ModuleList):
         for modulate in modulations:
             feature = modulate(feature, condition)
         return last_conv(feature)
+
+
+class MaskEmbedding(nn.Module):
+    """Modulates features with the refined mask: c = condnet(r); g = conv0(features); back(g + sft(g, c)).
+
+    `channels` are those of the features, `stride` is the pixels of the mask for each cell of the features.
+    """
+
+    # Sums over many residual blocks start from the output of these.
+    float32_outputs = ("conv0", "back")
+
+    def __init__(
+        self,
+        *,
+        channels: int = 512,
+        stride: tuple[int, int] = (4, 4),
+        sft_blocks: int = 16,
+        sft_channels: int = 64,
+        condition_channels: int = 32,
+        hidden_channels: int = 128,
+    ):
+        super().__init__()
+        self.condnet = ConditionNetwork(
+            stride=stride, hidden_channels=hidden_channels, condition_channels=condition_channels
+        )
+        self.conv0 = nn.Conv2d(channels, sft_channels, kernel_size=3, padding=1)
+        self.sft = ModulatedStack(
+            sft_blocks=sft_blocks, sft_channels=sft_channels, condition_channels=condition_channels
+        )
+        self.back = nn.Conv2d(sft_channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, feature: Tensor, refined_mask: Tensor) -> Tensor:
+        """feature (N, E, h, w), refined_mask (N, 1, H, W) -> (N, E, h, w)."""
+        condition = self.condnet(refined_mask)  # c (N, D, h, w)
+        modulated = self.conv0(feature)  # g (N, S, h, w)
+        return self.back(modulated + self.sft(modulated, condition))

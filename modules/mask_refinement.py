@@ -1,20 +1,13 @@
-"""Mask refinement: how much each pixel resembles the text under the mask (BINet, refinement of the text mask).
+"""Mask refinement: sharpen the text mask by how much each pixel resembles what lies under it (BINet).
 
-The published way resizes a feature map X (h x w cells) to F (H x W pixels) and works on F. Bilinear resizing is linear
-and separable, F = A X B^T for each channel with A (H, h) and B (W, w), so nothing of F's size is needed:
-
-    p = sum_yx M F = sum_ij (A^T M B)_ij X_ij    pooling with the mask brought to the cells by the adjoint
-    F . p = A (X . p) B^T                        one channel to resize instead of E
-    |F|^2                                        from inner products of neighbouring cells: a pixel mixes at most 2 x 2
-
-Legend: N pictures, E features, H x W pixels, h x w cells.
+Legend: N images, E features, S side channels, H x W pixels, h x w cells.
 """
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from modules.functional import resize, without_autocast
 
 EPSILON = 1e-8
 # A map whose range is below this share of its largest value varies by rounding only; stretching it would show noise.
@@ -22,8 +15,79 @@ ROUNDING = 2e-6
 NORMALIZATIONS = ("sample", "batch")
 
 
+class MaskRefinement(nn.Module):
+    """Refines a text mask with the backbone's own features (BINet, refinement of the text mask).
+
+    s = cosine(F, p) at every pixel, with p the sum of F over the mask; e = exit_layer(classifier_6(S * s)); e' and M'
+    are e and the mask brought to [0, 1]; r = rf2(rf(concat(e' + M', M')) + M').
+
+    Args:
+        channels: those of the side features S.
+        cells: (h, w) of both feature maps.
+        image_size: (H, W) of the mask.
+        normalize: over what e' and M' take their extremes: "sample" (one image) or "batch" (as published).
+    """
+
+    float32_layers = ("similarity", "rf", "rf2")
+
+    def __init__(
+        self,
+        *,
+        channels: int = 128,
+        cells: tuple[int, int] = (8, 32),
+        image_size: tuple[int, int] = (32, 128),
+        normalize: str = "sample",
+    ):
+        super().__init__()
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize={normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
+        self.image_size = tuple(image_size)
+        self.normalize = normalize
+        self.similarity = PrototypeSimilarity(cells=cells, image_size=image_size)
+        self.classifier_6 = nn.Sequential(
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1), nn.ReLU(inplace=True)
+        )
+        self.exit_layer = nn.Conv2d(channels, 1, kernel_size=1)
+        self.rf = nn.Conv2d(2, 1, kernel_size=1)
+        self.rf2 = nn.Conv2d(1, 1, kernel_size=1)
+        self._start_from_mask()
+
+    def forward(self, semantic: Tensor, side: Tensor, mask: Tensor) -> Tensor:
+        """semantic (N, E, h, w), side (N, S, h, w), mask (N, 1, H, W) in [0, 1] -> refined mask (N, 1, H, W)."""
+        similarity = self.similarity(semantic, mask)  # s (N, 1, H, W)
+        side = resize(side, self.image_size)  # S (N, S, H, W)
+        evidence = self.exit_layer(self.classifier_6(side * similarity.to(side.dtype)))  # e (N, 1, H, W)
+        evidence = stretch(evidence.float(), self.normalize)
+        mask = scale_to_one(mask.float(), self.normalize)
+        with without_autocast(mask.device):  # the refined mask has float32's digits
+            return self.rf2(self.rf(torch.cat((evidence + mask, mask), dim=1)) + mask)
+
+    def _start_from_mask(self) -> None:
+        """Let the refined mask be about the mask itself at first.
+
+        A random start lies below the loss's threshold nearly everywhere, and the loss then drives all of it to 0: the
+        features would be modulated by a black mask for good.
+        """
+        nn.init.constant_(self.rf.weight, 0.1)
+        nn.init.ones_(self.rf2.weight)
+        nn.init.zeros_(self.rf.bias)
+        nn.init.zeros_(self.rf2.bias)
+
+
 class PrototypeSimilarity(nn.Module):
-    """Cosine between each pixel's feature and the sum of the features under the mask, without resized features."""
+    """Cosine similarity of each pixel's feature to the prototype of the text.
+
+    The paper's equations, with F (H x W pixels) the features X (h x w cells) resized and M the mask:
+
+        p = sum_yx M F;   s = F . p / (|F| |p|)
+
+    This computes the same numbers without ever making F, which saves three quarters of the memory. Resizing is linear
+    and separable: F = A X B^T for each channel, with A (H, h) and B (W, w), hence
+
+        p     = sum_ij (A^T M B)_ij X_ij     the mask is brought to the cells by the adjoint
+        F . p = A (X . p) B^T                one channel is resized instead of E
+        |F|^2                                from inner products of neighbouring cells: a pixel mixes at most 2 x 2
+    """
 
     def __init__(self, *, cells: tuple[int, int] = (8, 32), image_size: tuple[int, int] = (32, 128)):
         super().__init__()
@@ -32,36 +96,28 @@ class PrototypeSimilarity(nn.Module):
                 f"the feature map of {cells} cells must not be larger than the image of {image_size} pixels"
             )
         for axis, (size_in, size_out) in zip(("rows", "columns"), zip(cells, image_size, strict=True), strict=True):
-            resize = bilinear_matrix(size_in, size_out)
-            self.register_buffer(axis, resize, persistent=False)
-            self.register_buffer(f"{axis}_squared", squared_matrix(resize), persistent=False)
-
-    def resize(self, maps: Tensor) -> Tensor:
-        """maps (N, S, h, w) -> (N, S, H, W), bilinear.
-
-        As products where the channels lie apart: a CPU's backward pass is ten times as fast as the interpolation's. And
-        where a compiler builds one: it would add up the interpolation's gradients number by number.
-        """
-        if not maps.is_contiguous() and not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
-            size = (len(self.rows), len(self.columns))
-            return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-        return self.rows.to(maps.dtype) @ (maps @ self.columns.to(maps.dtype).T)
+            matrix = bilinear_matrix(size_in, size_out)
+            self.register_buffer(axis, matrix, persistent=False)
+            self.register_buffer(f"{axis}_squared", squared_matrix(matrix), persistent=False)
 
     def forward(self, feature: Tensor, mask: Tensor) -> Tensor:
         """feature (N, E, h, w) and mask (N, 1, H, W) -> similarity (N, 1, H, W) in [-1, 1].
 
-        0 where the mask is black or the feature is 0. Always float32, under autocast too.
+        0 where the mask is black or the feature is 0. Always float32, under autocast too: squares of features lose too
+        much in 16 bits.
         """
-        with _without_autocast(feature.device):
+        with without_autocast(feature.device):
             feature = feature.float()
-            rows, columns = self.rows.float(), self.columns.float()  # (H, h), (W, w)
-            cell_mask = rows.T @ mask[:, 0].float() @ columns  # (N, h, w)
-            prototype = torch.einsum("nehw,nhw->ne", feature, cell_mask)  # (N, E)
-            product = rows @ torch.einsum("nehw,ne->nhw", feature, prototype) @ columns.T  # (N, H, W)
+            rows, columns = self.rows.float(), self.columns.float()  # A (H, h), B (W, w)
+            cell_mask = rows.T @ mask.float() @ columns  # (N, 1, h, w)
+            # Sums of products, not einsum: its backward pass has a batched matrix multiplication of inner size 1, which
+            # torch 2.14 hands to a Triton kernel on a GPU, and so to a C compiler.
+            prototype = (feature * cell_mask).sum(dim=(2, 3), keepdim=True)  # p (N, E, 1, 1)
+            product = rows @ (feature * prototype).sum(dim=1) @ columns.T  # F . p (N, H, W)
             squared_norm = self.rows_squared.float() @ neighbour_products(feature) @ self.columns_squared.float().T
             # Clamped before the root: its slope at 0 is infinite, and rounding may leave a norm of 0 slightly negative.
             norm = squared_norm.clamp(min=EPSILON**2).sqrt()  # (N, H, W)
-            prototype_norm = prototype.square().sum(dim=1).clamp(min=EPSILON**2).sqrt()  # (N,)
+            prototype_norm = prototype.square().sum(dim=(1, 2, 3)).clamp(min=EPSILON**2).sqrt()  # (N,)
             return (product / (norm * prototype_norm[:, None, None]))[:, None]  # (N, 1, H, W)
 
 
@@ -111,11 +167,5 @@ def scale_to_one(maps: Tensor, normalize: str = "sample") -> Tensor:
 
 
 def extent(low: Tensor, high: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
-    """Each picture's own extremes for "sample", those of the whole batch (the published behaviour) for "batch"."""
+    """Each image's own extremes for "sample", those of the whole batch (the published behaviour) for "batch"."""
     return (low, high) if normalize == "sample" else (low.amin(), high.amax())
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """Squares of features lose too much in 16 bits. Without autocast nothing is entered: exported graphs stay flat."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device_type=device.type, enabled=False) if enabled else nullcontext()

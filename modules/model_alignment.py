@@ -1,6 +1,6 @@
 """Alignment of the two readings (ABINet, fusion).
 
-Legend: N pictures, T steps, E features, C classes.
+Legend: N images, T steps, E features, C classes.
 """
 
 import torch
@@ -11,6 +11,8 @@ from modules.outputs import AlignmentOutput
 
 class AlignmentModel(nn.Module):
     """gate = sigmoid(w_att(concat(language, vision))); gate * vision + (1 - gate) * language -> classifier."""
+
+    float32_layers = ("cls",)
 
     def __init__(self, *, num_classes: int = 37, d_model: int = 512):
         super().__init__()

@@ -1,6 +1,6 @@
 """The whole recogniser: vision, then rounds of language and alignment (ABINet, iterative correction; BINet).
 
-Legend: N pictures, T steps, C classes, H x W pixels.
+Legend: N images, T steps, C classes, H x W pixels.
 """
 
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from modules.model_alignment import AlignmentModel
 from modules.model_language import LanguageModel
 from modules.model_vision import VisionModel
+from modules.names import leave_out_of_names
 from modules.outputs import RecogniserOutput, text_lengths
 
 
@@ -26,15 +27,41 @@ class BINet(nn.Module):
     def forward(self, image: Tensor, mask: Tensor | None = None) -> RecogniserOutput:
         """image (N, 3, H, W), normalised; mask (N, 1, H, W) in [0, 1], 1 = text, which ABINet does not need.
 
-        The first round corrects the vision model's reading, every later one the reading of the round before.
+        The first round corrects the vision model's prediction, every later one that of the round before.
         """
-        vision = self.vision(image, mask).vision
+        vision = self.vision(image, mask)
         output = RecogniserOutput(vision=vision, language=[], alignment=[])
         logits = vision.logits  # (N, T, C)
         for _ in range(self.iter_size):
-            language = self.language(logits.softmax(dim=-1), text_lengths(logits)).language[0]
+            language = self.language(logits.softmax(dim=-1), text_lengths(logits))
             alignment = self.alignment(language.feature, vision.feature)
             output.language.append(language)
             output.alignment.append(alignment)
             logits = alignment.logits
         return output
+
+
+class VisionRecogniser(nn.Module):
+    """Reads with the vision model alone; its parameters have the names that they have in the vision model."""
+
+    def __init__(self, vision: VisionModel):
+        super().__init__()
+        self.vision = vision
+        leave_out_of_names(self, "vision")
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> RecogniserOutput:
+        """As `VisionModel`."""
+        return RecogniserOutput(vision=self.vision(image, mask))
+
+
+class LanguageRecogniser(nn.Module):
+    """Corrects spellings with the language model alone, in one round; names as in the language model."""
+
+    def __init__(self, language: LanguageModel):
+        super().__init__()
+        self.language = language
+        leave_out_of_names(self, "language")
+
+    def forward(self, probabilities: Tensor, lengths: Tensor) -> RecogniserOutput:
+        """As `LanguageModel`."""
+        return RecogniserOutput(language=[self.language(probabilities, lengths)])

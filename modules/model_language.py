@@ -6,7 +6,7 @@ Legend: N texts, T steps (end token counted), E features, C classes.
 import torch
 from torch import Tensor, nn
 
-from modules.outputs import LanguageOutput, RecogniserOutput
+from modules.outputs import LanguageOutput
 from modules.transformer import PositionalEncoding, TransformerDecoder
 
 # A text shorter than this leaves its only step nothing to attend to.
@@ -19,6 +19,8 @@ class LanguageModel(nn.Module):
     Queries are positions alone and memory is the text, so that no step sees its own character, in any layer.
     `detach` stops gradients into the probabilities; `use_self_attn` adds self-attention among the queries.
     """
+
+    float32_layers = ("cls", "proj", "token_encoder", "pos_encoder")
 
     def __init__(
         self,
@@ -51,26 +53,27 @@ class LanguageModel(nn.Module):
             use_self_attn=use_self_attn,
         )
         self.cls = nn.Linear(d_model, num_classes)
-        self.register_buffer("other_steps", ~torch.eye(num_steps, dtype=torch.bool), persistent=False)  # (T, T)
+        self.register_buffer("own_step", torch.eye(num_steps, dtype=torch.bool), persistent=False)  # (T, T)
 
-    def forward(self, probabilities: Tensor, lengths: Tensor) -> RecogniserOutput:
+    def forward(self, probabilities: Tensor, lengths: Tensor) -> LanguageOutput:
         """probabilities (N, T, C), each step summing to 1; lengths (N,) with the end token, clamped to [2, T] here.
 
-        Every step attends to all steps but itself and those at or after the length. One round, in `.language[0]`.
+        Every step attends to all steps but itself and those at or after the length.
         """
         if self.detach:
             probabilities = probabilities.detach()
-        inside = self._inside_text(lengths)  # (N, T)
         memory = self.token_encoder(self.proj(probabilities))  # (N, T, E)
+        outside = self._outside_text(lengths)  # (N, T)
         feature = self.model(
-            self.pos_encoder.positions(),
+            self.pos_encoder.positions().expand(memory.shape[0], -1, -1),
             memory,
-            memory_mask=(inside[:, None] & self.other_steps)[:, None],  # (N, 1, T, T)
-            query_mask=inside[:, None, None],  # (N, 1, 1, T)
-        )
-        return RecogniserOutput(language=[LanguageOutput(logits=self.cls(feature), feature=feature)])
+            memory_mask=self.own_step,
+            memory_key_padding_mask=outside,
+            tgt_key_padding_mask=outside,
+        )  # (N, T, E)
+        return LanguageOutput(logits=self.cls(feature), feature=feature)
 
-    def _inside_text(self, lengths: Tensor) -> Tensor:
-        steps = self.other_steps.shape[0]
+    def _outside_text(self, lengths: Tensor) -> Tensor:
+        steps = self.own_step.shape[0]
         lengths = lengths.clamp(SHORTEST_TEXT, steps)
-        return torch.arange(steps, device=lengths.device) < lengths[:, None]  # (N, T)
+        return torch.arange(steps, device=lengths.device) >= lengths[:, None]  # (N, T)

@@ -1,6 +1,6 @@
 """What the networks return, and how long a predicted text is.
 
-Legend: N pictures, T steps (max_length + 1, the end token counted), E features, C classes (charset + 1; class 0 is the
+Legend: N images, T steps (max_length + 1, the end token counted), E features, C classes (charset + 1; class 0 is the
 null and end symbol), H x W pixels, h x w cells of the feature map.
 """
 
@@ -14,7 +14,7 @@ NULL_CLASS = 0  # as `charset.NULL`
 
 @dataclass
 class VisionOutput:
-    """Reading of the vision model.
+    """Output of the vision model.
 
     `logits` (N, T, C); `feature` (N, T, E), one vector per step; `attention` (N, T, h, w), which sums to 1 over the
     cells; `refined_mask` (N, 1, H, W), about 1 on text and 0 elsewhere but not confined to that range, None without the
@@ -29,7 +29,7 @@ class VisionOutput:
 
 @dataclass
 class LanguageOutput:
-    """Reading of the language model in one round: `logits` (N, T, C) and `feature` (N, T, E)."""
+    """Output of the language model in one round: `logits` (N, T, C) and `feature` (N, T, E)."""
 
     logits: Tensor
     feature: Tensor
@@ -37,7 +37,7 @@ class LanguageOutput:
 
 @dataclass
 class AlignmentOutput:
-    """Fused reading of one round: `logits` (N, T, C) and `feature` (N, T, E)."""
+    """Output of the alignment model in one round: `logits` (N, T, C) and `feature` (N, T, E)."""
 
     logits: Tensor
     feature: Tensor
@@ -45,7 +45,7 @@ class AlignmentOutput:
 
 @dataclass
 class RecogniserOutput:
-    """Readings of all sub-models; a network without a sub-model has None there.
+    """Outputs of all sub-models; a network without a sub-model has None there.
 
     `language` and `alignment` are lists with one entry per round, the last one final.
     """

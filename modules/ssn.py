@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from modules.functional import without_autocast
 from modules.hrnet import HRNet, resize_aligned
 
 NUM_CLASSES = 2
@@ -66,23 +67,9 @@ class RefinementHead(nn.Module):
         semantic_logits = scores + self.bias_sem[:, None, None]
         key_weights, attention = self._attend(features, scores, semantic_logits)
         small_image = resize_aligned(image, features.shape[-2:])  # (N, 3, h, w)
-        refined_logits = self.conv_ref_last(self.refine(features, small_image, attention))  # (N, C, h, w)
+        hints = (small_image.to(features.dtype), features, attention.to(features.dtype))
+        refined_logits = self.conv_ref_last(self.conv_ref(torch.cat(hints, dim=1)))  # (N, C, h, w)
         return SegmentationOutput(semantic_logits, refined_logits, key_weights, attention)
-
-    def refine(self, features: Tensor, small_image: Tensor, attention: Tensor) -> Tensor:
-        """`conv_ref` of concat(small_image, features, attention), (N, width, h, w).
-
-        The concatenation, as large as the features, is never made: the first convolution is a sum over its inputs.
-        """
-        first, *rest = self.conv_ref
-        weight = first.weight  # (width, 3 + E + C, 5, 5)
-        image_columns, feature_columns, attention_columns = weight.split([3, features.shape[1], NUM_CLASSES], dim=1)
-        few = torch.cat([small_image.to(weight.dtype), attention.to(weight.dtype)], dim=1)  # (N, 3 + C, h, w)
-        hidden = F.conv2d(features, feature_columns, first.bias, padding=first.padding)  # (N, width, h, w)
-        hidden += F.conv2d(few, torch.cat([image_columns, attention_columns], dim=1), padding=first.padding)
-        for layer in rest:
-            hidden = layer(hidden)
-        return hidden
 
     @staticmethod
     def _attend(features: Tensor, scores: Tensor, semantic_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +77,7 @@ class RefinementHead(nn.Module):
 
         Sums over all cells and exponentials of inner products lose too much in 16 bits, whatever the rest runs in.
         """
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             cells = features.flatten(2).float()  # (N, E, P)
             scores = scores.flatten(2).float()  # (N, C, P)
             belief = F.normalize(semantic_logits.flatten(2).float().softmax(dim=1), dim=2)  # (N, C, P)
@@ -145,7 +132,7 @@ class SSN(nn.Module):
         """Probability that a pixel belongs to text, (N, H, W) in [0, 1], float32: the mean over several sizes.
 
         Args:
-            image: (N, 3, H, W), normalised, at the pictures' own size; all of one size.
+            image: (N, 3, H, W), normalised, at the images' own size; all of one size.
             areas: sides of the squares whose areas the resized image has, in pixels, about.
 
         Raises:

@@ -1,21 +1,15 @@
-"""Post-norm transformer layers and sinusoidal positions ("Attention Is All You Need", 2017), batch first.
+"""Post-norm transformer layers of torch and sinusoidal positions ("Attention Is All You Need", 2017), batch first.
 
-torch's own layers are not used: `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` switch to another kernel in
-eval mode, which neither autocast nor a compiled or exported graph takes, and the language model's decoder layer has no
-counterpart there: no self-attention, and queries that all texts share. Parameter names and initial values are torch's.
-
-Legend: N pictures, L query steps, S memory steps, E features, D features of one head.
+Legend: N images or texts, L query steps, S memory steps, E features.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from modules.dropout import Dropout, dropout, relu_dropout
-
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+# In eval mode torch's layers would switch to a fused kernel that knows nothing of autocast on a CPU.
+torch.backends.mha.set_fastpath_enabled(False)
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
@@ -33,109 +27,19 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, *, length: int, d_model: int = 512, dropout: float = 0.1):
         super().__init__()
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.register_buffer("pe", sinusoids(length, d_model)[:, None])
 
     def positions(self) -> Tensor:
-        """The positions alone, (1, length, E)."""
+        """Return the positions alone, (1, length, E)."""
         return self.pe.transpose(0, 1)
 
     def forward(self, sequence: Tensor) -> Tensor:
         return self.dropout(sequence + self.positions()[:, : sequence.shape[1]])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0) -> Tensor:
-    """dropout(softmax(q k^T / sqrt(D) + mask)) v: q (N, nhead, L, D), k and v (N, nhead, S, D) -> (N, nhead, L, D)."""
-    lowered = q.dtype != torch.float32 and torch.is_grad_enabled()
-    if q.device.type == "cpu" and (lowered or p > 0):
-        # Written out: the fused kernel of a CPU takes nearly twice the time to go back in 16 bits, and has no dropout.
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (N, nhead, L, S)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        return dropout(scores.softmax(dim=-1).to(v.dtype), p) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-
-
-class MultiheadAttention(nn.Module):
-    """softmax(q k^T / sqrt(D) + mask) v in `nhead` heads; the weights are not returned."""
-
-    def __init__(self, *, d_model: int = 512, nhead: int = 8, dropout: float = 0.1):
-        super().__init__()
-        if d_model % nhead:
-            raise ValueError(f"d_model={d_model} must be a multiple of nhead={nhead}")
-        self.nhead = nhead
-        self.dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model))
-        self.out_proj = nn.Linear(d_model, d_model)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """query (N or 1, L, E), memory (N, S, E) -> (N, L, E).
-
-        `mask` broadcasts to (N, nhead, L, S); True = may attend.
-        """
-        if query is memory:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        else:
-            d_model = query.shape[-1]
-            query_weight, memory_weight = self.in_proj_weight.split((d_model, 2 * d_model))
-            query_bias, memory_bias = self.in_proj_bias.split((d_model, 2 * d_model))
-            # A query that is the same for every picture (N = 1) is projected once and then shared.
-            q = F.linear(query, query_weight, query_bias).expand(memory.shape[0], -1, -1)
-            k, v = F.linear(memory, memory_weight, memory_bias).chunk(2, dim=-1)
-        q, k, v = (self._split_heads(x) for x in (q, k, v))
-        attended = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (N, nhead, L, D)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))  # (N, L, E)
-
-    def _split_heads(self, sequence: Tensor) -> Tensor:
-        return sequence.unflatten(-1, (self.nhead, -1)).transpose(1, 2)  # (N, nhead, L, D)
-
-
-class _FeedForwardLayer(nn.Module):
-    """What encoder and decoder layers share: linear, activation, dropout, linear."""
-
-    def __init__(self, *, d_model: int, d_inner: int, dropout: float, activation: str):
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        self.activation = ACTIVATIONS[activation]
-        self.linear1 = nn.Linear(d_model, d_inner)
-        self.linear2 = nn.Linear(d_inner, d_model)
-        self.dropout = Dropout(dropout)
-
-    def feed_forward(self, sequence: Tensor) -> Tensor:
-        hidden = self.linear1(sequence)  # (N, L, d_inner)
-        if self.training and self.activation is F.relu:
-            return self.linear2(relu_dropout(hidden, self.dropout.p))
-        return self.linear2(self.dropout(self.activation(hidden)))
-
-
-class TransformerEncoderLayer(_FeedForwardLayer):
-    """Post-norm: x = norm1(x + attention(x)); x = norm2(x + feed_forward(x))."""
-
-    def __init__(
-        self,
-        *,
-        d_model: int = 512,
-        nhead: int = 8,
-        d_inner: int = 2048,
-        dropout: float = 0.1,
-        activation: str = "relu",
-    ):
-        super().__init__(d_model=d_model, d_inner=d_inner, dropout=dropout, activation=activation)
-        self.self_attn = MultiheadAttention(d_model=d_model, nhead=nhead, dropout=dropout)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-
-    def forward(self, sequence: Tensor) -> Tensor:
-        sequence = self.norm1(sequence + self.dropout(self.self_attn(sequence, sequence)))
-        return self.norm2(sequence + self.dropout(self.feed_forward(sequence)))  # (N, L, E)
-
-
-class TransformerEncoder(nn.Module):
-    """`num_layers` encoder layers in a row, (N, L, E) -> (N, L, E)."""
+class TransformerEncoder(nn.TransformerEncoder):
+    """`num_layers` of torch's encoder layers in a row, (N, L, E) -> (N, L, E)."""
 
     def __init__(
         self,
@@ -147,63 +51,38 @@ class TransformerEncoder(nn.Module):
         dropout: float = 0.1,
         activation: str = "relu",
     ):
-        super().__init__()
-        self.layers = nn.ModuleList(
-            TransformerEncoderLayer(
-                d_model=d_model, nhead=nhead, d_inner=d_inner, dropout=dropout, activation=activation
-            )
+        layers = [
+            nn.TransformerEncoderLayer(d_model, nhead, d_inner, dropout, activation, batch_first=True)
             for _ in range(num_layers)
-        )
-
-    def forward(self, sequence: Tensor) -> Tensor:
-        for layer in self.layers:
-            sequence = layer(sequence)
-        return sequence
+        ]
+        super().__init__(layers[0], num_layers, enable_nested_tensor=False)
+        self.layers = nn.ModuleList(layers)  # torch would copy one layer: all would start from the same values
+        _keep_parameter_order(self.layers)
 
 
-class TransformerDecoderLayer(_FeedForwardLayer):
-    """Post-norm layer that reads a memory; self-attention among the queries only where asked for.
+class CrossAttentionLayer(nn.TransformerDecoderLayer):
+    """torch's decoder layer without self-attention: x = norm2(x + attention(x, memory)); x = norm3(x + ffn(x))."""
 
-    x = norm1(x + self_attention(x)) if `use_self_attn`; x = norm2(x + attention(x, memory));
-    x = norm3(x + feed_forward(x)).
-    """
-
-    def __init__(
-        self,
-        *,
-        d_model: int = 512,
-        nhead: int = 8,
-        d_inner: int = 2048,
-        dropout: float = 0.1,
-        activation: str = "relu",
-        use_self_attn: bool = False,
-    ):
-        super().__init__(d_model=d_model, d_inner=d_inner, dropout=dropout, activation=activation)
-        self.use_self_attn = use_self_attn
-        if use_self_attn:
-            self.self_attn = MultiheadAttention(d_model=d_model, nhead=nhead, dropout=dropout)
-            self.norm1 = nn.LayerNorm(d_model)
-        self.multihead_attn = MultiheadAttention(d_model=d_model, nhead=nhead, dropout=dropout)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.norm3 = nn.LayerNorm(d_model)
+    def __init__(self, *arguments: object, **options: object):
+        super().__init__(*arguments, **options)
+        del self.self_attn, self.norm1, self.dropout1
 
     def forward(
-        self, query: Tensor, memory: Tensor, memory_mask: Tensor | None = None, query_mask: Tensor | None = None
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        *,
+        memory_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """query (N or 1, L, E), memory (N, S, E) -> (N, L, E).
-
-        Masks are as in `MultiheadAttention`, `query_mask` that of self-attention.
-        """
-        if self.use_self_attn:
-            # Queries that all texts share part here: each text masks them at its own length.
-            query = query.expand(memory.shape[0], -1, -1)
-            query = self.norm1(query + self.dropout(self.self_attn(query, query, query_mask)))
-        query = self.norm2(query + self.dropout(self.multihead_attn(query, memory, memory_mask)))
-        return self.norm3(query + self.dropout(self.feed_forward(query)))
+        """tgt (N, L, E), memory (N, S, E) -> (N, L, E); masks as torch's layer takes them, that of `tgt` unused."""
+        tgt = self.norm2(tgt + self._mha_block(tgt, memory, memory_mask, memory_key_padding_mask))
+        return self.norm3(tgt + self._ff_block(tgt))
 
 
 class TransformerDecoder(nn.Module):
-    """`num_layers` decoder layers in a row over one memory."""
+    """`num_layers` decoder layers in a row over one memory; self-attention only where `use_self_attn` asks for it."""
 
     def __init__(
         self,
@@ -217,21 +96,22 @@ class TransformerDecoder(nn.Module):
         use_self_attn: bool = False,
     ):
         super().__init__()
+        layer = nn.TransformerDecoderLayer if use_self_attn else CrossAttentionLayer
         self.layers = nn.ModuleList(
-            TransformerDecoderLayer(
-                d_model=d_model,
-                nhead=nhead,
-                d_inner=d_inner,
-                dropout=dropout,
-                activation=activation,
-                use_self_attn=use_self_attn,
-            )
-            for _ in range(num_layers)
+            layer(d_model, nhead, d_inner, dropout, activation, batch_first=True) for _ in range(num_layers)
         )
+        _keep_parameter_order(self.layers)
 
-    def forward(
-        self, query: Tensor, memory: Tensor, memory_mask: Tensor | None = None, query_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, query: Tensor, memory: Tensor, **masks: Tensor) -> Tensor:
+        """query (N, L, E), memory (N, S, E) -> (N, L, E); `masks` are those of `nn.TransformerDecoderLayer`."""
         for layer in self.layers:
-            query = layer(query, memory, memory_mask, query_mask)
+            query = layer(query, memory, **masks)
         return query
+
+
+def _keep_parameter_order(layers: nn.ModuleList) -> None:
+    """Put the parameters of the layers in the order of earlier checkpoints: optimiser states are matched by it."""
+    for layer in layers:
+        for name in ("self_attn", "norm1", "multihead_attn", "norm2", "norm3"):
+            if name in layer._modules:
+                layer._modules[name] = layer._modules.pop(name)

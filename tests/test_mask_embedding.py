@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from modules.mask_embedding import ConditionNetwork, ModulatedStack, SpatialFeatureTransform
+from modules.mask_embedding import ConditionNetwork, MaskEmbedding, ModulatedStack, SpatialFeatureTransform
 
 
 def test_condition_has_one_vector_per_cell():
@@ -36,3 +36,12 @@ def test_stack_depends_on_the_condition_and_reaches_every_parameter():
     assert not torch.allclose(one, other)
     one.sum().backward()
     assert [name for name, parameter in stack.named_parameters() if parameter.grad is None] == []
+
+
+def test_embedding_adds_what_the_stack_makes_of_the_mask():
+    block = MaskEmbedding(channels=12, stride=(4, 2), sft_blocks=1, sft_channels=6, hidden_channels=8)
+    feature, mask = torch.randn(2, 12, 3, 5), torch.rand(2, 1, 12, 10)
+    modulated = block.conv0(feature)
+    expected = block.back(modulated + block.sft(modulated, block.condnet(mask)))
+    torch.testing.assert_close(block(feature, mask), expected)
+    assert not torch.allclose(block(feature, mask), block(feature, torch.zeros_like(mask)))

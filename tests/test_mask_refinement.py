@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modules.mask_refinement import PrototypeSimilarity, bilinear_matrix, scale_to_one, stretch
+from modules.mask_refinement import MaskRefinement, PrototypeSimilarity, bilinear_matrix, scale_to_one, stretch
 
 
 def similarity_at_full_size(feature, mask):
@@ -97,3 +97,27 @@ def test_constant_maps_become_zero_with_finite_gradients(normalize, value):
     assert not stretched.any()
     (stretched.sum() + scale_to_one(maps, normalize).sum()).backward()
     assert maps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("normalize", ["sample", "batch"])
+def test_refinement_computes_the_equations_of_the_paper(normalize):
+    block = MaskRefinement(channels=6, cells=(4, 6), image_size=(16, 24), normalize=normalize)
+    torch.nn.init.normal_(block.rf.weight)
+    semantic, side, mask = torch.randn(3, 8, 4, 6), torch.randn(3, 6, 4, 6), torch.rand(3, 1, 16, 24)
+    resized = F.interpolate(side, size=(16, 24), mode="bilinear", align_corners=False)
+    evidence = block.exit_layer(block.classifier_6(resized * similarity_at_full_size(semantic, mask)))
+    over = (0, 1, 2, 3) if normalize == "batch" else (1, 2, 3)
+    low, high = evidence.amin(over, keepdim=True), evidence.amax(over, keepdim=True)
+    evidence, scaled = (evidence - low) / (high - low), mask / mask.amax(over, keepdim=True)
+    expected = block.rf2(block.rf(torch.cat((evidence + scaled, scaled), dim=1)) + scaled)
+    torch.testing.assert_close(block(semantic, side, mask), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_refined_mask_keeps_float32_under_autocast():
+    block = MaskRefinement(channels=6, cells=(4, 6), image_size=(16, 24))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        refined = block(
+            torch.randn(2, 8, 4, 6).bfloat16(), torch.randn(2, 6, 4, 6).bfloat16(), torch.rand(2, 1, 16, 24)
+        )
+    assert refined.dtype == torch.float32
+    assert not torch.equal(refined, refined.bfloat16().float())

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.model_alignment import AlignmentModel
-from modules.model_binet_iter import BINet
+from modules.model_binet_iter import BINet, LanguageRecogniser, VisionRecogniser
 from modules.outputs import RecogniserOutput
 from tests.reference import (
     expected_arrays,
@@ -139,3 +140,48 @@ def test_export_takes_any_number_of_pictures(kind):
 def test_no_rounds_are_refused():
     with pytest.raises(ValueError, match="iter_size=0"):
         BINet(vision=small_vision(), language=small_language(), alignment=AlignmentModel(d_model=32), iter_size=0)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Records the inner sizes of the batched matrix multiplications that run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner_sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            self.inner_sizes.append(args[-2].shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_batched_matrix_multiplication_of_inner_size_1_in_the_backward_pass(kind):
+    """torch 2.14 hands those to a Triton kernel, so that training on a GPU would need a C compiler."""
+    model = small_recogniser(**kind, iter_size=2)
+    image, mask, *_ = known_inputs(5, 3)
+    output = model(image, mask)
+    loss = sum(tensor.square().mean() for tensor in tensors(output))
+    with MatrixProducts() as products:
+        loss.backward()
+    assert products.inner_sizes
+    assert 1 not in products.inner_sizes
+
+
+def test_parts_that_read_alone_keep_their_names_and_give_the_output_of_a_recogniser():
+    image, mask, *_ = known_inputs(5, 2)
+    vision, language = small_vision().eval(), small_language().eval()
+    alone = VisionRecogniser(vision)
+    assert list(alone.state_dict()) == list(vision.state_dict())
+    output = alone(image, mask)
+    assert torch.equal(output.vision.logits, vision(image, mask).logits)
+    assert output.language is output.alignment is None
+    other = VisionRecogniser(small_vision())
+    other.load_state_dict(vision.state_dict(), strict=True)
+    assert torch.equal(other.eval()(image, mask).vision.logits, output.vision.logits)
+
+    alone = LanguageRecogniser(language)
+    assert list(alone.state_dict()) == list(language.state_dict())
+    output = alone(output.vision.logits.softmax(dim=-1), torch.tensor([3, 5]))
+    assert len(output.language) == 1
+    assert output.vision is output.alignment is None

@@ -21,8 +21,8 @@ def test_a_batch_reads_as_single_pictures_do(kind):
     mask[1] = 0
     mask[2] = 1
     with torch.no_grad():
-        together = model(image, mask).vision
-        alone = [model(image[i : i + 1], mask[i : i + 1]).vision for i in range(4)]
+        together = model(image, mask)
+        alone = [model(image[i : i + 1], mask[i : i + 1]) for i in range(4)]
     torch.testing.assert_close(together.logits, torch.cat([one.logits for one in alone]), rtol=0, atol=1e-5)
     if kind["masked"]:
         torch.testing.assert_close(
@@ -35,8 +35,8 @@ def test_batch_normalisation_of_masks_sees_the_batch():
     models[1].load_state_dict(models[0].state_dict())
     image, mask = pictures(2)
     with torch.no_grad():
-        one = [model(image[:1], mask[:1]).vision.refined_mask for model in models]
-        two = [model(image, mask).vision.refined_mask for model in models]
+        one = [model(image[:1], mask[:1]).refined_mask for model in models]
+        two = [model(image, mask).refined_mask for model in models]
     assert torch.equal(*one)
     assert not torch.allclose(*two)
 
@@ -44,7 +44,7 @@ def test_batch_normalisation_of_masks_sees_the_batch():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_gets_a_gradient(kind):
     model = small_vision(**kind)
-    model(*pictures(2)).vision.logits.square().mean().backward()
+    model(*pictures(2)).logits.square().mean().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
@@ -54,7 +54,7 @@ def test_every_parameter_gets_a_gradient(kind):
 def test_plain_masks_and_pictures_give_finite_outputs_and_gradients(normalize, shade, training):
     model = small_vision(normalize=normalize).train(training)
     mask = torch.full((2, 1, 32, 128), shade, requires_grad=True)
-    vision = model(torch.zeros(2, 3, 32, 128), mask).vision
+    vision = model(torch.zeros(2, 3, 32, 128), mask)
     (vision.logits.square().mean() + vision.refined_mask.abs().mean()).backward()
     assert vision.logits.isfinite().all()
     assert vision.refined_mask.isfinite().all()
@@ -65,14 +65,14 @@ def test_plain_masks_and_pictures_give_finite_outputs_and_gradients(normalize, s
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_image_sizes(kind):
     model = small_vision(**kind, image_size=(48, 20)).eval()
-    vision = model(*pictures(2, (48, 20))).vision
+    vision = model(*pictures(2, (48, 20)))
     assert vision.attention.shape == (2, 26, 12, 5)
     with pytest.raises(ValueError, match="32 x 128 pixels but the network is built for 48 x 20"):
         model(*pictures(2))
 
 
 def test_odd_sizes_work_without_a_mask_and_are_refused_with_one():
-    assert small_vision(masked=False, image_size=(31, 101))(*pictures(2, (31, 101))).vision.attention.shape[-2:] == (
+    assert small_vision(masked=False, image_size=(31, 101))(*pictures(2, (31, 101))).attention.shape[-2:] == (
         8,
         26,
     )
@@ -113,7 +113,7 @@ def test_misfit_parts_are_named():
 def test_autocast_gives_a_finite_reading(kind):
     model = small_vision(**kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(*pictures(2)).vision.logits
+        logits = model(*pictures(2)).logits
     logits.float().square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -124,6 +124,6 @@ def test_the_refined_mask_starts_as_the_mask():
     mask = torch.zeros(2, 1, 32, 128)
     mask[..., 8:24, 20:90] = 1
     with torch.no_grad():
-        refined = model(image, mask).vision.refined_mask
+        refined = model(image, mask).refined_mask
     assert (refined[mask == 1] > 0.7).all()  # the loss keeps these at 1 ...
     assert (refined[mask == 0] < 0.7).all()  # ... and these at 0

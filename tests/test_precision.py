@@ -1,11 +1,25 @@
 """Precisions: what autocast computes in, and a device's own choice."""
 
+import copy
 import os
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from engine.precision import PRECISIONS, autocast, choose_algorithms, fastest_precision, use_tf32, without_search
+from engine.precision import (
+    PRECISIONS,
+    ChannelSum,
+    autocast,
+    channels_last,
+    choose_algorithms,
+    fastest_precision,
+    sum_few_channels,
+    training_arithmetic,
+    use_tf32,
+    without_search,
+)
+from tests.reference import known_inputs, small_recogniser
 
 CPU = torch.device("cpu")
 
@@ -58,3 +72,37 @@ def test_the_search_pauses_for_images_of_many_sizes(algorithms):
     with without_search():
         assert not torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_attention_of_16_bit_training_is_written_out_on_a_cpu(name):
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    query = torch.randn(2, 2, 8, 16, requires_grad=True)
+    with training_arithmetic(CPU, name):
+        output = F.scaled_dot_product_attention(query, query, query)
+    assert output.dtype == PRECISIONS[name]
+    fused = "FlashAttention" in type(output.grad_fn).__name__
+    assert fused == (name == "fp32")
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
+    torch.testing.assert_close(
+        output.float(), F.scaled_dot_product_attention(query, query, query), rtol=0.05, atol=0.05
+    )
+
+
+def test_sums_of_few_channels_compute_what_the_convolutions_do():
+    network = small_recogniser().eval()
+    swapped = copy.deepcopy(network)
+    sum_few_channels(swapped)
+    refinement = copy.deepcopy(swapped).vision.mask_refinement
+    assert {type(refinement.rf), type(refinement.rf2)} == {ChannelSum}
+    assert list(swapped.state_dict()) == list(network.state_dict())
+    image, mask, *_ = known_inputs(5, 2)
+    masks = [each(image, mask).vision.refined_mask for each in (network, swapped)]
+    torch.testing.assert_close(*masks, rtol=1e-5, atol=1e-6)
+
+
+def test_only_images_change_their_memory_format():
+    image, labels = torch.randn(2, 3, 4, 5), torch.randn(2, 3)
+    assert channels_last(image).is_contiguous(memory_format=torch.channels_last)
+    assert channels_last(labels) is labels
+    assert channels_last(None) is None

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from inference.prepare import prepare_for_inference
+from inference.prepare import float32_names, prepare_for_inference
 from modules.outputs import RecogniserOutput
 from modules.ssn import SSN
 from tests.reference import known_inputs, small_language, small_recogniser, small_vision
@@ -132,10 +132,10 @@ def test_a_batch_in_parts_reads_as_in_one(masked, monkeypatch):
 def test_stages_work_alone(precision):
     image, mask, *_ = known_inputs(5, 2)
     vision = prepare_for_inference(with_statistics(small_vision()), precision=precision, compile=False)
-    assert vision(image, mask).vision.logits.shape == (2, 26, 37)
+    assert vision(image, mask).logits.shape == (2, 26, 37)
     language = prepare_for_inference(small_language(), precision=precision, compile=False)
-    output = language(vision(image, mask).vision.logits.softmax(-1), torch.tensor([4, 9]))
-    assert output.language[0].logits.dtype == torch.float32
+    output = language(vision(image, mask).logits.softmax(-1), torch.tensor([4, 9]))
+    assert output.logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
@@ -179,5 +179,17 @@ def test_compiled_networks_of_one_class_stay_apart():
     for _ in range(2):
         for model, fast in zip(models, compiled, strict=True):
             with torch.no_grad():
-                expected = model(*arguments).language[0].logits
-            torch.testing.assert_close(fast(*arguments).language[0].logits, expected, rtol=1e-4, atol=1e-5)
+                expected = model(*arguments).logits
+            torch.testing.assert_close(fast(*arguments).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_what_stays_in_float32(kind):
+    names = float32_names(small_recogniser(**kind))
+    layers = {name.rpartition(".")[0].removeprefix("vision.") for name in names}
+    expected = {"backbone.resnet.conv1", "cls", "language.cls", "language.proj", "alignment.cls"}
+    expected |= {"backbone.transformer.layers.0.norm2", "language.model.layers.1.norm3", "language.token_encoder"}
+    expected |= {"rf", "rf2"} if kind["masked"] else {"backbone.pos_encoder"}
+    expected |= {"attention.project"} if kind.get("attention") == "position" else {"attention.we"}
+    assert expected <= layers
+    assert not layers & {"backbone.resnet.cls.0", "classifier_6.0", "conv0", "backbone.transformer.layers.0.linear1"}

@@ -1,4 +1,4 @@
-"""README: its commands parse, its configs and keys exist, and its layout is the tree's."""
+"""README and docs/: their commands parse, what they name exists, the layout is the tree's, nothing is said twice."""
 
 import argparse
 import ast
@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,47 +19,81 @@ from config import load_config
 from rendering import load_render_config
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
+README, LAYOUT, CONTRACTS = PAGES["README.md"], PAGES["docs/layout.md"], PAGES["docs/contracts.md"]
+TEXT = "\n".join(PAGES.values())
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
 MADE_BY_USE = {"workdir/"}  # in the layout, but not in a fresh clone
 PROGRAM = re.compile(r"(?:python|torchrun) .*?\b((?:tools/)?\w+\.py)\b(.*)")
+NOT_OUR_WORDS = r"pictures?|readings|opinions?|rims?|whole checkpoints?"  # but image, prediction, boundary, valid
 
 
-def code_blocks(language=""):
+def code_blocks(language="", text=TEXT):
     # All fences at once: the end of a block must not be taken for the start of one without a language.
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-    return [text for found, text in blocks if found == language]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for found, block in blocks if found == language]
+
+
+def prose(text):
+    """A page without its blocks and inline pieces of code, and with the texts of its links alone."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "` `", text))
 
 
 def command_lines():
-    """Every line of a code block without a language, and every inline piece of code, that starts a program."""
-    lines = [line for block in code_blocks() for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", TEXT)
-    return sorted({line for line in lines if re.match(r"(python|torchrun|make) ", line)})
+    """Every line of a code block without a language, inline piece of code or comment of a config that starts a program.
+
+    A line that ends with a backslash goes on in the next one.
+    """
+    comments = [line.removeprefix("#") for path in CONFIGS for line in path.read_text(encoding="utf-8").splitlines()]
+    blocks = [*code_blocks(), "\n".join(comments)]
+    lines = [line.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", TEXT)
+    return sorted({line for line in lines if re.match(r"(python|torchrun|make|sbatch) ", line)})
 
 
 def program_lines():
-    found = ((line, PROGRAM.match(line)) for line in command_lines())
-    return [pytest.param(match[1], shlex.split(match[2]), id=line) for line, match in found if match]
+    # The script hands its arguments on to main.py.
+    found = (
+        (line, PROGRAM.match(line.replace("sbatch docs/slurm_train.sh", "python main.py"))) for line in command_lines()
+    )
+    return [pytest.param(match[1], shlex.split(match[2], comments=True), id=line) for line, match in found if match]
 
 
-def layout():
-    """Paths of the layout section -> what is said of them; folders end with a slash."""
-    entries, folder = {}, ""
-    for line in TEXT.split("## Layout", 1)[1].split("```")[1].splitlines():
-        if not line.strip():
-            continue
+def entries(block):
+    """(path, what is said of it) for each line of a layout; folders end with a slash."""
+    folder = ""
+    for line in block.splitlines():
         name, _, meaning = line.strip().partition(" ")
         if not line.startswith(" "):
             folder = name if name.endswith("/") else ""
-            entries[name] = meaning.strip()
+            yield name, meaning.strip()
         else:
-            entries[folder + name] = meaning.strip()
-    return entries
+            yield folder + name, meaning.strip()
+
+
+def layout():
+    """The entries of README's layout (the top) and of docs/layout.md (the files in each folder)."""
+    top = code_blocks(text=README.split("## Layout", 1)[1])[0]
+    folders = code_blocks(text=LAYOUT.split("## Folder by folder", 1)[1])[0]
+    return [*entries(top), *(each for each in entries(folders) if each[1])]
 
 
 def named_keys():
     """Config keys in the text, with a dot inside."""
     sections = "global|dataset|training|optimizer|model"
     return sorted({key for key in re.findall(rf"`\"?((?:{sections})\.[\w.]+)", TEXT) if not key.endswith(".py")})
+
+
+def sentences(text):
+    """Sentences of a page's prose, in lower case, a table's cells among them, but not its first row."""
+    text = re.sub(r"^\|.*\n\|[ :|-]+$", "", prose(text), flags=re.MULTILINE)
+    for block in re.split(r"\n\s*\n|\n(?=[|#*-])", text):
+        for cell in block.split("|"):
+            for sentence in re.split(r"(?<=[.:;?!])\s+", cell):
+                yield " ".join(re.findall(r"[\w`%]+", sentence.lower()))
 
 
 class ParsedError(Exception):
@@ -171,35 +206,75 @@ def test_the_python_that_is_asked_for_can_have_what_is_pinned():
             assert int(least[1]) <= int(oldest.removeprefix("3.")), f"{name}=={version}"
 
 
-def test_named_configs_and_pictures_exist():
-    configs = set(re.findall(r"configs/[\w]+\.yaml", TEXT))
-    pictures = set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT))
+def test_named_configs_and_images_exist():
+    configs = set(re.findall(r"configs/\w+\.yaml", TEXT))
     assert configs
-    assert pictures
-    assert not {name for name in configs | pictures if not (ROOT / name).is_file()}
+    assert not {name for name in configs if not (ROOT / name).is_file()}
+    for page, text in PAGES.items():
+        images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+        assert all(((ROOT / page).parent / image).is_file() for image in images), page
+    assert "![" in README
 
 
-def test_links_within_the_page_lead_somewhere():
-    headings = re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[page]):
+        path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        if anchor:
+            without_code = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+            headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page}: {target}#{anchor}"
+
+
+def test_readme_is_short_and_links_every_page():
+    assert len(README.splitlines()) <= 250
+    assert not {page for page in PAGES if page.startswith("docs/") and f"({page}" not in README}
+
+
+def test_numbers_of_readme_are_those_of_the_model_card():
+    table = README.split("## Results", 1)[1].split("##", 1)[0]
+    numbers = re.findall(r"\b\d+\.\d\b", table)
+    assert numbers
+    assert not {number for number in numbers if number not in PAGES["docs/model_card.md"]}
+
+
+def test_nothing_is_said_twice():
+    said = Counter(
+        sentence for text in PAGES.values() for sentence in sentences(text) if len(re.findall(r"[a-z]+", sentence)) > 6
+    )
+    assert len(said) > 200
+    assert not {sentence for sentence, count in said.items() if count > 1}
+
+
+def test_sentences_are_told_apart():
+    table = "| first | row |\n| --- | ---: |\n| One more cell | two |\n"
+    text = "It reads words. `a b`\nis *one*\nthing: that.\n\n```\ncode it is. Code it is.\n```\n"
+    assert list(filter(None, sentences(table))) == ["one more cell", "two"]
+    assert list(filter(None, sentences(text))) == ["it reads words", "` ` is one thing", "that"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_use_the_words_of_the_field(page):
+    assert not re.findall(rf"\b(?:{NOT_OUR_WORDS})\b", prose(PAGES[page]), re.IGNORECASE)
 
 
 def test_layout_names_what_exists():
-    missing = [name for name in layout() if name not in MADE_BY_USE and not (ROOT / name).exists()]
+    missing = [name for name, _ in layout() if name not in MADE_BY_USE and not (ROOT / name).exists()]
     assert not missing
 
 
 def test_layout_says_something_of_every_entry():
-    silent = {name for name, meaning in layout().items() if not meaning}
-    assert silent <= {"modules/", "rendering/", "tools/", "configs/"}  # their files speak for them
+    assert all(meaning for _, meaning in layout())
 
 
-def test_layout_lists_every_source_file():
-    sources = [ROOT.glob("*.py"), *((ROOT / each).glob("*.py") for each in ("modules", "rendering", "tools"))]
-    names = {str(path.relative_to(ROOT)) for paths in sources for path in paths if path.name != "__init__.py"}
-    names |= {str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml")}
-    assert not names - set(layout())
+def test_layout_lists_every_source_file_once():
+    sources = {path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *CONFIGS]}
+    names = {str(path) for path in sources if path.name != "__init__.py" and path.parts[0] not in ("tests", "fig")}
+    listed = Counter(name for name, _ in layout())
+    assert not names - set(listed)
+    assert not {name for name, count in listed.items() if count > 1}
 
 
 def test_layout_lists_every_folder_and_file_of_the_top():
@@ -207,8 +282,22 @@ def test_layout_lists_every_folder_and_file_of_the_top():
     if tracked.returncode:
         pytest.skip("not a git clone")
     top = {name.split("/")[0] + ("/" if "/" in name else "") for name in tracked.stdout.splitlines()}
-    listed = {name.split("/")[0] + "/" if "/" in name else name for name in layout()}
+    listed = {name.split("/")[0] + "/" if "/" in name else name for name, _ in layout()}
     assert not top - listed - {"README.md", ".gitignore"}
+
+
+def test_twenty_questions_lead_to_files():
+    rows = re.findall(r"^\| (.+\?) \| `([^`]+)` \|$", LAYOUT.split("## Twenty questions", 1)[1], re.MULTILINE)
+    assert len(rows) == len(set(rows)) == 20
+    assert not {path for _, path in rows if not (ROOT / path).is_file()}
+
+
+def test_paths_of_the_tables_exist():
+    """What README's "to change X" and docs/layout.md name in code is there."""
+    table = README.split("## To change X, go to Y", 1)[1].split("\n## ", 1)[0]
+    named = re.findall(r"`([\w*]+/[\w*/.]+|\w+\.py)`", table + LAYOUT)
+    assert len(named) > 30
+    assert not {name for name in named if not list(ROOT.glob(name))}
 
 
 def test_python_examples_name_what_exists():
@@ -222,7 +311,7 @@ def test_python_examples_name_what_exists():
 
 
 def test_python_calls_that_are_promised_exist():
-    promised = re.findall(r"^\| `((?:config|main|utils|reader)\.[\w.]+)\(", TEXT, re.MULTILINE)
+    promised = re.findall(r"^\| `((?:config|main|utils|reader)\.[\w.]+)\(", CONTRACTS, re.MULTILINE)
     assert len(promised) >= 5
     for dotted in promised:
         module, *names = dotted.split(".")
@@ -233,7 +322,7 @@ def test_python_calls_that_are_promised_exist():
 
 
 def test_promised_flags_are_the_programs():
-    flags = TEXT.split("**Flags of `main.py`**", 1)[1].split("\n\n", 1)[0]
+    flags = CONTRACTS.split("**Flags of `main.py`**", 1)[1].split("\n\n", 1)[0]
     for flag in re.findall(r"`(--\w+)", flags):
         value = {"--phase": ["test"], "--model_eval": ["vision"], "--local_rank": ["0"]}
         takes_none = flag in ("--debug", "--image_only", "--model_strict", "--resume")

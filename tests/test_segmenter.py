@@ -95,7 +95,7 @@ def test_the_process_keeps_its_number_of_threads(ssn, pictures):
     """Several threads share one segmenter, which computes on several threads: none of them is left with one."""
     code = """
 import sys, threading, torch
-from tests.test_segmentation import SMALL, SSN, Segmenter, np
+from tests.test_segmenter import SMALL, SSN, Segmenter, np
 torch.set_num_threads(3)
 segmenter = Segmenter(SSN(**SMALL).eval(), [65, 97])
 pictures = [np.zeros((20, 50 + 9 * k, 3), np.uint8) for k in range(8)]

@@ -71,7 +71,7 @@ def test_reading_and_training_are_reported(tmp_path, capsys):
         assert row["rate"] > 0
         if row["task"] in ("reading", "training"):
             assert row["ratio"] > 0
-    assert "vision.sft" in report["blocks"]["reading"]
+    assert "vision.mask_embedding" in report["blocks"]["reading"]
     assert "| reading | prepared | 2 |" in capsys.readouterr().out
 
 

@@ -313,7 +313,7 @@ def test_counting_for_a_batch_in_parts_leaves_no_trace():
     before = {name: buffer.clone() for name, buffer in counted.model.named_buffers()}
     drawn = torch.get_rng_state()
     counted.model.train()
-    counted._whole_counts(small_networks.uneven_batch("binet").split(2))
+    counted._whole_counts(small_networks.uneven_batch("binet").split(2), counted.model)
     assert torch.equal(torch.get_rng_state(), drawn)
     for name, buffer in counted.model.named_buffers():
         assert torch.equal(buffer, before[name]), name

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,9 +43,7 @@ from engine.precision import PRECISIONS
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from loading.batches import normalize_images, stack_pictures
-from modules.hrnet import HRNet, resize_aligned
 from modules.mask_refinement import EPSILON
-from modules.ssn import RefinementHead
 from tools.growth import (
     Point,
     growth_table,
@@ -136,39 +133,20 @@ class FullResolutionSimilarity(nn.Module):
         super().__init__()
         self.image_size = image_size
 
-    def resize(self, maps: Tensor) -> Tensor:
-        """maps (N, S, h, w) -> (N, S, H, W), bilinear."""
-        return F.interpolate(maps, size=self.image_size, mode="bilinear", align_corners=False)
-
     def forward(self, feature: Tensor, mask: Tensor) -> Tensor:
         """feature (N, E, h, w), mask (N, 1, H, W) -> (N, 1, H, W)."""
-        pixels = self.resize(feature.float())
+        pixels = F.interpolate(feature.float(), size=self.image_size, mode="bilinear", align_corners=False)
         prototype = (pixels * mask).sum(dim=(2, 3), keepdim=True)  # (N, E, 1, 1)
         return F.cosine_similarity(pixels, prototype, dim=1, eps=EPSILON)[:, None]
 
 
 def straightforward(model: nn.Module) -> nn.Module:
-    """A copy of a recogniser or of SSN that computes what it does as the papers write it, without any shortcut."""
+    """Copy a network and take the shortcut out of its mask refinement, so that it computes as the paper writes it."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "similarity"):
             module.similarity = FullResolutionSimilarity(image_size=module.image_size)
-        if isinstance(module, HRNet):
-            module.mix = partial(mix_concatenated, module)
-        if isinstance(module, RefinementHead):
-            module.refine = partial(refine_concatenated, module)
     return model
-
-
-def mix_concatenated(hrnet: HRNet, branches: Sequence[Tensor]) -> Tensor:
-    """`HRNet.mix` as it is written down: all branches at the first one's size, concatenated, then convolved."""
-    size = branches[0].shape[-2:]
-    return hrnet.last_layer(torch.cat([resize_aligned(branch, size) for branch in branches], dim=1))
-
-
-def refine_concatenated(head: RefinementHead, features: Tensor, small_image: Tensor, attention: Tensor) -> Tensor:
-    """`RefinementHead.refine` as it is written down."""
-    return head.conv_ref(torch.cat([small_image, features, attention], dim=1))
 
 
 def one_by_one(ssn: nn.Module, areas: Sequence[int], pictures: Sequence[np.ndarray]) -> list[Tensor]:

@@ -1,0 +1,98 @@
+"""tools/gpu_check.py: every part has its line, whatever happens in it, and without a GPU those that need one say so."""
+
+import pytest
+import torch
+
+from tools import gpu_check
+
+NEED_A_GPU = {
+    ("tests that need a GPU", "pytest -m gpu"),
+    ("small network", "fp16"),
+    *(("full size", form) for form in ("fp32", "bf16", "fp16")),
+    ("small network", "bf16, compiled"),
+    ("reading", "bf16, compiled"),
+    *(("full size", f"bf16, compiled, {mode}") for mode in ("default", "reduce-overhead")),
+}
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Parts that take no time; those that were done."""
+    done = []
+
+    def part(name):
+        def work(self, *arguments, **named):
+            done.append((name, *arguments))
+            return f"{name} | done", "ok"
+
+        return work
+
+    monkeypatch.setattr(gpu_check, "write_rendered_words", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    for name in ("gpu_tests", "training", "two_runs", "kill_and_resume", "masks", "loading", "reading"):
+        monkeypatch.setattr(gpu_check.GpuCheck, name, part(name))
+    return done
+
+
+def lines_of(path):
+    rows = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
+    return {(part, form): (result, verdict) for part, form, result, verdict in rows[1:]}
+
+
+def test_without_a_gpu_the_parts_that_need_one_are_named(parts, tmp_path):
+    assert gpu_check.main(["--output", str(tmp_path / "check.md")]) == 0
+    lines = lines_of(tmp_path / "check.md")
+    assert {key for key, value in lines.items() if value == ("needs a GPU", "left out")} == NEED_A_GPU
+    assert len(lines) - len(NEED_A_GPU) == len(parts)
+    assert ("training", "small", "bf16") in parts
+
+
+def test_a_part_that_fails_costs_its_line_and_the_exit_status(parts, tmp_path, monkeypatch):
+    def fail(self):
+        raise ZeroDivisionError("no\nwords")
+
+    monkeypatch.setattr(gpu_check.GpuCheck, "masks", fail)
+    assert gpu_check.main(["--output", str(tmp_path / "check.md")]) == 1
+    lines = lines_of(tmp_path / "check.md")
+    assert lines["masks", "online"] == ("ZeroDivisionError: no", "failed")
+    assert lines["reading", "fp32"][1] == "ok"
+
+
+def test_no_part_begins_when_the_time_is_over(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check.time, "monotonic", iter(range(0, 100_000, 100)).__next__)
+    gpu_check.main(["--output", str(tmp_path / "check.md"), "--seconds", "450"])
+    verdicts = lines_of(tmp_path / "check.md")
+    assert verdicts["small network", "fp32"][1] == "ok"
+    assert verdicts["reading", "bf16"] == ("no time was left; give more --seconds", "left out")
+    assert verdicts["full size", "fp32"] == ("needs a GPU", "left out")
+
+
+def test_a_loss_that_is_not_fp32s_fails(tmp_path, monkeypatch):
+    check = gpu_check.GpuCheck(device=torch.device("cpu"), scale=gpu_check.ON_CPU, folder=tmp_path, seconds=60)
+    losses = {"fp32": 2.0, "bf16": 2.03, "fp16": 2.1}
+
+    class Trainer:
+        def __init__(self, loss):
+            self.loss = torch.tensor(loss)
+
+        def _step(self, batch, waited):
+            return type("Step", (), {"terms": {"total": self.loss}})
+
+    monkeypatch.setattr(check, "_trainer", lambda _, key, **__: (Trainer(losses[key.partition("=")[2]]), [[0] * 4]))
+    monkeypatch.setattr(check, "_flops_of_a_word", lambda network: 1e9)
+    monkeypatch.setattr(check, "_matrix_rate", lambda dtype: 1e12)
+    verdicts = {form: check.training("small", form) for form in losses}
+    assert verdicts["fp32"][1] == "measured"
+    assert verdicts["bf16"][1] == "ok"
+    assert "differs by 1.50 %" in verdicts["bf16"][0]
+    assert verdicts["fp16"][1] == "failed"
+
+
+@pytest.mark.slow
+def test_the_real_parts_run_through_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "pick_device", lambda: torch.device("cpu"))
+    gpu_check.main(["--output", str(tmp_path / "check.md")])
+    lines = lines_of(tmp_path / "check.md")
+    assert {verdict for _, verdict in lines.values()} == {"ok", "measured", "left out"}
+    assert lines["kill and resume", "deterministic"][1] == "ok"

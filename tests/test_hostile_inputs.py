@@ -143,11 +143,11 @@ def material(tmp_path_factory) -> Path:
     return folder
 
 
-def draw_image(rng: Rng, material: Path) -> bytes:
-    """An encoded image: mutated, of a false size, or whole in one of many forms."""
+def draw_image(rng: Rng, material: Path, *, large: bool = True) -> bytes:
+    """An encoded image: mutated, of a false size, or whole in one of many forms; a large one takes a tenth of a second."""
     names = sorted(os.listdir(material / "images"))
     name = str(rng.choice(names))
-    if name in ("large.png", "long.png", "high.png") and rng.random() < 0.8:
+    if name in ("large.png", "long.png", "high.png") and (not large or rng.random() < 0.8):
         name = "rgb.png"
     data, kind = (material / "images" / name).read_bytes(), rng.random()
     if kind < 0.15:
@@ -741,7 +741,7 @@ def word_list(rng: Rng, folder: Path, material: Path) -> Run:
     pictures = folder / "pictures"
     pictures.mkdir()
     for number in range(4):
-        (pictures / f"{number}.png").write_bytes(draw_image(rng, material))
+        (pictures / f"{number}.png").write_bytes(draw_image(rng, material, large=False))
     (pictures / "good.png").write_bytes((material / "images" / "rgb.png").read_bytes())
     text = '0.png\tzero\n1.png,one\n2.png, "two"\n3.png\té\ngood.png\tgood\n../x.png\tup\n'
     (folder / "gt.txt").write_bytes(mutated_text(rng, text))
@@ -790,7 +790,7 @@ def mjsynth(rng: Rng, folder: Path, material: Path) -> Run:
     (folder / "1").mkdir()
     text = ""
     for number, word in enumerate(("Lube", "one_two", "é")):
-        (folder / "1" / f"{number}_{word}_4.jpg").write_bytes(draw_image(rng, material))
+        (folder / "1" / f"{number}_{word}_4.jpg").write_bytes(draw_image(rng, material, large=False))
         text += f"./1/{number}_{word}_4.jpg {number}\n"
     (folder / "annotation_train.txt").write_bytes(mutated_text(rng, text))
     arguments = [str(folder / "annotation_train.txt"), str(occupied(rng, folder / "out")), "--workers", "1"]

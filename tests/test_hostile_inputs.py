@@ -144,7 +144,7 @@ def material(tmp_path_factory) -> Path:
 
 
 def draw_image(rng: Rng, material: Path, *, large: bool = True) -> bytes:
-    """An encoded image: mutated, of a false size, or whole in one of many forms; a large one takes a tenth of a second."""
+    """An encoded image: mutated, of a false size, or whole in one of many forms."""
     names = sorted(os.listdir(material / "images"))
     name = str(rng.choice(names))
     if name in ("large.png", "long.png", "high.png") and (not large or rng.random() < 0.8):

@@ -144,7 +144,11 @@ def material(tmp_path_factory) -> Path:
 
 
 def draw_image(rng: Rng, material: Path, *, large: bool = True) -> bytes:
-    """An encoded image: mutated, of a false size, or whole in one of many forms."""
+    """An encoded image: mutated, of a false size, or whole in one of many forms.
+
+    Args:
+        large: of many pixels or false sizes, too: not for lists, which name an image thousands of times.
+    """
     names = sorted(os.listdir(material / "images"))
     name = str(rng.choice(names))
     if name in ("large.png", "long.png", "high.png") and (not large or rng.random() < 0.8):
@@ -152,7 +156,7 @@ def draw_image(rng: Rng, material: Path, *, large: bool = True) -> bytes:
     data, kind = (material / "images" / name).read_bytes(), rng.random()
     if kind < 0.15:
         return data
-    if kind < 0.4:
+    if kind < 0.4 and large:
         return with_sides(rng, data)
     return mutated(rng, data)
 

@@ -26,7 +26,8 @@ from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 
-SECONDS = 10  # of processor time that a case may take; it is killed after three times that
+SECONDS = 10  # of processor time that a case may take; it is killed after twice that
+IDLE_SECONDS = 300  # after which one that waits for something is killed: on a busy machine a second of work takes many
 MEGABYTES = 1024  # that a case may take
 HARD_LIMIT = 4 << 30  # bytes of addresses; a request beyond it fails, and counts as a fault wherever it is caught
 LONGEST_LINE = 2000  # characters of a message that somebody will read
@@ -221,7 +222,7 @@ def run_cases(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["main", "torch._dynamo"])
     waiting, outcomes = list(reversed(cases)), []
-    running: dict[Connection, tuple[Any, tuple[str, int] | None, float]] = {}
+    running: dict[Connection, tuple[Any, tuple[str, int] | None, tuple[float, float]]] = {}
 
     def start() -> None:
         ours, theirs = context.Pipe()
@@ -229,7 +230,7 @@ def run_cases(
         process = context.Process(target=_work, args=(theirs, kinds, material, folder, seed))
         process.start()
         theirs.close()
-        running[ours] = (process, None, 0.0)
+        running[ours] = (process, None, (0.0, 0.0))
 
     def hand_out(pipe: Connection) -> None:
         process = running[pipe][0]
@@ -239,7 +240,7 @@ def run_cases(
             process.join()
             del running[pipe]
         else:
-            running[pipe] = (process, case, time.monotonic())
+            running[pipe] = (process, case, (time.monotonic(), _processor_time(process.pid)))
 
     for _ in range(workers):
         start()
@@ -260,14 +261,25 @@ def run_cases(
             if message is not None:
                 outcomes.append(message)
             hand_out(pipe)
-        for pipe, (process, case, began) in list(running.items()):
-            if case is not None and time.monotonic() - began > 3 * SECONDS:
+        for pipe, (process, case, (began, used)) in list(running.items()):
+            if case is None:
+                continue
+            if _processor_time(process.pid) - used > 2 * SECONDS or time.monotonic() - began > IDLE_SECONDS:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.join()
                 del running[pipe]
-                outcomes.append(Outcome(*case, SLOW, "killed", time.monotonic() - began))
+                outcomes.append(Outcome(*case, SLOW, "killed", 2 * SECONDS))
                 start()
     return outcomes
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds of a processor that a process has used."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _work(pipe: Connection, kinds: dict[str, Kind], material: Path, scratch: Path, seed: int) -> None:

@@ -557,7 +557,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         try:
             dotted, value = _parse_override(override)
             _set(document.data, dotted.split("."), value)
-            origins[dotted] = f"override {override}"
+            origins[dotted] = _named(override)
         except UserError as error:
             problems.append(str(error))
     return _validated(document, origins, problems)
@@ -612,11 +612,16 @@ def _parse_override(override: str) -> tuple[str, Any]:
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
     if not equals:
-        raise UserError(f"override {override}: not of the form key=value, such as training.epochs=1")
+        raise UserError(f"{_named(override)}: not of the form key=value, such as training.epochs=1")
     known = [name for name, _ in walk_schema()]
     if dotted not in known and dotted not in DEAD_KEYS:
-        raise UserError(f"override {override}: {_unknown_key(dotted)}")
-    return dotted, parse_yaml(text, f"override {override}").data
+        raise UserError(f"{_named(override)}: {_unknown_key(dotted)}")
+    return dotted, parse_yaml(text, _named(override)).data
+
+
+def _named(override: str) -> str:
+    """An override in messages, in one line whatever its value is."""
+    return f"override {override}".replace("\n", r"\n")
 
 
 def _set(data: Any, names: list[str], value: Any) -> None:

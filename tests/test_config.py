@@ -424,3 +424,10 @@ def test_a_message_names_no_more_problems_than_can_be_read(tmp_path):
         load_config(tmp_path / "a.yaml")
     assert len(str(caught.value).splitlines()) == 32
     assert str(caught.value).endswith("and 471 more: mend these first")
+
+
+@pytest.mark.parametrize("override", ["training.epochs=a\nb", "training.epoch=\n1", "a\nb", "training.epochs=[\n"])
+def test_an_override_of_several_lines_is_named_in_one(override):
+    with pytest.raises(UserError) as caught:
+        load_config("configs/small.yaml", [override])
+    assert "\n" not in str(caught.value)

@@ -32,7 +32,7 @@ from tests.small_networks import terms_and_gradients
 from utils import UserError
 
 STEPS = 20
-# Dropout draws other numbers in every process. SGD: Adam would blow rounding up where gradients are almost 0. A low rate:
+# Dropout draws other numbers in every process. SGD: Adam would blow rounding up where gradients are almost 0. Low rate:
 # rounding grows from step to step, at the usual rate to 1e-3 within twenty.
 EQUAL = (
     f"training.iterations={STEPS}",

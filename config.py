@@ -40,6 +40,7 @@ ABINET_DEFAULTS = {
     "vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}},
 }
 
+DEEPEST = 8  # sections and lists in one another, of a config
 PROBLEMS_SHOWN = 30  # of a configuration, in one message
 
 # Published keys that nothing reads any more: they are named in a warning and ignored.
@@ -497,7 +498,7 @@ class Config(Section):
         Raises:
             UserError: with one line for each thing that is wrong.
         """
-        return _validated(Document(_migrated(_plain(mapping)), source, {}), {}, drop_unknown=drop_unknown)
+        return _validated(Document(_migrated(_plain(mapping, source)), source, {}), {}, drop_unknown=drop_unknown)
 
     @property
     def work_folder(self) -> Path:
@@ -522,11 +523,14 @@ def _migrated(mapping: dict[str, Any]) -> dict[str, Any]:
     return mapping
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, source: str, depth: int = 0) -> Any:
+    """Nested data as dicts and lists of its own; a list that holds itself has no end."""
+    if depth > DEEPEST:
+        raise UserError(f"{source}: nested too deeply; it is no config")
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _plain(item, source, depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, source, depth + 1) for item in value]
     return value
 
 

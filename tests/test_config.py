@@ -431,3 +431,10 @@ def test_an_override_of_several_lines_is_named_in_one(override):
     with pytest.raises(UserError) as caught:
         load_config("configs/small.yaml", [override])
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_holds_itself_is_refused():
+    mapping = {"model": {}}
+    mapping["model"]["vision"] = mapping
+    with pytest.raises(UserError, match=r"weights\.pth: nested too deeply"):
+        Config.from_dict(mapping, source="weights.pth")

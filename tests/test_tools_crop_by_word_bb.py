@@ -1,6 +1,7 @@
 """Archives in the published forms of SynthText and MJSynth become word LMDBs."""
 
 import os
+import time
 from io import BytesIO
 
 import cv2
@@ -217,3 +218,10 @@ def test_second_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="--overwrite"):
         crop_by_word_bb.main([str(gt), str(tmp_path / "out")])
     assert len(LmdbReader(tmp_path / "out")) == 4
+
+
+def test_a_line_of_endless_separators_takes_no_time():
+    start = time.process_time()
+    word = crop_by_word_bb.mjsynth_word(b"a_" * 100_000 + b" 1", folder="/", max_pixels=100)
+    assert word.reason == "no label in the file name"
+    assert time.process_time() - start < 1

@@ -42,6 +42,7 @@ EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
 
 MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
 MIN_VISIBLE = 0.5  # share of a box that must lie inside the picture
+LONGEST_NAME = 255  # of a file, on any system
 _MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
 
 
@@ -213,7 +214,8 @@ def mjsynth_word(content: bytes, *, folder: str, max_pixels: int) -> Word:
     """Read the word of one annotation line, `./2425/1/115_Lube_45484.jpg 45484`; runs in a worker."""
     line = content.decode(errors="backslashreplace")
     name = line.rsplit(maxsplit=1)[0]
-    match = _MJSYNTH_NAME.fullmatch(name.rpartition("/")[2])
+    file = name.rpartition("/")[2]
+    match = _MJSYNTH_NAME.fullmatch(file) if len(file) <= LONGEST_NAME else None
     if match is None:
         return Word(line, reason="no label in the file name")
     if "\0" in name or inside(folder, name) is None:

@@ -45,11 +45,12 @@ from engine.optimization import (
 from engine.trainer import Trainer
 from evaluation.evaluator import Evaluator, SegmentationEvaluator, WordEvaluator
 from inference.segmenter import Segmenter
+from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
 from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
 from loading.charset import PROTOCOLS, Charset
 from loading.masks import OnlineMasks
 from loading.sampling import EqualSizeBatchSampler, MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
-from loading.transforms import AugmentWord, CropSegmentation, RandAugmentWord, ResizeWord
+from loading.transforms import ResizeWord
 from loading.word_index import default_cache_dir
 from losses import RecogniserCriterion, SegmentationCriterion
 from modules.attention import PositionAttention, ReadingOrderAttention

@@ -22,12 +22,22 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from loading.augmentation import CropSegmentation
 from loading.batches import (
     LabelRule,
     LanguageSample,
     SegmentationSample,
     Skipped,
     WordSample,
+)
+from loading.decoding import (
+    TEXT_THRESHOLD,
+    BrokenPictureError,
+    Mask,
+    Picture,
+    decode_mask,
+    decode_picture,
+    picture_size,
 )
 from loading.language_csv import read_pairs
 from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
@@ -37,18 +47,7 @@ from loading.sampling import (
     SampleKey,
     as_key,
 )
-from loading.transforms import (
-    TEXT_THRESHOLD,
-    BrokenPictureError,
-    CropSegmentation,
-    Mask,
-    Picture,
-    WordTransform,
-    decode_mask,
-    decode_picture,
-    picture_size,
-    views,
-)
+from loading.transforms import WordTransform, views
 from loading.word_index import MISSING, open_word_index
 from utils import RENDER_SCHEME, UserError
 

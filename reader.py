@@ -28,16 +28,8 @@ from evaluation.evaluator import chosen_logits, most_confident, read_logits, tak
 from inference.prepare import prepare_for_inference
 from inference.segmenter import IMAGE_PIXELS, Segmenter
 from loading.batches import normalize_images, stack_pictures
-from loading.transforms import (
-    MAX_PIXELS,
-    PICTURE_ERRORS,
-    BrokenPictureError,
-    ResizeWord,
-    convert,
-    decode_mask,
-    decode_picture,
-    views,
-)
+from loading.decoding import MAX_PIXELS, PICTURE_ERRORS, BrokenPictureError, convert, decode_mask, decode_picture
+from loading.transforms import ResizeWord, views
 from utils import UserError, first_line
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "weights" / "binet-small.pth"

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from engine import distributed
 from engine.distributed import Process
 from engine.precision import channels_last, prefers_channels_last, sum_few_channels, training_arithmetic
 from utils import UserError, first_line
-
-if TYPE_CHECKING:
-    from callbacks import Callback
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +42,14 @@ BUFFER_SYNC = (
     else "broadcast_buffers"
 )
 SECOND_SIGNAL_AFTER = 2.0  # seconds; sooner it is the same Ctrl-C, from the terminal and from the launcher
+
+
+class Hooks(Protocol):
+    """What the loop asks of a callback, beside the hooks that it calls by name (`callbacks.Callback` has them all)."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Trainer:
         iterations: int,
         device: torch.device,
         process: Process,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Hooks] = (),
         precision: str = "fp32",
         accumulation: int = 1,
         clip_grad: float | None = 20.0,

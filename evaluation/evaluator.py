@@ -29,7 +29,7 @@ from inference.prepare import PreparedSSN
 from inference.segmenter import Segmenter
 from loading.batches import Batch
 from loading.charset import NULL, Charset, protocol_normalizer
-from loading.transforms import TEXT_THRESHOLD
+from loading.decoding import TEXT_THRESHOLD
 from modules.outputs import RecogniserOutput
 from utils import write_atomically
 

@@ -11,8 +11,8 @@ from typing import Protocol
 import cv2
 import numpy as np
 
+from loading.decoding import BrokenPictureError, Mask, Picture, decode_mask, decode_picture
 from loading.lmdb_io import DATA_FILE, LmdbReader, find_lmdbs, image_key, is_lmdb, label_key
-from loading.transforms import BrokenPictureError, Mask, Picture, decode_mask, decode_picture
 from utils import UserError
 
 MASK_MISSING = "mask_missing"

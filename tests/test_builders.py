@@ -11,7 +11,8 @@ from builders import build_evaluator, build_model, build_schedule, build_segment
 from bundle import load_bundle
 from config import Config
 from engine.distributed import Process
-from loading.transforms import AugmentWord, RandAugmentWord, ResizeWord
+from loading.augmentation import AugmentWord, RandAugmentWord
+from loading.transforms import ResizeWord
 from modules.ssn import SSN
 from tests import small_networks
 from utils import UserError

@@ -29,13 +29,14 @@ from dataset import (
     open_word_datasets,
 )
 from evaluation.drawing import to_pictures
-from loading import transforms, word_index
+from loading import decoding, word_index
+from loading.augmentation import AugmentWord, CropSegmentation
 from loading.batches import Batch, LabelRule, LanguageCollate, SegmentationCollate, Skipped, WordCollate
 from loading.charset import Charset
 from loading.lmdb_io import LmdbReader, LmdbWriter
 from loading.masks import LmdbMasks, OnlineMasks, find_mask_lmdb
 from loading.sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler
-from loading.transforms import AugmentWord, CropSegmentation, ResizeWord
+from loading.transforms import ResizeWord
 from utils import UserError
 
 ALPHANUMERIC = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -694,7 +695,7 @@ class TestSegmentation:
         (folder / "images/w3.jpg").write_bytes(cv2.imencode(".tiff", word_picture(3))[1].tobytes())  # no header is read
         data = open_segmentation_datasets([folder])[0]
         assert [data.size(index) for index in range(4)] == [(8, 16), (0, 0), (24, 43), (24, 44)]
-        monkeypatch.setattr(transforms, "decode_picture", lambda _: pytest.fail("decoded"))
+        monkeypatch.setattr(decoding, "decode_picture", lambda _: pytest.fail("decoded"))
         assert [data.size(index) for index in (0, 3)] == [(8, 16), (24, 44)]
 
     def test_training_crops_are_of_one_size_and_drawn_by_epoch(self, folder):

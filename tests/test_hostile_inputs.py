@@ -42,10 +42,12 @@ from builders import build_model
 from config import load_config
 from dataset import LanguageDataset, open_segmentation_datasets, open_word_datasets
 from engine.checkpoints import load_checkpoint
+from loading.augmentation import CropSegmentation
 from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
 from loading.charset import Charset
+from loading.decoding import BrokenPictureError, decode_mask, decode_picture
 from loading.lmdb_io import NUM_SAMPLES, LmdbWriter, image_key, label_key, mask_key
-from loading.transforms import BrokenPictureError, CropSegmentation, ResizeWord, decode_mask, decode_picture
+from loading.transforms import ResizeWord
 from utils import UserError
 
 SEED = 0

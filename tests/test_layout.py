@@ -31,9 +31,7 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 EXCEPTIONS = {
     # `utils.load_checkpoint` is promised to others (docs/contracts.md); imported when somebody asks for it.
     ("utils", "engine.checkpoints"),
-    # Names of types alone (TYPE_CHECKING): the loop is given callbacks and calls their hooks.
-    ("engine.trainer", "callbacks"),
-    # The same: a log of skipped samples that a callback is given.
+    # The name of a type alone (TYPE_CHECKING): a log of skipped samples that a callback is given.
     ("callbacks", "dataset"),
 }
 

@@ -10,8 +10,9 @@ import torch
 
 from bundle import load_bundle
 from loading.batches import normalize_images, stack_pictures
+from loading.decoding import decode_picture
 from loading.lmdb_io import LmdbReader, image_key
-from loading.transforms import decode_picture, resize
+from loading.transforms import resize
 from tests.small_networks import save_networks, write_words
 from tools import export_onnx
 from utils import UserError

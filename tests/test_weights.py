@@ -16,7 +16,8 @@ from config import load_config
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from loading.batches import normalize_images, stack_pictures
-from loading.transforms import ResizeWord, decode_picture, turn
+from loading.decoding import decode_picture
+from loading.transforms import ResizeWord, turn
 from reader import DEFAULT_CHECKPOINT, Reader
 from tests.browser import fill, found, missing_pictures, page_data
 from tests.reference import fill_known_weights

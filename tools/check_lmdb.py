@@ -21,9 +21,9 @@ sys.path.insert(
 
 from evaluation.contact_sheet import Cell, save_contact_sheet
 from loading.charset import Charset
+from loading.decoding import to_8_bits
 from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
 from loading.masks import find_mask_lmdb
-from loading.transforms import to_8_bits
 from tools.support import (
     MAX_PIXELS,
     RejectionLog,

@@ -32,6 +32,7 @@ from engine.checkpoints import load_weights, read_checkpoint
 from engine.distributed import Process
 from engine.precision import PRECISIONS
 from inference.segmenter import Segmenter
+from loading.decoding import BrokenPictureError, decode_picture
 from loading.lmdb_io import (
     DATA_FILE,
     NUM_SAMPLES,
@@ -43,7 +44,6 @@ from loading.lmdb_io import (
     is_lmdb,
     label_key,
 )
-from loading.transforms import BrokenPictureError, decode_picture
 from modules.ssn import SSN
 from tools.support import RejectionLog, make_parser, positive, print_summary
 from utils import UserError, run_command_line, write_atomically

@@ -23,8 +23,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from loading.decoding import MAX_PIXELS, BrokenPictureError, decode_picture
 from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
-from loading.transforms import MAX_PIXELS, BrokenPictureError, decode_picture
 from tools.support import PICTURE_ERRORS, RejectionLog, make_parser, print_summary, progress
 from utils import UserError, explain_full_disk, run_command_line
 

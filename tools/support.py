@@ -22,8 +22,8 @@ import cv2
 from PIL import Image
 from tqdm import tqdm
 
+from loading.decoding import MAX_PIXELS, PICTURE_ERRORS, convert
 from loading.lmdb_io import LmdbWriter
-from loading.transforms import MAX_PIXELS, PICTURE_ERRORS, convert
 from utils import ArgumentParser, UserError
 
 Item = TypeVar("Item")

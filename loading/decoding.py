@@ -1,0 +1,165 @@
+"""Encoded images and masks to arrays: RGB or grey, uint8, whatever was stored; what cannot be decoded is refused.
+
+Images are (H, W, 3), masks (H, W) with 255 = text.
+"""
+
+import contextlib
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils import first_line
+
+Picture = np.ndarray  # (H, W, 3) uint8, RGB
+Mask = np.ndarray  # (H, W) uint8, 255 = text
+Size = tuple[int, int]  # height, width
+
+TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
+MAX_PIXELS = 1 << 26  # of an image that is decoded: its header tells, before memory is taken for it
+
+_COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+_PNG_WITH_ALPHA = (4, 6)  # colour types
+_NO_SIZE_IN_JPEG = (0xC4, 0xC8, 0xCC)  # segments among C0 to CF that begin no frame
+
+FLOAT_RANGES = (1, 255, 65535)  # from 0 to each: in which levels of a deep image may lie
+INTEGER_RANGES = (255, 65535)
+
+# Silent about images that cannot be decoded: the data set reports them, by name.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
+
+# What Pillow's decoders raise on damaged or hostile files.
+PICTURE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    AttributeError,
+    Image.DecompressionBombError,
+)
+
+
+class BrokenPictureError(ValueError):
+    """Bytes that are no whole picture."""
+
+
+def decode_picture(data: bytes | memoryview, *, oriented: bool = False) -> Picture:
+    """Decode an image of any depth, colour model and usual format to RGB.
+
+    Deeper samples are scaled to 8 bits (`to_8_bits`), grey is repeated, transparent pixels show a white ground.
+
+    Args:
+        oriented: turn the image as its EXIF orientation says. Not in data sets: their masks and boxes are given for the
+            stored pixels.
+
+    Raises:
+        BrokenPictureError: it is damaged, or has more than MAX_PIXELS.
+    """
+    return _decode(data, _COLOR, "RGB", oriented)
+
+
+def decode_mask(data: bytes | memoryview, *, oriented: bool = False) -> Mask:
+    """Decode a mask to one 8-bit channel, 255 = text; transparency is dropped. All else as `decode_picture`."""
+    return _decode(data, _GREY, "L", oriented)
+
+
+def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> np.ndarray:
+    buffer = np.frombuffer(data, dtype=np.uint8)
+    if not buffer.size:
+        raise BrokenPictureError("empty")
+    (height, width), is_opaque = _header(data)
+    if height * width > MAX_PIXELS:
+        raise BrokenPictureError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    if oriented:
+        flags &= ~cv2.IMREAD_IGNORE_ORIENTATION
+    # OpenCV drops transparency, and decodes floats as such or not at all.
+    for depth in (0, cv2.IMREAD_ANYDEPTH) if is_opaque or mode == "L" else ():
+        with contextlib.suppress(cv2.error):
+            picture = cv2.imdecode(buffer, flags | depth)
+            if picture is not None:
+                return picture if picture.dtype == np.uint8 else _scaled(picture, FLOAT_RANGES)
+    try:  # what OpenCV does not read; PIL also refuses what was cut short
+        with Image.open(io.BytesIO(data)) as opened:
+            if oriented:
+                ImageOps.exif_transpose(opened, in_place=True)
+            return np.ascontiguousarray(convert(opened, mode))
+    except Image.UnidentifiedImageError as error:
+        raise BrokenPictureError("not an image, or a damaged one") from error
+    except PICTURE_ERRORS as error:
+        raise BrokenPictureError(f"damaged ({first_line(error)})") from error
+
+
+def picture_size(data: bytes | memoryview) -> Size:
+    """Height and width of an encoded image, from its header where that tells; raises BrokenPictureError."""
+    size, _ = _header(data)
+    return size if all(size) else decode_picture(data).shape[:2]
+
+
+def _header(data: bytes | memoryview) -> tuple[Size, bool]:
+    """Height and width as an image's header tells them, (0, 0) where nothing does, and whether it is all opaque.
+
+    PNG and JPEG, the formats of data sets, are looked at here: Pillow takes longer for that than a word to decode.
+    """
+    start = bytes(data[:64])
+    if start.startswith(_PNG) and len(start) > 26:
+        width, height = struct.unpack(">II", start[16:24])
+        return (height, width), start[25] not in _PNG_WITH_ALPHA and b"tRNS" not in bytes(data[: 1 << 16])
+    place = len(_JPEG)
+    while start.startswith(_JPEG) and place + 9 <= len(data) and data[place] == 0xFF:
+        if 0xC0 <= data[place + 1] <= 0xCF and data[place + 1] not in _NO_SIZE_IN_JPEG:
+            return struct.unpack(">HH", data[place + 5 : place + 9]), True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            return opened.size[::-1], not opened.has_transparency_data
+    except Image.DecompressionBombError as error:
+        raise BrokenPictureError(first_line(error)) from error
+    except PICTURE_ERRORS:
+        return (0, 0), True
+
+
+def convert(picture: Image.Image, mode: str) -> Image.Image:
+    """An image in Pillow's mode `RGB` or `L`, 8 bits: deeper ones are scaled; in RGB, what is transparent is white."""
+    if mode == "RGB" and picture.has_transparency_data:
+        ground = Image.new("RGB", picture.size, "white")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        ground.paste(picture, mask=picture.getchannel("A"))
+        return ground
+    return to_8_bits(picture).convert(mode)
+
+
+def to_8_bits(picture: Image.Image) -> Image.Image:
+    """An image of deep greys at 8 bits, any other as it is; Pillow's own conversions cut levels off at 255.
+
+    16 bits lose their lower 8. Floats and 32-bit levels within [0, 1] (floats only), [0, 255] or [0, 65535] are scaled
+    by that range, all others by that from their lowest level to their highest; what is not finite becomes 0.
+    """
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode not in ("I", "F"):
+        return picture
+    return Image.fromarray(_scaled(np.asarray(picture), FLOAT_RANGES if picture.mode == "F" else INTEGER_RANGES))
+
+
+def _scaled(levels: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
+    """Deep levels as uint8: see `to_8_bits`."""
+    levels = np.nan_to_num(levels, posinf=0, neginf=0).astype(np.float32, copy=False)
+    low, high = float(levels.min(initial=0)), float(levels.max(initial=0))
+    if low < 0 or high > ranges[-1]:
+        low = float(levels.min())
+        scale = 255 / ((high - low) or 1)
+    else:
+        low, scale = 0.0, 255 / next(each for each in ranges if high <= each)
+    return np.rint(levels * scale - low * scale).astype(np.uint8)

@@ -486,6 +486,9 @@ class Trainer:
             raise ValueError("it holds the state of another optimizer.type")
         if len(both[0]) == 1 < len(both[1]):  # of a version that put all in one group where nothing decayed
             state = self._in_our_groups(state)
+        entries = [value for entry in state["state"].values() for value in entry.values()]
+        if not all(value is None or isinstance(value, Tensor | int | float) for value in entries):
+            raise ValueError("the state of the optimizer is damaged")  # torch would walk through whatever it holds
         settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, configured in zip(self.optimizer.param_groups, settings, strict=True):

@@ -316,3 +316,15 @@ def test_a_mask_of_a_huge_size_is_refused_by_its_header(textseg):
     finally:
         tracemalloc.stop()
     assert "mask too large" in (textseg / "out-rejected.tsv").read_text()
+
+
+@pytest.mark.parametrize("text", ["x: [[1 2]], y: [[3 4]], " * 50_000, "x: [[" + "y: [[1]] transcriptions: [" * 20_000])
+def test_polygons_without_an_end_are_refused_at_once(tmp_path, text):
+    (tmp_path / "poly_gt_img1.txt").write_text(text)
+    Image.new("L", (8, 8)).save(tmp_path / "img1.png")
+    polygons = {"img1": tmp_path / "poly_gt_img1.txt"}
+    if len(text) > 50 * 20_000:
+        assert not tool.read_totaltext(tmp_path / "img1.png", polygons).boxes
+    else:
+        with pytest.raises(tool.UnusableError, match="damaged polygons"):
+            tool.read_totaltext(tmp_path / "img1.png", polygons)

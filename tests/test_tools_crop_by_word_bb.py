@@ -217,3 +217,11 @@ def test_second_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="--overwrite"):
         crop_by_word_bb.main([str(gt), str(tmp_path / "out")])
     assert len(LmdbReader(tmp_path / "out")) == 4
+
+
+def test_a_crash_of_the_matlab_reader_is_a_user_error(tmp_path, monkeypatch):
+    """As on a damaged file that scipy reads outside its memory."""
+    savemat(tmp_path / "gt.mat", {"imnames": 1})
+    monkeypatch.setattr(crop_by_word_bb, "_LOAD", "import os; os.abort()")
+    with pytest.raises(UserError, match=r"no whole MATLAB file \(its reader crashed\)"):
+        crop_by_word_bb.read_synthtext(tmp_path / "gt.mat")

@@ -549,7 +549,17 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("damage", [{}, {"exp_avg_sq": None}, {"exp_avg": torch.zeros(1)}, {"exp_avg": 7}])
+def lists_in_lists(depth=64):
+    """A few kilobytes that are 2 ** depth numbers to whoever walks through them."""
+    value = [0.0]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "damage", [{}, {"exp_avg_sq": None}, {"exp_avg": torch.zeros(1)}, {"exp_avg": 7}, {"exp_avg": lists_in_lists()}]
+)
 def test_damaged_momenta_are_refused_before_a_step_is_made(tmp_path, damage):
     make_trainer(tmp_path).fit()
     _, state = newest_whole_checkpoint(tmp_path, "toy")

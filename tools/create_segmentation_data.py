@@ -206,6 +206,8 @@ def icdar13_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[s
 
 # --- Total-Text ------------------------------------------------------------------------------------------------------
 
+LONGEST_RECORD = 4096  # characters of one polygon; the published ones have up to 400
+_RECORD = re.compile(r"(?=x:\s{0,9}\[\[)")
 _POLYGON = re.compile(r"x:\s*\[\[([^\]]*)\]\].*?y:\s*\[\[([^\]]*)\]\].*?transcriptions:\s*\[(.*?)\]\s*$", re.S | re.M)
 
 
@@ -215,7 +217,10 @@ def read_totaltext(mask_path: Path, polygons: dict[str, Path]) -> Truth:
     if mask_path.stem not in polygons:
         return Truth(mask)
     boxes = []
-    for match in _POLYGON.finditer(polygons[mask_path.stem].read_text(encoding="utf-8", errors="replace")):
+    records = _RECORD.split(polygons[mask_path.stem].read_text(encoding="utf-8", errors="replace"))
+    if max(map(len, records)) > LONGEST_RECORD:
+        raise UnusableError("damaged polygons", f"{polygons[mask_path.stem].name}: a record without an end")
+    for match in filter(None, map(_POLYGON.search, records)):
         try:
             points = np.array([match[axis].replace(",", " ").split() for axis in (1, 2)], dtype=float).T  # (points, 2)
             if not len(points):

@@ -3,11 +3,13 @@
 import functools
 import itertools
 import os
+import pickle
 import re
 import struct
+import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +76,11 @@ DAMAGE = (zlib.error, struct.error, EOFError)  # of compressed parts
 
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     """The raw (imname, wordBB, txt) of every picture in a gt.mat; the large `charBB` is not read."""
-    from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
     fields = ("imnames", "wordBB", "txt")
     try:
-        content = loadmat(gt_file, variable_names=fields)
+        content = _load_apart(gt_file, fields)
     except OSError as error:
         raise UserError(f"{gt_file}: cannot be read ({error.strerror or error}); name SynthText's gt.mat") from error
     except NotImplementedError as error:
@@ -93,6 +94,29 @@ def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     if not len(names) == len(boxes) == len(texts):
         raise UserError(f"{gt_file}: imnames, wordBB and txt have {len(names)}, {len(boxes)} and {len(texts)} entries")
     return list(zip(names, boxes, texts, strict=True))
+
+
+# A process of its own: scipy's reader can crash on a damaged file. It hands over the content, or what was raised.
+_LOAD = """
+import pickle, sys
+from scipy.io import loadmat
+try:
+    content = loadmat(sys.argv[1], variable_names=sys.argv[2:])
+except Exception as error:
+    content = error
+pickle.dump(content, sys.stdout.buffer)
+"""
+
+
+def _load_apart(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, Any]:
+    """`scipy.io.loadmat` of some variables, whose crash is a `ValueError` here."""
+    done = subprocess.run([sys.executable, "-c", _LOAD, os.fspath(path), *fields], stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise ValueError("its reader crashed")
+    content = pickle.loads(done.stdout)
+    if isinstance(content, Exception):
+        raise content
+    return content
 
 
 def parse_scene(raw: tuple[Any, Any, Any]) -> Scene:

@@ -26,7 +26,6 @@ SPLITS = ("all", "train", "held-out")
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
-BackgroundKind = Literal["plain", "gradient", "texture", "scene", "photo", "clutter"]
 PRINTABLE = "".join(chr(code) for code in range(33, 127))
 
 

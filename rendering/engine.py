@@ -10,13 +10,13 @@ import numpy as np
 from rendering.backgrounds import Backgrounds
 from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.degradation import degrade
-from rendering.effects import Style, draw_style, letter_stroke
+from rendering.effects import draw_style, letter_stroke
 from rendering.fonts import FontBook, Typeface, find_families
 from rendering.geometry import Warp, draw_warp
 from rendering.letters import Letters, draw_height, draw_layout, set_letters
 from rendering.neighbours import place_neighbours
 from rendering.occlusion import occlude
-from rendering.painting import paint
+from rendering.painting import Drawing, paint
 from rendering.streams import Stream, Streams
 from rendering.words import WordSource
 from utils import UserError
@@ -42,25 +42,6 @@ class RenderedWord:
     arc: float
 
 
-@dataclass(frozen=True)
-class _Drawing:
-    """The letters of a word before they meet a background, in the picture's pixels where not flat.
-
-    `stroke`: what of the flat word is text; `alpha`: its share of each pixel, uint8 (h, w); `neighbours`: the same of
-    other text, or None; `own_colour`: whether that has the letters' colour.
-    """
-
-    text: str
-    family: str
-    letters: Letters
-    stroke: np.ndarray
-    style: Style
-    warp: Warp
-    alpha: np.ndarray
-    neighbours: np.ndarray | None
-    own_colour: bool
-
-
 class WordRenderer:
     """Renders words. May be pickled and used in any process: a word depends on config, seed and index alone.
 
@@ -79,7 +60,7 @@ class WordRenderer:
         self.words = WordSource(self.config.words)
         self.backgrounds = Backgrounds(self.config, self.fonts, self.words)
         self._streams = Streams()
-        self._last: tuple[tuple[Any, ...], _Drawing] | None = None
+        self._last: tuple[tuple[Any, ...], Drawing] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
@@ -125,7 +106,7 @@ class WordRenderer:
         drawing = self._draw(word, text)
         return {kind: word.finish(drawing, kind) for kind in kinds}
 
-    def _draw(self, word: "_Word", text: str | None) -> _Drawing:
+    def _draw(self, word: "_Word", text: str | None) -> Drawing:
         """The letters of a word, which the last word may have left."""
         reuse = self.config.letters.reuse
         if reuse == 1:
@@ -151,7 +132,7 @@ class _Word:
         """The generator of a concern, valid until the next is asked for."""
         return self.renderer._streams.at(self.seed, self.index, stream, self.salts)
 
-    def draw(self, text: str | None) -> _Drawing:
+    def draw(self, text: str | None) -> Drawing:
         """The letters, warped."""
         fonts, words, config = self.renderer.fonts, self.renderer.words, self.config
         text = words.draw(self.stream(Stream.WORD)) if text is None else text
@@ -164,7 +145,7 @@ class _Word:
         warp = draw_warp(letters, height, config, rng)
         stroke = letter_stroke(letters, text, style)
         neighbours, own_colour = self._draw_neighbours(typeface, letters, warp)
-        return _Drawing(text, typeface.family, letters, stroke, style, warp, warp.apply(stroke), neighbours, own_colour)
+        return Drawing(text, typeface.family, letters, stroke, style, warp, warp.apply(stroke), neighbours, own_colour)
 
     def _draw_neighbours(self, typeface: Typeface, letters: Letters, warp: Warp) -> tuple[np.ndarray | None, bool]:
         """The share of each pixel that other text covers, uint8 (h, w), or None; whether it has the letters' colour."""
@@ -181,7 +162,7 @@ class _Word:
         around = place_neighbours(letters, other, scale=scale * letters.unit / other.unit, space=space, rng=rng)
         return warp.apply(around.fill, around.centre), own
 
-    def finish(self, drawing: _Drawing, kind: str) -> RenderedWord:
+    def finish(self, drawing: Drawing, kind: str) -> RenderedWord:
         """The letters on a background, as a camera sees them."""
         if kind not in BACKGROUND_KINDS:
             raise UserError(f"background: {kind!r} is none of {', '.join(BACKGROUND_KINDS)}")

@@ -1,6 +1,6 @@
 """Letters meet their background: colours that can be told apart, what lies under the letters, the letters."""
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -15,9 +15,16 @@ from rendering.letters import Letters
 _PANEL = 0.22  # of the background's light is left behind letters that shine
 
 
-class Drawing(Protocol):
-    """The letters that `paint` takes: see `engine._Drawing`."""
+@dataclass(frozen=True)
+class Drawing:
+    """The letters of a word before they meet a background, in the picture's pixels where not flat.
 
+    `stroke`: what of the flat word is text; `alpha`: its share of each pixel, uint8 (h, w); `neighbours`: the same of
+    other text, or None; `own_colour`: whether that has the letters' colour.
+    """
+
+    text: str
+    family: str
     letters: Letters
     stroke: np.ndarray
     style: Style

@@ -33,9 +33,9 @@ $(QUICKSTART_WORDS)/test: | venv
 quickstart: venv $(QUICKSTART_WORDS)/train $(QUICKSTART_WORDS)/test  ## Render words, train the smallest BINet on the CPU (minutes), evaluate it
 	$(BIN)/python main.py --config=configs/quickstart.yaml
 	$(BIN)/python main.py --config=configs/quickstart.yaml --phase test
-	@echo "weights, log, TensorBoard events, predictions, attention and mask pictures: workdir/quickstart"
+	@echo "weights, log, TensorBoard events, predictions, attention and mask images: workdir/quickstart"
 
-demo: venv  ## Read the pictures in fig/demo with the weights that come with it
+demo: venv  ## Read the images in fig/demo with the weights that come with it
 	$(BIN)/python demo.py --input fig/demo --overlay workdir/demo
 
 test: venv-dev  ## Run the tests (CPU, a few minutes)

@@ -288,7 +288,7 @@ def build_training_data(config: Config, *, device: torch.device, process: Proces
 def build_training_sampler(config: Config, datasets: Sequence[Any], *, process: Process) -> ResumableBatchSampler:
     """The order of training samples: over all data sets alike, or by the shares of their roots."""
     train = config.dataset.train
-    options = {"seed": config.global_.seed or 0, "rank": process.rank, "world_size": process.world_size}
+    options = {"seed": config.run.seed or 0, "rank": process.rank, "world_size": process.world_size}
     if train.shares is None:
         sampler = ResumableBatchSampler(sum(map(len, datasets)), train.batch_size, **options)
     else:
@@ -350,7 +350,7 @@ def _build_segmentation_evaluator(config: Config, *, device: torch.device, proce
 
 
 def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
-    """The network that makes masks, for pictures of any size.
+    """The network that makes masks, for images of any size.
 
     Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser. A
     checkpoint that carries its config is built by that one; `model.ssn` describes the network of any other, and its
@@ -432,7 +432,7 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
         labels=labels,
         transform=AUGMENTATIONS[data.data_aug](resize) if training and data.data_aug else resize,
         masks=_mask_source(config, device=device),
-        seed=config.global_.seed or 0,
+        seed=config.run.seed or 0,
         cache_dir=(data.cache_dir or default_cache_dir()) if data.cache_index else None,
         min_side=MIN_TRAINING_SIDE if training else 1,
         length=data.train.length if training and data.train.shares is None else None,
@@ -456,7 +456,7 @@ def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks |
         folder = Path(config.dataset.cache_dir or default_cache_dir()) / "masks"
         return OnlineMasks(segmenter, cache_dir=folder, fingerprint=_mask_fingerprint(config, segmenter))
     only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
-    if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.global_.phase == "train"):
+    if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.run.phase == "train"):
         raise UserError(
             "the network reads with masks and dataset.masks.root is not set; name the folder of mask LMDBs "
             "(tools/create_masks.py), or set dataset.masks.source=online and model.ssn.checkpoint"
@@ -467,7 +467,7 @@ def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks |
 
 
 def _mask_fingerprint(config: Config, segmenter: Segmenter) -> str:
-    """What online masks depend on beside the picture: weights, areas and precision."""
+    """What online masks depend on beside the image: weights, areas and precision."""
     weights = Path(segmenter_checkpoint(config)).read_bytes()
     settings = f"{segmenter.areas} {segmenter.precision}"
     return hashlib.sha256(weights + settings.encode()).hexdigest()[:16]
@@ -483,7 +483,7 @@ def _open_language(config: Config, roots: list[str], *, training: bool, device: 
             use_sm=data.use_sm and training,
             smooth_label=data.smooth_label and training,
             smooth_factor=data.smooth_factor,
-            seed=config.global_.seed or 0,
+            seed=config.run.seed or 0,
             stream=stream,
         )
         for stream, root in enumerate(roots)
@@ -506,7 +506,7 @@ def _open_segmentation(
         mask_root=config.dataset.masks.root,
         ignore_index=settings.ignore_index,
         ignore_level=settings.ignore_level,
-        seed=config.global_.seed or 0,
+        seed=config.run.seed or 0,
     )
     return datasets, SegmentationCollate(size=tuple(settings.crop_size))
 
@@ -564,9 +564,9 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
 
 def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, process: Process) -> list[Callback]:
     """What happens beside the loop, in the order in which it happens."""
-    folder, name, training = config.work_folder, config.global_.name, config.training
+    folder, name, training = config.work_folder, config.run.name, config.training
     tensorboard = TensorBoard(
-        folder=folder / "tensorboard", interval=training.show_iters, most_pictures=training.log_images
+        folder=folder / "tensorboard", interval=training.show_iters, most_images=training.log_images
     )
     callbacks = [
         Progress(interval=training.show_iters),

@@ -1,7 +1,7 @@
 """Checkpoints that are enough by themselves: a recogniser with its config and characters, and the SSN beside it.
 
 Keys of such a file: `model` (weights), `config` (plain data, as `Config.to_dict`), `charset` (the characters in order
-of their classes) and, for masks of pictures that come without, `ssn`: {`model`, `config`} in the same forms.
+of their classes) and, for masks of images that come without, `ssn`: {`model`, `config`} in the same forms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from utils import UserError
 class Bundle:
     """What a checkpoint file holds, built: networks in eval mode, on the CPU.
 
-    `ssn` and `areas` (sides of the square areas at which it looks at a picture, pixels) are None and empty where the
+    `ssn` and `areas` (sides of the square areas at which it looks at an image, pixels) are None and empty where the
     file has no SSN.
     """
 
@@ -49,7 +49,7 @@ def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
 
     Raises:
         UserError: the file is missing or damaged, carries no config and none is given, or holds no network that reads
-            pictures.
+            images.
     """
     return _built(read_checkpoint(path), path, config)
 
@@ -58,7 +58,7 @@ def _built(state: Mapping[str, Any], path: Path | str, config: Config | None = N
     """The networks of a checkpoint's content; `path` names it in messages."""
     config = with_checkpoint(config or _carried_config(state, path), None)
     if config.model.kind not in ("vision", "recogniser"):
-        raise UserError(f"checkpoint {path} holds {config.model.name}, which reads no pictures; give a recogniser's")
+        raise UserError(f"checkpoint {path} holds {config.model.name}, which reads no images; give a recogniser's")
     charset = Charset(state["charset"]) if "charset" in state else build_charset(config)
     model = build_model(config, charset)
     load_weights(model, state, path)
@@ -100,7 +100,7 @@ def save_bundle(
     Args:
         areas: those that the recogniser's masks were made with; none: those that the SSN's checkpoint names.
         half: store matrices and kernels as 16-bit numbers, which about halves the file; those that decide about a
-            character or see the picture first keep 32 bits, as vectors do.
+            character or see the image first keep 32 bits, as vectors do.
 
     Returns:
         what was written.
@@ -131,7 +131,7 @@ def portable(config: Config) -> dict[str, Any]:
     config = with_checkpoint(config, None)
     fresh = Config()
     config.model.ssn.checkpoint = None
-    config.global_.workdir = fresh.global_.workdir
+    config.run.workdir = fresh.run.workdir
     config.dataset.train.roots = []
     config.dataset.train.shares = config.dataset.train.difficulty = None
     config.dataset.test.roots = []

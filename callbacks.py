@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine.checkpoints import list_as_newest, save_atomically
-from evaluation.drawing import evaluation_pictures, grid
+from evaluation.drawing import evaluation_images, grid
 from utils import FILE_ONLY, explain_full_disk, write_atomically
 
 if TYPE_CHECKING:
@@ -231,17 +231,17 @@ class History(Callback):
 
 
 class TensorBoard(Callback):
-    """Events: loss terms, learning rate, gradient norm, speed, share of time spent waiting for data, scores, pictures.
+    """Events: loss terms, learning rate, gradient norm, speed, share of time spent waiting for data, scores, images.
 
     Losses and speed are means since the events before. It is an observer of evaluations as well: the first
-    `most_pictures` words of each are shown.
+    `most_images` words of each are shown.
     """
 
-    def __init__(self, *, folder: Path, interval: int, most_pictures: int = 8):
+    def __init__(self, *, folder: Path, interval: int, most_images: int = 8):
         self.folder = folder
         self.interval = interval
-        self.most_pictures = most_pictures
-        self._pictures: list[np.ndarray] = []
+        self.most_images = most_images
+        self._images: list[np.ndarray] = []
         self._writer: SummaryWriter | None = None
         self._means = LossMeans()
         self._waited = self._seconds = 0.0
@@ -276,13 +276,13 @@ class TensorBoard(Callback):
         self._waited = self._seconds = 0.0
         self._samples = 0
 
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
         if self._writer is not None and output.vision is not None:
-            missing = self.most_pictures - len(self._pictures)
-            self._pictures.extend(itertools.islice(evaluation_pictures(batch, output, readings), missing))
+            missing = self.most_images - len(self._images)
+            self._images.extend(itertools.islice(evaluation_images(batch, output, predictions), missing))
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
-        """Pictures are written with the scores."""
+        """Images are written with the scores."""
 
     def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
         if self._writer is None:
@@ -291,9 +291,9 @@ class TensorBoard(Callback):
             for metric, value in entry.items():
                 if isinstance(value, int | float):
                     self._writer.add_scalar(f"{name}/{metric}", value, trainer.iteration)
-        if self._pictures:
-            self._writer.add_image("words", grid(self._pictures, columns=2), trainer.iteration, dataformats="HWC")
-        self._pictures = []
+        if self._images:
+            self._writer.add_image("words", grid(self._images, columns=2), trainer.iteration, dataformats="HWC")
+        self._images = []
         self._writer.flush()
 
     def on_fit_end(self, trainer: Trainer) -> None:

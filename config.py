@@ -421,7 +421,7 @@ class SSNConfig(Section):
     head_width: PositiveInt = key(64, "Channels of the refining convolutions.")
     areas: Annotated[list[PositiveInt], Field(min_length=1)] = key(
         list(PUBLISHED_AREAS),
-        "Sides of the square areas, pixels, at which a picture is segmented; masks are the mean. Left at this default, "
+        "Sides of the square areas, pixels, at which an image is segmented; masks are the mean. Left at this default, "
         "a checkpoint that carries its own areas is used with those.",
     )
     loss_weights: SSNLossWeightsConfig = Field(default_factory=SSNLossWeightsConfig)
@@ -473,9 +473,9 @@ def _merged(defaults: dict, given: dict) -> dict:
 
 
 class Config(Section):
-    """A whole config: the YAML's sections as attributes (`global` is `global_`, a keyword being no attribute)."""
+    """A whole config: the YAML's sections as attributes (`global` is `run`, a keyword being no attribute)."""
 
-    global_: GlobalConfig = Field(default_factory=GlobalConfig, alias="global")
+    run: GlobalConfig = Field(default_factory=GlobalConfig, alias="global")
     dataset: DatasetConfig = Field(default_factory=DatasetConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -503,7 +503,7 @@ class Config(Section):
     @property
     def work_folder(self) -> Path:
         """Where everything of the run goes."""
-        return Path(self.global_.workdir) / self.global_.name
+        return Path(self.run.workdir) / self.run.name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dicts, lists, numbers, strings, None) that `from_dict` reads back equal."""
@@ -695,7 +695,7 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
         for name, d_model in (("language", language.d_model), ("alignment", model.alignment.d_model)):
             if d_model != vision.d_model:
                 yield f"model.{name}.d_model", f"{d_model} must equal model.vision.d_model {vision.d_model}"
-    if config.global_.phase == "train":
+    if config.run.phase == "train":
         yield from _loss_problems(config)
         training = config.training
         if training.compile and training.compile_mode != "default" and training.accumulation > 1:
@@ -709,10 +709,10 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
         yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
     if config.dataset.multiscales and config.dataset.align_left:
         yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
-    if config.global_.phase == "train":
+    if config.run.phase == "train":
         yield from _mixture_problems(config.dataset.train)
     reads_files = [root for root in config.dataset.train.roots if not root.startswith(RENDER_SCHEME)]
-    if config.global_.phase == "train" and reads_files and model.takes_masks:
+    if config.run.phase == "train" and reads_files and model.takes_masks:
         yield from _mask_problems(config)
 
 

@@ -32,12 +32,12 @@ from loading.batches import (
 )
 from loading.decoding import (
     TEXT_THRESHOLD,
-    BrokenPictureError,
+    BrokenImageError,
+    ImageArray,
     Mask,
-    Picture,
+    decode_image,
     decode_mask,
-    decode_picture,
-    picture_size,
+    image_size,
 )
 from loading.language_csv import read_pairs
 from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
@@ -53,8 +53,8 @@ from utils import RENDER_SCHEME, UserError
 
 logger = logging.getLogger(__name__)
 
-BROKEN = "broken"  # the picture cannot be decoded
-TINY = "tiny"  # a side of the picture is too short
+BROKEN = "broken"  # the image cannot be decoded
+TINY = "tiny"  # a side of the image is too short
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class WordDataset(Dataset):
     Args:
         path: the LMDB.
         labels: what a usable label is.
-        transform: brings picture and mask to the network's size.
+        transform: brings image and mask to the network's size.
         masks: where the masks come from; None for a network without.
         seed: of augmentation.
         stream: tells data sets of one run apart, so that equal indices are not augmented alike.
@@ -125,14 +125,14 @@ class WordDataset(Dataset):
             if isinstance(word, str):
                 samples.append(Skipped(key.index, word))
                 continue
-            _, picture, mask, text = word
-            samples.append(_word_sample(self, key, picture, mask, text))
+            _, image, mask, text = word
+            samples.append(_word_sample(self, key, image, mask, text))
         return samples
 
-    def picture(self, index: int) -> Picture:
-        """The picture of a sample as stored, RGB uint8; raises BrokenPictureError."""
+    def image(self, index: int) -> ImageArray:
+        """The image of a sample as stored, RGB uint8; raises BrokenImageError."""
         data = self.reader.get(image_key(self.number(index)))
-        return decode_picture(data if data is not None else b"")
+        return decode_image(data if data is not None else b"")
 
     def number(self, index: int) -> int:
         """Number of a sample in the LMDB, from 1: that of its keys."""
@@ -143,7 +143,7 @@ class WordDataset(Dataset):
         return f"{self.reader.path} {image_key(self.number(index))}"
 
     def _read_words(self, numbers: list[int]) -> list[Any]:
-        """For each number [number, picture, None, text], or the reason why it cannot be read."""
+        """For each number [number, image, None, text], or the reason why it cannot be read."""
         words: list[Any] = []
         with self.reader.transaction(buffers=True) as transaction:
             for number in numbers:
@@ -153,12 +153,12 @@ class WordDataset(Dataset):
                     words.append(MISSING)
                     continue
                 try:
-                    picture = decode_picture(data)
-                except BrokenPictureError:
+                    image = decode_image(data)
+                except BrokenImageError:
                     words.append(BROKEN)
                     continue
-                tiny = min(picture.shape[:2]) < self.min_side
-                words.append(TINY if tiny else [number, picture, None, bytes(text).decode()])
+                tiny = min(image.shape[:2]) < self.min_side
+                words.append(TINY if tiny else [number, image, None, bytes(text).decode()])
         return words
 
     def _add_masks(self, words: list[Any]) -> None:
@@ -179,11 +179,11 @@ class RenderedDataset(Dataset):
     """Words that are drawn when they are asked for.
 
     Args:
-        source: `source[SampleKey]` -> (picture uint8 RGB, mask uint8, text), and its length.
+        source: `source[SampleKey]` -> (image uint8 RGB, mask uint8, text), and its length.
         labels, transform, seed, stream, name, turn_tall: as of WordDataset; a text that is not usable is skipped when
             it comes.
         with_masks: keep the masks.
-        segmenter: pictures -> masks that take the place of the exact ones; None keeps those.
+        segmenter: images -> masks that take the place of the exact ones; None keeps those.
     """
 
     def __init__(
@@ -227,16 +227,16 @@ class RenderedDataset(Dataset):
         usable = [place for place, sample in enumerate(samples) if sample is None]
         masks = self._masks([words[place] for place in usable])
         for place, mask in zip(usable, masks, strict=True):
-            picture, text = words[place][0], words[place][2]
-            samples[place] = _word_sample(self, keys[place], picture, mask, text)
+            image, text = words[place][0], words[place][2]
+            samples[place] = _word_sample(self, keys[place], image, mask, text)
         return samples
 
-    def _masks(self, words: list[tuple[Picture, Mask, str]]) -> Sequence[Mask | None]:
+    def _masks(self, words: list[tuple[ImageArray, Mask, str]]) -> Sequence[Mask | None]:
         if not self.with_masks:
             return [None] * len(words)
         if self.segmenter is None or not words:
             return [mask for _, mask, _ in words]
-        return self.segmenter([picture for picture, _, _ in words])
+        return self.segmenter([image for image, _, _ in words])
 
     def describe(self, index: int) -> str:
         """Name of a sample, for messages."""
@@ -244,12 +244,12 @@ class RenderedDataset(Dataset):
 
 
 def _word_sample(
-    dataset: WordDataset | RenderedDataset, key: SampleKey, picture: Picture, mask: Mask | None, text: str
+    dataset: WordDataset | RenderedDataset, key: SampleKey, image: ImageArray, mask: Mask | None, text: str
 ) -> WordSample:
     """A word that was read, transformed in every view."""
     rng = dataset._generators.at(key)
-    seen = views(picture, mask, turn_tall=dataset.turn_tall)
-    first, *turned = [dataset.transform(view.picture, view.mask, rng) for view in seen]
+    seen = views(image, mask, turn_tall=dataset.turn_tall)
+    first, *turned = [dataset.transform(view.image, view.mask, rng) for view in seen]
     return WordSample(*first, text, key.index, turned)
 
 
@@ -509,7 +509,7 @@ class SegmentationFolder:
         return len(self.pairs)
 
     def read(self, index: int) -> tuple[bytes | None, bytes | None]:
-        """The encoded picture and mask, None of a file that cannot be read."""
+        """The encoded image and mask, None of a file that cannot be read."""
         image, mask = self.pairs[index]
         return _bytes_of(image), _bytes_of(mask)
 
@@ -552,7 +552,7 @@ class SegmentationLmdb:
         return self._length
 
     def read(self, index: int) -> tuple[bytes | None, bytes | None]:
-        """The encoded picture and mask."""
+        """The encoded image and mask."""
         return self.images.get(image_key(index + 1)), self.masks.get(self.mask_key(index + 1))
 
     def image(self, index: int) -> bytes:
@@ -565,11 +565,11 @@ class SegmentationLmdb:
 
 
 class SegmentationDataset(Dataset):
-    """Pictures and their pixels' classes: 0, 1 = text, `ignore_index` where nothing is known.
+    """Images and their pixels' classes: 0, 1 = text, `ignore_index` where nothing is known.
 
     Args:
         source: pairs of a folder or of LMDBs.
-        transform: makes crops of a fixed size for training; None gives whole pictures.
+        transform: makes crops of a fixed size for training; None gives whole images.
         ignore_index: label of pixels that do not count.
         ignore_level: grey level of masks that marks them; None has none.
         seed, stream, name: as of WordDataset.
@@ -602,26 +602,26 @@ class SegmentationDataset(Dataset):
 
     def __getitem__(self, key: SampleKey | int) -> SegmentationSample | Skipped:
         key = as_key(key)
-        image, mask = self.source.read(key.index)
-        if image is None or mask is None:
-            return Skipped(key.index, MISSING if image is None else "mask_missing")
+        stored, stored_mask = self.source.read(key.index)
+        if stored is None or stored_mask is None:
+            return Skipped(key.index, MISSING if stored is None else "mask_missing")
         try:
-            picture = decode_picture(image)
-            mask = decode_mask(mask)
-        except BrokenPictureError:
+            image = decode_image(stored)
+            mask = decode_mask(stored_mask)
+        except BrokenImageError:
             return Skipped(key.index, BROKEN)
-        if mask.shape != picture.shape[:2]:
+        if mask.shape != image.shape[:2]:
             return Skipped(key.index, "mask_size")
         labels = self._classes[mask]
         if self.transform is not None:
-            picture, labels = self.transform(picture, labels, self._generators.at(key))
-        return SegmentationSample(picture, labels, self.source.describe(key.index), key.index)
+            image, labels = self.transform(image, labels, self._generators.at(key))
+        return SegmentationSample(image, labels, self.source.describe(key.index), key.index)
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of an image, from its header where that tells; (0, 0) where it cannot be read."""
         try:
-            return picture_size(self.source.image(index))
-        except BrokenPictureError:
+            return image_size(self.source.image(index))
+        except BrokenImageError:
             return 0, 0
 
     def describe(self, index: int) -> str:
@@ -641,7 +641,7 @@ def open_segmentation_datasets(
     """Open every set of some roots.
 
     Args:
-        roots: folders with `images/` and `masks/` (pictures, not LMDBs), LMDBs with pictures and masks, or folders of
+        roots: folders with `images/` and `masks/` (images, not LMDBs), LMDBs with images and masks, or folders of
             such LMDBs; with `mask_root`, word LMDBs or folders of them.
         mask_root: root of the mask LMDBs; those of `<root of images>/X` are in `<mask_root>/X`.
         transform, ignore_index, ignore_level, seed: as of SegmentationDataset.

@@ -154,7 +154,7 @@ def _nearest_aligned(old: int, new: int, device: torch.device) -> Tensor:
 def trimap(labels: Tensor, ignore_index: int) -> Tensor:
     """Pixels at the rim of a class, bool (N, H, W): one of the 4 neighbours has another class, all of them are known.
 
-    A pixel beside an ignored one or at the border of the picture is none.
+    A pixel beside an ignored one or at the border of the image is none.
     """
     padded = F.pad(labels, (1, 1, 1, 1), value=ignore_index)
     neighbours = torch.stack(

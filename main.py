@@ -34,7 +34,7 @@ from engine.checkpoints import listed_checkpoints, load_training_state, resume_s
 from engine.distributed import Process
 from engine.precision import choose_algorithms, use_tf32
 from engine.run_folder import claimed, log_to
-from evaluation.dumps import AttentionPictures, PredictionFiles
+from evaluation.dumps import AttentionImages, PredictionFiles
 from evaluation.evaluator import write_scores
 from evaluation.report import Report
 from inference.prepare import prepare_for_inference
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process = distributed.start(device.type)
     folder = config.work_folder
     use_tf32(config.training.tf32)
-    choose_algorithms(deterministic=config.training.deterministic, search=config.global_.phase == "train")
-    if config.global_.phase == "test":
+    choose_algorithms(deterministic=config.training.deterministic, search=config.run.phase == "train")
+    if config.run.phase == "test":
         test(
             config,
             device=device,
@@ -87,13 +87,13 @@ def train(
     """
     folder = config.work_folder
     log_to(folder, process, debug=debug)
-    seed_everything(config.global_.seed or 0)
+    seed_everything(config.run.seed or 0)
     torch.autograd.set_detect_anomaly(debug)
-    state = resume_state(folder, config.global_.name, resume, process) if resume is not None else None
+    state = resume_state(folder, config.run.name, resume, process) if resume is not None else None
     if state is not None:
         config = continued(config, state.get("config"))
     trainer = build_trainer(config, device=device, process=process, resumed=state is not None)
-    seed_everything((config.global_.seed or 0) + process.rank)  # equal weights everywhere, but not equal dropout
+    seed_everything((config.run.seed or 0) + process.rank)  # equal weights everywhere, but not equal dropout
     if process.is_main:
         save_config(config, folder / "config.yaml")
         parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -122,7 +122,7 @@ def test(
     image_only: bool,
     checkpoint: str | None,
 ) -> dict[str, Any]:
-    """Evaluate on every test set: scores, prediction files, report and attention pictures in the work folder.
+    """Evaluate on every test set: scores, prediction files, report and attention images in the work folder.
 
     Args:
         checkpoint: the weights; None: the run's best, else, where nothing was trained, `model.checkpoint`.
@@ -144,7 +144,7 @@ def test(
         observers.append(
             Report(
                 folder=folder / "report",
-                title=config.global_.name,
+                title=config.run.name,
                 details={"network": config.model.name, "weights": checkpoint},
                 charset=build_charset(config),
                 normalize=normalize,
@@ -153,7 +153,7 @@ def test(
             )
         )
         if not image_only:
-            observers.append(AttentionPictures(folder=folder, model_eval=model_eval))
+            observers.append(AttentionImages(folder=folder, model_eval=model_eval))
     scores = evaluator.evaluate(model, observers) | {"checkpoint": checkpoint}
     if process.is_main:
         for file in ("metrics", f"metrics-{model_eval}"):  # the last test, and the last one of this sub-model
@@ -171,7 +171,7 @@ def named_checkpoint(options: argparse.Namespace, config: Config) -> str | None:
 
 def weights_to_test(config: Config) -> str:
     """The run's best weights; `model.checkpoint`, which a run starts from, where nothing was trained."""
-    folder, name = config.work_folder, config.global_.name
+    folder, name = config.work_folder, config.run.name
     best, start = folder / f"best-{name}.pth", config.model.checkpoint
     if best.is_file():
         logger.info("testing %s", best)
@@ -201,7 +201,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--local_rank", "--local-rank", type=int, help="accepted for the old launcher; torchrun is the way"
     )
     parser.add_argument("--debug", action="store_true", help="no workers, anomaly detection, verbose log")
-    parser.add_argument("--image_only", action="store_true", help="test: write no attention pictures")
+    parser.add_argument("--image_only", action="store_true", help="test: write no attention images")
     parser.add_argument(
         "--model_strict",
         nargs="?",
@@ -229,14 +229,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def check_request(options: argparse.Namespace, config: Config) -> None:
     """Raises `UserError` for what would be ignored: a flag of the other phase, a stage that is not built."""
-    if config.global_.phase == "test":
+    if config.run.phase == "test":
         if options.resume is not None:
             raise UserError("--resume goes on with a training; in a test give the weights with --checkpoint FILE")
         return
     scored = checked_model_eval(config, None)
     if options.model_eval not in (None, scored):
         raise UserError(f"--model_eval {options.model_eval}: training scores {scored}; give it with --phase test")
-    if config.global_.stage == "train-semi-super":
+    if config.run.stage == "train-semi-super":
         raise UserError("global.stage: train-semi-super is not built; set train-super to train on labelled words alone")
 
 

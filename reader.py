@@ -3,8 +3,8 @@
     from reader import Reader
 
     reader = Reader.from_checkpoint("weights.pth")
-    for reading in reader.read(["a.png", pil_image, array]):
-        print(reading.text, reading.confidence)
+    for prediction in reader.read(["a.png", pil_image, array]):
+        print(prediction.text, prediction.confidence)
 
 Predictions are those of `main.py --phase test` on the same images: both use the same transforms, views and masks.
 """
@@ -27,8 +27,8 @@ from engine.precision import use_tf32
 from evaluation.evaluator import chosen_logits, most_confident, read_logits, take_rows
 from inference.prepare import prepare_for_inference
 from inference.segmenter import IMAGE_PIXELS, Segmenter
-from loading.batches import normalize_images, stack_pictures
-from loading.decoding import MAX_PIXELS, PICTURE_ERRORS, BrokenPictureError, convert, decode_mask, decode_picture
+from loading.batches import normalize_images, stack_images
+from loading.decoding import IMAGE_ERRORS, MAX_PIXELS, BrokenImageError, convert, decode_image, decode_mask
 from loading.transforms import ResizeWord, views
 from utils import UserError, first_line
 
@@ -43,14 +43,14 @@ Source = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Character:
-    """One character of a reading and the probability that the network gives it."""
+    """One character of a prediction and the probability that the network gives it."""
 
     text: str
     confidence: float
 
 
 @dataclass(frozen=True)
-class Reading:
+class Prediction:
     """What was read of one image. Compared, and hashed, by all but its arrays.
 
     Attributes:
@@ -124,7 +124,7 @@ class Reader:
         self.takes_masks = bundle.config.model.takes_masks
         self.batch_size = batch_size
         self.model_eval = checked_model_eval(bundle.config, model_eval)
-        use_tf32(bundle.config.training.tf32)  # readings are those of the test
+        use_tf32(bundle.config.training.tf32)  # predictions are those of the test
         self._model = prepare_for_inference(bundle.model.to(self.device), precision="fp32", compile=False)
         self._resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
         self._turn_tall = bundle.config.dataset.turn_tall
@@ -137,7 +137,7 @@ class Reader:
         """A reader of one file of weights; the options are those of the class."""
         return cls(path, device=device, **options)
 
-    def read(self, images: Sequence[Source], masks: Sequence[Source | None] | None = None) -> list[Reading]:
+    def read(self, images: Sequence[Source], masks: Sequence[Source | None] | None = None) -> list[Prediction]:
         """Read images of one word each.
 
         Args:
@@ -149,14 +149,14 @@ class Reader:
                 for an image, lets SSN make them.
 
         Returns:
-            One reading for each image, in order; of an image that cannot be read, with its `error`.
+            One prediction for each image, in order; of an image that cannot be read, with its `error`.
 
         Raises:
             TypeError, ValueError: an image is none of these, or `images` is a single one.
         """
         return list(self.stream(images, masks))
 
-    def stream(self, images: Sequence[Source], masks: Sequence[Source | None] | None = None) -> Iterator[Reading]:
+    def stream(self, images: Sequence[Source], masks: Sequence[Source | None] | None = None) -> Iterator[Prediction]:
         """As `read`, but a batch is only read when it is asked for: any number of images fits into memory."""
         if isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 4) != 4:
             raise TypeError("images must be a list of images, or an array (N, H, W, 3); put a single one into a list")
@@ -165,54 +165,55 @@ class Reader:
             raise ValueError(f"{len(masks)} masks for {len(images)} images")
         return self._stream(images, masks)
 
-    def _stream(self, images: Sequence[Source], masks: Sequence[Source | None]) -> Iterator[Reading]:
-        batch: list[tuple[np.ndarray, np.ndarray | None] | Reading] = []
+    def _stream(self, images: Sequence[Source], masks: Sequence[Source | None]) -> Iterator[Prediction]:
+        batch: list[tuple[np.ndarray, np.ndarray | None] | Prediction] = []
         pixels = 0
-        for image, mask in zip(images, masks, strict=True):
+        for source, mask_source in zip(images, masks, strict=True):
             try:
-                picture = to_picture(image)
-                batch.append((picture, None if mask is None or not self.takes_masks else to_mask(mask, picture)))
-                pixels += picture.shape[0] * picture.shape[1]
-            except BrokenPictureError as error:
-                batch.append(Reading("", 0.0, error=" ".join(str(error).splitlines())))
+                image = to_image(source)
+                unread = mask_source is None or not self.takes_masks
+                batch.append((image, None if unread else to_mask(mask_source, image)))
+                pixels += image.shape[0] * image.shape[1]
+            except BrokenImageError as error:
+                batch.append(Prediction("", 0.0, error=" ".join(str(error).splitlines())))
             if len(batch) == self.batch_size or pixels >= IMAGE_PIXELS:
                 yield from self._read_batch(batch)
                 batch, pixels = [], 0
         yield from self._read_batch(batch)
 
-    def _read_batch(self, batch: Sequence[tuple[np.ndarray, np.ndarray | None] | Reading]) -> list[Reading]:
-        """Readings of images with their given masks; what is a reading already stays."""
-        images = [each for each in batch if not isinstance(each, Reading)]
-        read = iter(self._read_pictures(*zip(*images, strict=True)) if images else ())
-        return [each if isinstance(each, Reading) else next(read) for each in batch]
+    def _read_batch(self, batch: Sequence[tuple[np.ndarray, np.ndarray | None] | Prediction]) -> list[Prediction]:
+        """Predictions of images with their given masks; what is a prediction already stays."""
+        images = [each for each in batch if not isinstance(each, Prediction)]
+        read = iter(self._read_images(*zip(*images, strict=True)) if images else ())
+        return [each if isinstance(each, Prediction) else next(read) for each in batch]
 
-    def _read_pictures(self, pictures: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[Reading]:
-        masks = self._complete(pictures, given) if self.takes_masks else [None] * len(pictures)
-        pairs = enumerate(zip(pictures, masks, strict=True))
+    def _read_images(self, images: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[Prediction]:
+        masks = self._complete(images, given) if self.takes_masks else [None] * len(images)
+        pairs = enumerate(zip(images, masks, strict=True))
         seen = [(word, view) for word, pair in pairs for view in views(*pair, turn_tall=self._turn_tall)]
-        sized = [self._resize(view.picture, view.mask, None) for _, view in seen]
-        images = normalize_images(stack_pictures([picture for picture, _ in sized]).to(self.device))  # (M, 3, H, W)
+        sized = [self._resize(view.image, view.mask, None) for _, view in seen]
+        tensors = normalize_images(stack_images([image for image, _ in sized]).to(self.device))  # (M, 3, H, W)
         inputs = None
         if self.takes_masks:
             inputs = torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).to(self.device) / 255.0
         with torch.inference_mode():
-            output = self._model(images, inputs)
+            output = self._model(tensors, inputs)
             texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
             rows = most_confident(confidences, [word for word, _ in seen])
             output = take_rows(output, rows)
             chosen = chosen_logits(output, self.model_eval).float()  # (N, T, C)
             probabilities = chosen.softmax(-1).amax(-1).nan_to_num(0.0)
         attention, refined = _array(output.vision.attention), output.vision.refined_mask
-        refined = [None] * len(pictures) if refined is None else _array(refined)[:, 0]
+        refined = [None] * len(images) if refined is None else _array(refined)[:, 0]
         return [
-            Reading(
+            Prediction(
                 text=texts[row],
                 confidence=confidences[row],
                 characters=tuple(map(Character, texts[row], each)),
                 mask_levels=mask,
                 attention=looked[: len(texts[row])],
                 refined_mask=sharp,
-                extent=self._extent(seen[row][1].picture),
+                extent=self._extent(seen[row][1].image),
                 turned=seen[row][1].turned,
             )
             for row, each, mask, looked, sharp in zip(
@@ -220,21 +221,21 @@ class Reader:
             )
         ]
 
-    def _extent(self, picture: np.ndarray) -> tuple[float, float, float, float]:
-        """Top, left, height and width of a picture in the network's input, as parts of its sides."""
-        size = self._resize.fitted(picture.shape[:2])
+    def _extent(self, image: np.ndarray) -> tuple[float, float, float, float]:
+        """Top, left, height and width of an image in the network's input, as parts of its sides."""
+        size = self._resize.fitted(image.shape[:2])
         height, width = self._resize.size
         top, left = self._resize.corner(size)
         return top / height, left / width, size[0] / height, size[1] / width
 
-    def _complete(self, pictures: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+    def _complete(self, images: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """A mask, uint8 (H, W), for each image: the one that was given, else SSN's, else an empty one."""
         missing = [place for place, mask in enumerate(given) if mask is None]
         masks = list(given)
         if self._segmenter is not None:
-            made = self._segmenter([pictures[place] for place in missing]) if missing else []
+            made = self._segmenter([images[place] for place in missing]) if missing else []
         else:
-            made = [np.zeros(pictures[place].shape[:2], np.uint8) for place in missing]
+            made = [np.zeros(images[place].shape[:2], np.uint8) for place in missing]
         for place, mask in zip(missing, made, strict=True):
             masks[place] = mask
         return masks
@@ -275,22 +276,22 @@ def pick_device(device: torch.device | str | None) -> torch.device:
         raise UserError(f"device {device}: not usable ({str(error).splitlines()[0]}); give cpu or cuda") from error
 
 
-def to_picture(image: Source) -> np.ndarray:
+def to_image(source: Source) -> np.ndarray:
     """RGB, uint8, (H, W, 3) of any of the forms that a reader takes.
 
     Raises:
-        BrokenPictureError: it cannot be decoded, or has no pixel; says why.
+        BrokenImageError: it cannot be decoded, or has no pixel; says why.
         TypeError, ValueError: it is of another type, shape or range.
     """
-    return _decoded(image, decode_picture, "RGB")
+    return _decoded(source, decode_image, "RGB")
 
 
-def to_mask(mask: Source, picture: np.ndarray) -> np.ndarray:
-    """Grey, uint8, (H, W), of the picture's size; raises as `to_picture`, and BrokenPictureError for another size."""
+def to_mask(mask: Source, image: np.ndarray) -> np.ndarray:
+    """Grey, uint8, (H, W), of the image's size; raises as `to_image`, and BrokenImageError for another size."""
     decoded = _decoded(mask, decode_mask, "L")
-    if decoded.shape != picture.shape[:2]:
-        height, width = picture.shape[:2]
-        raise BrokenPictureError(
+    if decoded.shape != image.shape[:2]:
+        height, width = image.shape[:2]
+        raise BrokenImageError(
             f"the mask is {decoded.shape[1]} x {decoded.shape[0]} pixels and its image {width} x {height}"
         )
     return decoded
@@ -302,8 +303,8 @@ def _decoded(image: Source, decode: Callable[..., np.ndarray], mode: str) -> np.
     if isinstance(image, bytes):
         try:
             return decode(image, oriented=True)
-        except BrokenPictureError as error:
-            raise BrokenPictureError(f"{len(image)} bytes: {error}") from error
+        except BrokenImageError as error:
+            raise BrokenImageError(f"{len(image)} bytes: {error}") from error
     if isinstance(image, Image.Image):
         return _from_pillow(image, mode)
     if isinstance(image, Tensor):
@@ -316,22 +317,22 @@ def _decoded(image: Source, decode: Callable[..., np.ndarray], mode: str) -> np.
 def _from_file(path: Path, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
     try:
         if not path.is_file():
-            raise BrokenPictureError("no such file")
+            raise BrokenImageError("no such file")
         return decode(path.read_bytes())
     except OSError as error:
-        raise BrokenPictureError(f"{path}: cannot be read ({error.strerror})") from error
-    except BrokenPictureError as error:
-        raise BrokenPictureError(f"{path}: {error}") from error
+        raise BrokenImageError(f"{path}: cannot be read ({error.strerror})") from error
+    except BrokenImageError as error:
+        raise BrokenImageError(f"{path}: {error}") from error
 
 
 def _from_pillow(image: Image.Image, mode: str) -> np.ndarray:
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
-        raise BrokenPictureError(f"PIL image of {width} x {height} pixels; there must be 1 to {MAX_PIXELS}")
+        raise BrokenImageError(f"PIL image of {width} x {height} pixels; there must be 1 to {MAX_PIXELS}")
     try:
         return np.array(convert(ImageOps.exif_transpose(image), mode))
-    except PICTURE_ERRORS as error:
-        raise BrokenPictureError(f"PIL image: {first_line(error)}") from error
+    except IMAGE_ERRORS as error:
+        raise BrokenImageError(f"PIL image: {first_line(error)}") from error
 
 
 def _from_tensor(tensor: Tensor) -> np.ndarray:
@@ -350,7 +351,7 @@ def _from_array(array: np.ndarray, mode: str) -> np.ndarray:
         shapes = "(H, W, 3), (H, W, 4) or (H, W)" if mode == "RGB" else "(H, W)"
         raise ValueError(f"array is {shape}; it must be {shapes}, with the channels last")
     if not array.size:
-        raise BrokenPictureError(f"array is {shape}: empty")
+        raise BrokenImageError(f"array is {shape}: empty")
     if np.issubdtype(array.dtype, np.floating):
         low, high = array.min(), array.max()
         if not (low >= -FLOAT_TOLERANCE and high <= 1 + FLOAT_TOLERANCE):

@@ -1,4 +1,4 @@
-"""Contact sheets: many words, with their masks where there are any, on one picture to look at."""
+"""Contact sheets: many words, with their masks where there are any, on one image to look at."""
 
 import functools
 import math
@@ -34,9 +34,9 @@ class Cell:
 def make_contact_sheet(
     cells: Sequence[Cell], *, columns: int = 8, cell_width: int = 160, cell_height: int = 48
 ) -> Image.Image:
-    """Draw `cells` row by row; each picture keeps its shape and fits cell_width x cell_height pixels.
+    """Draw `cells` row by row; each image keeps its shape and fits cell_width x cell_height pixels.
 
-    Where any cell has a mask, three pictures stand above one another: the word, the mask, and the word with the mask's
+    Where any cell has a mask, three images stand above one another: the word, the mask, and the word with the mask's
     pixels coloured.
     """
     if not cells:
@@ -51,8 +51,8 @@ def make_contact_sheet(
     for number, cell in enumerate(cells):
         left = _GAP + number % columns * step_x
         top = _GAP + number // columns * step_y
-        for layer, picture in enumerate(_layers(cell)):
-            _paste(sheet, picture, left, top + layer * (cell_height + 2), cell_width, cell_height)
+        for layer, image in enumerate(_layers(cell)):
+            _paste(sheet, image, left, top + layer * (cell_height + 2), cell_width, cell_height)
         caption_top = top + layers * (cell_height + 2)
         draw.text((left, caption_top), _fitting(cell.caption, font, cell_width), fill=_INK, font=font)
     return sheet
@@ -90,11 +90,11 @@ def _layers(cell: Cell) -> list[np.ndarray]:
     return [cell.image, cell.mask, overlay(cell.image, cell.mask / 255)]
 
 
-def _paste(sheet: Image.Image, picture: np.ndarray, left: int, top: int, width: int, height: int) -> None:
-    scale = min(width / picture.shape[1], height / picture.shape[0])
-    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-    image = Image.fromarray(picture).convert("RGB").resize(size, Image.Resampling.BILINEAR)
-    sheet.paste(image, (left + (width - size[0]) // 2, top + (height - size[1]) // 2))
+def _paste(sheet: Image.Image, image: np.ndarray, left: int, top: int, width: int, height: int) -> None:
+    scale = min(width / image.shape[1], height / image.shape[0])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    resized = Image.fromarray(image).convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    sheet.paste(resized, (left + (width - size[0]) // 2, top + (height - size[1]) // 2))
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

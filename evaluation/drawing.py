@@ -1,7 +1,7 @@
-"""Pictures for people: masks over words, attention per character, grids of them.
+"""Images for people: masks over words, attention per character, grids of them.
 
-Pictures are RGB, (H, W, 3) uint8; masks and maps are (H, W) float in [0, 1] and of any size: they are resized to the
-picture.
+Images are RGB, (H, W, 3) uint8; masks and maps are (H, W) float in [0, 1] and of any size: they are resized to the
+image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,63 +14,63 @@ from torch import Tensor
 from modules.outputs import RecogniserOutput
 
 TEXT_COLOUR = (255, 60, 60)  # of a mask laid over its word
-MARGIN = 2  # pixels between two pictures of a grid
+MARGIN = 2  # pixels between two images of a grid
 CAPTION_HEIGHT = 14
 BACKGROUND = 245
 
 
-def to_pictures(images: Tensor) -> np.ndarray:
-    """Images of a batch (N, 3, H, W) uint8 -> pictures (N, H, W, 3)."""
+def to_images(images: Tensor) -> np.ndarray:
+    """Images of a batch (N, 3, H, W) uint8 -> images (N, H, W, 3)."""
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grey(mask: np.ndarray) -> np.ndarray:
-    """A map in [0, 1] (H, W) as a grey picture; values outside are cut off."""
+    """A map in [0, 1] (H, W) as a grey image; values outside are cut off."""
     return np.repeat((np.clip(mask, 0, 1) * 255).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
-def overlay(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = TEXT_COLOUR) -> np.ndarray:
-    """The picture with `colour` laid over it where the mask is 1."""
-    height, width = picture.shape[:2]
+def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = TEXT_COLOUR) -> np.ndarray:
+    """The image with `colour` laid over it where the mask is 1."""
+    height, width = image.shape[:2]
     weight = 0.65 * cv2.resize(np.clip(mask, 0, 1).astype(np.float32), (width, height))[..., None]
-    return (picture * (1 - weight) + np.array(colour, dtype=np.float32) * weight).round().astype(np.uint8)
+    return (image * (1 - weight) + np.array(colour, dtype=np.float32) * weight).round().astype(np.uint8)
 
 
-def heat(picture: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """The picture dimmed, with an attention map (h, w) of any scale shining through it."""
-    height, width = picture.shape[:2]
+def heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """The image dimmed, with an attention map (h, w) of any scale shining through it."""
+    height, width = image.shape[:2]
     weight = cv2.resize(attention.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     weight = np.clip(weight / max(float(weight.max()), 1e-9), 0, 1)
     colours = cv2.applyColorMap((weight * 255).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
-    return (picture * 0.5 + colours * 0.5).astype(np.uint8)
+    return (image * 0.5 + colours * 0.5).astype(np.uint8)
 
 
-def captioned(picture: np.ndarray, text: str) -> np.ndarray:
-    """The picture with a line of text under it; characters that OpenCV's font lacks show as question marks."""
-    strip = np.full((CAPTION_HEIGHT, picture.shape[1], 3), BACKGROUND, np.uint8)
+def captioned(image: np.ndarray, text: str) -> np.ndarray:
+    """The image with a line of text under it; characters that OpenCV's font lacks show as question marks."""
+    strip = np.full((CAPTION_HEIGHT, image.shape[1], 3), BACKGROUND, np.uint8)
     shown = text.encode("ascii", "replace").decode()
     cv2.putText(strip, shown, (1, CAPTION_HEIGHT - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (20, 20, 20), 1, cv2.LINE_AA)
-    return np.concatenate([picture, strip])
+    return np.concatenate([image, strip])
 
 
-def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures row by row; each cell is as large as the largest picture."""
-    height = max(picture.shape[0] for picture in pictures) + MARGIN
-    width = max(picture.shape[1] for picture in pictures) + MARGIN
-    rows = -(-len(pictures) // columns)
+def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Images row by row; each cell is as large as the largest image."""
+    height = max(image.shape[0] for image in images) + MARGIN
+    width = max(image.shape[1] for image in images) + MARGIN
+    rows = -(-len(images) // columns)
     sheet = np.full((rows * height + MARGIN, columns * width + MARGIN, 3), BACKGROUND, np.uint8)
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         top, left = number // columns * height + MARGIN, number % columns * width + MARGIN
-        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
     return sheet
 
 
-def on_picture(values: np.ndarray, size: tuple[int, int], extent: Sequence[float]) -> np.ndarray:
-    """The part of a map (h, w) over a network's input that lies on the picture, at the picture's size.
+def on_image(values: np.ndarray, size: tuple[int, int], extent: Sequence[float]) -> np.ndarray:
+    """The part of a map (h, w) over a network's input that lies on the image, at the image's size.
 
     Args:
-        size: height and width of the picture.
-        extent: top, left, height and width of the picture in the input, as of `reader.Reading`.
+        size: height and width of the image.
+        extent: top, left, height and width of the image in the input, as of `reader.Reading`.
     """
     whole = tuple(max(round(side / part), side) for side, part in zip(size, extent[2:], strict=True))
     first = [min(round(start * full), full - side) for start, full, side in zip(extent[:2], whole, size, strict=True)]
@@ -78,46 +78,46 @@ def on_picture(values: np.ndarray, size: tuple[int, int], extent: Sequence[float
     return values[first[0] : first[0] + size[0], first[1] : first[1] + size[1]]
 
 
-def reading_picture(
-    picture: np.ndarray,
+def reading_image(
+    image: np.ndarray,
     *,
     caption: str,
     characters: Sequence[str],
     attention: Sequence[np.ndarray],
     mask: np.ndarray | None = None,
     refined_mask: np.ndarray | None = None,
-    over_picture: bool = False,
+    over_image: bool = False,
 ) -> np.ndarray:
     """One word with its mask, refined mask and the attention of each character that was read.
 
     Args:
-        picture: (H, W, 3) uint8.
-        caption: written below the picture.
+        image: (H, W, 3) uint8.
+        caption: written below the image.
         characters: names of the steps to show; as many as `attention` has at most.
         attention: a map (h, w) for each step.
         mask, refined_mask: of any size.
-        over_picture: draw the masks as colour over the picture instead of grey.
+        over_image: draw the masks as colour over the image instead of grey.
     """
-    cells = [captioned(picture, caption)]
+    cells = [captioned(image, caption)]
     for name, each in (("mask", mask), ("refined", refined_mask)):
         if each is not None:
-            cells.append(captioned(overlay(picture, each) if over_picture else grey(each), name))
+            cells.append(captioned(overlay(image, each) if over_image else grey(each), name))
     for character, weights in zip(characters, attention, strict=False):
-        cells.append(captioned(heat(picture, weights), character))
+        cells.append(captioned(heat(image, weights), character))
     return grid(cells, columns=4)
 
 
-def evaluation_pictures(batch: Any, output: RecogniserOutput, readings: Sequence[Any]) -> Iterator[np.ndarray]:
-    """One picture for each word of a batch: word, masks, attention and reading; `readings` are `ScoredWord`s."""
+def evaluation_images(batch: Any, output: RecogniserOutput, predictions: Sequence[Any]) -> Iterator[np.ndarray]:
+    """One image for each word of a batch: word, masks, attention and prediction; `predictions` are `ScoredWord`s."""
     attention = output.vision.attention.float().cpu().numpy()
     refined = output.vision.refined_mask
     masks = None if batch.masks is None else (batch.masks[:, 0] / 255.0).cpu().numpy()
     refined = None if refined is None else refined[:, 0].float().cpu().numpy()
-    for row, (reading, picture) in enumerate(zip(readings, to_pictures(batch.images), strict=True)):
-        yield reading_picture(
-            picture,
-            caption=f"{reading.label} > {reading.text}",
-            characters=[*reading.text, "end"],
+    for row, (prediction, image) in enumerate(zip(predictions, to_images(batch.images), strict=True)):
+        yield reading_image(
+            image,
+            caption=f"{prediction.label} > {prediction.text}",
+            characters=[*prediction.text, "end"],
             attention=attention[row],
             mask=None if masks is None else masks[row],
             refined_mask=None if refined is None else refined[row],

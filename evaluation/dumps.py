@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 
 from engine import distributed
-from evaluation.drawing import evaluation_pictures
+from evaluation.drawing import evaluation_images
 from evaluation.evaluator import ScoredWord
 from modules.outputs import RecogniserOutput
 
@@ -25,28 +25,28 @@ class PredictionFiles:
         self.folder = folder
         self.model_eval = model_eval
         self.normalize = normalize
-        self._readings: dict[str, list[ScoredWord]] = {}
+        self._predictions: dict[str, list[ScoredWord]] = {}
 
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
-        self._readings.setdefault(dataset, []).extend(readings)
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
+        self._predictions.setdefault(dataset, []).extend(predictions)
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
         for dataset in scores["datasets"]:
-            readings = distributed.gather(self._readings.get(dataset, []))
+            predictions = distributed.gather(self._predictions.get(dataset, []))
             if distributed.is_main():
-                self._write(dataset, sorted(readings, key=lambda reading: reading.index))
-        self._readings.clear()
+                self._write(dataset, sorted(predictions, key=lambda prediction: prediction.index))
+        self._predictions.clear()
 
-    def _write(self, dataset: str, readings: Sequence[ScoredWord]) -> None:
+    def _write(self, dataset: str, predictions: Sequence[ScoredWord]) -> None:
         folder = self.folder / f"{dataset}-{self.model_eval}"
         folder.mkdir(parents=True, exist_ok=True)
-        wrong = [each for each in readings if self.normalize(each.text) != self.normalize(each.label)]
-        for name, listed in ((self.model_eval, readings), (f"{self.model_eval}-false", wrong)):
+        wrong = [each for each in predictions if self.normalize(each.text) != self.normalize(each.label)]
+        for name, listed in ((self.model_eval, predictions), (f"{self.model_eval}-false", wrong)):
             lines = "".join(f"{each.label.translate(ONE_FIELD)}\t{each.text}\n" for each in listed)
             (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
 
 
-class AttentionPictures:
+class AttentionImages:
     """`<dataset>-<model_eval>/attn/<number>.jpg`: each word with its masks and the attention of each character.
 
     The number is that of the word in its LMDB.
@@ -56,13 +56,13 @@ class AttentionPictures:
         self.folder = folder
         self.model_eval = model_eval
 
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
         if output.vision is None:
             return
         folder = self.folder / f"{dataset}-{self.model_eval}" / "attn"
         folder.mkdir(parents=True, exist_ok=True)
-        for reading, picture in zip(readings, evaluation_pictures(batch, output, readings), strict=True):
-            cv2.imwrite(str(folder / f"{reading.number:09d}.jpg"), picture[..., ::-1])
+        for prediction, image in zip(predictions, evaluation_images(batch, output, predictions), strict=True):
+            cv2.imwrite(str(folder / f"{prediction.number:09d}.jpg"), image[..., ::-1])
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
-        """Every picture is written already."""
+        """Every image is written already."""

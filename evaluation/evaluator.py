@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from engine import distributed
 from engine.precision import autocast, without_search
 from evaluation import metrics
-from evaluation.drawing import to_pictures
+from evaluation.drawing import to_images
 from inference.prepare import PreparedSSN
 from inference.segmenter import Segmenter
 from loading.batches import Batch
@@ -52,9 +52,9 @@ class ScoredWord:
 
 
 class Observer(Protocol):
-    """Something that looks at every evaluated batch: prediction files, attention pictures, a report."""
+    """Something that looks at every evaluated batch: prediction files, attention images, a report."""
 
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, readings: Sequence[ScoredWord]) -> None:
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
         """One batch of one data set."""
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
@@ -114,21 +114,22 @@ def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
     return part.logits if model_eval == "vision" else part[-1].logits
 
 
-def score_words(readings: Sequence[ScoredWord], normalize: Callable[[str], str]) -> dict[str, float]:
-    """Word accuracy, character accuracy, 1 - normalised edit distance and calibration error of some readings.
+def score_words(predictions: Sequence[ScoredWord], normalize: Callable[[str], str]) -> dict[str, float]:
+    """Word accuracy, character accuracy, 1 - normalised edit distance and calibration error of some predictions.
 
     Args:
         normalize: what the protocol compares of a text (36: case and punctuation do not count).
     """
-    predictions = [normalize(reading.text) for reading in readings]
-    targets = [normalize(reading.label) for reading in readings]
-    correct = [prediction == target for prediction, target in zip(predictions, targets, strict=True)]
+    texts = [normalize(prediction.text) for prediction in predictions]
+    targets = [normalize(prediction.label) for prediction in predictions]
+    correct = [text == target for text, target in zip(texts, targets, strict=True)]
     return {
-        "accuracy": metrics.word_accuracy(predictions, targets),
-        "ccr": metrics.character_accuracy(predictions, targets),
-        "ned": metrics.normalized_edit_distance(predictions, targets),
+        "accuracy": metrics.word_accuracy(texts, targets),
+        "ccr": metrics.character_accuracy(texts, targets),
+        "ned": metrics.normalized_edit_distance(texts, targets),
         "ece": round(
-            metrics.expected_calibration_error([reading.confidence for reading in readings], correct), ECE_DIGITS
+            metrics.expected_calibration_error([prediction.confidence for prediction in predictions], correct),
+            ECE_DIGITS,
         ),
     }
 
@@ -163,9 +164,9 @@ class WordEvaluator:
         model.eval()
         datasets = {}
         for name, loader in self.loaders.items():
-            readings, unreadable = self._read(model, name, loader, observers)
-            scored = [word for word in readings if normalize(word.label)]
-            empty = Counter({EMPTY_IN_PROTOCOL: len(readings) - len(scored)})
+            predictions, unreadable = self._read(model, name, loader, observers)
+            scored = [word for word in predictions if normalize(word.label)]
+            empty = Counter({EMPTY_IN_PROTOCOL: len(predictions) - len(scored)})
             skipped = Counter(self.filtered[name]) + unreadable + empty
             scores = score_words(scored, normalize)
             datasets[name] = {"samples": len(scored), "skipped": dict(skipped), **scores}
@@ -179,8 +180,8 @@ class WordEvaluator:
     def _read(
         self, model: nn.Module, name: str, loader: DataLoader, observers: Sequence[Observer]
     ) -> tuple[list[ScoredWord], Counter]:
-        """All readings of one data set in the order of its samples, and what could not be read."""
-        readings: list[ScoredWord] = []
+        """All predictions of one data set in the order of its samples, and what could not be read."""
+        predictions: list[ScoredWord] = []
         unreadable: Counter = Counter()
         for batch in loader:
             unreadable.update(batch.skipped.values())
@@ -198,11 +199,11 @@ class WordEvaluator:
             numbers = map(self.numbers.get(name, lambda index: index + 1), indices)
             rows = zip(indices, batch.texts, texts, confidences, numbers, strict=True)
             read = [ScoredWord(*row) for row in rows]
-            readings += read
+            predictions += read
             for observer in observers:
                 observer.on_batch(name, batch, output, read)
-        readings = sorted(distributed.gather(readings), key=lambda reading: reading.index)
-        return readings, sum((Counter(each) for each in distributed.gather([dict(unreadable)])), Counter())
+        predictions = sorted(distributed.gather(predictions), key=lambda prediction: prediction.index)
+        return predictions, sum((Counter(each) for each in distributed.gather([dict(unreadable)])), Counter())
 
     def table(self, scores: Mapping[str, Any]) -> str:
         """One row per data set, weighted and mean; in per cent."""
@@ -225,7 +226,7 @@ class SegmentationEvaluator:
     columns: Sequence[str] = field(default=("iou", "f_score"), init=False)
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
-        """Segment every picture at its own size and compare with its labels."""
+        """Segment every image at its own size and compare with its labels."""
         ssn = model.network if isinstance(model, PreparedSSN) else model
         segmenter = Segmenter(ssn, self.areas, device=self.device)
         datasets = {}
@@ -243,12 +244,12 @@ class SegmentationEvaluator:
         return {"model_eval": "ssn", **summarise(datasets)}
 
     def _count(self, segmenter: Segmenter, loader: DataLoader) -> tuple[list[int], int, Counter]:
-        """True positives, false positives, false negatives; pictures; what could not be read."""
+        """True positives, false positives, false negatives; images; what could not be read."""
         counts = np.zeros(3, np.int64)
         samples, unreadable = 0, Counter()
         for batch in loader:
             unreadable.update(batch.skipped.values())
-            masks = segmenter(list(to_pictures(batch.images)))
+            masks = segmenter(list(to_images(batch.images)))
             for mask, labels in zip(masks, batch.labels.numpy(), strict=True):  # (H, W) each
                 counted = labels != self.ignore_index
                 text, predicted = (labels == 1)[counted], (mask >= TEXT_THRESHOLD)[counted]

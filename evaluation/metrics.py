@@ -1,4 +1,4 @@
-"""Scores of readings, text masks and confidences: pure functions, 0 where there is nothing to count."""
+"""Scores of predictions, text masks and confidences: pure functions, 0 where there is nothing to count."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def word_accuracy(predictions: Sequence[str], targets: Sequence[str]) -> float:
 
 
 def character_accuracy(predictions: Sequence[str], targets: Sequence[str]) -> float:
-    """Fraction of the targets' characters that the reading has at the same position (`ccr`).
+    """Fraction of the targets' characters that the prediction has at the same position (`ccr`).
 
     Pooled over all characters, not averaged over words. A missing character shifts all that follow, as the field counts
     it; `normalized_edit_distance` does not punish that.
@@ -46,8 +46,8 @@ def expected_calibration_error(confidences: Sequence[float], correct: Sequence[b
     """Mean distance between confidence and accuracy over equally wide bins of confidence, weighted by their words.
 
     Args:
-        confidences: probability of each reading, in [0, 1]. A bin holds its upper edge; the first also holds 0.
-        correct: whether each reading is right.
+        confidences: probability of each prediction, in [0, 1]. A bin holds its upper edge; the first also holds 0.
+        correct: whether each prediction is right.
         bins: number of bins.
     """
     confidence = np.asarray(confidences, dtype=np.float64)

@@ -1,7 +1,7 @@
-"""The report of an evaluation: one HTML file to open, offline, with the words' pictures in files beside it.
+"""The report of an evaluation: one HTML file to open, offline, with the words' images in files beside it.
 
-`<folder>/index.html` holds the scores, accuracy by length, confusions, calibration and every word with its readings;
-`<folder>/pictures/` holds sprites (many words on one picture) that the page loads when it shows their words. The page
+`<folder>/index.html` holds the scores, accuracy by length, confusions, calibration and every word with its predictions;
+`<folder>/images/` holds sprites (many words on one image) that the page loads when it shows their words. The page
 is made of the files of `report_template/`.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from engine import distributed
-from evaluation.drawing import grey, to_pictures
+from evaluation.drawing import grey, to_images
 from evaluation.evaluator import ScoredWord, read_logits
 from loading.charset import Charset
 from modules.outputs import RecogniserOutput
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "report_template"
 SPRITE_WORDS = 16  # on one sprite: few, as words that stand side by side in a sorted list come from many sprites
-MARGIN = 2  # pixels around each picture of a sprite, so that scaling mixes no neighbours
+MARGIN = 2  # pixels around each image of a sprite, so that scaling mixes no neighbours
 CELL_MARGIN = 1  # the same for attention, in cells
 JPEG_QUALITY = 88
-DARKEST = 48  # grey level of no attention: the page multiplies the picture with it, and it should stay visible
+DARKEST = 48  # grey level of no attention: the page multiplies the image with it, and it should stay visible
 CALIBRATION_BINS = 10
 SHOWN_CONFUSIONS = 30
 NOTHING = ""  # in a confusion: no character
@@ -44,9 +44,9 @@ BETWEEN = "\t"  # the characters of a confusion on the page: no protocol compare
 
 @dataclass(frozen=True)
 class ReportedWord:
-    """A word with what every sub-model read, and where its pictures are.
+    """A word with what every sub-model read, and where its images are.
 
-    `sprite` is the name of the sprite and `row` the word's place on it; None for a word without pictures.
+    `sprite` is the name of the sprite and `row` the word's place on it; None for a word without images.
     """
 
     dataset: str
@@ -75,13 +75,13 @@ class Report:
     """An observer of an evaluation that writes the report at its end.
 
     Args:
-        folder: where `index.html` and `pictures/` go.
+        folder: where `index.html` and `images/` go.
         title: heading of the page.
         details: further facts for the head of the page, by name.
         normalize: what the evaluation's protocol compares of a text.
         with_attention: keep the attention of each character.
         rank: of this process; processes write sprites of their own.
-        most_words: words that a process gives pictures and a place in the list; all others only count.
+        most_words: words that a process gives images and a place in the list; all others only count.
     """
 
     def __init__(
@@ -130,15 +130,15 @@ class Report:
         self._words, self._sprites = [], None
 
     def _read_rounds(self, rounds: Sequence[Any] | None, count: int) -> list[tuple[str, ...]]:
-        """The readings of each word in every round."""
+        """The predictions of each word in every round."""
         texts = [read_logits(each.logits, self.charset)[0] for each in rounds or ()]
         return list(zip(*texts, strict=True)) if texts else [()] * count
 
     def _tiles(
         self, batch: Any, output: RecogniserOutput, words: Sequence[ScoredWord]
     ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-        """Of each word the pictures (word, mask, refined mask; RGB) and the attention (steps, h, w) of its reading."""
-        layers = {"word": to_pictures(batch.images)}
+        """Of each word the images (word, mask, refined mask; RGB) and the attention (steps, h, w) of its reading."""
+        layers = {"word": to_images(batch.images)}
         masks = None if batch.masks is None else batch.masks / 255.0
         for name, maps in (("mask", masks), ("refined mask", output.vision.refined_mask)):
             if maps is not None:
@@ -151,15 +151,15 @@ class Report:
         for row, word in enumerate(words):
             yield [layer[row] for layer in layers.values()], attention[row, : len(word.text) + 1]
 
-    def _draw(self, pictures: list[np.ndarray], attention: np.ndarray) -> tuple[str | None, int]:
+    def _draw(self, images: list[np.ndarray], attention: np.ndarray) -> tuple[str | None, int]:
         """Name of the sprite that gets the word, and its row there."""
         if self._sprites is None:
-            # Other names than an earlier report's, whose page shows its own pictures until this one takes its place.
+            # Other names than an earlier report's, whose page shows its own images until this one takes its place.
             prefix = f"{time.time_ns():x}-{self.rank}"
-            self._sprites = SpriteWriter(self.folder / "pictures", prefix=prefix, attention=self.with_attention)
+            self._sprites = SpriteWriter(self.folder / "images", prefix=prefix, attention=self.with_attention)
         if self._sprites.count >= self.most_words:
             return None, 0
-        return self._sprites.add(pictures, attention)
+        return self._sprites.add(images, attention)
 
     def _write(self, words: Sequence[ReportedWord], layout: dict[str, Any] | None, scores: Mapping[str, Any]) -> None:
         compared = [Comparison(each, self.normalize(each.word.label), self.normalize(each.word.text)) for each in words]
@@ -211,13 +211,13 @@ class Report:
 
     def _remove_old(self, used: set[str | None]) -> None:
         """Delete sprites that an earlier report left."""
-        for path in [*self.folder.glob("pictures/*.jpg"), *self.folder.glob("pictures/*.png")]:
+        for path in [*self.folder.glob("images/*.jpg"), *self.folder.glob("images/*.png")]:
             if path.stem.partition("-")[2] not in used:
                 path.unlink()
 
 
 class SpriteWriter:
-    """Puts words on sprites: `words-<name>.jpg` with a row of pictures for each word, `attention-<name>.png`."""
+    """Puts words on sprites: `words-<name>.jpg` with a row of images for each word, `attention-<name>.png`."""
 
     def __init__(self, folder: Path, *, prefix: str, attention: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -233,10 +233,10 @@ class SpriteWriter:
     def _name(self) -> str:
         return f"{self.prefix}-{self._number:05d}"
 
-    def add(self, pictures: Sequence[np.ndarray], attention: np.ndarray) -> tuple[str, int]:
-        """Add a word: its pictures, RGB of one size, and attention (steps, h, w); returns sprite and row."""
+    def add(self, images: Sequence[np.ndarray], attention: np.ndarray) -> tuple[str, int]:
+        """Add a word: its images, RGB of one size, and attention (steps, h, w); returns sprite and row."""
         place = self._name, len(self._rows)
-        self._rows.append(np.concatenate([_with_margin(each, MARGIN) for each in pictures], axis=1))
+        self._rows.append(np.concatenate([_with_margin(each, MARGIN) for each in images], axis=1))
         if self.attention:
             self._attention.append(attention_strip(attention))
         self.count += 1
@@ -257,8 +257,8 @@ class SpriteWriter:
         self._rows, self._attention = [], []
         self._number += 1
 
-    def _store(self, name: str, picture: np.ndarray, options: list[int]) -> None:
-        data = cv2.imencode(Path(name).suffix, picture, options)[1].tobytes()
+    def _store(self, name: str, image: np.ndarray, options: list[int]) -> None:
+        data = cv2.imencode(Path(name).suffix, image, options)[1].tobytes()
         write_atomically(self.folder / name, lambda file: file.write(data))
 
 
@@ -269,8 +269,8 @@ def attention_strip(attention: np.ndarray) -> np.ndarray:
     return np.concatenate([_with_margin(each, CELL_MARGIN) for each in levels], axis=1)
 
 
-def _with_margin(picture: np.ndarray, pixels: int) -> np.ndarray:
-    return cv2.copyMakeBorder(picture, pixels, pixels, pixels, pixels, cv2.BORDER_REPLICATE)
+def _with_margin(image: np.ndarray, pixels: int) -> np.ndarray:
+    return cv2.copyMakeBorder(image, pixels, pixels, pixels, pixels, cv2.BORDER_REPLICATE)
 
 
 # --- what the page shows ----------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) 
     """A word as the page's script gets it, without names to save space.
 
     Data set, number, label, reading, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite (-1
-    for none), row, readings of vision, language and alignment (0 where equal to the reading), confusions ("o\\t0").
+    for none), row, predictions of vision, language and alignment (0 where equal to the reading), confusions ("o\\t0").
     """
     reported, word = each.reported, each.reported.word
 

@@ -15,7 +15,7 @@ from engine.precision import PRECISIONS, channels_last
 from inference.segmenter import fold_batch_norms
 from modules.ssn import PUBLISHED_AREAS, SSN
 
-# Pictures that go through the network together on a CPU. A larger batch is read in parts: its maps would leave the
+# Images that go through the network together on a CPU. A larger batch is read in parts: its maps would leave the
 # caches, and from 32 MiB on the C library has the system clear the memory of each map anew.
 CPU_BATCH = 64
 

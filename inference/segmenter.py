@@ -41,12 +41,12 @@ class Segmenter:
 
     Args:
         ssn: the network; a copy of it is used, so that it may go on learning.
-        areas: sides of the squares whose areas the resized pictures have, in pixels; the mean over them is the mask.
+        areas: sides of the squares whose areas the resized images have, in pixels; the mean over them is the mask.
         device: where the copy runs.
         precision: of weights and maps: `fp32`, `bf16`, `fp16`, or `auto`, the fastest on the device. Masks made while
             reading (by reader, training, its workers or the test) are made in `fp32` on any device, so that all are the
             same. Softmaxes, attention and everything at the images' own size stay in float32.
-        batch_pixels: network input pixels in one forward pass, more for a single picture that is larger; None chooses.
+        batch_pixels: network input pixels in one forward pass, more for a single image that is larger; None chooses.
 
     Raises:
         ValueError: `areas` is empty or `precision` is none of the above.
@@ -76,35 +76,33 @@ class Segmenter:
         if self.device.type == "cpu":
             _one_thread_each(torch.get_num_threads())  # here, where no other thread is likely to start its work
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Masks, uint8 (H, W), 255 = text, of RGB images, uint8 (H, W, 3).
 
         Raises:
             ValueError: an image has another type or shape, or no pixel.
             UserError: the network overflowed, as fp16 or weights of a training that diverged make it.
         """
-        for i, picture in enumerate(pictures):
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
-                raise ValueError(
-                    f"picture {i} is {picture.dtype} {picture.shape}; it must be uint8 (H, W, 3), not empty"
-                )
+        for i, image in enumerate(images):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+                raise ValueError(f"image {i} is {image.dtype} {image.shape}; it must be uint8 (H, W, 3), not empty")
         masks: list[np.ndarray] = []
-        while len(masks) < len(pictures):
-            masks += self._segment(_within(pictures[len(masks) :], IMAGE_PIXELS))
+        while len(masks) < len(images):
+            masks += self._segment(_within(images[len(masks) :], IMAGE_PIXELS))
         return masks
 
     @torch.inference_mode()
-    def _segment(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        pictures = [np.require(each, requirements=["C", "W"]) for each in pictures]  # as torch can wrap them
-        images = [torch.from_numpy(each).to(self.device).permute(2, 0, 1)[None] for each in pictures]  # (1, 3, H, W)
-        sizes = [image.shape[-2:] for image in images]
+    def _segment(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        images = [np.require(each, requirements=["C", "W"]) for each in images]  # as torch can wrap them
+        tensors = [torch.from_numpy(each).to(self.device).permute(2, 0, 1)[None] for each in images]  # (1, 3, H, W)
+        sizes = [each.shape[-2:] for each in tensors]
         batches = [batch for area in self.areas for batch in self._batches(sizes, area)]
 
         def text_maps(batch: tuple[tuple[int, int], list[int]]) -> Tensor:
             size, members = batch
-            return self._text_maps([images[i] for i in members], size)
+            return self._text_maps([tensors[i] for i in members], size)
 
-        maps: list[list[Tensor]] = [[] for _ in images]
+        maps: list[list[Tensor]] = [[] for _ in tensors]
         overflows: list[Tensor] = []  # of each forward pass; a GPU is waited for once, not at each of them
         for (_, members), made in zip(batches, self._map(text_maps, batches), strict=True):
             overflows.append((~made.isfinite()).any())
@@ -115,7 +113,7 @@ class Segmenter:
         return [mean_mask(*each) for each in zip(maps, sizes, strict=True)]
 
     def _batches(self, sizes: Sequence[Sequence[int]], area: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
-        """(network size, indices of pictures) of each forward pass at this area."""
+        """(network size, indices of images) of each forward pass at this area."""
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, size in enumerate(sizes):
             groups[network_size(size, area)].append(i)
@@ -170,10 +168,10 @@ def _resized(image: Tensor, size: Sequence[int], rows: range | None = None) -> T
     return resize_aligned(blended, (len(rows), size[1]))
 
 
-def _within(pictures: Sequence[np.ndarray], pixels: int) -> Sequence[np.ndarray]:
+def _within(images: Sequence[np.ndarray], pixels: int) -> Sequence[np.ndarray]:
     """The first of some images: as many as have that many pixels together, and one at least."""
-    ends = np.cumsum([picture.shape[0] * picture.shape[1] for picture in pictures])
-    return pictures[: max(int(np.searchsorted(ends, pixels, side="right")), 1)]
+    ends = np.cumsum([image.shape[0] * image.shape[1] for image in images])
+    return images[: max(int(np.searchsorted(ends, pixels, side="right")), 1)]
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from loading.decoding import Mask, Picture, Size
+from loading.decoding import ImageArray, Mask, Size
 from loading.transforms import FROM_OPENCV, MAX_SIDE, TO_OPENCV, ResizeWord, fit_canvas, limit_size, resize, warp_pair
 
 # --- magnitudes -------------------------------------------------------------------------------------------------------
@@ -80,15 +80,15 @@ NOISE_MIDDLE = 128.0
 
 @functools.cache
 def _noise_table() -> np.ndarray:
-    """Normal numbers (2^20,) as grey levels: every picture takes a random part of them, which costs no drawing."""
+    """Normal numbers (2^20,) as grey levels: every image takes a random part of them, which costs no drawing."""
     normal = np.random.Generator(np.random.PCG64(0)).standard_normal(1 << 20, dtype=np.float32)
     return np.clip(np.rint(normal * NOISE_DEVIATION + NOISE_MIDDLE), 0, 255).astype(np.uint8)
 
 
-def gaussian_noise(picture: Picture, rng: Generator, *, variance: float = 20.0) -> Picture:
+def gaussian_noise(image: ImageArray, rng: Generator, *, variance: float = 20.0) -> ImageArray:
     """Add normal noise of a variance of 1 to `variance` (grey levels squared), per pixel and channel."""
     factor = math.sqrt(max(one_sided(rng, variance), 1.0)) / NOISE_DEVIATION
-    return cv2.addWeighted(picture, 1.0, _noise_levels(picture.shape, rng), factor, -NOISE_MIDDLE * factor)
+    return cv2.addWeighted(image, 1.0, _noise_levels(image.shape, rng), factor, -NOISE_MIDDLE * factor)
 
 
 def _noise_levels(shape: tuple[int, ...], rng: Generator) -> np.ndarray:
@@ -103,13 +103,13 @@ def _noise_levels(shape: tuple[int, ...], rng: Generator) -> np.ndarray:
 DIRECTIONS = 36  # of motion blur: steps of 5 degrees
 
 
-def motion_blur(picture: Picture, rng: Generator, *, length: float = 6.0) -> Picture:
+def motion_blur(image: ImageArray, rng: Generator, *, length: float = 6.0) -> ImageArray:
     """Blur along a line of up to `length` pixels in any direction."""
     pixels = round(one_sided(rng, length))
     direction = int(rng.integers(DIRECTIONS))
     if pixels < 2:
-        return picture
-    return cv2.filter2D(picture, -1, line_kernel(pixels, direction), borderType=cv2.BORDER_REPLICATE)
+        return image
+    return cv2.filter2D(image, -1, line_kernel(pixels, direction), borderType=cv2.BORDER_REPLICATE)
 
 
 @functools.cache
@@ -129,34 +129,34 @@ def line_kernel(pixels: int, direction: int) -> np.ndarray:
 PYRAMID_BASE = (128, 512)  # height and width of the lowest level
 
 
-def rescale(picture: Picture, rng: Generator, *, base: Size = PYRAMID_BASE, steps: float = 4.0) -> Picture:
+def rescale(image: ImageArray, rng: Generator, *, base: Size = PYRAMID_BASE, steps: float = 4.0) -> ImageArray:
     """Lose detail: to the size `base`, up to `steps` levels of a Gaussian pyramid down, and back to its own size."""
-    small = resize(picture, base)
+    small = resize(image, base)
     for _ in range(round(rng.uniform(0.0, steps))):
         small = cv2.pyrDown(small)
-    return resize(small, picture.shape[:2])
+    return resize(small, image.shape[:2])
 
 
-def deteriorate(picture: Picture, rng: Generator) -> Picture:
+def deteriorate(image: ImageArray, rng: Generator) -> ImageArray:
     """Noise, motion blur and loss of detail, in random order."""
     kinds = (gaussian_noise, motion_blur, rescale)
     for kind in rng.permutation(len(kinds)):
-        picture = kinds[kind](picture, rng)
-    return picture
+        image = kinds[kind](image, rng)
+    return image
 
 
 # --- colour -----------------------------------------------------------------------------------------------------------
 
 
 def color_jitter(
-    picture: Picture,
+    image: ImageArray,
     rng: Generator,
     *,
     brightness: float = 0.5,
     contrast: float = 0.5,
     saturation: float = 0.5,
     hue: float = 0.1,
-) -> Picture:
+) -> ImageArray:
     """Change brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (turns -x to x), in random order.
 
     The factors are uniform, as those of torchvision's operation of this name, which the published recipe calls.
@@ -165,33 +165,33 @@ def color_jitter(
     turn = rng.uniform(-hue, hue)
     for kind in rng.permutation(4):
         if kind == 0:
-            picture = _stretch(picture, factors[0], 0.0)
+            image = _stretch(image, factors[0], 0.0)
         elif kind == 1:
-            picture = _contrast(picture, factors[1])
+            image = _contrast(image, factors[1])
         elif kind == 2:
-            picture = _saturate(picture, factors[2])
+            image = _saturate(image, factors[2])
         else:
-            picture = _turn_hue(picture, turn)
-    return picture
+            image = _turn_hue(image, turn)
+    return image
 
 
-def _stretch(picture: Picture, factor: float, offset: float) -> Picture:
+def _stretch(image: ImageArray, factor: float, offset: float) -> ImageArray:
     """factor x level + offset, within [0, 255]."""
-    return cv2.addWeighted(picture, factor, picture, 0.0, offset)  # saturates, and is faster than a table
+    return cv2.addWeighted(image, factor, image, 0.0, offset)  # saturates, and is faster than a table
 
 
-def _contrast(picture: Picture, factor: float) -> Picture:
-    mean = cv2.mean(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))[0]
-    return _stretch(picture, factor, (1.0 - factor) * mean)
+def _contrast(image: ImageArray, factor: float) -> ImageArray:
+    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
+    return _stretch(image, factor, (1.0 - factor) * mean)
 
 
-def _saturate(picture: Picture, factor: float) -> Picture:
-    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(picture, factor, grey, 1.0 - factor, 0.0)
+def _saturate(image: ImageArray, factor: float) -> ImageArray:
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(image, factor, grey, 1.0 - factor, 0.0)
 
 
-def _turn_hue(picture: Picture, turn: float) -> Picture:
-    hsv = cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL)  # hue takes the whole range 0-255, so that uint8 wraps rightly
+def _turn_hue(image: ImageArray, turn: float) -> ImageArray:
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # hue takes the whole range 0-255, so that uint8 wraps rightly
     hsv[..., 0] += np.uint8(round(turn * 256) % 256)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
@@ -221,17 +221,17 @@ class AugmentWord:
         self.color = color
         self.geometry = geometry
 
-    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
+    def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator) -> tuple[ImageArray, Mask | None]:
         draws = rng.random(3).tolist()
-        picture, mask = limit_size(picture), None if mask is None else limit_size(mask)
+        image, mask = limit_size(image), None if mask is None else limit_size(mask)
         if draws[0] < self.deterioration:
-            picture = deteriorate(picture, rng)
+            image = deteriorate(image, rng)
         if draws[1] < self.color:
-            picture = color_jitter(picture, rng)
+            image = color_jitter(image, rng)
         if draws[2] >= self.geometry:
-            return self.resize(picture, mask, rng)
+            return self.resize(image, mask, rng)
         kind = (rotation, affine, perspective)[rng.integers(3)]
-        matrix, canvas = fit_canvas(kind(rng, picture.shape[:2]), picture.shape[:2])
+        matrix, canvas = fit_canvas(kind(rng, image.shape[:2]), image.shape[:2])
         interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))]
         size = self.resize.draw_size(canvas, rng)
         if canvas[0] >= size[0] and canvas[1] >= size[1]:
@@ -240,8 +240,8 @@ class AugmentWord:
             # A smaller canvas is made: there the warp itself loses detail.
             matrix = np.diag((size[1] / canvas[1], size[0] / canvas[0], 1.0)) @ matrix
             canvas = size
-        picture, mask = warp_pair(picture, mask, matrix, canvas, interpolation)
-        return self.resize.place(picture, size), None if mask is None else self.resize.place(mask, size)
+        image, mask = warp_pair(image, mask, matrix, canvas, interpolation)
+        return self.resize.place(image, size), None if mask is None else self.resize.place(mask, size)
 
 
 class RandAugmentWord:
@@ -272,9 +272,9 @@ class RandAugmentWord:
         self.magnitude = magnitude
         self.probability = probability
 
-    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]:
-        size = self._bounded(picture.shape[:2])
-        picture, mask = resize(picture, size), None if mask is None else resize(mask, size)
+    def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator) -> tuple[ImageArray, Mask | None]:
+        size = self._bounded(image.shape[:2])
+        image, mask = resize(image, size), None if mask is None else resize(mask, size)
         pixels, matrices = list(PIXEL_OPERATIONS.values()), list(MATRIX_OPERATIONS.values())
         for _ in range(self.layers):
             number = int(rng.integers(len(pixels) + len(matrices)))
@@ -284,15 +284,15 @@ class RandAugmentWord:
                 continue
             level = level if side else -level
             if number < len(pixels):
-                picture = pixels[number](picture, level, rng)
+                image = pixels[number](image, level, rng)
                 continue
-            matrix, canvas = matrices[number - len(pixels)](level, picture.shape[:2]), picture.shape[:2]
+            matrix, canvas = matrices[number - len(pixels)](level, image.shape[:2]), image.shape[:2]
             if not matrix[:2, 2].any():
                 matrix, canvas = fit_canvas(matrix, canvas)
             size = self._bounded(canvas)
             matrix = np.diag((size[1] / canvas[1], size[0] / canvas[0], 1.0)) @ matrix
-            picture, mask = warp_pair(picture, mask, matrix, size, cv2.INTER_LINEAR)
-        return self.resize(picture, mask, rng)
+            image, mask = warp_pair(image, mask, matrix, size, cv2.INTER_LINEAR)
+        return self.resize(image, mask, rng)
 
     def _bounded(self, size: Size) -> Size:
         """A size of the same shape and at most four times the network's area, which bounds the time of a word."""
@@ -302,42 +302,42 @@ class RandAugmentWord:
         return tuple(min(max(round(side * scale), 1), MAX_SIDE) for side in size)
 
 
-def _auto_contrast(picture: Picture, level: float, rng: Generator) -> Picture:
-    channels = [cv2.normalize(each, None, 0, 255, cv2.NORM_MINMAX) for each in cv2.split(picture)]
+def _auto_contrast(image: ImageArray, level: float, rng: Generator) -> ImageArray:
+    channels = [cv2.normalize(each, None, 0, 255, cv2.NORM_MINMAX) for each in cv2.split(image)]
     return cv2.merge(channels)
 
 
-def _equalize(picture: Picture, level: float, rng: Generator) -> Picture:
-    return cv2.merge([cv2.equalizeHist(each) for each in cv2.split(picture)])
+def _equalize(image: ImageArray, level: float, rng: Generator) -> ImageArray:
+    return cv2.merge([cv2.equalizeHist(each) for each in cv2.split(image)])
 
 
-def _solarize(picture: Picture, level: float, rng: Generator) -> Picture:
+def _solarize(image: ImageArray, level: float, rng: Generator) -> ImageArray:
     levels = np.arange(256)
-    return cv2.LUT(picture, np.where(levels < 256 * (1 - abs(level)), levels, 255 - levels).astype(np.uint8))
+    return cv2.LUT(image, np.where(levels < 256 * (1 - abs(level)), levels, 255 - levels).astype(np.uint8))
 
 
-def _blur(picture: Picture, level: float, rng: Generator) -> Picture:
-    deviation = max(abs(level) * picture.shape[0] / 20, 0.1)  # a twentieth of the height at most
-    return cv2.GaussianBlur(picture, (0, 0), deviation, borderType=cv2.BORDER_REPLICATE)
+def _blur(image: ImageArray, level: float, rng: Generator) -> ImageArray:
+    deviation = max(abs(level) * image.shape[0] / 20, 0.1)  # a twentieth of the height at most
+    return cv2.GaussianBlur(image, (0, 0), deviation, borderType=cv2.BORDER_REPLICATE)
 
 
-def _poisson_noise(picture: Picture, level: float, rng: Generator) -> Picture:
+def _poisson_noise(image: ImageArray, level: float, rng: Generator) -> ImageArray:
     """Noise of a variance in proportion to the brightness, of a deviation of up to 30 grey levels in white."""
     deviations = np.sqrt(abs(level) * np.arange(256) / 255).astype(np.float32)  # parts of NOISE_DEVIATION
-    noise = _noise_levels(picture.shape, rng).astype(np.float32) - np.float32(NOISE_MIDDLE)
-    return cv2.add(picture, cv2.multiply(noise, cv2.LUT(picture, deviations)), dtype=cv2.CV_8U)
+    noise = _noise_levels(image.shape, rng).astype(np.float32) - np.float32(NOISE_MIDDLE)
+    return cv2.add(image, cv2.multiply(noise, cv2.LUT(image, deviations)), dtype=cv2.CV_8U)
 
 
 # (image, level from -1 to 1, generator) -> image. What has no two sides takes the level's size, or none.
 PIXEL_OPERATIONS = {
     "auto_contrast": _auto_contrast,
     "equalize": _equalize,
-    "invert": lambda picture, level, rng: cv2.bitwise_not(picture),
-    "posterize": lambda picture, level, rng: picture & np.uint8(256 - (1 << round(7 * abs(level)))),
+    "invert": lambda image, level, rng: cv2.bitwise_not(image),
+    "posterize": lambda image, level, rng: image & np.uint8(256 - (1 << round(7 * abs(level)))),
     "solarize": _solarize,
-    "color": lambda picture, level, rng: _saturate(picture, 1 + 0.9 * level),
-    "contrast": lambda picture, level, rng: _contrast(picture, 1 + 0.9 * level),
-    "brightness": lambda picture, level, rng: _stretch(picture, 1 + 0.9 * level, 0.0),
+    "color": lambda image, level, rng: _saturate(image, 1 + 0.9 * level),
+    "contrast": lambda image, level, rng: _contrast(image, 1 + 0.9 * level),
+    "brightness": lambda image, level, rng: _stretch(image, 1 + 0.9 * level, 0.0),
     "gaussian_blur": _blur,
     "poisson_noise": _poisson_noise,
 }
@@ -360,7 +360,7 @@ class CropSegmentation:
     Args:
         size: height and width of the crop.
         scale_range: smallest and largest factor; drawn log-uniformly.
-        ignore_index: label of what lies outside the picture.
+        ignore_index: label of what lies outside the image.
         color: probability of colour jitter.
     """
 
@@ -377,19 +377,19 @@ class CropSegmentation:
         self.ignore_index = ignore_index
         self.color = color
 
-    def __call__(self, picture: Picture, labels: np.ndarray, rng: Generator) -> tuple[Picture, np.ndarray]:
-        """Crop a picture and its labels (H, W) uint8; labels keep their values."""
+    def __call__(self, image: ImageArray, labels: np.ndarray, rng: Generator) -> tuple[ImageArray, np.ndarray]:
+        """Crop an image and its labels (H, W) uint8; labels keep their values."""
         scale = math.exp(rng.uniform(*(math.log(each) for each in self.scale_range)))
         offsets = []
-        for side, crop in zip(picture.shape[:2], self.size, strict=True):
-            room = crop - side * scale  # negative: the picture is larger than the crop, a part of it is taken
+        for side, crop in zip(image.shape[:2], self.size, strict=True):
+            room = crop - side * scale  # negative: the image is larger than the crop, a part of it is taken
             offsets.append(rng.uniform(min(room, 0.0), max(room, 0.0)))
         matrix = np.array([[scale, 0.0, offsets[1]], [0.0, scale, offsets[0]], [0.0, 0.0, 1.0]])
         matrix = (TO_OPENCV @ matrix @ FROM_OPENCV)[:2]
         canvas = (self.size[1], self.size[0])
-        picture = cv2.warpAffine(picture, matrix, canvas, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        image = cv2.warpAffine(image, matrix, canvas, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         outside = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": self.ignore_index}
         labels = cv2.warpAffine(labels, matrix, canvas, flags=cv2.INTER_NEAREST, **outside)
         if rng.random() < self.color:
-            picture = color_jitter(picture, rng)
-        return picture, labels
+            image = color_jitter(image, rng)
+        return image, labels

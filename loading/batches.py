@@ -1,6 +1,6 @@
 """What the data loader hands to the loop: batches with named fields, and how samples become one.
 
-Pictures, masks and labels of pixels stay in 8 bits until a batch is on its device: workers hand over, and a GPU
+Images, masks and labels of pixels stay in 8 bits until a batch is on its device: workers hand over, and a GPU
 receives, a quarter of the bytes.
 """
 
@@ -113,7 +113,7 @@ class LanguageSample:
 
 @dataclass
 class SegmentationSample:
-    """A picture (H, W, 3) uint8 RGB and its labels (H, W) uint8: 0, 1 = text, or the index to ignore."""
+    """An image (H, W, 3) uint8 RGB and its labels (H, W) uint8: 0, 1 = text, or the index to ignore."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -234,7 +234,7 @@ class LanguageBatch(_Batch):
 
 @dataclass
 class SegmentationBatch(_Batch):
-    """N pictures of one size and their labels.
+    """N images of one size and their labels.
 
     Fields:
         images: (N, 3, H, W) uint8, RGB.
@@ -267,9 +267,9 @@ def part_skipped(samples: Sequence[Any]) -> tuple[list[Any], dict[int, str]]:
     return read, {sample.index: sample.reason for sample in samples if isinstance(sample, Skipped)}
 
 
-def stack_pictures(pictures: Sequence[np.ndarray]) -> Tensor:
-    """N RGB pictures (H, W, 3) uint8 -> (N, 3, H, W) uint8; a pixel's channels stay side by side in memory."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+def stack_images(images: Sequence[np.ndarray]) -> Tensor:
+    """N RGB images (H, W, 3) uint8 -> (N, 3, H, W) uint8; a pixel's channels stay side by side in memory."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def normalize_images(images: Tensor) -> Tensor:
@@ -286,9 +286,9 @@ def _scale_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
         return (1.0 / (255.0 * std)).view(3, 1, 1), (-mean / std).view(3, 1, 1)
 
 
-def _stacked(pictures: Sequence[np.ndarray], size: tuple[int, int]) -> Tensor:
-    """`stack_pictures`, and (0, 3, *size) of none."""
-    return stack_pictures(pictures) if pictures else torch.empty(0, 3, *size, dtype=torch.uint8)
+def _stacked(images: Sequence[np.ndarray], size: tuple[int, int]) -> Tensor:
+    """`stack_images`, and (0, 3, *size) of none."""
+    return stack_images(images) if images else torch.empty(0, 3, *size, dtype=torch.uint8)
 
 
 class WordCollate:
@@ -357,7 +357,7 @@ class LanguageCollate:
 
 
 class SegmentationCollate:
-    """Pictures of one size -> SegmentationBatch; picklable. `size` is for a batch of which nothing could be read."""
+    """Images of one size -> SegmentationBatch; picklable. `size` is for a batch of which nothing could be read."""
 
     def __init__(self, *, size: tuple[int, int] = (32, 128)) -> None:
         self.size = size

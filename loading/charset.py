@@ -1,4 +1,4 @@
-"""Text to class ids and back, and what of a text counts when a reading is scored."""
+"""Text to class ids and back, and what of a text counts when a prediction is scored."""
 
 import string
 from collections.abc import Callable, Iterable
@@ -125,7 +125,7 @@ def _lower(character: str) -> str:
 
 
 def protocol_normalizer(protocol: int) -> Callable[[str], str]:
-    """The function that a protocol applies to labels and readings alike before it compares them.
+    """The function that a protocol applies to labels and predictions alike before it compares them.
 
     36: lower-cased, `[0-9a-z]` kept. 62: `[0-9a-zA-Z]` kept. 94: the printable ASCII characters kept, spaces dropped.
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from utils import first_line
 
-Picture = np.ndarray  # (H, W, 3) uint8, RGB
+ImageArray = np.ndarray  # (H, W, 3) uint8, RGB
 Mask = np.ndarray  # (H, W) uint8, 255 = text
 Size = tuple[int, int]  # height, width
 
@@ -35,7 +35,7 @@ INTEGER_RANGES = (255, 65535)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
 
 # What Pillow's decoders raise on damaged or hostile files.
-PICTURE_ERRORS = (
+IMAGE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -51,11 +51,11 @@ PICTURE_ERRORS = (
 )
 
 
-class BrokenPictureError(ValueError):
-    """Bytes that are no whole picture."""
+class BrokenImageError(ValueError):
+    """Bytes that are no whole image."""
 
 
-def decode_picture(data: bytes | memoryview, *, oriented: bool = False) -> Picture:
+def decode_image(data: bytes | memoryview, *, oriented: bool = False) -> ImageArray:
     """Decode an image of any depth, colour model and usual format to RGB.
 
     Deeper samples are scaled to 8 bits (`to_8_bits`), grey is repeated, transparent pixels show a white ground.
@@ -65,46 +65,46 @@ def decode_picture(data: bytes | memoryview, *, oriented: bool = False) -> Pictu
             stored pixels.
 
     Raises:
-        BrokenPictureError: it is damaged, or has more than MAX_PIXELS.
+        BrokenImageError: it is damaged, or has more than MAX_PIXELS.
     """
     return _decode(data, _COLOR, "RGB", oriented)
 
 
 def decode_mask(data: bytes | memoryview, *, oriented: bool = False) -> Mask:
-    """Decode a mask to one 8-bit channel, 255 = text; transparency is dropped. All else as `decode_picture`."""
+    """Decode a mask to one 8-bit channel, 255 = text; transparency is dropped. All else as `decode_image`."""
     return _decode(data, _GREY, "L", oriented)
 
 
 def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> np.ndarray:
     buffer = np.frombuffer(data, dtype=np.uint8)
     if not buffer.size:
-        raise BrokenPictureError("empty")
+        raise BrokenImageError("empty")
     (height, width), is_opaque = _header(data)
     if height * width > MAX_PIXELS:
-        raise BrokenPictureError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+        raise BrokenImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if oriented:
         flags &= ~cv2.IMREAD_IGNORE_ORIENTATION
     # OpenCV drops transparency, and decodes floats as such or not at all.
     for depth in (0, cv2.IMREAD_ANYDEPTH) if is_opaque or mode == "L" else ():
         with contextlib.suppress(cv2.error):
-            picture = cv2.imdecode(buffer, flags | depth)
-            if picture is not None:
-                return picture if picture.dtype == np.uint8 else _scaled(picture, FLOAT_RANGES)
+            image = cv2.imdecode(buffer, flags | depth)
+            if image is not None:
+                return image if image.dtype == np.uint8 else _scaled(image, FLOAT_RANGES)
     try:  # what OpenCV does not read; PIL also refuses what was cut short
         with Image.open(io.BytesIO(data)) as opened:
             if oriented:
                 ImageOps.exif_transpose(opened, in_place=True)
             return np.ascontiguousarray(convert(opened, mode))
     except Image.UnidentifiedImageError as error:
-        raise BrokenPictureError("not an image, or a damaged one") from error
-    except PICTURE_ERRORS as error:
-        raise BrokenPictureError(f"damaged ({first_line(error)})") from error
+        raise BrokenImageError("not an image, or a damaged one") from error
+    except IMAGE_ERRORS as error:
+        raise BrokenImageError(f"damaged ({first_line(error)})") from error
 
 
-def picture_size(data: bytes | memoryview) -> Size:
-    """Height and width of an encoded image, from its header where that tells; raises BrokenPictureError."""
+def image_size(data: bytes | memoryview) -> Size:
+    """Height and width of an encoded image, from its header where that tells; raises BrokenImageError."""
     size, _ = _header(data)
-    return size if all(size) else decode_picture(data).shape[:2]
+    return size if all(size) else decode_image(data).shape[:2]
 
 
 def _header(data: bytes | memoryview) -> tuple[Size, bool]:
@@ -125,32 +125,32 @@ def _header(data: bytes | memoryview) -> tuple[Size, bool]:
         with Image.open(io.BytesIO(data)) as opened:
             return opened.size[::-1], not opened.has_transparency_data
     except Image.DecompressionBombError as error:
-        raise BrokenPictureError(first_line(error)) from error
-    except PICTURE_ERRORS:
+        raise BrokenImageError(first_line(error)) from error
+    except IMAGE_ERRORS:
         return (0, 0), True
 
 
-def convert(picture: Image.Image, mode: str) -> Image.Image:
+def convert(image: Image.Image, mode: str) -> Image.Image:
     """An image in Pillow's mode `RGB` or `L`, 8 bits: deeper ones are scaled; in RGB, what is transparent is white."""
-    if mode == "RGB" and picture.has_transparency_data:
-        ground = Image.new("RGB", picture.size, "white")
-        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-        ground.paste(picture, mask=picture.getchannel("A"))
+    if mode == "RGB" and image.has_transparency_data:
+        ground = Image.new("RGB", image.size, "white")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        ground.paste(image, mask=image.getchannel("A"))
         return ground
-    return to_8_bits(picture).convert(mode)
+    return to_8_bits(image).convert(mode)
 
 
-def to_8_bits(picture: Image.Image) -> Image.Image:
+def to_8_bits(image: Image.Image) -> Image.Image:
     """An image of deep greys at 8 bits, any other as it is; Pillow's own conversions cut levels off at 255.
 
     16 bits lose their lower 8. Floats and 32-bit levels within [0, 1] (floats only), [0, 255] or [0, 65535] are scaled
     by that range, all others by that from their lowest level to their highest; what is not finite becomes 0.
     """
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode not in ("I", "F"):
-        return picture
-    return Image.fromarray(_scaled(np.asarray(picture), FLOAT_RANGES if picture.mode == "F" else INTEGER_RANGES))
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode not in ("I", "F"):
+        return image
+    return Image.fromarray(_scaled(np.asarray(image), FLOAT_RANGES if image.mode == "F" else INTEGER_RANGES))
 
 
 def _scaled(levels: np.ndarray, ranges: Sequence[int]) -> np.ndarray:

@@ -34,7 +34,7 @@ _COMMIT_ENTRIES = 4096
 
 
 def image_key(index: int) -> str:
-    """Key of the encoded picture of sample `index`, counted from 1."""
+    """Key of the encoded image of sample `index`, counted from 1."""
     return f"image-{index:09d}"
 
 
@@ -44,7 +44,7 @@ def label_key(index: int) -> str:
 
 
 def mask_key(index: int) -> str:
-    """Key of the mask of sample `index` in an LMDB that holds pictures and masks together, counted from 1."""
+    """Key of the mask of sample `index` in an LMDB that holds images and masks together, counted from 1."""
     return f"mask-{index:09d}"
 
 

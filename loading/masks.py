@@ -1,4 +1,4 @@
-"""Where the masks of words come from: an LMDB that pairs with the pictures', or a segmentation network on the spot."""
+"""Where the masks of words come from: an LMDB that pairs with the images', or a segmentation network on the spot."""
 
 import hashlib
 import json
@@ -11,27 +11,27 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from loading.decoding import BrokenPictureError, Mask, Picture, decode_mask, decode_picture
+from loading.decoding import BrokenImageError, ImageArray, Mask, decode_image, decode_mask
 from loading.lmdb_io import DATA_FILE, LmdbReader, find_lmdbs, image_key, is_lmdb, label_key
 from utils import UserError
 
 MASK_MISSING = "mask_missing"
 MASK_BROKEN = "mask_broken"
-MASK_SIZE = "mask_size"  # not the size of its picture
+MASK_SIZE = "mask_size"  # not the size of its image
 
 PAIRS_CHECKED = 16
 
-Segmenter = Callable[[list[Picture]], Sequence[Mask]]
+Segmenter = Callable[[list[ImageArray]], Sequence[Mask]]
 
 
 class MaskSource(Protocol):
     """Gives the masks of the words of one image LMDB."""
 
-    def check(self, images: LmdbReader, numbers: np.ndarray) -> None:
-        """Raise UserError unless masks and pictures belong together; `numbers` are the samples that will be read."""
+    def check(self, words: LmdbReader, numbers: np.ndarray) -> None:
+        """Raise UserError unless masks and images belong together; `numbers` are the samples that will be read."""
 
-    def read(self, images: LmdbReader, numbers: Sequence[int], pictures: Sequence[Picture]) -> list[Mask | str]:
-        """The mask of each picture, of its size, or the reason why there is none."""
+    def read(self, words: LmdbReader, numbers: Sequence[int], images: Sequence[ImageArray]) -> list[Mask | str]:
+        """The mask of each image, of its size, or the reason why there is none."""
 
 
 class LmdbMasks:
@@ -40,62 +40,62 @@ class LmdbMasks:
     def __init__(self, path: str | Path) -> None:
         self.reader = LmdbReader(path)
 
-    def check(self, images: LmdbReader, numbers: np.ndarray) -> None:
+    def check(self, words: LmdbReader, numbers: np.ndarray) -> None:
         """Compare the numbers of samples, and presence, size and label of some samples spread over the set."""
-        if len(images) != len(self.reader):
-            raise self._mismatch(images, f"{len(images)} samples against {len(self.reader)}")
+        if len(words) != len(self.reader):
+            raise self._mismatch(words, f"{len(words)} samples against {len(self.reader)}")
         chosen = np.linspace(0, len(numbers) - 1, min(PAIRS_CHECKED, len(numbers))).astype(int)
         for number in np.unique(numbers[chosen]).tolist():
-            self._check_pair(images, number)
+            self._check_pair(words, number)
 
-    def _check_pair(self, images: LmdbReader, number: int) -> None:
+    def _check_pair(self, words: LmdbReader, number: int) -> None:
         mask = self.reader.get(image_key(number))
-        label, copied = images.get(label_key(number)), self.reader.get(label_key(number))
+        label, copied = words.get(label_key(number)), self.reader.get(label_key(number))
         if copied is not None and copied != label:
-            raise self._mismatch(images, f"{label_key(number)} is {label!r} against {copied!r}")
+            raise self._mismatch(words, f"{label_key(number)} is {label!r} against {copied!r}")
         try:
-            height, width = decode_picture(images.get(image_key(number))).shape[:2]
+            height, width = decode_image(words.get(image_key(number))).shape[:2]
             if mask is None:
-                raise self._mismatch(images, f"{image_key(number)} has no mask")
+                raise self._mismatch(words, f"{image_key(number)} has no mask")
             mask_height, mask_width = decode_mask(mask).shape
-        except BrokenPictureError:
-            return  # counted when it is read; tools/create_masks.py makes no mask of a broken picture
+        except BrokenImageError:
+            return  # counted when it is read; tools/create_masks.py makes no mask of a broken image
         if (height, width) != (mask_height, mask_width):
             difference = f"{image_key(number)} is {width} x {height} pixels, its mask {mask_width} x {mask_height}"
-            raise self._mismatch(images, difference)
+            raise self._mismatch(words, difference)
 
-    def _mismatch(self, images: LmdbReader, difference: str) -> UserError:
+    def _mismatch(self, words: LmdbReader, difference: str) -> UserError:
         return UserError(
-            f"masks {self.reader.path} do not belong to {images.path}: {difference}; "
+            f"masks {self.reader.path} do not belong to {words.path}: {difference}; "
             "check dataset.masks.root or make the masks again with tools/create_masks.py"
         )
 
-    def read(self, images: LmdbReader, numbers: Sequence[int], pictures: Sequence[Picture]) -> list[Mask | str]:
+    def read(self, words: LmdbReader, numbers: Sequence[int], images: Sequence[ImageArray]) -> list[Mask | str]:
         """Read and decode masks."""
         with self.reader.transaction(buffers=True) as transaction:
-            pairs = zip(numbers, pictures, strict=True)
-            return [_decoded(transaction.get(image_key(number).encode()), picture) for number, picture in pairs]
+            pairs = zip(numbers, images, strict=True)
+            return [_decoded(transaction.get(image_key(number).encode()), image) for number, image in pairs]
 
 
-def _decoded(data: memoryview | None, picture: Picture) -> Mask | str:
-    """A mask of the size of its picture, or the reason why there is none."""
+def _decoded(data: memoryview | None, image: ImageArray) -> Mask | str:
+    """A mask of the size of its image, or the reason why there is none."""
     if data is None:
         return MASK_MISSING
     try:
         mask = decode_mask(data)
-    except BrokenPictureError:
+    except BrokenImageError:
         return MASK_BROKEN
-    return mask if mask.shape == picture.shape[:2] else MASK_SIZE
+    return mask if mask.shape == image.shape[:2] else MASK_SIZE
 
 
 class OnlineMasks:
-    """Masks that a segmentation network makes when a word is read, of the picture as stored.
+    """Masks that a segmentation network makes when a word is read, of the image as stored.
 
     Args:
-        segmenter: pictures -> their masks, 8 bits, of the same sizes; it is called once for the words of a batch.
+        segmenter: images -> their masks, 8 bits, of the same sizes; it is called once for the words of a batch.
         cache_dir: folder of a file that keeps each mask as PNG, shared by all worker processes and by later runs;
             None makes every mask anew.
-        fingerprint: what the masks depend on beside the picture (weights, areas); names the file.
+        fingerprint: what the masks depend on beside the image (weights, areas); names the file.
     """
 
     def __init__(self, segmenter: Segmenter, *, cache_dir: str | Path | None = None, fingerprint: str = "") -> None:
@@ -106,34 +106,34 @@ class OnlineMasks:
         self.fingerprint = fingerprint
         self._stores: dict[Path, MaskStore] = {}
 
-    def check(self, images: LmdbReader, numbers: np.ndarray) -> None:
-        """Nothing to compare: the masks are made of the pictures."""
+    def check(self, words: LmdbReader, numbers: np.ndarray) -> None:
+        """Nothing to compare: the masks are made of the images."""
 
-    def read(self, images: LmdbReader, numbers: Sequence[int], pictures: Sequence[Picture]) -> list[Mask | str]:
+    def read(self, words: LmdbReader, numbers: Sequence[int], images: Sequence[ImageArray]) -> list[Mask | str]:
         """Look masks up, make those that are not there in one call, and keep them."""
-        store = self._store(images)
+        store = self._store(words)
         masks: dict[int, Mask | str] = {}
         for number, data in (store.get(numbers) if store else {}).items():
-            masks[number] = _decoded(memoryview(data), pictures[numbers.index(number)])
+            masks[number] = _decoded(memoryview(data), images[numbers.index(number)])
         wanted = [place for place, number in enumerate(numbers) if not isinstance(masks.get(number), np.ndarray)]
         if wanted:
-            made = self.segmenter([pictures[place] for place in wanted])
+            made = self.segmenter([images[place] for place in wanted])
             fresh = {numbers[place]: mask for place, mask in zip(wanted, made, strict=True)}
             if store:
                 store.put({number: cv2.imencode(".png", mask)[1].tobytes() for number, mask in fresh.items()})
             masks.update(fresh)
         return [masks[number] for number in numbers]
 
-    def _store(self, images: LmdbReader) -> "MaskStore | None":
+    def _store(self, words: LmdbReader) -> "MaskStore | None":
         if self.cache_dir is None:
             return None
-        if images.path not in self._stores:
-            data = (images.path / DATA_FILE).resolve()
+        if words.path not in self._stores:
+            data = (words.path / DATA_FILE).resolve()
             status = data.stat()
             parts = [str(data), status.st_size, status.st_mtime_ns, self.fingerprint]
             digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-            self._stores[images.path] = MaskStore(self.cache_dir / f"masks-{images.path.name}-{digest}.sqlite")
-        return self._stores[images.path]
+            self._stores[words.path] = MaskStore(self.cache_dir / f"masks-{words.path.name}-{digest}.sqlite")
+        return self._stores[words.path]
 
 
 class MaskStore:

@@ -254,7 +254,7 @@ class ShardedSampler(Sampler[SampleKey]):
 class EqualSizeBatchSampler(Sampler[list[SampleKey]]):
     """Every sample once over all processes, in batches of samples of equal size.
 
-    Pictures are read at their own size in evaluation; padding them to a common one would change what a network sees.
+    Images are read at their own size in evaluation; padding them to a common one would change what a network sees.
 
     Args:
         length: samples of the data set.

@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from loading.decoding import Mask, Picture, Size
+from loading.decoding import ImageArray, Mask, Size
 
 Fit = Literal["stretch", "centre", "left"]  # how an image gets the network's size: see ResizeWord
 
-MAX_SIDE = 4096  # pixels; larger pictures are brought down to it first (OpenCV's warps end at 32,767)
+MAX_SIDE = 4096  # pixels; larger images are brought down to it first (OpenCV's warps end at 32,767)
 
 
 def fit_canvas(matrix: np.ndarray, size: Size, *, max_side: int = MAX_SIDE) -> tuple[np.ndarray, Size]:
@@ -49,46 +49,46 @@ TO_OPENCV = np.array([[1.0, 0.0, -0.5], [0.0, 1.0, -0.5], [0.0, 0.0, 1.0]])
 FROM_OPENCV = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
 
 
-def warp(picture: np.ndarray, matrix: np.ndarray, size: Size, interpolation: int) -> np.ndarray:
-    """Warp a picture or mask by `matrix` onto a canvas of `size`; what lies outside repeats the border."""
+def warp(image: np.ndarray, matrix: np.ndarray, size: Size, interpolation: int) -> np.ndarray:
+    """Warp an image or mask by `matrix` onto a canvas of `size`; what lies outside repeats the border."""
     matrix = TO_OPENCV @ matrix @ FROM_OPENCV
     canvas = (size[1], size[0])
     if matrix[2, 0] or matrix[2, 1]:
-        return cv2.warpPerspective(picture, matrix, canvas, flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
-    return cv2.warpAffine(picture, matrix[:2], canvas, flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
+        return cv2.warpPerspective(image, matrix, canvas, flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(image, matrix[:2], canvas, flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
 
 
-def resize(picture: np.ndarray, size: Size) -> np.ndarray:
+def resize(image: np.ndarray, size: Size) -> np.ndarray:
     """Resize bilinearly to height and width, without smoothing first, as the published pipeline does."""
-    if picture.shape[:2] == size:
-        return picture
-    return cv2.resize(picture, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    if image.shape[:2] == size:
+        return image
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
 
 
 def warp_pair(
-    picture: Picture, mask: Mask | None, matrix: np.ndarray, size: Size, interpolation: int
-) -> tuple[Picture, Mask | None]:
-    """`warp` of a picture and its mask, alike to the last pixel."""
+    image: ImageArray, mask: Mask | None, matrix: np.ndarray, size: Size, interpolation: int
+) -> tuple[ImageArray, Mask | None]:
+    """`warp` of an image and its mask, alike to the last pixel."""
     if mask is None:
-        return warp(picture, matrix, size, interpolation), None
-    both = warp(cv2.merge((picture, mask)), matrix, size, interpolation)  # four channels cost what three do
+        return warp(image, matrix, size, interpolation), None
+    both = warp(cv2.merge((image, mask)), matrix, size, interpolation)  # four channels cost what three do
     return cv2.cvtColor(both, cv2.COLOR_RGBA2RGB), cv2.extractChannel(both, 3)
 
 
-def limit_size(picture: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:
+def limit_size(image: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:
     """Bring sides over `max_side` down to it, each by itself."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     if height <= max_side and width <= max_side:
-        return picture
-    return cv2.resize(picture, (min(width, max_side), min(height, max_side)), interpolation=cv2.INTER_AREA)
+        return image
+    return cv2.resize(image, (min(width, max_side), min(height, max_side)), interpolation=cv2.INTER_AREA)
 
 
 class WordTransform(Protocol):
-    """Makes (height, width) inputs of a picture and its mask."""
+    """Makes (height, width) inputs of an image and its mask."""
 
     size: Size
 
-    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator) -> tuple[Picture, Mask | None]: ...
+    def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator) -> tuple[ImageArray, Mask | None]: ...
 
 
 class ResizeWord:
@@ -107,9 +107,9 @@ class ResizeWord:
         self.fit = fit
         self.random_aspect = random_aspect
 
-    def __call__(self, picture: Picture, mask: Mask | None, rng: Generator | None) -> tuple[Picture, Mask | None]:
-        size = self.draw_size(picture.shape[:2], rng)
-        return self.place(picture, size), None if mask is None else self.place(mask, size)
+    def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator | None) -> tuple[ImageArray, Mask | None]:
+        size = self.draw_size(image.shape[:2], rng)
+        return self.place(image, size), None if mask is None else self.place(mask, size)
 
     def draw_size(self, size: Size, rng: Generator | None) -> Size:
         """Height and width that an image of `size` gets inside of the network's size."""
@@ -134,39 +134,39 @@ class ResizeWord:
             return 0, 0
         return (self.size[0] - size[0] + 1) // 2, (self.size[1] - size[1] + 1) // 2
 
-    def place(self, picture: np.ndarray, size: Size) -> np.ndarray:
-        """Resize a picture or mask to `size` and fill up to the network's."""
-        picture = resize(picture, size)
+    def place(self, image: np.ndarray, size: Size) -> np.ndarray:
+        """Resize an image or mask to `size` and fill up to the network's."""
+        image = resize(image, size)
         below, right = self.size[0] - size[0], self.size[1] - size[1]
         if not below and not right:
-            return picture
+            return image
         border = cv2.BORDER_REPLICATE if self.fit == "centre" else cv2.BORDER_CONSTANT
         top, left = self.corner(size)
-        return cv2.copyMakeBorder(picture, top, below - top, left, right - left, border, value=0)
+        return cv2.copyMakeBorder(image, top, below - top, left, right - left, border, value=0)
 
 
 TURNS = (0, 90, 270)  # degrees counterclockwise
 
 
-def turn(picture: np.ndarray, degrees: int) -> np.ndarray:
+def turn(image: np.ndarray, degrees: int) -> np.ndarray:
     """An image or mask turned counterclockwise by a multiple of 90 degrees."""
-    return np.ascontiguousarray(np.rot90(picture, degrees // 90)) if degrees else picture
+    return np.ascontiguousarray(np.rot90(image, degrees // 90)) if degrees else image
 
 
 class View(NamedTuple):
     """An image and its mask, turned counterclockwise by some degrees."""
 
-    picture: Picture
+    image: ImageArray
     mask: Mask | None
     turned: int = 0
 
 
-def views(picture: Picture, mask: Mask | None, *, turn_tall: float | None = None) -> list[View]:
+def views(image: ImageArray, mask: Mask | None, *, turn_tall: float | None = None) -> list[View]:
     """The ways in which an image is read: as stored and, where it is tall, turned by 90 degrees both ways, too.
 
     Args:
         turn_tall: height / width above which an image is tall; None for no image.
     """
-    tall = turn_tall is not None and picture.shape[0] > turn_tall * picture.shape[1]
+    tall = turn_tall is not None and image.shape[0] > turn_tall * image.shape[1]
     turns = TURNS if tall else TURNS[:1]
-    return [View(turn(picture, each), None if mask is None else turn(mask, each), each) for each in turns]
+    return [View(turn(image, each), None if mask is None else turn(mask, each), each) for each in turns]

@@ -1,7 +1,7 @@
 """Which samples of a word LMDB can be used: found once, counted by reason, kept in a file.
 
-The scan walks over the label keys and the picture keys in the order of the file and works on 65,536 labels at a time.
-That a picture can be decoded is not part of it: reading 16 million pictures takes hours; broken ones are found when
+The scan walks over the label keys and the image keys in the order of the file and works on 65,536 labels at a time.
+That an image can be decoded is not part of it: reading 16 million images takes hours; broken ones are found when
 they are read.
 """
 
@@ -25,7 +25,7 @@ from loading.lmdb_io import DATA_FILE, LmdbReader
 
 logger = logging.getLogger(__name__)
 
-MISSING = "missing"  # no picture or no label under the number of the sample
+MISSING = "missing"  # no image or no label under the number of the sample
 NOT_UTF8 = "not_utf8"
 
 _FORMAT = 1  # of the files; a new one makes old files unused
@@ -91,7 +91,7 @@ def default_cache_dir() -> Path:
 
 
 def scan_words(reader: LmdbReader, labels: LabelRule) -> WordIndex:
-    """Look at every label and at the presence of every picture."""
+    """Look at every label and at the presence of every image."""
     announced = len(reader)
     with reader.transaction() as transaction:
         last = min(announced, max(_last_number(transaction, b"label-"), 0))
@@ -99,10 +99,10 @@ def scan_words(reader: LmdbReader, labels: LabelRule) -> WordIndex:
         judge = _LabelJudge(labels)
         for numbers, texts in _chunks(transaction, b"label-", last, values=True):
             states[numbers] = judge(texts)
-        pictures = np.zeros(last + 1, bool)
+        images = np.zeros(last + 1, bool)
         for numbers, _ in _chunks(transaction, b"image-", last, values=False):
-            pictures[numbers] = True
-    states[~pictures] = _MISSING
+            images[numbers] = True
+    states[~images] = _MISSING
     counts = np.bincount(states[1:], minlength=len(_STATES))
     counts[_MISSING] += announced - last
     filtered = {name: int(count) for name, count in zip(_STATES[1:], counts[1:], strict=True) if count}

@@ -1,4 +1,4 @@
-"""Alignment of the two readings (ABINet, fusion).
+"""Alignment of the two predictions (ABINet, fusion).
 
 Legend: N images, T steps, E features, C classes.
 """

@@ -154,7 +154,7 @@ class SSN(nn.Module):
 
 
 def network_size(size: Sequence[int], area: int) -> tuple[int, int]:
-    """Height and width at which a picture of `size` (height, width) enters the network: `area` squared pixels, about.
+    """Height and width at which an image of `size` (height, width) enters the network: `area` squared pixels, about.
 
     The aspect is kept up to the rounding down to 32 k + 1.
     """

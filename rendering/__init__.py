@@ -1,4 +1,4 @@
-"""Rendered words: pictures of text with the exact mask of their letters, endless and the same for the same seed."""
+"""Rendered words: images of text with the exact mask of their letters, endless and the same for the same seed."""
 
 from rendering.config import RenderConfig, load_render_config
 from rendering.endless import RenderedWords

@@ -70,16 +70,16 @@ class Backgrounds:
         return BACKGROUND_KINDS[min(int(place), len(BACKGROUND_KINDS) - 1)]
 
     def make(self, kind: str, warp: Warp, rng: np.random.Generator) -> np.ndarray:
-        """A background of `kind` for a picture of `warp.size`; the warp's margins say where other texts may be."""
+        """A background of `kind` for an image of `warp.size`; the warp's margins say where other texts may be."""
         base = draw_background_colour(rng, self._saturated)
         size = (warp.size[1], warp.size[0])
         if kind != "clutter":
             return self._surface(kind, base, size, rng)
         ground = ("plain", "plain", "gradient", "texture", "scene")[int(rng.integers(5))]
-        picture = self._surface(ground, base, size, rng)
-        self._add_shapes(picture, base, rng)
-        self._add_texts(picture, base, warp, rng)
-        return picture
+        image = self._surface(ground, base, size, rng)
+        self._add_shapes(image, base, rng)
+        self._add_texts(image, base, warp, rng)
+        return image
 
     def _surface(self, kind: str, base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         if kind == "plain":
@@ -95,7 +95,7 @@ class Backgrounds:
         return self._cut_photo(size, rng)
 
     def _cut_photo(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """A piece of a photograph in the shape of the picture, at its pixels' own scale or shrunk."""
+        """A piece of a photograph in the shape of the image, at its pixels' own scale or shrunk."""
         photo = self._photo(self._photos[int(rng.integers(len(self._photos)))])
         height, width = size
         largest = min(photo.shape[0] / height, photo.shape[1] / width)
@@ -116,9 +116,9 @@ class Backgrounds:
         self._loaded[path] = photo
         return photo
 
-    def _add_shapes(self, picture: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> None:
+    def _add_shapes(self, image: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> None:
         """Draw lines, frames, bars and discs, in place."""
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         for _ in range(int(rng.integers(1, 4))):
             colour = draw_contrasting(base, rng) if rng.random() < 0.5 else draw_background_colour(rng)
             colour = tuple(float(c) for c in base + (colour - base) * rng.uniform(0.3, 1.0))
@@ -127,22 +127,22 @@ class Backgrounds:
             x, y = rng.uniform(-0.2, 1.2, size=2) * width, rng.uniform(-0.2, 1.2, size=2) * height
             start, end = (int(x[0]), int(y[0])), (int(x[1]), int(y[1]))
             if kind < 0.3:
-                cv2.line(picture, start, end, colour, thick, cv2.LINE_AA)
+                cv2.line(image, start, end, colour, thick, cv2.LINE_AA)
             elif kind < 0.55:  # the edge of the sign: everything beyond a border is something else
-                _fill_beyond_edge(picture, colour, rng)
+                _fill_beyond_edge(image, colour, rng)
             elif kind < 0.75:  # a rule above or below the word
                 edge = int(height * (rng.uniform(0, 0.12) if rng.random() < 0.5 else rng.uniform(0.88, 1)))
                 cv2.line(
-                    picture, (0, edge), (width, edge + int(rng.normal(0, 0.03) * height)), colour, thick, cv2.LINE_AA
+                    image, (0, edge), (width, edge + int(rng.normal(0, 0.03) * height)), colour, thick, cv2.LINE_AA
                 )
             elif kind < 0.88:
-                cv2.rectangle(picture, start, end, colour, thick if rng.random() < 0.5 else -1)
+                cv2.rectangle(image, start, end, colour, thick if rng.random() < 0.5 else -1)
             else:
-                cv2.circle(picture, start, int(height * rng.uniform(0.2, 0.9)), colour, thick, cv2.LINE_AA)
+                cv2.circle(image, start, int(height * rng.uniform(0.2, 0.9)), colour, thick, cv2.LINE_AA)
 
-    def _add_texts(self, picture: np.ndarray, base: np.ndarray, warp: Warp, rng: np.random.Generator) -> None:
+    def _add_texts(self, image: np.ndarray, base: np.ndarray, warp: Warp, rng: np.random.Generator) -> None:
         """Draw pieces of other texts into the margins, in place, as crops of words show their neighbours."""
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         left, top, right, bottom = (max(margin, 1.0) for margin in warp.margins)
         colour = draw_contrasting(base, rng).astype(np.float32)
         for side in np.flatnonzero(rng.random(4) < _NEIGHBOURS):
@@ -159,7 +159,7 @@ class Backgrounds:
                 (width - int(right * reach), along_y),
                 (along_x, height - int(bottom * reach)),
             )[side]
-            _stamp(picture, fragment, x, y, colour)
+            _stamp(image, fragment, x, y, colour)
 
     def _fragment(self, number: int) -> np.ndarray:
         """Piece of text `number`, the same in every process: uint8 (h, w) without space around it."""
@@ -178,18 +178,18 @@ class Backgrounds:
 
 
 def find_photos(folder: str) -> list[str]:
-    """The pictures in `folder` and below it, sorted.
+    """The images in `folder` and below it, sorted.
 
     Raises:
-        UserError: the folder is missing or holds no picture.
+        UserError: the folder is missing or holds no image.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"photos: {folder}: no such folder; name a folder of pictures")
+        raise UserError(f"photos: {folder}: no such folder; name a folder of images")
     found = sorted(
         str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()
     )
     if not found:
-        raise UserError(f"photos: {folder}: holds no picture ({', '.join(PHOTO_SUFFIXES)})")
+        raise UserError(f"photos: {folder}: holds no image ({', '.join(PHOTO_SUFFIXES)})")
     return found
 
 
@@ -247,16 +247,16 @@ def _scene(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) ->
         centre = rng.random(2) * (small.shape[1], small.shape[0])
         corners = centre + rng.normal(0, 14, size=(int(rng.integers(3, 6)), 2))
         cv2.fillConvexPoly(small, cv2.convexHull(corners.astype(np.int32)), colour, cv2.LINE_AA)
-    picture = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
     sigma = min(height, width) * float(rng.choice([0.01, 0.03, 0.08]))
-    picture = cv2.GaussianBlur(picture, (0, 0), max(0.5, sigma))
+    image = cv2.GaussianBlur(image, (0, 0), max(0.5, sigma))
     grain = np.float32(rng.uniform(0, 50)) * (cut_texture(size, rng) - np.float32(0.5))
-    return np.clip(raised(picture, grain), 0, 255)
+    return np.clip(raised(image, grain), 0, 255)
 
 
-def _fill_beyond_edge(picture: np.ndarray, colour: tuple[float, ...], rng: np.random.Generator) -> None:
+def _fill_beyond_edge(image: np.ndarray, colour: tuple[float, ...], rng: np.random.Generator) -> None:
     """Fill what lies beyond a nearly straight line along one side, in place."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     depth = rng.uniform(0.02, 0.16, size=2) * height
     side = int(rng.integers(4))
     if side == 0:
@@ -267,15 +267,15 @@ def _fill_beyond_edge(picture: np.ndarray, colour: tuple[float, ...], rng: np.ra
         corners = [(0, 0), (0, height), (depth[0], height), (depth[1], 0)]
     else:
         corners = [(width, 0), (width, height), (width - depth[0], height), (width - depth[1], 0)]
-    cv2.fillConvexPoly(picture, np.array(corners, np.int32), colour, cv2.LINE_AA)
+    cv2.fillConvexPoly(image, np.array(corners, np.int32), colour, cv2.LINE_AA)
 
 
-def _stamp(picture: np.ndarray, alpha: np.ndarray, x: int, y: int, colour: np.ndarray) -> None:
-    """Draw `colour` through `alpha` (uint8, 255 = all) with its corner at (x, y), in place, cut to the picture."""
+def _stamp(image: np.ndarray, alpha: np.ndarray, x: int, y: int, colour: np.ndarray) -> None:
+    """Draw `colour` through `alpha` (uint8, 255 = all) with its corner at (x, y), in place, cut to the image."""
     left, top = max(x, 0), max(y, 0)
-    right, bottom = min(x + alpha.shape[1], picture.shape[1]), min(y + alpha.shape[0], picture.shape[0])
+    right, bottom = min(x + alpha.shape[1], image.shape[1]), min(y + alpha.shape[0], image.shape[0])
     if left >= right or top >= bottom:
         return
     share = alpha[top - y : bottom - y, left - x : right - x, None].astype(np.float32) / 255
-    area = picture[top:bottom, left:right]
+    area = image[top:bottom, left:right]
     area += share * (colour - area)

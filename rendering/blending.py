@@ -5,7 +5,7 @@ import numpy as np
 
 
 def full(size: tuple[int, int], colour: np.ndarray) -> np.ndarray:
-    """A picture of one colour, float32 (h, w, 3); `size` is (height, width)."""
+    """An image of one colour, float32 (h, w, 3); `size` is (height, width)."""
     pixel = np.asarray(colour, np.float32).reshape(1, 1, 3)
     return cv2.copyMakeBorder(pixel, 0, size[0] - 1, 0, size[1] - 1, cv2.BORDER_REPLICATE)
 
@@ -21,11 +21,11 @@ def blend(lower: np.ndarray, upper: np.ndarray, share: np.ndarray) -> np.ndarray
     return cv2.blendLinear(lower, upper, 1 - share, share)
 
 
-def scaled(picture: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """`picture`, float32 (h, w, 3), times `factor`, float32 (h, w)."""
-    return cv2.multiply(picture, cv2.merge([factor, factor, factor]))
+def scaled(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """`image`, float32 (h, w, 3), times `factor`, float32 (h, w)."""
+    return cv2.multiply(image, cv2.merge([factor, factor, factor]))
 
 
-def raised(picture: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """`picture`, float32 (h, w, 3), plus `value`, float32 (h, w)."""
-    return cv2.add(picture, cv2.merge([value, value, value]))
+def raised(image: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """`image`, float32 (h, w, 3), plus `value`, float32 (h, w)."""
+    return cv2.add(image, cv2.merge([value, value, value]))

@@ -68,11 +68,11 @@ class FontsConfig(Section):
 class LettersConfig(Section):
     """Size and spacing of the letters. Lengths are in heights of a capital letter, but for the height itself."""
 
-    height: Annotated[float, Field(gt=4)] = key(26.0, "Median height of a capital letter in the picture, pixels.")
+    height: Annotated[float, Field(gt=4)] = key(26.0, "Median height of a capital letter in the image, pixels.")
     height_spread: Amount = key(0.5, "Standard deviation of the logarithm of that height.")
     min_height: Annotated[float, Field(gt=4)] = key(11.0, "Lower limit of that height, pixels.")
     max_height: Annotated[float, Field(gt=4)] = key(80.0, "Upper limit of that height, pixels.")
-    max_width: Annotated[int, Field(ge=32)] = key(480, "Widest picture, pixels; a longer word is made smaller.")
+    max_width: Annotated[int, Field(ge=32)] = key(480, "Widest image, pixels; a longer word is made smaller.")
     stretch: Amount = key(0.15, "Standard deviation of the logarithm of the width of the letters.")
     spacing: Share = key(0.3, "Probability of letters set wider or tighter than the font has them.")
     widest_spacing: Amount = key(0.5, "Most space added between letters.")
@@ -145,19 +145,19 @@ class SurroundingsConfig(Section):
 class DegradationConfig(Section):
     """Probabilities and amounts of what a camera does, at difficulty 0.5."""
 
-    night: Share = key(0.05, "Probability of a dark, noisy picture in the colour of the lamps (steep).")
+    night: Share = key(0.05, "Probability of a dark, noisy image in the colour of the lamps (steep).")
     veil: Share = key(0.06, "Probability of haze, dust or glass that leaves hardly any contrast (steep).")
-    lights: Share = key(0.04, "Probability of lamps in the picture, or of bright parts that bloom (steep).")
+    lights: Share = key(0.04, "Probability of lamps in the image, or of bright parts that bloom (steep).")
     tiny: Share = key(0.07, "Probability of letters enlarged from about 7 pixels (steep).")
     lighting: Share = key(0.35, "Probability of uneven light: a slope, a cast shadow or a shine.")
-    exposure: Share = key(0.4, "Probability of a picture too dark, too light or too flat.")
+    exposure: Share = key(0.4, "Probability of an image too dark, too light or too flat.")
     blur: Share = key(0.45, "Probability of a Gaussian blur.")
     blur_amount: Amount = key(0.04, "Largest standard deviation of it, heights of a capital letter.")
     motion: Share = key(0.08, "Probability of a motion blur.")
     motion_amount: Amount = key(0.2, "Longest motion, heights of a capital letter.")
-    low_resolution: Share = key(0.25, "Probability of a picture enlarged from a smaller one.")
+    low_resolution: Share = key(0.25, "Probability of an image enlarged from a smaller one.")
     resolution_loss: Amount = key(2.2, "Largest factor of that enlargement.")
-    sharpening: Share = key(0.15, "Probability of a sharpened picture, with the halos of it.")
+    sharpening: Share = key(0.15, "Probability of a sharpened image, with the halos of it.")
     noise: Share = key(0.35, "Probability of sensor noise.")
     noise_amount: Amount = key(9.0, "Largest standard deviation of it, of 255.")
     jpeg: Share = key(0.5, "Probability of JPEG artefacts.")
@@ -176,9 +176,9 @@ class BackgroundWeightsConfig(Section):
 
 
 class OutputConfig(Section):
-    """How pictures are stored; masks are always PNG."""
+    """How images are stored; masks are always PNG."""
 
-    picture: Literal["jpeg", "png"] = key("jpeg", "Format of the pictures in the LMDB.")
+    image: Literal["jpeg", "png"] = key("jpeg", "Format of the images in the LMDB.")
     quality: Annotated[int, Field(ge=1, le=100)] = key(95, "JPEG quality, 1 to 100; colour at full resolution.")
     mask: Literal["soft", "binary"] = key(
         "soft", "soft: the share of each pixel that letters cover, 255 = all; binary: 0 or 255, cut at one half."

@@ -96,7 +96,7 @@ def letter_stroke(letters: Letters, text: str, style: Style) -> np.ndarray:
 def paint_fill(
     letters: Letters, style: Style, warp: Warp, colour: np.ndarray, ground: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Colours of the letters in the picture, beyond the letters too, float32 (h, w, 3); (3,) where all have one.
+    """Colours of the letters in the image, beyond the letters too, float32 (h, w, 3); (3,) where all have one.
 
     Args:
         ground: what was there before the letters, float32 (h, w, 3); worn paint lets it through.
@@ -116,9 +116,9 @@ def paint_fill(
 
 
 def cut_relief(
-    picture: np.ndarray, letters: Letters, style: Style, warp: Warp, share: np.ndarray, rng: np.random.Generator
+    image: np.ndarray, letters: Letters, style: Style, warp: Warp, share: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """The picture, float32 (h, w, 3), with letters that stand out of it or are cut into it, in its own colour.
+    """The image, float32 (h, w, 3), with letters that stand out of it or are cut into it, in its own colour.
 
     Args:
         share: of each pixel that letters cover, float32 (h, w).
@@ -129,13 +129,13 @@ def cut_relief(
     x, y = np.cos(angle) * 0.05 * unit, np.sin(angle) * 0.05 * unit
     slope = _moved(height, x, y) - _moved(height, -x, -y)
     # Only on an even surface can light and shade alone be read.
-    picture = cv2.addWeighted(picture, 0.5, full(share.shape, picture.mean(axis=(0, 1))), 0.5, 0)
-    inside = raised(picture, np.float32(rng.uniform(-16, 16)) * share)
+    image = cv2.addWeighted(image, 0.5, full(share.shape, image.mean(axis=(0, 1))), 0.5, 0)
+    inside = raised(image, np.float32(rng.uniform(-16, 16)) * share)
     return np.clip(raised(inside, warp.apply(slope) * np.float32(0.55 * strength)), 0, 255)
 
 
 def lay_under(
-    picture: np.ndarray,
+    image: np.ndarray,
     letters: Letters,
     stroke: np.ndarray,
     style: Style,
@@ -143,7 +143,7 @@ def lay_under(
     colour: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The picture, float32 (h, w, 3), with what lies under letters of `colour`: glow, shadow, sides, outlines.
+    """The image, float32 (h, w, 3), with what lies under letters of `colour`: glow, shadow, sides, outlines.
 
     Args:
         stroke: what of the flat word is text, of `letter_stroke`.
@@ -156,18 +156,18 @@ def lay_under(
     if style.glow:
         source = stroke if style.shining else body
         halo = cv2.dilate(source, disc(max(1, round(0.4 * style.glow * unit))))
-        picture = _laid(picture, colour, 0.8, _softened(halo, style.glow * unit / 2), warp)
+        image = _laid(image, colour, 0.8, _softened(halo, style.glow * unit / 2), warp)
     if style.second_outline:
         second = cv2.dilate(body, disc(max(1, round(style.second_outline * unit))))
-        picture = _laid(picture, colour, 1.0, second, warp)
+        image = _laid(image, colour, 1.0, second, warp)
     if style.shadow:
         x, y, softness, opacity = style.shadow
-        picture = _laid(picture, dark, opacity, _softened(_moved(body, x * unit, y * unit), softness * unit), warp)
+        image = _laid(image, dark, opacity, _softened(_moved(body, x * unit, y * unit), softness * unit), warp)
     if style.extrusion:
-        picture = _laid(picture, side, 1.0, _swept(body, style.extrusion[0] * unit, style.extrusion[1] * unit), warp)
+        image = _laid(image, side, 1.0, _swept(body, style.extrusion[0] * unit, style.extrusion[1] * unit), warp)
     if style.outline:
-        picture = _laid(picture, edge, 1.0, body, warp)
-    return picture
+        image = _laid(image, edge, 1.0, body, warp)
+    return image
 
 
 def _second_share(letters: Letters, style: Style, rng: np.random.Generator) -> np.ndarray | None:
@@ -207,9 +207,9 @@ def _second_colour(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return with_luminance(np.clip(other, 1, 255), float(np.clip(ground + rng.uniform(-0.15, 0.15), 0, 1)))
 
 
-def _laid(picture: np.ndarray, colour: np.ndarray, opacity: float, alpha: np.ndarray, warp: Warp) -> np.ndarray:
-    """`picture` with `colour` laid over it through the flat `alpha` (uint8), warped."""
-    return blend(picture, colour, warp.apply(alpha) * np.float32(opacity / 255))
+def _laid(image: np.ndarray, colour: np.ndarray, opacity: float, alpha: np.ndarray, warp: Warp) -> np.ndarray:
+    """`image` with `colour` laid over it through the flat `alpha` (uint8), warped."""
+    return blend(image, colour, warp.apply(alpha) * np.float32(opacity / 255))
 
 
 def _softened(alpha: np.ndarray, sigma: float) -> np.ndarray:

@@ -18,7 +18,7 @@ class EpochKey(Protocol):
 
 
 class RenderedWords:
-    """`words[SampleKey(epoch, index)]` -> (picture uint8 RGB (h, w, 3), mask uint8 (h, w), text).
+    """`words[SampleKey(epoch, index)]` -> (image uint8 RGB (h, w, 3), mask uint8 (h, w), text).
 
     Sample i of epoch e is word e * length + i of (seed, split, stream), whichever process draws it. May be pickled.
 

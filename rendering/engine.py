@@ -1,4 +1,4 @@
-"""The renderer: word `index` of seed `seed`, as a picture with its exact mask."""
+"""The renderer: word `index` of seed `seed`, as an image with its exact mask."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -167,13 +167,13 @@ class _Word:
         if kind not in BACKGROUND_KINDS:
             raise UserError(f"background: {kind!r} is none of {', '.join(BACKGROUND_KINDS)}")
         config, warp = self.config, drawing.warp
-        picture = self.renderer.backgrounds.make(kind, warp, self.stream(Stream.BACKGROUND))
-        picture = paint(drawing, picture, config, self.stream(Stream.COLOURS))
+        image = self.renderer.backgrounds.make(kind, warp, self.stream(Stream.BACKGROUND))
+        image = paint(drawing, image, config, self.stream(Stream.COLOURS))
         mask = drawing.alpha
         rng = self.stream(Stream.OCCLUSION)
         if rng.random() < config.steep(config.surroundings.occlusion):
-            picture, mask = occlude(picture, mask, warp.unit, rng)
-        image = degrade(picture, warp.unit, config, self.stream(Stream.DEGRADATION))
+            image, mask = occlude(image, mask, warp.unit, rng)
+        image = degrade(image, warp.unit, config, self.stream(Stream.DEGRADATION))
         if config.output.mask == "binary":
             mask = np.where(mask > 127, np.uint8(255), np.uint8(0))
         return RenderedWord(image, mask, drawing.text, drawing.family, kind, warp.rotation, warp.arc)

@@ -1,6 +1,6 @@
 """Which fonts there are, which characters each can draw, and the opened fonts of this process.
 
-A font draws a character when its picture is neither empty nor the one of a character that no font has. Fonts whose
+A font draws a character when its image is neither empty nor the one of a character that no font has. Fonts whose
 small letters are capitals again (all capitals, small capitals) do not draw small letters: the label would lie.
 """
 
@@ -292,15 +292,15 @@ def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Glyph:
     # Asking a font for the extents costs as much as drawing, so the canvas is first taken large enough.
     room = int(font.size)
     while True:
-        picture = Image.new("L", (5 * room // 2, 2 * room))
-        ImageDraw.Draw(picture).text((room, 3 * room // 2), character, fill=255, font=font, anchor="ls")
-        box = picture.getbbox()
+        image = Image.new("L", (5 * room // 2, 2 * room))
+        ImageDraw.Draw(image).text((room, 3 * room // 2), character, fill=255, font=font, anchor="ls")
+        box = image.getbbox()
         if box is None:
             return Glyph(np.zeros((1, 1), np.uint8), 0, 0, font.getlength(character))
-        if box[0] > 0 and box[1] > 0 and box[2] < picture.width and box[3] < picture.height:
+        if box[0] > 0 and box[1] > 0 and box[2] < image.width and box[3] < image.height:
             break
         room *= 2
-    return Glyph(np.asarray(picture.crop(box)), box[0] - room, box[1] - 3 * room // 2, font.getlength(character))
+    return Glyph(np.asarray(image.crop(box)), box[0] - room, box[1] - 3 * room // 2, font.getlength(character))
 
 
 def _shrunk(glyph: Glyph, factor: float) -> Glyph:
@@ -314,7 +314,7 @@ def _shrunk(glyph: Glyph, factor: float) -> Glyph:
 
 
 def _likeness(small: np.ndarray, capital: np.ndarray) -> float:
-    """1 for pictures of one shape, whatever their size; about 0.5 for different letters."""
+    """1 for images of one shape, whatever their size; about 0.5 for different letters."""
     size = (24, 24)
     difference = cv2.absdiff(cv2.resize(small, size), cv2.resize(capital, size))
     return 1 - float(difference.mean()) / 255

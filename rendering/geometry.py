@@ -1,4 +1,4 @@
-"""The warp: from the flat word to its place in the picture, the same one for everything that belongs to the letters.
+"""The warp: from the flat word to its place in the image, the same one for everything that belongs to the letters.
 
 Two steps: the base line is bent (arc or wave), then the plane is seen in perspective. Points are (x, y) in pixels, y
 downwards; the flat and the bent plane have their origin at the middle of the letters.
@@ -44,10 +44,10 @@ class Bend:
 
 @dataclass(frozen=True)
 class Warp:
-    """The whole way from the flat word to the picture.
+    """The whole way from the flat word to the image.
 
-    `centre`: the origin in the flat picture; `bend` or None; `matrix`: (3, 3), bent plane to picture; `size`: (width,
-    height) of the picture; `unit`: height of a capital letter in it; `margins`: left, top, right, bottom space around
+    `centre`: the origin in the flat image; `bend` or None; `matrix`: (3, 3), bent plane to image; `size`: (width,
+    height) of the image; `unit`: height of a capital letter in it; `margins`: left, top, right, bottom space around
     the letters in pixels, negative where letters are cut; `rotation` and `arc` (from the first to the last letter, 0
     for a wave): degrees.
     """
@@ -62,10 +62,10 @@ class Warp:
     arc: float = 0.0
 
     def apply(self, layer: np.ndarray, centre: tuple[float, float] | None = None) -> np.ndarray:
-        """`layer` (h, w[, channels]) of the flat word, as it lies in the picture; 0 outside.
+        """`layer` (h, w[, channels]) of the flat word, as it lies in the image; 0 outside.
 
         Args:
-            centre: the origin in `layer`, where that is not the flat picture itself.
+            centre: the origin in `layer`, where that is not the flat image itself.
         """
         x, y = centre or self.centre
         if self.bend is None:
@@ -88,7 +88,7 @@ class Warp:
 
 
 def draw_warp(letters: Letters, height: float, config: RenderConfig, rng: np.random.Generator) -> Warp:
-    """A random warp that makes a capital letter about `height` pixels high and crops the picture around the letters."""
+    """A random warp that makes a capital letter about `height` pixels high and crops the image around the letters."""
     left, top, right, bottom = letters.box
     centre = ((left + right) / 2, (top + bottom) / 2)
     bend, arc = _draw_bend(right - left, bottom - top, config, rng)

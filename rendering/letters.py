@@ -1,4 +1,4 @@
-"""Letters set in a line: a flat picture of the word before any warp."""
+"""Letters set in a line: a flat image of the word before any warp."""
 
 import math
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ def draw_layout(text: str, config: LettersConfig, rng: np.random.Generator) -> L
 
 
 def draw_height(config: LettersConfig, rng: np.random.Generator) -> float:
-    """A random height of a capital letter in the picture, pixels."""
+    """A random height of a capital letter in the image, pixels."""
     height = config.height * math.exp(config.height_spread * rng.standard_normal())
     return min(max(height, config.min_height), config.max_height)
 
@@ -109,10 +109,10 @@ def set_letters(face: Face, text: str, layout: Layout = _PLAIN) -> Letters:
     low_x, low_y = min(x for _, x, _ in inked), min(y for _, _, y in inked)
     width = max(x + fill.shape[1] for fill, x, _ in inked) - low_x
     height = max(y + fill.shape[0] for fill, _, y in inked) - low_y
-    picture = np.zeros((height + 2 * pad, width + 2 * pad), np.uint8)
+    image = np.zeros((height + 2 * pad, width + 2 * pad), np.uint8)
     for fill, x, y in inked:
         top, left = y - low_y + pad, x - low_x + pad
-        area = picture[top : top + fill.shape[0], left : left + fill.shape[1]]
+        area = image[top : top + fill.shape[0], left : left + fill.shape[1]]
         np.maximum(area, fill, out=area)
     spans = tuple((x - low_x + pad, x - low_x + pad + fill.shape[1]) for fill, x, _ in placed)
-    return Letters(picture, unit, (pad, pad, pad + width, pad + height), spans)
+    return Letters(image, unit, (pad, pad, pad + width, pad + height), spans)

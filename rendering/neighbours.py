@@ -25,8 +25,8 @@ def place_neighbours(
     """Set pieces of `other` around the word.
 
     Args:
-        scale: size of the other text in the flat picture of the word.
-        space: left, top, right, bottom space in the picture, heights of a capital letter: most of the other text
+        scale: size of the other text in the flat image of the word.
+        space: left, top, right, bottom space in the image, heights of a capital letter: most of the other text
             begins within it, so that it is seen.
     """
     unit = letters.unit

@@ -14,17 +14,17 @@ _TRIES = 4
 
 
 def occlude(
-    picture: np.ndarray, alpha: np.ndarray, unit: float, rng: np.random.Generator
+    image: np.ndarray, alpha: np.ndarray, unit: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put something before a part of the word; every letter stays in part.
 
     Args:
-        picture: float32 RGB (h, w, 3), 0 to 255.
+        image: float32 RGB (h, w, 3), 0 to 255.
         alpha: share of each pixel that letters cover, uint8 (h, w).
         unit: height of a capital letter, pixels.
 
     Returns:
-        picture and alpha; both as they were where nothing fits.
+        image and alpha; both as they were where nothing fits.
     """
     kind = ("pole", "wires", "leaves", "edge")[int(rng.integers(4))]
     size = 1.0
@@ -34,10 +34,10 @@ def occlude(
             break
         size *= 0.6
     else:
-        return picture, alpha
+        return image, alpha
     share = cover * np.float32(1 / 255)
     thing = _draw_thing(kind, alpha.shape, rng)
-    return blend(picture, thing, share), cv2.multiply(alpha, 255 - cover, scale=1 / 255)
+    return blend(image, thing, share), cv2.multiply(alpha, 255 - cover, scale=1 / 255)
 
 
 def _draw_cover(kind: str, shape: tuple[int, int], unit: float, rng: np.random.Generator) -> np.ndarray:
@@ -68,7 +68,7 @@ def _draw_cover(kind: str, shape: tuple[int, int], unit: float, rng: np.random.G
 
 
 def _draw_bar(cover: np.ndarray, x: float, y: float, degrees: float, thick: float) -> None:
-    """Draw a bar `thick` pixels wide through (x, y) across the whole picture, in place."""
+    """Draw a bar `thick` pixels wide through (x, y) across the whole image, in place."""
     length = 4.0 * max(cover.shape)
     corners = cv2.boxPoints(((float(x), float(y)), (length, float(thick)), float(degrees)))
     cv2.fillConvexPoly(cover, np.round(corners * 16).astype(np.int32), 255, cv2.LINE_AA, shift=4)

@@ -17,7 +17,7 @@ _PANEL = 0.22  # of the background's light is left behind letters that shine
 
 @dataclass(frozen=True)
 class Drawing:
-    """The letters of a word before they meet a background, in the picture's pixels where not flat.
+    """The letters of a word before they meet a background, in the image's pixels where not flat.
 
     `stroke`: what of the flat word is text; `alpha`: its share of each pixel, uint8 (h, w); `neighbours`: the same of
     other text, or None; `own_colour`: whether that has the letters' colour.
@@ -34,47 +34,47 @@ class Drawing:
     own_colour: bool
 
 
-def paint(drawing: Drawing, picture: np.ndarray, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
+def paint(drawing: Drawing, image: np.ndarray, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
     """The letters, what lies under them and the text beside them on the background.
 
     Args:
-        picture: the background, float32 RGB (h, w, 3), 0 to 255.
+        image: the background, float32 RGB (h, w, 3), 0 to 255.
     """
     letters, style, warp = drawing.letters, drawing.style, drawing.warp
     share = drawing.alpha * np.float32(1 / 255)
-    picture, darkest, lightest = _make_room(picture, drawing.alpha, config.colours.min_contrast)
+    image, darkest, lightest = _make_room(image, drawing.alpha, config.colours.min_contrast)
     if style.shining:
-        picture = picture * np.float32(_PANEL)
+        image = image * np.float32(_PANEL)
         colour = draw_light_colour(rng)
     else:
         colour = draw_letter_colour(darkest, lightest, config, rng)
-    ground = picture
+    ground = image
     if drawing.neighbours is not None:
         other = colour if drawing.own_colour else draw_contrasting(np.full(3, 127.5 * (darkest + lightest)), rng)
-        picture = blend(picture, other, drawing.neighbours * np.float32(1 / 255))
+        image = blend(image, other, drawing.neighbours * np.float32(1 / 255))
     if style.relief:
         return cut_relief(ground, letters, style, warp, share, rng)
     if style.has_under:
-        picture = lay_under(picture, letters, drawing.stroke, style, warp, colour, rng)
+        image = lay_under(image, letters, drawing.stroke, style, warp, colour, rng)
     fill = paint_fill(letters, style, warp, colour, ground, rng)
-    return blend(picture, fill, share)
+    return blend(image, fill, share)
 
 
-def _make_room(picture: np.ndarray, alpha: np.ndarray, contrast: float) -> tuple[np.ndarray, float, float]:
+def _make_room(image: np.ndarray, alpha: np.ndarray, contrast: float) -> tuple[np.ndarray, float, float]:
     """Flatten a background so restless that no colour would differ by `contrast` from all that is behind the letters.
 
     Returns:
         the background, and the luminance between which nine tenths of it lie behind the letters.
     """
-    behind = np.sort(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[alpha > 127][::3]) / 255
+    behind = np.sort(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[alpha > 127][::3]) / 255
     if not behind.size:
-        behind = np.array([float(picture.mean()) / 255])
+        behind = np.array([float(image.mean()) / 255])
     darkest, lightest = float(behind[behind.size // 20]), float(behind[-1 - behind.size // 20])
     # Flattening towards the middle of the range leaves room on the larger side.
     middle, spread = (darkest + lightest) / 2, (lightest - darkest) / 2
     allowed = max(max(middle, 1 - middle) - contrast, 0.02)
     if spread > allowed:
         factor = allowed / spread
-        picture = np.float32(255 * middle * (1 - factor)) + np.float32(factor) * picture
+        image = np.float32(255 * middle * (1 - factor)) + np.float32(factor) * image
         darkest, lightest = middle - allowed, middle + allowed
-    return picture, min(max(darkest, 0.0), 1.0), min(max(lightest, 0.0), 1.0)
+    return image, min(max(darkest, 0.0), 1.0), min(max(lightest, 0.0), 1.0)

@@ -144,7 +144,7 @@ def cut_wear(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 
 def _cut(tile: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     height, width = size
-    # At most the whole tile is shown; wide pictures show it enlarged.
+    # At most the whole tile is shown; wide images show it enlarged.
     span = min(TILE, max(height, width)) * rng.uniform(0.6, 1.0)
     piece_width = max(2, round(span * width / max(height, width)))
     piece_height = max(2, round(span * height / max(height, width)))

@@ -29,7 +29,7 @@ def fill(browser, **values: object) -> None:
         )
 
 
-def missing_pictures(browser) -> int:
+def missing_images(browser) -> int:
     """Backgrounds of shown tiles that do not load."""
     return browser.execute_async_script(
         "const done = arguments[arguments.length - 1];"

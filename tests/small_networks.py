@@ -147,7 +147,7 @@ def save_network(path: Path, config: Config, *, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith("cls.weight"):
-                tensor.mul_(8)  # readings that differ from picture to picture
+                tensor.mul_(8)  # predictions that differ from image to image
     characters = Path(config.dataset.charset_path).read_text(encoding="utf-8").splitlines()
     charset = "".join(line.split("\t")[1] for line in characters)
     torch.save({"model": model.state_dict(), "config": config.to_dict(), "charset": charset}, path)
@@ -163,24 +163,24 @@ def save_networks(folder: Path) -> Path:
 
 
 def write_words(path: Path, count: int, *, seed: int = 0, broken: tuple[int, ...] = ()) -> list[np.ndarray]:
-    """An LMDB of words that OpenCV draws, as lossless pictures, from 1; returns the pictures, RGB."""
+    """An LMDB of words that OpenCV draws, as lossless images, from 1; returns the images, RGB."""
     random = np.random.default_rng(seed)
-    pictures = []
+    images = []
     with LmdbWriter(path) as writer:
         for number in range(1, count + 1):
             text = WORDS[number % len(WORDS)]
             size = (int(random.integers(20, 48)), int(random.integers(50, 140)), 3)
-            picture = random.integers(100, 256, size, dtype=np.uint8)
-            cv2.putText(picture, text, (3, size[0] - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (0, 0, 60), 2, cv2.LINE_AA)
-            pictures.append(picture)
-            data = cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
-            writer.append(b"no picture" if number in broken else data, text)
-    return pictures
+            image = random.integers(100, 256, size, dtype=np.uint8)
+            cv2.putText(image, text, (3, size[0] - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (0, 0, 60), 2, cv2.LINE_AA)
+            images.append(image)
+            data = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+            writer.append(b"no image" if number in broken else data, text)
+    return images
 
 
-def write_masks(path: Path, source: Path, pictures: list[np.ndarray]) -> None:
+def write_masks(path: Path, source: Path, images: list[np.ndarray]) -> None:
     """The mask LMDB of `write_words`: dark pixels are text."""
     with LmdbWriter(path) as writer:
-        for number, picture in enumerate(pictures, start=1):
-            mask = (picture.mean(axis=2) < 90).astype(np.uint8) * 255
+        for number, image in enumerate(images, start=1):
+            mask = (image.mean(axis=2) < 90).astype(np.uint8) * 255
             writer.append(cv2.imencode(".png", mask)[1].tobytes(), WORDS[number % len(WORDS)])

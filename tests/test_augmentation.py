@@ -37,10 +37,10 @@ class TestMagnitudes:
 
 class TestDeterioration:
     def test_noise_has_mean_zero_and_a_variance_in_range(self):
-        picture = np.full((64, 128, 3), 128, np.uint8)
+        image = np.full((64, 128, 3), 128, np.uint8)
         variances = []
         for seed in range(200):
-            noise = gaussian_noise(picture, rng(seed)).astype(float) - 128
+            noise = gaussian_noise(image, rng(seed)).astype(float) - 128
             assert abs(noise.mean()) < 0.1
             variances.append(noise.var())
         assert min(variances) >= 0.9  # at least 1, but for rounding
@@ -59,17 +59,17 @@ class TestDeterioration:
         assert np.count_nonzero(line_kernel(5, 0).sum(1) > 1e-6) == 1
 
     def test_blur_and_rescale_keep_size_and_mean(self):
-        picture = as_color(pattern(40, 160))
+        image = as_color(pattern(40, 160))
         for seed in range(40):
             for kind in (motion_blur, rescale):
-                result = kind(picture, rng(seed))
-                assert result.shape == picture.shape
-                assert abs(result.mean() - picture.mean()) < 6
+                result = kind(image, rng(seed))
+                assert result.shape == image.shape
+                assert abs(result.mean() - image.mean()) < 6
 
     def test_rescale_takes_0_to_4_levels_of_a_pyramid_as_often_as_published(self, monkeypatch):
         """As published: to 128 x 512, halved by a Gaussian pyramid round(Uniform(0, 4)) times."""
         levels = []
-        monkeypatch.setattr(cv2, "pyrDown", lambda picture: levels.append(picture.shape[:2]) or picture[::2, ::2])
+        monkeypatch.setattr(cv2, "pyrDown", lambda image: levels.append(image.shape[:2]) or image[::2, ::2])
         counts = []
         for seed in range(4000):
             before = len(levels)
@@ -83,7 +83,7 @@ class TestDeterioration:
         spreads = [rescale(noisy, rng(seed)).std() for seed in range(40)]
         assert min(spreads) < noisy.std() / 8 < noisy.std() / 1.5 < max(spreads)
 
-    def test_only_the_picture_is_touched(self):
+    def test_only_the_image_is_touched(self):
         mask = pattern(32, 128)
         augment = AugmentWord(geometry=0.0, deterioration=1.0, color=1.0)
         changed, kept = augment(as_color(mask), mask, rng())
@@ -93,9 +93,9 @@ class TestDeterioration:
 
 class TestColor:
     def test_zero_strength_changes_nothing_but_rounding(self):
-        picture = as_color(pattern())
-        same = color_jitter(picture, rng(), brightness=0, contrast=0, saturation=0, hue=0)
-        assert np.abs(same.astype(int) - picture).max() <= 2
+        image = as_color(pattern())
+        same = color_jitter(image, rng(), brightness=0, contrast=0, saturation=0, hue=0)
+        assert np.abs(same.astype(int) - image).max() <= 2
 
     def test_saturates_instead_of_wrapping(self):
         bright = np.full((8, 8, 3), 250, np.uint8)
@@ -112,7 +112,7 @@ class TestColor:
 
 
 class TestRandAugment:
-    def test_picture_and_mask_get_the_same_warp(self, monkeypatch):
+    def test_image_and_mask_get_the_same_warp(self, monkeypatch):
         monkeypatch.setattr(augmentation, "PIXEL_OPERATIONS", {})
         for mask in (pattern(), pattern(31, 64), pattern(120, 400)):
             for seed in range(20):
@@ -139,21 +139,21 @@ class TestRandAugment:
 
     @pytest.mark.parametrize("name", augmentation.PIXEL_OPERATIONS)
     def test_each_operation_changes_the_image_and_keeps_its_form(self, name):
-        picture = cv2.merge([pattern(), pattern()[::-1].copy(), pattern() // 2 + 60])
-        before = picture.copy()
+        image = cv2.merge([pattern(), pattern()[::-1].copy(), pattern() // 2 + 60])
+        before = image.copy()
         for level in (0.5, -0.5):
-            changed = augmentation.PIXEL_OPERATIONS[name](picture, level, rng())
-            assert changed.shape == picture.shape
+            changed = augmentation.PIXEL_OPERATIONS[name](image, level, rng())
+            assert changed.shape == image.shape
             assert changed.dtype == np.uint8
-            assert np.abs(changed.astype(int) - picture).max() > 5
-        np.testing.assert_array_equal(picture, before)
+            assert np.abs(changed.astype(int) - image).max() > 5
+        np.testing.assert_array_equal(image, before)
 
     @pytest.mark.parametrize("name", ["color", "contrast", "brightness", "rotate", "shear_x", "shear_y"])
     def test_magnitude_decides_how_much(self, name):
-        picture = cv2.merge([pattern(), pattern()[::-1].copy(), pattern() // 2 + 60])
+        image = cv2.merge([pattern(), pattern()[::-1].copy(), pattern() // 2 + 60])
         if name in augmentation.PIXEL_OPERATIONS:
-            changes = [augmentation.PIXEL_OPERATIONS[name](picture, level, rng()) for level in (0.0, 0.3, 0.9)]
-            sizes = [np.abs(each.astype(int) - picture).mean() for each in changes]
+            changes = [augmentation.PIXEL_OPERATIONS[name](image, level, rng()) for level in (0.0, 0.3, 0.9)]
+            sizes = [np.abs(each.astype(int) - image).mean() for each in changes]
         else:
             sizes = [
                 np.abs(augmentation.MATRIX_OPERATIONS[name](level, (40, 100)) - np.eye(3)).sum()
@@ -162,36 +162,36 @@ class TestRandAugment:
         assert sizes[0] <= 0.6 < 2 * sizes[1] < 2.1 * sizes[2] or sizes[0] == 0 < sizes[1] < sizes[2]
 
     @pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2), (1, 40000), (40000, 1), (31, 77), (500, 900)])
-    def test_any_size_of_picture_at_bounded_cost(self, size, monkeypatch):
+    def test_any_size_of_image_at_bounded_cost(self, size, monkeypatch):
         areas = []
         monkeypatch.setattr(transforms, "warp", lambda *args: areas.append(args[2][0] * args[2][1]) or warp(*args))
-        picture, mask = np.full((*size, 3), 90, np.uint8), np.full(size, 255, np.uint8)
+        image, mask = np.full((*size, 3), 90, np.uint8), np.full(size, 255, np.uint8)
         for seed in range(20):
-            result, moved = RandAugmentWord(probability=1.0)(picture, mask, rng(seed))
+            result, moved = RandAugmentWord(probability=1.0)(image, mask, rng(seed))
             assert result.shape == (32, 128, 3)
             assert moved.shape == (32, 128)
         assert max(areas) <= 1.05 * 4 * 32 * 128
 
     def test_depends_on_the_generator_only_and_leaves_its_input(self):
-        picture, mask = as_color(pattern()), pattern()
+        image, mask = as_color(pattern()), pattern()
         for seed in range(30):
-            first, second = (RandAugmentWord()(picture, mask, rng(seed)) for _ in range(2))
+            first, second = (RandAugmentWord()(image, mask, rng(seed)) for _ in range(2))
             np.testing.assert_array_equal(first[0], second[0])
             np.testing.assert_array_equal(first[1], second[1])
-        np.testing.assert_array_equal(picture, as_color(pattern()))
+        np.testing.assert_array_equal(image, as_color(pattern()))
         np.testing.assert_array_equal(mask, pattern())
 
 
 class TestCropSegmentation:
-    def test_labels_keep_their_values_and_follow_the_picture(self):
+    def test_labels_keep_their_values_and_follow_the_image(self):
         labels = (pattern(120, 200) > 128).astype(np.uint8)
         crop = CropSegmentation(size=(64, 96), scale_range=(0.5, 2.0), color=0.0)
         for seed in range(20):
-            picture, cut = crop(as_color(labels * 200), labels, rng(seed))
-            assert picture.shape == (64, 96, 3)
+            image, cut = crop(as_color(labels * 200), labels, rng(seed))
+            assert image.shape == (64, 96, 3)
             assert set(np.unique(cut)) <= {0, 1, 255}
             known = cut != 255
-            assert ((picture[..., 0] > 100) == cut)[known].mean() > 0.97
+            assert ((image[..., 0] > 100) == cut)[known].mean() > 0.97
 
     def test_outside_is_ignored(self):
         _, cut = CropSegmentation(size=(64, 64), scale_range=(1, 1))(

@@ -340,8 +340,8 @@ def test_batches_are_handed_over_in_pinned_memory(name, tmp_path, pinned):
 
 def write_data(name: str, folder: Path) -> Path:
     if name == "binet":
-        pictures = small_networks.write_words(folder / "images", 6)
-        small_networks.write_masks(folder / "masks" / "images", folder / "images", pictures)
+        images = small_networks.write_words(folder / "images", 6)
+        small_networks.write_masks(folder / "masks" / "images", folder / "images", images)
         (folder / "masks" / "images").rename(folder / "m")
         (folder / "masks").rmdir()
         (folder / "m").rename(folder / "masks")
@@ -352,8 +352,8 @@ def write_data(name: str, folder: Path) -> Path:
     for part, value in (("images", 90), ("masks", 255)):
         (folder / part).mkdir()
         for number in range(6):
-            picture = np.full((40, 80, 3) if part == "images" else (40, 80), value, np.uint8)
-            cv2.imwrite(str(folder / part / f"{number}.png"), picture)
+            image = np.full((40, 80, 3) if part == "images" else (40, 80), value, np.uint8)
+            cv2.imwrite(str(folder / part / f"{number}.png"), image)
     return folder
 
 
@@ -413,8 +413,8 @@ def test_reader(tmp_path):
         to_fake_cuda(reader._model)
         to_fake_cuda(reader._segmenter._ssn)
         reader.device = reader._segmenter.device = CUDA
-        readings = reader.read(word_images(3))
-    assert [each.error for each in readings] == [None] * 3
+        predictions = reader.read(word_images(3))
+    assert [each.error for each in predictions] == [None] * 3
     assert len(arrived) <= 1 + 3 + 5  # overflow, masks; then a few arrays of the whole batch
 
 

@@ -28,7 +28,7 @@ from dataset import (
     open_segmentation_datasets,
     open_word_datasets,
 )
-from evaluation.drawing import to_pictures
+from evaluation.drawing import to_images
 from loading import decoding, word_index
 from loading.augmentation import AugmentWord, CropSegmentation
 from loading.batches import Batch, LabelRule, LanguageCollate, SegmentationCollate, Skipped, WordCollate
@@ -48,11 +48,11 @@ def png(array: np.ndarray) -> bytes:
     return cv2.imencode(".png", array)[1].tobytes()
 
 
-def word_picture(number: int, height: int = 24) -> np.ndarray:
-    """A picture (H, W, 3) whose grey rectangle and level tell its number."""
-    picture = np.full((height, 40 + number, 3), 20 + number, np.uint8)
-    picture[6:18, 8:30] = 220 - number
-    return picture
+def word_image(number: int, height: int = 24) -> np.ndarray:
+    """An image (H, W, 3) whose grey rectangle and level tell its number."""
+    image = np.full((height, 40 + number, 3), 20 + number, np.uint8)
+    image[6:18, 8:30] = 220 - number
+    return image
 
 
 def word_mask(number: int, height: int = 24) -> np.ndarray:
@@ -65,7 +65,7 @@ def write_words(path: Path, words: list, *, masks: Path | None = None) -> Path:
     """A word LMDB (and its mask LMDB); a word given as bytes is a raw label."""
     with LmdbWriter(path) as writer:
         for number, word in enumerate(words, start=1):
-            writer.append(png(word_picture(number)), word)
+            writer.append(png(word_image(number)), word)
     if masks is not None:
         with LmdbWriter(masks) as writer:
             for number, word in enumerate(words, start=1):
@@ -102,13 +102,13 @@ def open_masked(path: Path, **arguments) -> WordDataset:
 
 
 class TestWords:
-    def test_sample_holds_picture_mask_and_label_as_stored(self, words):
+    def test_sample_holds_image_mask_and_label_as_stored(self, words):
         data = open_masked(words)
         assert len(data) == len(WORDS)
         for index, word in enumerate(WORDS):
             sample = data[index]
             assert (sample.text, sample.index) == (word, index)
-            expected = cv2.resize(word_picture(index + 1), (128, 32))
+            expected = cv2.resize(word_image(index + 1), (128, 32))
             np.testing.assert_array_equal(sample.image, expected)
             np.testing.assert_array_equal(sample.mask, cv2.resize(word_mask(index + 1), (128, 32)))
 
@@ -129,7 +129,7 @@ class TestWords:
     def test_a_stray_key_hides_no_word(self, tmp_path):
         with LmdbWriter(tmp_path / "set") as writer:
             for text in ("one", "two"):
-                writer.append(png(word_picture(1)), text)
+                writer.append(png(word_image(1)), text)
             writer.put("label-000000002-old", "x")
             writer.put("image-999999999x", "x")
         assert [open_set(tmp_path / "set")[index].text for index in range(2)] == ["one", "two"]
@@ -249,7 +249,7 @@ class TestIndexCache:
 class TestBrokenSamples:
     @pytest.fixture
     def damaged(self, words):
-        edit(words, {"image-000000002": b"no picture", "image-000000004": png(word_picture(4))[:60]})
+        edit(words, {"image-000000002": b"no image", "image-000000004": png(word_image(4))[:60]})
         edit(words.parents[1] / "masks" / "set", {"image-000000009": None, "image-000000010": png(word_mask(3))})
         edit(words.parents[1] / "masks" / "set", {"image-000000011": b"no mask"})
         return words
@@ -333,12 +333,12 @@ class TestMasks:
         with pytest.raises(UserError, match="create_masks"):
             find_mask_lmdb(tmp_path / "nowhere", images, images / "one")
 
-    def test_online_masks_are_made_once_a_batch_of_the_stored_pictures(self, words):
+    def test_online_masks_are_made_once_a_batch_of_the_stored_images(self, words):
         calls = []
 
-        def segmenter(pictures):
-            calls.append([each.shape for each in pictures])
-            return [np.where(each[..., 0] > 128, 255, 0).astype(np.uint8) for each in pictures]
+        def segmenter(images):
+            calls.append([each.shape for each in images])
+            return [np.where(each[..., 0] > 128, 255, 0).astype(np.uint8) for each in images]
 
         online, stored = open_set(words, masks=OnlineMasks(segmenter)), open_masked(words)
         keys = [SampleKey(0, index) for index in (4, 0, 7)]
@@ -349,9 +349,9 @@ class TestMasks:
     def test_online_masks_are_kept_for_the_next_epoch_and_run(self, words, tmp_path):
         calls = []
 
-        def segmenter(pictures):
-            calls.append(len(pictures))
-            return [np.full(each.shape[:2], 77, np.uint8) for each in pictures]
+        def segmenter(images):
+            calls.append(len(images))
+            return [np.full(each.shape[:2], 77, np.uint8) for each in images]
 
         def open_kept(fingerprint="weights"):
             return open_set(words, masks=OnlineMasks(segmenter, cache_dir=tmp_path / "cache", fingerprint=fingerprint))
@@ -378,7 +378,7 @@ class Drawn:
         return 3
 
     def __getitem__(self, key):
-        return word_picture(key.epoch + 1), word_mask(key.epoch + 1), self.texts[key.index]
+        return word_image(key.epoch + 1), word_mask(key.epoch + 1), self.texts[key.index]
 
 
 class TestJoined:
@@ -423,9 +423,9 @@ class TestJoined:
     def test_a_network_that_makes_masks_makes_those_of_rendered_words_too(self):
         calls = []
 
-        def segmenter(pictures):
-            calls.append(len(pictures))
-            return [np.full(each.shape[:2], 7, np.uint8) for each in pictures]
+        def segmenter(images):
+            calls.append(len(images))
+            return [np.full(each.shape[:2], 7, np.uint8) for each in images]
 
         keys = [SampleKey(2, index) for index in range(3)]
         exact = RenderedDataset(Drawn(), labels=RULE, transform=ResizeWord()).__getitems__(keys)
@@ -443,7 +443,7 @@ class TestBatches:
         assert batch.images.shape == (4, 3, 32, 128)
         assert batch.masks.shape == (4, 1, 32, 128)
         assert batch.images.dtype == batch.masks.dtype == torch.uint8
-        np.testing.assert_array_equal(to_pictures(batch.images)[1], data[1].image)
+        np.testing.assert_array_equal(to_images(batch.images)[1], data[1].image)
         images, masks = batch.inputs()
         assert images.dtype == masks.dtype == torch.float32
         assert images.is_contiguous()
@@ -669,21 +669,21 @@ class TestSegmentation:
         for part in ("images", "masks"):
             (tmp_path / "pairs" / part).mkdir(parents=True)
         for number in range(1, 5):
-            (tmp_path / f"pairs/images/w{number}.jpg").write_bytes(png(word_picture(number)))
+            (tmp_path / f"pairs/images/w{number}.jpg").write_bytes(png(word_image(number)))
             (tmp_path / f"pairs/masks/w{number}.png").write_bytes(png(word_mask(number)))
-        (tmp_path / "pairs/images/alone.png").write_bytes(png(word_picture(9)))
+        (tmp_path / "pairs/images/alone.png").write_bytes(png(word_image(9)))
         return tmp_path / "pairs"
 
     def test_folder_lmdb_and_pair_of_lmdbs_give_the_same(self, folder, words, tmp_path):
         with LmdbWriter(tmp_path / "segmentation") as writer:
             for number in range(1, 5):
-                writer.append(png(word_picture(number)), mask=png(word_mask(number)))
+                writer.append(png(word_image(number)), mask=png(word_mask(number)))
         opened = open_segmentation_datasets([folder, tmp_path / "segmentation", words], mask_root=tmp_path / "masks")
         assert [each.name for each in opened] == ["pairs", "segmentation", "set"]
         assert opened[0].filtered == {"missing": 1}
         for index in range(4):
             for data in opened:
-                np.testing.assert_array_equal(data[index].image, word_picture(index + 1))
+                np.testing.assert_array_equal(data[index].image, word_image(index + 1))
                 np.testing.assert_array_equal(data[index].labels, word_mask(index + 1) // 255)
             assert [data.size(index) for index in range(4)] == [(24, 41), (24, 42), (24, 43), (24, 44)]
 
@@ -691,11 +691,11 @@ class TestSegmentation:
         turned = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
         turned.getexif()[0x0112] = 6
         turned.save(folder / "images/w1.jpg", exif=turned.getexif())
-        (folder / "images/w2.jpg").write_bytes(b"no picture")
-        (folder / "images/w3.jpg").write_bytes(cv2.imencode(".tiff", word_picture(3))[1].tobytes())  # no header is read
+        (folder / "images/w2.jpg").write_bytes(b"no image")
+        (folder / "images/w3.jpg").write_bytes(cv2.imencode(".tiff", word_image(3))[1].tobytes())  # no header is read
         data = open_segmentation_datasets([folder])[0]
         assert [data.size(index) for index in range(4)] == [(8, 16), (0, 0), (24, 43), (24, 44)]
-        monkeypatch.setattr(decoding, "decode_picture", lambda _: pytest.fail("decoded"))
+        monkeypatch.setattr(decoding, "decode_image", lambda _: pytest.fail("decoded"))
         assert [data.size(index) for index in (0, 3)] == [(8, 16), (24, 44)]
 
     def test_training_crops_are_of_one_size_and_drawn_by_epoch(self, folder):
@@ -715,7 +715,7 @@ class TestSegmentation:
         mask[0] = 100
         (folder / "masks/w1.png").write_bytes(png(mask))
         (folder / "masks/w2.png").write_bytes(png(word_mask(7)))
-        (folder / "images/w3.jpg").write_bytes(b"no picture")
+        (folder / "images/w3.jpg").write_bytes(b"no image")
         data = SegmentationDataset(dataset.SegmentationFolder(folder), ignore_level=100)
         assert (data[0].labels[0] == 255).all()
         assert (data[0].labels[1:] < 2).all()
@@ -763,10 +763,10 @@ def test_throughput_of_one_thread(tmp_path):
 @pytest.mark.slow
 def test_two_million_words_open_in_a_second_the_second_time(tmp_path):
     path = tmp_path / "large"
-    picture = png(np.zeros((1, 1, 3), np.uint8))
+    image = png(np.zeros((1, 1, 3), np.uint8))
     with LmdbWriter(path) as writer:
         for number in range(2_000_000):
-            writer.append(picture, f"w{number}")
+            writer.append(image, f"w{number}")
     open_set(path, cache_dir=tmp_path / "cache")
     started = time.perf_counter()
     data = open_set(path, cache_dir=tmp_path / "cache")

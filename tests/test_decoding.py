@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loading.decoding import BrokenPictureError, decode_mask, decode_picture
+from loading.decoding import BrokenImageError, decode_image, decode_mask
 from tests.patterns import as_color, encoded, pattern
 
 
@@ -23,12 +23,12 @@ class TestDecoding:
         expected = color
         if mode == "I;16":
             grey = cv2.cvtColor(color, cv2.COLOR_RGB2GRAY)
-            picture, expected = Image.fromarray(grey.astype(np.uint16) * 257), as_color(grey)
+            image, expected = Image.fromarray(grey.astype(np.uint16) * 257), as_color(grey)
         else:
-            picture = Image.fromarray(color).convert(mode)
+            image = Image.fromarray(color).convert(mode)
             if mode in ("L", "LA", "P"):
-                expected = np.asarray(picture.convert("RGB"))
-        decoded = decode_picture(encoded(picture, "JPEG" if mode == "CMYK" else "PNG"))
+                expected = np.asarray(image.convert("RGB"))
+        decoded = decode_image(encoded(image, "JPEG" if mode == "CMYK" else "PNG"))
         assert decoded.shape == (12, 20, 3)
         assert decoded.dtype == np.uint8
         inner = np.s_[:, [3, 16]]  # away from the edge, which JPEG blurs
@@ -38,20 +38,20 @@ class TestDecoding:
     def test_letters_on_transparency_stand_on_white(self, kind):
         letter = np.zeros((8, 16, 4), np.uint8)
         letter[2:6, 4:9] = (0, 0, 0, 255)
-        picture = Image.fromarray(letter)
-        picture, kind = (picture.quantize(4), "PNG") if kind == "palette" else (picture, kind)
-        decoded = decode_picture(encoded(picture, kind, **({"lossless": True} if kind == "WEBP" else {})))
+        image = Image.fromarray(letter)
+        image, kind = (image.quantize(4), "PNG") if kind == "palette" else (image, kind)
+        decoded = decode_image(encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
         assert (decoded[2:6, 4:9] == 0).all()
         assert (decoded[:2] == 255).all()
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "transparent"])
     def test_orientation_counts_where_it_is_asked_for(self, kind):
-        picture = np.zeros((8, 16, 4 if kind == "transparent" else 3), np.uint8)
-        picture[:, :8] = 255
+        image = np.zeros((8, 16, 4 if kind == "transparent" else 3), np.uint8)
+        image[:, :8] = 255
         exif = Image.Exif()
         exif[0x0112] = 6  # to be turned clockwise
-        data = encoded(Image.fromarray(picture), "PNG" if kind == "transparent" else kind, exif=exif)
-        stored, turned = decode_picture(data), decode_picture(data, oriented=True)
+        data = encoded(Image.fromarray(image), "PNG" if kind == "transparent" else kind, exif=exif)
+        stored, turned = decode_image(data), decode_image(data, oriented=True)
         assert stored.shape == (8, 16, 3)
         assert turned.shape == (16, 8, 3)
         if kind != "transparent":
@@ -60,11 +60,11 @@ class TestDecoding:
 
     @pytest.mark.parametrize("top", [1.0, 255.0, 65535.0, None])
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_deep_pictures_are_scaled(self, top, channels):
+    def test_deep_images_are_scaled(self, top, channels):
         ramp = np.tile(np.linspace(0, 255, 52, dtype=np.float32), (4, 1))  # 5 levels a step
         levels = ramp * 1e6 - 77 if top is None else ramp / 255 * top
         data = cv2.imencode(".tiff", np.repeat(levels[..., None], channels, axis=2))[1].tobytes()
-        decoded = decode_picture(data)
+        decoded = decode_image(data)
         assert decoded.dtype == np.uint8
         assert np.abs(decoded[..., 0] - ramp).max() <= 1
         if channels == 1:
@@ -73,30 +73,30 @@ class TestDecoding:
                 ramp.astype(np.uint16) * 257,
                 ramp.astype(">u2") * np.uint16(257),
             ):
-                assert np.abs(decode_picture(encoded(Image.fromarray(deep), "TIFF"))[..., 0] - ramp).max() <= 1
+                assert np.abs(decode_image(encoded(Image.fromarray(deep), "TIFF"))[..., 0] - ramp).max() <= 1
 
     def test_what_is_not_finite_and_what_is_flat_does_no_harm(self):
         levels = np.full((4, 8), np.nan, np.float32)
-        assert decode_picture(cv2.imencode(".tiff", levels)[1].tobytes()).max() == 0
+        assert decode_image(cv2.imencode(".tiff", levels)[1].tobytes()).max() == 0
         levels[:] = 1e9
-        assert decode_picture(cv2.imencode(".tiff", levels)[1].tobytes()).shape == (4, 8, 3)
+        assert decode_image(cv2.imencode(".tiff", levels)[1].tobytes()).shape == (4, 8, 3)
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
-    def test_a_huge_picture_is_refused_by_its_header(self, kind):
+    def test_a_huge_image_is_refused_by_its_header(self, kind):
         data = bytearray(encoded(Image.fromarray(as_color(pattern())), kind))
         place = {"PNG": 16, "JPEG": data.find(b"\xff\xc0") + 5, "BMP": 18}[kind]
         size = {"PNG": b"\0\0\x80\0" * 2, "JPEG": b"\xff" * 4, "BMP": b"\0\x80\0\0" * 2}[kind]
         data[place : place + len(size)] = size
         if kind == "PNG":
             data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-        with pytest.raises(BrokenPictureError, match="pixels"):
-            decode_picture(bytes(data))
+        with pytest.raises(BrokenImageError, match="pixels"):
+            decode_image(bytes(data))
 
-    def test_broken_pictures_are_silent(self):
+    def test_broken_images_are_silent(self):
         data = encoded(Image.fromarray(as_color(pattern())), "TIFF")
         code = (
             "import sys; from loading import decoding as t\n"
-            "try: t.decode_picture(sys.stdin.buffer.read())\n"
+            "try: t.decode_image(sys.stdin.buffer.read())\n"
             "except ValueError: print(1)"
         )
         for cut in (len(data) // 2, 3 * len(data) // 4):
@@ -112,9 +112,9 @@ class TestDecoding:
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.95])
     def test_truncated_or_empty_is_broken(self, kind, share):
         data = encoded(Image.fromarray(as_color(pattern())), kind)
-        with pytest.raises(BrokenPictureError):
-            decode_picture(data[: int(len(data) * share)])
+        with pytest.raises(BrokenImageError):
+            decode_image(data[: int(len(data) * share)])
 
     def test_text_is_broken(self):
-        with pytest.raises(BrokenPictureError):
-            decode_picture(b"this is no picture at all")
+        with pytest.raises(BrokenImageError):
+            decode_image(b"this is no image at all")

@@ -9,7 +9,7 @@ import torch
 
 import demo
 import main
-from evaluation.drawing import on_picture
+from evaluation.drawing import on_image
 from loading.lmdb_io import LmdbReader, image_key
 from tests.small_networks import save_networks, small_config, write_words
 from tools.measuring import peak_memory
@@ -23,11 +23,11 @@ def setup(tmp_path_factory):
     """A folder with a bundle, an LMDB of words, and the same words as files."""
     folder = save_networks(tmp_path_factory.mktemp("demo"))
     write_words(folder / "words", WORDS)
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     words = LmdbReader(folder / "words")
     for number in range(1, WORDS + 1):
-        (folder / "pictures" / f"{number:02d}.png").write_bytes(words.get(image_key(number)))
-    (folder / "pictures" / "notes.txt").write_text("no picture")
+        (folder / "images" / f"{number:02d}.png").write_bytes(words.get(image_key(number)))
+    (folder / "images" / "notes.txt").write_text("no image")
     return folder
 
 
@@ -36,13 +36,13 @@ def run(capsys, setup, *arguments: str) -> tuple[int, list[str]]:
     return status, capsys.readouterr().out.splitlines()
 
 
-def test_folders_patterns_and_pictures_are_found(capsys, setup):
-    status, from_folder = run(capsys, setup, "--input", str(setup / "pictures"))
+def test_folders_patterns_and_images_are_found(capsys, setup):
+    status, from_folder = run(capsys, setup, "--input", str(setup / "images"))
     assert status == 0
     assert len(from_folder) == WORDS
-    _, from_pattern = run(capsys, setup, "--input", str(setup / "pictures" / "*.png"))
+    _, from_pattern = run(capsys, setup, "--input", str(setup / "images" / "*.png"))
     assert from_pattern == from_folder
-    _, single = run(capsys, setup, "--input", str(setup / "pictures" / "02.png"))
+    _, single = run(capsys, setup, "--input", str(setup / "images" / "02.png"))
     assert single == from_folder[1:2]
     path, _, confidence = single[0].split("\t")
     assert path.endswith("02.png")
@@ -51,7 +51,7 @@ def test_folders_patterns_and_pictures_are_found(capsys, setup):
         run(capsys, setup, "--input", str(setup / "nothing*"))
 
 
-def test_readings_are_those_of_the_evaluation(capsys, setup, tmp_path):
+def test_predictions_are_those_of_the_evaluation(capsys, setup, tmp_path):
     config = small_config("binet")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     arguments = ["--config", str(tmp_path / "config.yaml"), "--phase", "test", "--name", "run", "--image_only"]
@@ -60,13 +60,13 @@ def test_readings_are_those_of_the_evaluation(capsys, setup, tmp_path):
     assert main.main(arguments) == 0
     capsys.readouterr()
     lines = (tmp_path / "run" / "words-alignment" / "alignment.txt").read_text().splitlines()
-    _, printed = run(capsys, setup, "--input", str(setup / "pictures"), "--json")
+    _, printed = run(capsys, setup, "--input", str(setup / "images"), "--json")
     assert [json.loads(line)["text"] for line in printed] == [line.split("\t")[1] for line in lines]
 
 
 def test_json_lines_hold_characters_and_errors(capsys, setup, tmp_path):
     (tmp_path / "a.png").write_bytes(b"broken")
-    (tmp_path / "b.png").write_bytes((setup / "pictures" / "01.png").read_bytes())
+    (tmp_path / "b.png").write_bytes((setup / "images" / "01.png").read_bytes())
     status, lines = run(capsys, setup, "--input", str(tmp_path), "--json")
     broken, whole = map(json.loads, lines)
     assert status == 0
@@ -77,7 +77,7 @@ def test_json_lines_hold_characters_and_errors(capsys, setup, tmp_path):
 
 def test_the_table_keeps_its_columns_whatever_is_read(capsys, setup, tmp_path):
     (tmp_path / "a\tb\nc.png").write_bytes(b"broken")
-    (tmp_path / "d.png").write_bytes((setup / "pictures" / "01.png").read_bytes())
+    (tmp_path / "d.png").write_bytes((setup / "images" / "01.png").read_bytes())
     (tmp_path / "folder.png").mkdir()
     assert demo.main(["--checkpoint", str(setup / "both.pth"), "--device", "cpu", "--input", str(tmp_path)]) == 0
     printed = capsys.readouterr()
@@ -89,11 +89,11 @@ def test_the_table_keeps_its_columns_whatever_is_read(capsys, setup, tmp_path):
     assert printed.err.count("\n") == 1
 
 
-def test_a_picture_of_any_shape_is_drawn(capsys, setup, tmp_path):
+def test_a_image_of_any_shape_is_drawn(capsys, setup, tmp_path):
     """Very wide and very tall ones would be drawn at 64 pixels' height: gigabytes."""
     for name, size in (("a", (1, 20_000)), ("b", (20_000, 1)), ("c", (3000, 4000))):
         cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((*size, 3), 200, np.uint8))
-    (tmp_path / "d.png").write_bytes((setup / "pictures" / "01.png").read_bytes())
+    (tmp_path / "d.png").write_bytes((setup / "images" / "01.png").read_bytes())
     needed = peak_memory(
         lambda: run(capsys, setup, "--input", str(tmp_path), "--overlay", str(tmp_path / "o")), torch.device("cpu")
     )
@@ -102,8 +102,8 @@ def test_a_picture_of_any_shape_is_drawn(capsys, setup, tmp_path):
     assert all(max(cv2.imread(str(each)).shape) < 5000 for each in (tmp_path / "o").iterdir())
 
 
-def test_overlays_are_pictures_with_names_of_their_own(capsys, setup, tmp_path):
-    twice = str(setup / "pictures" / "01.png")
+def test_overlays_are_images_with_names_of_their_own(capsys, setup, tmp_path):
+    twice = str(setup / "images" / "01.png")
     status, lines = run(capsys, setup, "--input", twice, "--input", twice, "--overlay", str(tmp_path / "o"), "--json")
     assert status == 0
     drawings = [cv2.imread(json.loads(line)["overlay"]) for line in lines]
@@ -115,7 +115,7 @@ def test_overlays_are_pictures_with_names_of_their_own(capsys, setup, tmp_path):
 
 
 def test_no_masks_may_be_asked_for(capsys, setup):
-    arguments = ["--checkpoint", str(setup / "binet.pth"), "--input", str(setup / "pictures"), "--device", "cpu"]
+    arguments = ["--checkpoint", str(setup / "binet.pth"), "--input", str(setup / "images"), "--device", "cpu"]
     with pytest.raises(UserError, match="--masks none"):
         demo.main(arguments)
     assert demo.main([*arguments, "--masks", "none"]) == 0
@@ -125,12 +125,12 @@ def test_no_masks_may_be_asked_for(capsys, setup):
 @pytest.mark.parametrize(
     "extent", [(0, 0, 1, 1), (0, 0, 1, 0.25), (0, 0, 0.5, 1), (0, 0.375, 1, 0.25), (0.25, 0, 0.5, 1)]
 )
-def test_a_map_over_the_input_lies_where_its_part_of_the_picture_is(extent):
-    """A spot in the middle of what the picture fills of the input comes to the middle of the picture."""
+def test_a_map_over_the_input_lies_where_its_part_of_the_image_is(extent):
+    """A spot in the middle of what the image fills of the input comes to the middle of the image."""
     values = np.zeros((32, 128), np.float32)
     row, column = int(32 * extent[0] + 16 * extent[2]), int(128 * extent[1] + 64 * extent[3])
     values[row - 2 : row + 2, column - 2 : column + 2] = 1
-    drawn = on_picture(values, (64, 100), extent)
+    drawn = on_image(values, (64, 100), extent)
     assert drawn.shape == (64, 100)
     rows, columns = np.nonzero(drawn > 0.5)
     assert abs(rows.mean() - 31.5) < 1.5

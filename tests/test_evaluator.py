@@ -42,15 +42,15 @@ STEPS = 9
 class Says(nn.Module):
     """A network that reads what it was told to, with the confidence that it was told, at the place of each image."""
 
-    def __init__(self, readings: list[tuple[str, float]]):
+    def __init__(self, predictions: list[tuple[str, float]]):
         super().__init__()
-        self.readings = readings
+        self.predictions = predictions
 
     def forward(self, image, mask):
         logits = torch.full((len(image), STEPS, CHARSET.num_classes), -1e4)
         places = (image[:, 0, 0, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]) * 255
         for row, place in enumerate(places.round().long().tolist()):
-            text, confidence = self.readings[place]
+            text, confidence = self.predictions[place]
             for step, character in enumerate([*CHARSET.encode(text), 0]):
                 logits[row, step, character] = 0
             # The first step shares its probability with one other class; all others are certain.
@@ -207,9 +207,9 @@ class Seen:
     def __init__(self):
         self.words, self.images, self.masks, self.attention = [], [], [], []
 
-    def on_batch(self, dataset, batch, output, readings):
-        assert len(batch) == len(readings) == len(output.vision.attention) == len(output.alignment[-1].logits)
-        self.words += [(reading.label, reading.text, reading.confidence) for reading in readings]
+    def on_batch(self, dataset, batch, output, predictions):
+        assert len(batch) == len(predictions) == len(output.vision.attention) == len(output.alignment[-1].logits)
+        self.words += [(prediction.label, prediction.text, prediction.confidence) for prediction in predictions]
         self.images += list(batch.images)
         self.masks += [] if batch.masks is None else list(batch.masks)
 
@@ -223,8 +223,8 @@ def test_tall_words_are_read_turned_both_ways(tmp_path, network, workers):
     """By a network that only reads upright words; the reader gives the same predictions."""
     for kind in ("images", "masks"):
         with LmdbWriter(tmp_path / kind / "set") as writer:
-            for number, picture in enumerate(TURNED):
-                writer.append(cv2.imencode(".png", picture)[1].tobytes(), f"w{number}")
+            for number, image in enumerate(TURNED):
+                writer.append(cv2.imencode(".png", image)[1].tobytes(), f"w{number}")
     seen = {}
     for ratio in (None, 1.4):
         data = {"turn_tall": ratio, "num_workers": workers, "masks": {"root": str(tmp_path / "masks")}}
@@ -248,7 +248,7 @@ def test_tall_words_are_read_turned_both_ways(tmp_path, network, workers):
     assert [(each.text, each.confidence) for each in predictions] == [word[1:] for word in seen[1.4].words]
     assert [each.turned for each in predictions] == [0, 270, 0, 90, 0, 0]
     assert all(
-        each.mask is None or each.mask.shape == picture.shape for each, picture in zip(predictions, TURNED, strict=True)
+        each.mask is None or each.mask.shape == image.shape for each, image in zip(predictions, TURNED, strict=True)
     )
 
 
@@ -262,17 +262,17 @@ def test_the_most_confident_view_is_kept_and_the_first_of_equal_ones():
 @pytest.mark.parametrize("prepared", [False, True])
 def test_segmentation_scores_are_those_of_the_masks_that_users_get(tmp_path, precision, prepared):
     random = np.random.default_rng(0)
-    pictures = [random.integers(0, 256, (24, width, 3), dtype=np.uint8) for width in (60, 60, 90)]
-    labels = [random.integers(0, 2, picture.shape[:2], dtype=np.uint8) for picture in pictures]
+    images = [random.integers(0, 256, (24, width, 3), dtype=np.uint8) for width in (60, 60, 90)]
+    labels = [random.integers(0, 2, image.shape[:2], dtype=np.uint8) for image in images]
     with LmdbWriter(tmp_path / "pairs") as writer:
-        for picture, label in zip(pictures, labels, strict=True):
-            image, mask = (cv2.imencode(".png", each)[1].tobytes() for each in (picture[..., ::-1], label * 255))
-            writer.append(image, mask=mask)
+        for image, label in zip(images, labels, strict=True):
+            stored, mask = (cv2.imencode(".png", each)[1].tobytes() for each in (image[..., ::-1], label * 255))
+            writer.append(stored, mask=mask)
     config = small_config("ssn", test={"roots": [str(tmp_path / "pairs")], "batch_size": 2})
     torch.manual_seed(0)
     ssn = build_model(config).eval()
     ssn.semrfnhead.conv_ref_last.weight.data.mul_(5)
-    true, found = np.concatenate([each.ravel() for each in labels]) > 0, Segmenter(ssn, [65])(pictures)
+    true, found = np.concatenate([each.ravel() for each in labels]) > 0, Segmenter(ssn, [65])(images)
     found = np.concatenate([each.ravel() for each in found]) >= 128
     wanted = {"device": torch.device("cpu"), "process": Process(), "model_eval": "ssn", "precision": precision}
     evaluator = build_evaluator(config, **wanted)

@@ -44,7 +44,7 @@ def test_broken_words_are_counted_named_and_left_out(config, tmp_path):
     edit(
         images,
         {
-            image_key(3): truncated(images, 3),  # truncated picture
+            image_key(3): truncated(images, 3),  # truncated image
             image_key(5): None,  # missing key
             label_key(8): b"\xff\xfe\xfa",  # label not UTF-8
             "num-samples": b"44",  # larger than it is
@@ -98,7 +98,7 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, monkeypatc
     from callbacks import Callback
 
     class Spoil(Callback):
-        """Makes the third batch's pictures NaN."""
+        """Makes the third batch's images NaN."""
 
         def on_batch_loaded(self, trainer, batch):
             if trainer.iteration == 2:

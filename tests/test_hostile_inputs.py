@@ -45,7 +45,7 @@ from engine.checkpoints import load_checkpoint
 from loading.augmentation import CropSegmentation
 from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
 from loading.charset import Charset
-from loading.decoding import BrokenPictureError, decode_mask, decode_picture
+from loading.decoding import BrokenImageError, decode_image, decode_mask
 from loading.lmdb_io import NUM_SAMPLES, LmdbWriter, image_key, label_key, mask_key
 from loading.transforms import ResizeWord
 from utils import UserError
@@ -167,15 +167,15 @@ def draw_image(rng: Rng, material: Path, *, large: bool = True) -> bytes:
 
 
 def image(rng: Rng, folder: Path, material: Path) -> Run:
-    data, decode, oriented = draw_image(rng, material), rng.choice([decode_picture, decode_mask]), bool(rng.integers(2))
+    data, decode, oriented = draw_image(rng, material), rng.choice([decode_image, decode_mask]), bool(rng.integers(2))
 
     def run() -> str:
         try:
             decoded = decode(data, oriented=oriented)
-        except BrokenPictureError:
+        except BrokenImageError:
             return SKIP
         assert decoded.dtype == np.uint8
-        assert decoded.ndim == (3 if decode is decode_picture else 2)
+        assert decoded.ndim == (3 if decode is decode_image else 2)
         return RESULT
 
     return run
@@ -247,7 +247,7 @@ def reader(rng: Rng, folder: Path, material: Path) -> Run:
 
     def run() -> str:
         try:
-            readings = network.read(given, masks)
+            predictions = network.read(given, masks)
         except (TypeError, ValueError) as error:
             where = error.__traceback__
             while where.tb_next is not None:
@@ -255,12 +255,12 @@ def reader(rng: Rng, folder: Path, material: Path) -> Run:
             if isinstance(error, UserError) or Path(where.tb_frame.f_code.co_filename).name != "reader.py":
                 raise
             return RAISED
-        assert len(readings) == len(given)
-        for reading in (readings[0], readings[-1]):
-            assert reading.text == expected.text
-            assert abs(reading.confidence - expected.confidence) < 1e-4
-        assert all(each.error is None or not each.text for each in readings)
-        return SKIP if any(each.error for each in readings) else RESULT
+        assert len(predictions) == len(given)
+        for prediction in (predictions[0], predictions[-1]):
+            assert prediction.text == expected.text
+            assert abs(prediction.confidence - expected.confidence) < 1e-4
+        assert all(each.error is None or not each.text for each in predictions)
+        return SKIP if any(each.error for each in predictions) else RESULT
 
     return run
 
@@ -268,16 +268,16 @@ def reader(rng: Rng, folder: Path, material: Path) -> Run:
 def demo(rng: Rng, folder: Path, material: Path) -> Run:
     import demo as program
 
-    pictures = folder / "in"
-    pictures.mkdir()
+    images = folder / "in"
+    images.mkdir()
     names = ["a.png", "b\tc.jpg", "d\n.png", "é.tif", "UPPER.PNG", "x.gif"]
     for name in names[: int(rng.integers(1, len(names)))]:
-        (pictures / name).write_bytes(draw_image(rng, material))
+        (images / name).write_bytes(draw_image(rng, material))
     if rng.random() < 0.2:
-        (pictures / "folder.png").mkdir()
-    count = len(list(pictures.iterdir()))
+        (images / "folder.png").mkdir()
+    count = len(list(images.iterdir()))
     checkpoint = str(rng.choice(["both.pth", "abinet.pth"]))
-    arguments = ["--input", str(pictures), "--checkpoint", str(material / checkpoint), "--device", "cpu"]
+    arguments = ["--input", str(images), "--checkpoint", str(material / checkpoint), "--device", "cpu"]
     as_json = bool(rng.integers(2))
     arguments += ["--json"] if as_json else []
     arguments += ["--overlay", str(folder / "out")] if rng.random() < 0.6 else []
@@ -425,16 +425,16 @@ def ended(main: Callable, arguments: list[str], statuses: tuple[int, ...] = (0,)
 
 
 def segmentation(rng: Rng, folder: Path, material: Path) -> Run:
-    picture, mask = (material / "images" / "rgb.png").read_bytes(), (material / "mask.png").read_bytes()
+    image, mask = (material / "images" / "rgb.png").read_bytes(), (material / "mask.png").read_bytes()
     root = folder / "set"
     if rng.random() < 0.5:
         entries = {NUM_SAMPLES: b"3"}
         for number in range(1, 4):
-            entries |= {image_key(number): picture, mask_key(number): mask}
+            entries |= {image_key(number): image, mask_key(number): mask}
         write_entries(root, damage_entries(rng, entries, material))
         damage_file(rng, root)
     else:
-        for name, data in (("images", picture), ("masks", mask)):
+        for name, data in (("images", image), ("masks", mask)):
             (root / name).mkdir(parents=True)
             for number in range(3):
                 (root / name / f"{number}.png").write_bytes(data)
@@ -538,8 +538,8 @@ def render_config(rng: Rng, folder: Path, material: Path) -> Run:
 
         words = RenderedWords(path)
         for index in range(2):
-            picture, mask, text = words[index]
-            assert picture.shape[:2] == mask.shape
+            image, mask, text = words[index]
+            assert image.shape[:2] == mask.shape
             assert text
         return RESULT
 
@@ -674,8 +674,8 @@ def bundle(rng: Rng, folder: Path, material: Path) -> Run:
         return lambda: ended(bundle_weights.main, arguments)
 
     def run() -> str:
-        reading = Reader(device="cpu", **options).read([material / "images" / "rgb.png"])[0]
-        return SKIP if reading.error else RESULT
+        prediction = Reader(device="cpu", **options).read([material / "images" / "rgb.png"])[0]
+        return SKIP if prediction.error else RESULT
 
     return run
 
@@ -744,15 +744,15 @@ def occupied(rng: Rng, output: Path) -> Path:
 def word_list(rng: Rng, folder: Path, material: Path) -> Run:
     from tools import create_lmdb_dataset
 
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     for number in range(4):
-        (pictures / f"{number}.png").write_bytes(draw_image(rng, material, large=False))
-    (pictures / "good.png").write_bytes((material / "images" / "rgb.png").read_bytes())
+        (images / f"{number}.png").write_bytes(draw_image(rng, material, large=False))
+    (images / "good.png").write_bytes((material / "images" / "rgb.png").read_bytes())
     text = '0.png\tzero\n1.png,one\n2.png, "two"\n3.png\té\ngood.png\tgood\n../x.png\tup\n'
     (folder / "gt.txt").write_bytes(mutated_text(rng, text))
     output = occupied(rng, folder / "out")
-    arguments = [str(pictures), str(folder / "gt.txt"), str(output), "--workers", "1"]
+    arguments = [str(images), str(folder / "gt.txt"), str(output), "--workers", "1"]
     return lambda: ended(create_lmdb_dataset.main, arguments)
 
 
@@ -807,7 +807,7 @@ def segmentation_sets(rng: Rng, folder: Path, material: Path) -> Run:
     from tools import create_segmentation_data as tool
 
     name, source = str(rng.choice(sorted(tool.FORMATS))), folder / "source"
-    picture, mask = (material / "images" / "rgb.png").read_bytes(), (material / "mask.png").read_bytes()
+    image, mask = (material / "images" / "rgb.png").read_bytes(), (material / "mask.png").read_bytes()
     text = {
         "icdar13": '255 0 0 12 15 10 10 13 19 "H"\n0 0 255 18 15 16 10 19 19 "i"\n\n#1 2 3 52 4 49 1 55 7 "?"\n',
         "totaltext": "x: [[ 8 20 31 31  8]], y: [[10 10 10\n 17 17]], ornt: [u'h'], transcriptions: [u'Ab']\n",
@@ -821,7 +821,7 @@ def segmentation_sets(rng: Rng, folder: Path, material: Path) -> Run:
         "mlt_s": ("train/a.png", "MLT_masks/a.png", ""),
     }[name]
     chosen = int(rng.integers(3 if files[2] else 2))
-    for number, (file, data) in enumerate(zip(files, (picture, mask, text.encode()), strict=True)):
+    for number, (file, data) in enumerate(zip(files, (image, mask, text.encode()), strict=True)):
         if not file:
             continue
         if number == chosen:

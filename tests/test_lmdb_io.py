@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def _write(path, count=3, **options):
     with LmdbWriter(path, **options) as writer:
         for i in range(1, count + 1):
-            writer.append(b"picture %d" % i, f"wörd{i}")
+            writer.append(b"image %d" % i, f"wörd{i}")
 
 
 def _interrupt(path, error=RuntimeError, **options):
@@ -54,7 +54,7 @@ def test_what_is_written_is_read(tmp_path):
     _write(tmp_path / "a" / "b")
     reader = LmdbReader(tmp_path / "a" / "b")
     assert len(reader) == 3
-    assert reader.get(image_key(2)) == b"picture 2"
+    assert reader.get(image_key(2)) == b"image 2"
     assert reader.get(label_key(3)).decode() == "wörd3"
     assert reader.get("nothing") is None
     assert list(reader.keys("label-")) == [label_key(i) for i in (1, 2, 3)]
@@ -227,8 +227,8 @@ def test_any_number_of_readers_share_one_file(tmp_path):
     readers = [LmdbReader(tmp_path / "x"), LmdbReader(f"{tmp_path}/./x")]
     assert [len(reader) for reader in readers] == [3, 3]
     readers[0].close()
-    assert readers[1].get(image_key(1)) == b"picture 1"
-    assert readers[0].get(image_key(1)) == b"picture 1"
+    assert readers[1].get(image_key(1)) == b"image 1"
+    assert readers[0].get(image_key(1)) == b"image 1"
 
 
 def test_opened_reader_pickles_small(tmp_path):
@@ -237,7 +237,7 @@ def test_opened_reader_pickles_small(tmp_path):
     assert len(reader) == 3
     data = pickle.dumps(reader)
     assert len(data) < 500
-    assert pickle.loads(data).get(image_key(3)) == b"picture 3"
+    assert pickle.loads(data).get(image_key(3)) == b"image 3"
 
 
 def _read_in_worker(reader, queue):
@@ -253,10 +253,10 @@ def test_reader_opened_before_a_worker_starts_works_in_it(tmp_path, method):
     queue = context.Queue()
     worker = context.Process(target=_read_in_worker, args=(reader, queue))
     worker.start()
-    assert queue.get(timeout=60) == (3, b"picture 2")
+    assert queue.get(timeout=60) == (3, b"image 2")
     worker.join(60)
     assert worker.exitcode == 0
-    assert reader.get(image_key(3)) == b"picture 3"
+    assert reader.get(image_key(3)) == b"image 3"
 
 
 def test_find_lmdbs_sorts_and_leaves_out_the_unfinished(tmp_path):

@@ -58,11 +58,11 @@ TINY = {
 WORDS = ["kayak", "Mantis", "x", "42", "Tree-house", "lens"]
 
 
-def word_picture(text, number):
-    picture = np.full((32, 100, 3), 40 + 10 * (number % 5), np.uint8)
-    cv2.putText(picture, text, (4, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (250, 240, 230), 2)
-    mask = (picture[..., 0] > 150).astype(np.uint8) * 255
-    return cv2.imencode(".png", picture)[1].tobytes(), cv2.imencode(".png", mask)[1].tobytes()
+def word_image(text, number):
+    image = np.full((32, 100, 3), 40 + 10 * (number % 5), np.uint8)
+    cv2.putText(image, text, (4, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (250, 240, 230), 2)
+    mask = (image[..., 0] > 150).astype(np.uint8) * 255
+    return cv2.imencode(".png", image)[1].tobytes(), cv2.imencode(".png", mask)[1].tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def data(tmp_path_factory):
         with LmdbWriter(folder / "images" / name) as images, LmdbWriter(folder / "masks" / name) as masks:
             for number in range(count):
                 text = WORDS[number % len(WORDS)]
-                picture, mask = word_picture(text, number)
-                images.append(picture, text)
+                image, mask = word_image(text, number)
+                images.append(image, text)
                 masks.append(mask, text)
     (folder / "language.csv").write_text("inp\tgt\n" + "".join(f"{w.lower()}\t{w}\n" for w in WORDS * 2))
     for kind in ("binet", "abinet", "vision", "language", "ssn"):
@@ -293,8 +293,8 @@ def test_each_test_set_has_its_row_and_its_files(data):
         lines = (folder / f"set-a-{model_eval}" / f"{model_eval}.txt").read_text().splitlines()
         assert [line.split("\t")[0] for line in lines] == WORDS[:5]
         assert (folder / f"set-a-{model_eval}" / f"{model_eval}-false.txt").exists()
-        pictures = sorted(path.name for path in (folder / f"set-b-{model_eval}" / "attn").iterdir())
-        assert pictures == [f"{number:09d}.jpg" for number in (1, 2, 3)], "named by the keys of the LMDB"
+        images = sorted(path.name for path in (folder / f"set-b-{model_eval}" / "attn").iterdir())
+        assert images == [f"{number:09d}.jpg" for number in (1, 2, 3)], "named by the keys of the LMDB"
     for model_eval in ("alignment", "vision", "language"):  # none has taken another's place
         assert json.loads((folder / f"metrics-{model_eval}.json").read_text())["model_eval"] == model_eval
         assert (folder / f"metrics-{model_eval}.csv").exists()

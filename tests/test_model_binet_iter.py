@@ -55,7 +55,7 @@ def test_outputs_equal_the_published_ones(name):
         assert torch.equal(ours[key].argmax(dim=-1), theirs[key].argmax(dim=-1)), key
 
 
-def test_training_readings_give_the_published_losses():
+def test_training_predictions_give_the_published_losses():
     model = fill_known_weights(published_recogniser("binet", dropout=0.0)).train()
     image, mask, labels, lengths = known_inputs(13, 1)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_training_readings_give_the_published_losses():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_reads_as_single_pictures_do(kind):
+def test_a_batch_reads_as_single_images_do(kind):
     model = small_recogniser(**kind).eval()
     image, mask, *_ = known_inputs(5, 3)
     with torch.no_grad():
@@ -86,8 +86,8 @@ def test_rounds_train_every_parameter(iter_size):
     image, mask, *_ = known_inputs(5, 2)
     output = model(image, mask)
     assert len(output.language) == len(output.alignment) == iter_size
-    readings = [output.vision, *output.language, *output.alignment]
-    sum(reading.logits.square().mean() for reading in readings).backward()
+    predictions = [output.vision, *output.language, *output.alignment]
+    sum(prediction.logits.square().mean() for prediction in predictions).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -125,7 +125,7 @@ def test_training_under_autocast_compiles_without_a_graph_break():
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
-def test_export_takes_any_number_of_pictures(kind):
+def test_export_takes_any_number_of_images(kind):
     model = small_recogniser(**kind, iter_size=2).eval()
     image, mask, *_ = known_inputs(5, 3)
     batch = {0: torch.export.Dim("batch")}

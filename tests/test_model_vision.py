@@ -8,14 +8,14 @@ from tests.reference import known_inputs, small_vision
 KINDS = [{"masked": True}, {"masked": True, "attention": "position"}, {"masked": False, "attention": "position"}]
 
 
-def pictures(count: int, size: tuple[int, int] = (32, 128)) -> tuple[torch.Tensor, torch.Tensor]:
+def images(count: int, size: tuple[int, int] = (32, 128)) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(count, 3, *size, generator=generator)
     return image, torch.rand(count, 1, *size, generator=generator)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_reads_as_single_pictures_do(kind):
+def test_a_batch_reads_as_single_images_do(kind):
     model = small_vision(**kind).eval()
     image, mask, *_ = known_inputs(5, 4)
     mask[1] = 0
@@ -33,7 +33,7 @@ def test_a_batch_reads_as_single_pictures_do(kind):
 def test_batch_normalisation_of_masks_sees_the_batch():
     models = [small_vision(normalize=normalize).eval() for normalize in ("sample", "batch")]
     models[1].load_state_dict(models[0].state_dict())
-    image, mask = pictures(2)
+    image, mask = images(2)
     with torch.no_grad():
         one = [model(image[:1], mask[:1]).refined_mask for model in models]
         two = [model(image, mask).refined_mask for model in models]
@@ -44,14 +44,14 @@ def test_batch_normalisation_of_masks_sees_the_batch():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_gets_a_gradient(kind):
     model = small_vision(**kind)
-    model(*pictures(2)).logits.square().mean().backward()
+    model(*images(2)).logits.square().mean().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 @pytest.mark.parametrize("normalize", ["sample", "batch"])
 @pytest.mark.parametrize("shade", [0.0, 1.0])
 @pytest.mark.parametrize("training", [True, False])
-def test_plain_masks_and_pictures_give_finite_outputs_and_gradients(normalize, shade, training):
+def test_plain_masks_and_images_give_finite_outputs_and_gradients(normalize, shade, training):
     model = small_vision(normalize=normalize).train(training)
     mask = torch.full((2, 1, 32, 128), shade, requires_grad=True)
     vision = model(torch.zeros(2, 3, 32, 128), mask)
@@ -65,14 +65,14 @@ def test_plain_masks_and_pictures_give_finite_outputs_and_gradients(normalize, s
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_image_sizes(kind):
     model = small_vision(**kind, image_size=(48, 20)).eval()
-    vision = model(*pictures(2, (48, 20)))
+    vision = model(*images(2, (48, 20)))
     assert vision.attention.shape == (2, 26, 12, 5)
     with pytest.raises(ValueError, match="32 x 128 pixels but the network is built for 48 x 20"):
-        model(*pictures(2))
+        model(*images(2))
 
 
 def test_odd_sizes_work_without_a_mask_and_are_refused_with_one():
-    assert small_vision(masked=False, image_size=(31, 101))(*pictures(2, (31, 101))).attention.shape[-2:] == (
+    assert small_vision(masked=False, image_size=(31, 101))(*images(2, (31, 101))).attention.shape[-2:] == (
         8,
         26,
     )
@@ -81,7 +81,7 @@ def test_odd_sizes_work_without_a_mask_and_are_refused_with_one():
 
 
 def test_mask_is_needed_and_must_fit():
-    image, mask = pictures(2)
+    image, mask = images(2)
     with pytest.raises(ValueError, match="reads with a text mask"):
         small_vision()(image)
     with pytest.raises(ValueError, match="mask is 16 x 128"):
@@ -89,7 +89,7 @@ def test_mask_is_needed_and_must_fit():
 
 
 def test_inputs_are_not_edited():
-    image, mask = pictures(2)
+    image, mask = images(2)
     before = image.clone(), mask.clone()
     small_vision()(image, mask)
     assert torch.equal(image, before[0])
@@ -113,14 +113,14 @@ def test_misfit_parts_are_named():
 def test_autocast_gives_a_finite_reading(kind):
     model = small_vision(**kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(*pictures(2)).logits
+        logits = model(*images(2)).logits
     logits.float().square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_the_refined_mask_starts_as_the_mask():
     model = small_vision(masked=True).eval()
-    image = pictures(2)[0]
+    image = images(2)[0]
     mask = torch.zeros(2, 1, 32, 128)
     mask[..., 8:24, 20:90] = 1
     with torch.no_grad():

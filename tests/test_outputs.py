@@ -4,8 +4,8 @@ from torch.utils import _pytree
 from modules.outputs import LanguageOutput, RecogniserOutput, VisionOutput, text_lengths
 
 
-def logits_of(*readings: list[int]) -> torch.Tensor:
-    return torch.nn.functional.one_hot(torch.tensor(readings), 5).float()
+def logits_of(*predictions: list[int]) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(predictions), 5).float()
 
 
 def test_length_counts_the_first_null():

@@ -1,4 +1,4 @@
-"""The reader: every form of a picture, batches, broken pictures, threads, and checkpoints that are enough alone."""
+"""The reader: every form of an image, batches, broken images, threads, and checkpoints that are enough alone."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def reader(files):
     return Reader.from_checkpoint(files / "both.pth", device="cpu", batch_size=4)
 
 
-def picture(seed: int = 0, height: int = 30, width: int = 90) -> np.ndarray:
+def image(seed: int = 0, height: int = 30, width: int = 90) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -43,19 +43,19 @@ def png(array: np.ndarray) -> bytes:
     return cv2.imencode(".png", array[..., ::-1])[1].tobytes()
 
 
-def texts(readings) -> list[str]:
-    return [reading.text for reading in readings]
+def texts(predictions) -> list[str]:
+    return [prediction.text for prediction in predictions]
 
 
-def test_the_extent_says_what_of_the_input_a_picture_fills(reader, files):
-    assert reader.read([picture(height=40, width=40)])[0].extent == (0, 0, 1, 1)
+def test_the_extent_says_what_of_the_input_a_image_fills(reader, files):
+    assert reader.read([image(height=40, width=40)])[0].extent == (0, 0, 1, 1)
     expected = {
         "align_left": [(0, 0, 1, 0.25), (0, 0, 0.5, 1)],
         "multiscales": [(0, 0.375, 1, 0.25), (0.25, 0, 0.5, 1)],
     }
     for key, extents in expected.items():
         keeping = Reader(files / "both.pth", device="cpu", config=small_config(**{key: True}))
-        read = keeping.read([picture(height=h, width=w) for h, w in ((40, 40), (16, 128))])
+        read = keeping.read([image(height=h, width=w) for h, w in ((40, 40), (16, 128))])
         assert [each.extent for each in read] == extents
 
 
@@ -65,8 +65,8 @@ def test_importing_a_reader_imports_no_compiler():
     assert done.stdout == "set()\n"
 
 
-def test_every_form_of_a_picture_gives_the_same_reading(reader, tmp_path):
-    array = picture()
+def test_every_form_of_a_image_gives_the_same_reading(reader, tmp_path):
+    array = image()
     (tmp_path / "word.png").write_bytes(png(array))
     opaque = np.dstack([array, np.full(array.shape[:2], 255, np.uint8)])
     tensor = torch.from_numpy(array)
@@ -85,56 +85,58 @@ def test_every_form_of_a_picture_gives_the_same_reading(reader, tmp_path):
         Image.fromarray(array),
         Image.open(io.BytesIO(png(array))),
     ]
-    readings = reader.read(forms)
-    assert len({reading.text for reading in readings}) == 1
-    assert readings[0].text
-    assert [each.confidence for each in readings] == pytest.approx([readings[0].confidence] * len(forms), rel=1e-4)
+    predictions = reader.read(forms)
+    assert len({prediction.text for prediction in predictions}) == 1
+    assert predictions[0].text
+    assert [each.confidence for each in predictions] == pytest.approx(
+        [predictions[0].confidence] * len(forms), rel=1e-4
+    )
 
 
-def test_grey_pictures_are_repeated_and_deep_ones_scaled(reader):
-    grey = picture()[..., 0]
+def test_grey_images_are_repeated_and_deep_ones_scaled(reader):
+    grey = image()[..., 0]
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    readings = reader.read([grey, grey[..., None], np.repeat(grey[..., None], 3, 2), Image.fromarray(grey), deep])
-    assert len(set(texts(readings))) == 1
-    assert not any(reading.error for reading in readings)
+    predictions = reader.read([grey, grey[..., None], np.repeat(grey[..., None], 3, 2), Image.fromarray(grey), deep])
+    assert len(set(texts(predictions))) == 1
+    assert not any(prediction.error for prediction in predictions)
 
 
 def test_a_reading_has_what_it_promises(reader):
-    reading = reader.read([picture(3, 41, 77)])[0]
-    assert reading.error is None
-    assert reading.mask.shape == (41, 77)
-    assert reading.mask.dtype == np.float32
-    assert reading.mask.min() >= 0
-    assert reading.mask.max() <= 1
-    assert reading.refined_mask.shape == (32, 128)
-    assert "".join(each.text for each in reading.characters) == reading.text
-    assert reading.attention.shape == (len(reading.text), 8, 32)
-    assert reading.attention.sum(axis=(1, 2)) == pytest.approx(np.ones(len(reading.text)), abs=1e-3)
-    product = np.prod([each.confidence for each in reading.characters])
-    assert 0 <= reading.confidence <= product + 1e-6
+    prediction = reader.read([image(3, 41, 77)])[0]
+    assert prediction.error is None
+    assert prediction.mask.shape == (41, 77)
+    assert prediction.mask.dtype == np.float32
+    assert prediction.mask.min() >= 0
+    assert prediction.mask.max() <= 1
+    assert prediction.refined_mask.shape == (32, 128)
+    assert "".join(each.text for each in prediction.characters) == prediction.text
+    assert prediction.attention.shape == (len(prediction.text), 8, 32)
+    assert prediction.attention.sum(axis=(1, 2)) == pytest.approx(np.ones(len(prediction.text)), abs=1e-3)
+    product = np.prod([each.confidence for each in prediction.characters])
+    assert 0 <= prediction.confidence <= product + 1e-6
 
 
 def test_batches_change_nothing(files):
-    pictures = [picture(seed, 20 + seed, 60 + 3 * seed) for seed in range(9)]
-    one = Reader(files / "both.pth", device="cpu", batch_size=1).read(pictures)
-    many = Reader(files / "both.pth", device="cpu", batch_size=64).read(pictures)
+    images = [image(seed, 20 + seed, 60 + 3 * seed) for seed in range(9)]
+    one = Reader(files / "both.pth", device="cpu", batch_size=1).read(images)
+    many = Reader(files / "both.pth", device="cpu", batch_size=64).read(images)
     assert texts(one) == texts(many)
     assert [each.confidence for each in one] == pytest.approx([each.confidence for each in many], abs=1e-5)
     assert len(set(texts(one))) > 1
 
 
 def test_a_batch_may_be_one_array(reader):
-    pictures = np.stack([picture(seed) for seed in range(3)])
-    expected = reader.read(list(pictures))
-    tensor = torch.from_numpy(pictures)
-    for batch in (pictures, pictures / 255, tensor, tensor.permute(0, 3, 1, 2), pictures[:0]):
+    images = np.stack([image(seed) for seed in range(3)])
+    expected = reader.read(list(images))
+    tensor = torch.from_numpy(images)
+    for batch in (images, images / 255, tensor, tensor.permute(0, 3, 1, 2), images[:0]):
         assert texts(reader.read(batch)) == texts(expected)[: len(batch)]
     masks = np.zeros((3, 30, 90), np.float32)
-    assert [each.mask.max() for each in reader.read(pictures, masks=masks)] == [0, 0, 0]
+    assert [each.mask.max() for each in reader.read(images, masks=masks)] == [0, 0, 0]
 
 
-def test_a_broken_picture_fails_alone(reader, tmp_path):
-    whole = picture()
+def test_a_broken_image_fails_alone(reader, tmp_path):
+    whole = image()
     (tmp_path / "broken.png").write_bytes(png(whole)[:40])
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "folder.png").mkdir()
@@ -151,20 +153,20 @@ def test_a_broken_picture_fails_alone(reader, tmp_path):
         "x" * 5000,
         b"",
         b"\x89PNG",
-        Image.open(io.BytesIO(png(picture(5, 200, 400))[:9000])),
+        Image.open(io.BytesIO(png(image(5, 200, 400))[:9000])),
         Image.new("RGB", (0, 5)),
         Image.new("1", (1 << 14, 1 << 14)),
         closed,
         whole[:0],
         torch.zeros(3, 0, 5),
     ]
-    readings = reader.read([whole, *bad, whole])
-    for each in readings[1:-1]:
+    predictions = reader.read([whole, *bad, whole])
+    for each in predictions[1:-1]:
         assert (each.text, each.confidence, each.error.count("\n")) == ("", 0, 0)
-    assert "broken.png" in readings[1].error
-    assert "missing.png" in readings[3].error
-    assert readings[0].error is None
-    assert texts(readings)[0] == texts(readings)[-1] == reader.read([whole])[0].text
+    assert "broken.png" in predictions[1].error
+    assert "missing.png" in predictions[3].error
+    assert predictions[0].error is None
+    assert texts(predictions)[0] == texts(predictions)[-1] == reader.read([whole])[0].text
     assert reader.read([bad[0]])[0].error
     assert reader.read([]) == []
 
@@ -174,13 +176,13 @@ def test_a_broken_picture_fails_alone(reader, tmp_path):
     [
         3,
         None,
-        picture()[..., 0] > 100,
-        picture().astype(np.int64),
-        picture().astype(np.uint16),
-        picture().astype(np.float32),
-        picture() / 255 - 0.5,
+        image()[..., 0] > 100,
+        image().astype(np.int64),
+        image().astype(np.uint16),
+        image().astype(np.float32),
+        image() / 255 - 0.5,
         np.full((9, 9, 3), np.nan),
-        picture().transpose(2, 0, 1),
+        image().transpose(2, 0, 1),
         np.zeros((2, 9, 9, 3), np.uint8),
         np.zeros(9, np.uint8),
         torch.zeros(9, 9, dtype=torch.bool),
@@ -189,29 +191,29 @@ def test_a_broken_picture_fails_alone(reader, tmp_path):
 )
 def test_mistakes_of_the_caller_are_raised(reader, mistake):
     with pytest.raises((TypeError, ValueError)):
-        reader.read([picture(), mistake])
+        reader.read([image(), mistake])
     with pytest.raises((TypeError, ValueError)):
-        reader.read([picture()], masks=[3 if mistake is None else mistake])
+        reader.read([image()], masks=[3 if mistake is None else mistake])
 
 
-def test_a_single_picture_is_a_mistake(reader):
-    for single in (picture(), torch.zeros(3, 9, 9), "word.png", b"bytes", Image.new("RGB", (9, 9))):
+def test_a_single_image_is_a_mistake(reader):
+    for single in (image(), torch.zeros(3, 9, 9), "word.png", b"bytes", Image.new("RGB", (9, 9))):
         with pytest.raises(TypeError, match="list"):
             reader.read(single)
     with pytest.raises(ValueError, match="2 masks for 1"):
-        reader.read([picture()], masks=[None, None])
+        reader.read([image()], masks=[None, None])
 
 
 def test_files_are_turned_as_their_orientation_says(reader, tmp_path):
-    upright = cv2.resize(picture(), (90, 30))
+    upright = cv2.resize(image(), (90, 30))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the stored picture is to be turned clockwise
+    exif[0x0112] = 6  # the stored image is to be turned clockwise
     stored = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
     stored.save(tmp_path / "turned.png", exif=exif)
     forms = [tmp_path / "turned.png", (tmp_path / "turned.png").read_bytes(), Image.open(tmp_path / "turned.png")]
-    readings = reader.read([upright, *forms])
-    assert [each.mask.shape for each in readings] == [(30, 90)] * 4
-    assert readings[1:] == readings[:1] * 3
+    predictions = reader.read([upright, *forms])
+    assert [each.mask.shape for each in predictions] == [(30, 90)] * 4
+    assert predictions[1:] == predictions[:1] * 3
 
 
 def test_letters_on_transparency_stand_on_white(reader, tmp_path):
@@ -220,12 +222,12 @@ def test_letters_on_transparency_stand_on_white(reader, tmp_path):
     white = np.where(clear[..., 3:] > 0, 0, 255).astype(np.uint8)
     Image.fromarray(clear).save(tmp_path / "clear.png")
     for forms in ([clear, clear / 255], [tmp_path / "clear.png", Image.fromarray(clear)]):
-        readings = reader.read([white, *forms])
-        assert readings[1:] == readings[:1] * 2
+        predictions = reader.read([white, *forms])
+        assert predictions[1:] == predictions[:1] * 2
 
 
-def test_readings_can_be_compared_and_hashed(reader):
-    first, again, other = reader.read([picture(), picture(), picture(1)])
+def test_predictions_can_be_compared_and_hashed(reader):
+    first, again, other = reader.read([image(), image(), image(1)])
     assert first == again != other
     assert len({first, again, other}) == 2
     assert "array" not in repr(first)
@@ -236,9 +238,9 @@ def test_a_network_that_gives_no_numbers_is_sure_of_nothing(files):
     with torch.no_grad():
         for tensor in reader._model.parameters():
             tensor.fill_(float("nan"))
-    reading = reader.read([picture()])[0]
-    assert reading.confidence == 0
-    assert all(each.confidence == 0 for each in reading.characters)
+    prediction = reader.read([image()])[0]
+    assert prediction.confidence == 0
+    assert all(each.confidence == 0 for each in prediction.characters)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, None])
@@ -247,37 +249,37 @@ def test_batches_of_no_size_are_refused(files, size):
         Reader(files / "both.pth", device="cpu", batch_size=size)
 
 
-def test_large_pictures_are_read_in_small_batches(reader, monkeypatch):
+def test_large_images_are_read_in_small_batches(reader, monkeypatch):
     sizes = []
-    read = reader._read_pictures
+    read = reader._read_images
     monkeypatch.setattr(reader_module, "IMAGE_PIXELS", 3 * 30 * 90)
-    monkeypatch.setattr(reader, "_read_pictures", lambda *some: sizes.append(len(some[0])) or read(*some))
-    pictures = [picture(), picture(1, 300, 90), b"", *map(picture, range(2, 7))]
-    readings = reader.stream(pictures)
+    monkeypatch.setattr(reader, "_read_images", lambda *some: sizes.append(len(some[0])) or read(*some))
+    images = [image(), image(1, 300, 90), b"", *map(image, range(2, 7))]
+    predictions = reader.stream(images)
     assert sizes == []
-    assert next(readings).text
+    assert next(predictions).text
     assert sizes == [2]
-    assert len(list(readings)) == 7
+    assert len(list(predictions)) == 7
     assert sizes == [2, 3, 2]
 
 
 def test_masks_stay_in_8_bits(reader):
-    reading = reader.read([picture(0, 300, 900)])[0]
-    assert reading.mask_levels.dtype == np.uint8
-    held = sum(each.nbytes for each in vars(reading).values() if isinstance(each, np.ndarray))
+    prediction = reader.read([image(0, 300, 900)])[0]
+    assert prediction.mask_levels.dtype == np.uint8
+    held = sum(each.nbytes for each in vars(prediction).values() if isinstance(each, np.ndarray))
     assert held < 300 * 900 + 100_000
-    assert reading.mask.dtype == np.float32
+    assert prediction.mask.dtype == np.float32
 
 
 def test_threads_share_a_reader(reader):
-    groups = [[picture(10 * group + k) for k in range(3)] for group in range(6)]
+    groups = [[image(10 * group + k) for k in range(3)] for group in range(6)]
     expected = [texts(reader.read(group)) for group in groups]
     with ThreadPoolExecutor(4) as pool:
-        assert [texts(readings) for readings in pool.map(reader.read, groups)] == expected
+        assert [texts(predictions) for predictions in pool.map(reader.read, groups)] == expected
 
 
 def test_given_masks_replace_ssn(reader):
-    array = picture()
+    array = image()
     own = reader.read([array])[0]
     assert reader.read([array], masks=[np.rint(own.mask * 255).astype(np.uint8)])[0].text == own.text
     white = reader.read([array], masks=[np.full(array.shape[:2], 255, np.uint8)])[0]
@@ -286,24 +288,24 @@ def test_given_masks_replace_ssn(reader):
 
 
 def test_a_network_without_masks_needs_no_ssn(files):
-    reading = Reader(files / "abinet.pth", device="cpu").read([picture()])[0]
-    assert reading.text
-    assert reading.mask is None
-    assert reading.refined_mask is None
+    prediction = Reader(files / "abinet.pth", device="cpu").read([image()])[0]
+    assert prediction.text
+    assert prediction.mask is None
+    assert prediction.refined_mask is None
 
 
 def test_masks_without_ssn_are_refused_unless_they_are_empty(files):
     with pytest.raises(UserError, match="carries no SSN"):
         Reader(files / "binet.pth", device="cpu")
-    assert Reader(files / "binet.pth", device="cpu", masks="none").read([picture()])[0].mask.max() == 0
+    assert Reader(files / "binet.pth", device="cpu", masks="none").read([image()])[0].mask.max() == 0
     separate = Reader(files / "binet.pth", device="cpu", ssn=files / "ssn.pth")
     bundled = Reader(files / "both.pth", device="cpu", ssn=files / "both.pth")
-    assert separate.read([picture()])[0].text == bundled.read([picture()])[0].text
+    assert separate.read([image()])[0].text == bundled.read([image()])[0].text
 
 
 def test_any_sub_model_may_be_read(files):
     for name in ("vision", "language", "alignment"):
-        assert Reader(files / "abinet.pth", device="cpu", model_eval=name).read([picture()])[0].error is None
+        assert Reader(files / "abinet.pth", device="cpu", model_eval=name).read([image()])[0].error is None
     with pytest.raises(UserError, match="model_eval"):
         Reader(files / "abinet.pth", device="cpu", model_eval="ssn")
 
@@ -312,21 +314,21 @@ def test_a_checkpoint_is_enough_without_its_charset_file(files, tmp_path):
     state = read_checkpoint(files / "abinet.pth")
     state["config"]["dataset"]["charset_path"] = "gone/charset.txt"
     torch.save(state, tmp_path / "moved.pth")
-    original = Reader(files / "abinet.pth", device="cpu").read([picture()])[0]
-    assert Reader(tmp_path / "moved.pth", device="cpu").read([picture()])[0].text == original.text
+    original = Reader(files / "abinet.pth", device="cpu").read([image()])[0]
+    assert Reader(tmp_path / "moved.pth", device="cpu").read([image()])[0].text == original.text
 
 
 def test_plain_weights_need_a_config(files, tmp_path):
     torch.save(read_checkpoint(files / "abinet.pth")["model"], tmp_path / "plain.pth")
     with pytest.raises(UserError, match="carries no config"):
         Reader(tmp_path / "plain.pth", device="cpu")
-    assert Reader(tmp_path / "plain.pth", device="cpu", config=small_config("abinet")).read([picture()])[0].text
+    assert Reader(tmp_path / "plain.pth", device="cpu", config=small_config("abinet")).read([image()])[0].text
 
 
 def test_mistakes_are_named(files, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not exist"):
         Reader(tmp_path / "none.pth")
-    with pytest.raises(UserError, match="reads no pictures"):
+    with pytest.raises(UserError, match="reads no images"):
         Reader(files / "ssn.pth")
     with pytest.raises(UserError, match="holds no SSN"):
         Reader(files / "binet.pth", ssn=files / "abinet.pth")
@@ -337,7 +339,7 @@ def test_mistakes_are_named(files, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--checkpoint"):
         Reader()
     monkeypatch.setattr(reader_module, "DEFAULT_CHECKPOINT", files / "both.pth")
-    assert Reader(device="cpu").read([picture()])[0].text
+    assert Reader(device="cpu").read([image()])[0].text
 
 
 def test_a_bundle_that_cannot_be_used_takes_no_name(files, tmp_path):
@@ -347,7 +349,7 @@ def test_a_bundle_that_cannot_be_used_takes_no_name(files, tmp_path):
     before = output.read_bytes()
     with pytest.raises(UserError, match="no SSN"):
         bundle_weights.main([*arguments, "--ssn", str(files / "binet.pth")])
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         bundle_weights.main(["--recogniser", str(files / "ssn.pth"), "--output", str(output), "--overwrite"])
     assert output.read_bytes() == before
 
@@ -364,11 +366,11 @@ def test_a_half_precision_bundle_reads_the_same_and_carries_no_paths(files, tmp_
     assert state["model"]["vision.backbone.transformer.layers.0.linear1.bias"].dtype == torch.float32
     assert state["model"]["vision.cls.weight"].dtype == torch.float32  # decides about characters
     assert str(Path(__file__).parents[1]) not in str(state["config"]) + str(state["ssn"]["config"])
-    pictures = [picture(seed) for seed in range(6)]
+    images = [image(seed) for seed in range(6)]
     half, whole = Reader(output, device="cpu"), Reader(files / "both.pth", device="cpu")
     assert load_bundle(output).model.vision.cls.weight.dtype == torch.float32
     bundle_weights.main([*arguments, "--output", str(output), "--areas", "97", "129", "--overwrite"])
     assert load_bundle(files / "both.pth").areas == (65,)
     assert load_bundle(output).areas == (97, 129)
-    similar = [a.text == b.text for a, b in zip(half.read(pictures), whole.read(pictures), strict=True)]
+    similar = [a.text == b.text for a, b in zip(half.read(images), whole.read(images), strict=True)]
     assert sum(similar) >= 4  # random weights read at the edge of many characters

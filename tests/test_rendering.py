@@ -127,7 +127,7 @@ class TestMasks:
                 assert (difference[word.mask >= 0.9 * word.mask.max()] > 0).mean() > 0.95
         assert changed_letters > 5
 
-    def test_recolouring_by_the_mask_gives_the_rendered_picture(self, make):
+    def test_recolouring_by_the_mask_gives_the_rendered_image(self, make):
         one_colour = [f"effects.{name}=0" for name in ("gradient", "two_colours", "worn", "emboss", "hollow")]
         renderer = make(*PLAIN_LETTERS, *ALONE, *one_colour, *NO_CAMERA, "background=plain", "geometry.curve=0.5")
         for index in range(20):
@@ -164,7 +164,7 @@ class TestMasks:
             assert hollow.mask[inside].mean() < 0.5 * filled.mask[inside].mean()
 
     def test_distractors_are_not_in_the_mask(self, make):
-        """Clutter changes the picture beyond the letters and leaves the mask."""
+        """Clutter changes the image beyond the letters and leaves the mask."""
         renderer = make(*NO_CAMERA, *PLAIN_LETTERS, *ALONE)
         changed = 0
         for index in range(10):
@@ -442,12 +442,12 @@ class TestBackgrounds:
         with pytest.raises(UserError, match="photos"):
             renderer.render(0, 0, background="photo")
 
-    def test_folder_without_pictures_and_broken_pictures(self, make, tmp_path):
+    def test_folder_without_images_and_broken_images(self, make, tmp_path):
         with pytest.raises(UserError, match="no such folder"):
             make(f"photos={tmp_path / 'none'}")
-        with pytest.raises(UserError, match="holds no picture"):
+        with pytest.raises(UserError, match="holds no image"):
             make(f"photos={tmp_path}")
-        (tmp_path / "broken.jpg").write_bytes(b"no picture")
+        (tmp_path / "broken.jpg").write_bytes(b"no image")
         with pytest.raises(UserError, match=r"broken\.jpg"):
             make(f"photos={tmp_path}", "background=photo").render(0, 0)
 

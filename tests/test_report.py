@@ -15,7 +15,7 @@ import main
 from evaluation import report
 from evaluation.evaluator import ScoredWord
 from evaluation.report import Comparison, ReportedWord
-from tests.browser import fill, found, missing_pictures, page_data
+from tests.browser import fill, found, missing_images, page_data
 from tests.small_networks import save_network, small_config, write_masks, write_words
 
 
@@ -61,14 +61,14 @@ def test_attention_strips_are_brightest_where_attention_is():
 def test_sprites_hold_their_words_in_their_rows(tmp_path):
     writer = report.SpriteWriter(tmp_path, prefix="0", attention=True)
     count = report.SPRITE_WORDS + 3
-    pictures = [np.full((8, 16, 3), 10 * number, np.uint8) for number in range(count)]
-    places = [writer.add([each, 255 - each], np.ones((1 + number % 4, 2, 4))) for number, each in enumerate(pictures)]
+    images = [np.full((8, 16, 3), 10 * number, np.uint8) for number in range(count)]
+    places = [writer.add([each, 255 - each], np.ones((1 + number % 4, 2, 4))) for number, each in enumerate(images)]
     writer.flush()
     assert len(set(places)) == count
-    for (name, row), picture in zip(places, pictures, strict=True):
+    for (name, row), image in zip(places, images, strict=True):
         sheet = cv2.imread(str(tmp_path / f"words-{name}.jpg"))
-        assert abs(int(sheet[row * 12 + 6, 10, 0]) - int(picture[0, 0, 0])) < 4
-        assert abs(int(sheet[row * 12 + 6, 30, 0]) - (255 - int(picture[0, 0, 0]))) < 4
+        assert abs(int(sheet[row * 12 + 6, 10, 0]) - int(image[0, 0, 0])) < 4
+        assert abs(int(sheet[row * 12 + 6, 30, 0]) - (255 - int(image[0, 0, 0]))) < 4
     assert len(list(tmp_path.glob("attention-*.png"))) == 2
 
 
@@ -80,8 +80,8 @@ def run(tmp_path_factory):
     """Test runs: a folder to give the configs, and a function that runs one and gives its report's folder."""
     folder = tmp_path_factory.mktemp("report")
     for name, count, seed in (("one", 31, 0), ("two", 22, 1)):
-        pictures = write_words(folder / "words" / name, count, seed=seed)
-        write_masks(folder / "masks" / name, folder / "words" / name, pictures)
+        images = write_words(folder / "words" / name, count, seed=seed)
+        write_masks(folder / "masks" / name, folder / "words" / name, images)
 
     def test(network: str, *more: str) -> Path:
         config = small_config(network)
@@ -108,7 +108,7 @@ def test_the_page_needs_nothing_from_elsewhere(page):
     data = page_data(page)
     assert len(data["words"]) == 53
     assert data["layout"]["layers"] == ["word", "mask", "refined mask"]
-    stored = {path.name for path in (page.parent / "pictures").iterdir()}
+    stored = {path.name for path in (page.parent / "images").iterdir()}
     assert stored == {
         f"{kind}-{name}.{end}" for name in data["sprites"] for kind, end in (("words", "jpg"), ("attention", "png"))
     }
@@ -120,10 +120,10 @@ def test_image_only_and_networks_without_masks_leave_parts_out(run):
     data = page_data(first)
     assert not data["attention"]
     assert data["layout"]["layers"] == ["word"]
-    assert not list(first.parent.glob("pictures/attention-*"))
-    (first.parent / "pictures" / "words-9-00000.jpg").write_bytes(b"of an older report")
+    assert not list(first.parent.glob("images/attention-*"))
+    (first.parent / "images" / "words-9-00000.jpg").write_bytes(b"of an older report")
     test("abinet", "--image_only")
-    assert not (first.parent / "pictures" / "words-9-00000.jpg").exists()
+    assert not (first.parent / "images" / "words-9-00000.jpg").exists()
 
 
 def written(folder: Path, words: list[ReportedWord]) -> Path:
@@ -176,7 +176,7 @@ def test_the_page_works_in_a_browser(browser, page):
     words = page_data(page)["words"]
     wrong = sum(1 - each[5] for each in words)
     assert found(browser) == (53, wrong)
-    assert missing_pictures(browser) == 0
+    assert missing_images(browser) == 0
     fill(browser, wrong=True)
     assert found(browser) == (wrong, wrong)
     fill(browser, wrong=False, dataset="1")
@@ -200,7 +200,7 @@ def test_the_page_works_in_a_browser(browser, page):
     )
     assert shown[0] >= 1
     assert shown[1] == 4  # heading, vision, language, alignment
-    assert missing_pictures(browser) == 0
+    assert missing_images(browser) == 0
     assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
@@ -223,7 +223,7 @@ def test_ten_thousand_words_are_fast(browser, page, tmp_path):
     (tmp_path / "index.html").write_text(
         re.sub(r'(id="data">).*?(</script>)', rf"\g<1>{text}\g<2>", page.read_text(), flags=re.DOTALL)
     )
-    shutil.copytree(page.parent / "pictures", tmp_path / "pictures")
+    shutil.copytree(page.parent / "images", tmp_path / "images")
     start = time.monotonic()
     browser.get((tmp_path / "index.html").resolve().as_uri())
     assert found(browser)[0] == 53 * 190

@@ -42,67 +42,67 @@ def ssn() -> SSN:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     random = np.random.default_rng(0)
     sizes = [(20, 60), (21, 62), (32, 100), (20, 60), (8, 5), (40, 41), (1, 1), (64, 193)]
     return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-def published_way(ssn: SSN, picture: np.ndarray, areas: list[int]) -> np.ndarray:
-    image = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - MEAN) / STD
+def published_way(ssn: SSN, image: np.ndarray, areas: list[int]) -> np.ndarray:
+    tensor = (torch.from_numpy(image).permute(2, 0, 1) / 255 - MEAN) / STD
     with torch.no_grad():
-        return ssn.text_probability(image[None], areas=areas)[0].numpy()
+        return ssn.text_probability(tensor[None], areas=areas)[0].numpy()
 
 
 @pytest.mark.parametrize("batch_pixels", [1, 9000, None])
 @pytest.mark.parametrize("strip_pixels", [1, 300, 1 << 20])
-def test_masks_are_the_published_probabilities_in_8_bits(ssn, pictures, batch_pixels, strip_pixels, monkeypatch):
+def test_masks_are_the_published_probabilities_in_8_bits(ssn, images, batch_pixels, strip_pixels, monkeypatch):
     monkeypatch.setattr(segmentation, "STRIP_PIXELS", strip_pixels)
     segmenter = Segmenter(ssn, [65, 97], batch_pixels=batch_pixels)
-    for picture, mask in zip(pictures, segmenter(pictures), strict=True):
+    for image, mask in zip(images, segmenter(images), strict=True):
         assert mask.dtype == np.uint8
-        assert mask.shape == picture.shape[:2]
-        assert np.abs(mask / 255.0 - published_way(ssn, picture, [65, 97])).max() <= 1 / 510 + 2e-5
+        assert mask.shape == image.shape[:2]
+        assert np.abs(mask / 255.0 - published_way(ssn, image, [65, 97])).max() <= 1 / 510 + 2e-5
 
 
 @pytest.mark.parametrize("size", [(3000, 4000), (1, 20_000), (20_000, 1), (9000, 1300)])
-def test_large_pictures_cost_no_floats_of_their_size(ssn, size):
-    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+def test_large_images_cost_no_floats_of_their_size(ssn, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     segmenter = Segmenter(ssn, [65])
-    segmenter([picture[:40, :40]])
+    segmenter([image[:40, :40]])
     with torch.profiler.profile(profile_memory=True) as profile:
-        mask = segmenter([picture])[0]
+        mask = segmenter([image])[0]
     assert mask.shape == size
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest <= 4 * 4 * max(segmentation.STRIP_PIXELS, 2 * size[0], 2 * size[1])
-    assert np.abs(mask / 255.0 - published_way(ssn, picture, [65])).max() <= 1 / 510 + 1e-3
+    assert np.abs(mask / 255.0 - published_way(ssn, image, [65])).max() <= 1 / 510 + 1e-3
 
 
-def test_large_pictures_are_taken_a_few_at_a_time(ssn, pictures, monkeypatch):
+def test_large_images_are_taken_a_few_at_a_time(ssn, images, monkeypatch):
     monkeypatch.setattr(segmentation, "IMAGE_PIXELS", 2500)
     segmenter, sizes = Segmenter(ssn, [65]), []
     whole = segmenter._segment
     monkeypatch.setattr(
         segmenter, "_segment", lambda some: sizes.append([len(p) * len(p[0]) for p in some]) or whole(some)
     )
-    masks = segmenter(pictures)
-    assert [mask.shape for mask in masks] == [picture.shape[:2] for picture in pictures]
+    masks = segmenter(images)
+    assert [mask.shape for mask in masks] == [image.shape[:2] for image in images]
     assert len(sizes) > 2
     assert all(sum(each) <= 2500 or len(each) == 1 for each in sizes)
 
 
-def test_the_process_keeps_its_number_of_threads(ssn, pictures):
+def test_the_process_keeps_its_number_of_threads(ssn, images):
     """Several threads share one segmenter, which computes on several threads: none of them is left with one."""
     code = """
 import sys, threading, torch
 from tests.test_segmenter import SMALL, SSN, Segmenter, np
 torch.set_num_threads(3)
 segmenter = Segmenter(SSN(**SMALL).eval(), [65, 97])
-pictures = [np.zeros((20, 50 + 9 * k, 3), np.uint8) for k in range(8)]
+images = [np.zeros((20, 50 + 9 * k, 3), np.uint8) for k in range(8)]
 threads = []
 def work():
     for _ in range(3):
-        segmenter(pictures)
+        segmenter(images)
     threads.append(torch.get_num_threads())
 started = [threading.Thread(target=work) for _ in range(6)]
 for each in started: each.start()
@@ -122,31 +122,31 @@ def test_masks_are_made_in_one_precision_on_every_machine(ssn, monkeypatch):
     assert Segmenter(ssn, [65], precision="auto").precision == "bf16"
 
 
-def test_a_word_does_not_depend_on_its_batch(ssn, pictures):
+def test_a_word_does_not_depend_on_its_batch(ssn, images):
     segmenter = Segmenter(ssn, [65])
-    together = segmenter(pictures)
-    for i, picture in enumerate(pictures):
-        alone = segmenter([picture])[0]
+    together = segmenter(images)
+    for i, image in enumerate(images):
+        alone = segmenter([image])[0]
         assert np.abs(together[i].astype(int) - alone).max() <= 1
 
 
-def test_words_of_one_network_size_share_a_forward_pass(ssn, pictures):
+def test_words_of_one_network_size_share_a_forward_pass(ssn, images):
     segmenter = Segmenter(ssn, [65])
-    batches = list(segmenter._batches([picture.shape[:2] for picture in pictures], 65))
+    batches = list(segmenter._batches([image.shape[:2] for image in images], 65))
     assert any({0, 1, 3} <= set(members) for _, members in batches)  # (20, 60), (21, 62), (20, 60)
-    assert sorted(i for _, members in batches for i in members) == list(range(len(pictures)))
+    assert sorted(i for _, members in batches for i in members) == list(range(len(images)))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "auto"])
-def test_other_precisions_stay_within_a_few_levels(ssn, pictures, precision):
-    exact = Segmenter(ssn, [65])(pictures)
-    for mask, expected in zip(Segmenter(ssn, [65], precision=precision)(pictures), exact, strict=True):
+def test_other_precisions_stay_within_a_few_levels(ssn, images, precision):
+    exact = Segmenter(ssn, [65])(images)
+    for mask, expected in zip(Segmenter(ssn, [65], precision=precision)(images), exact, strict=True):
         assert np.abs(mask.astype(int) - expected).mean() < 3
 
 
-def test_the_network_given_is_left_alone(ssn, pictures):
+def test_the_network_given_is_left_alone(ssn, images):
     before = {name: tensor.clone() for name, tensor in ssn.state_dict().items()}
-    Segmenter(ssn, [65], precision="bf16")(pictures[:1])
+    Segmenter(ssn, [65], precision="bf16")(images[:1])
     after = ssn.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -163,36 +163,36 @@ def test_folding_removes_every_batch_norm_and_changes_nothing(ssn):
         torch.testing.assert_close(fold_batch_norms(copied)(image).refined_logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_no_pictures_give_no_masks(ssn):
+def test_no_images_give_no_masks(ssn):
     assert Segmenter(ssn, [65])([]) == []
 
 
-def test_read_only_and_strided_pictures_are_taken(ssn, pictures):
-    picture = pictures[2].copy()
-    picture.setflags(write=False)
-    flipped = picture[:, ::-1]
+def test_read_only_and_strided_images_are_taken(ssn, images):
+    image = images[2].copy()
+    image.setflags(write=False)
+    flipped = image[:, ::-1]
     segmenter = Segmenter(ssn, [65])
     assert np.array_equal(segmenter([flipped])[0], segmenter([flipped.copy()])[0])
 
 
 @pytest.mark.parametrize(
-    "picture", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)]
+    "image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)]
 )
-def test_what_is_no_picture_is_named(ssn, picture):
-    with pytest.raises(ValueError, match="picture 0"):
-        Segmenter(ssn, [65])([picture])
+def test_what_is_no_image_is_named(ssn, image):
+    with pytest.raises(ValueError, match="image 0"):
+        Segmenter(ssn, [65])([image])
 
 
-def test_overflow_is_an_error_and_no_mask(pictures):
+def test_overflow_is_an_error_and_no_mask(images):
     network = SSN(**SMALL)
     nn.init.constant_(network.semrfnhead.conv_ref_last.bias, float("nan"))
     with pytest.raises(UserError, match="fp32"):
-        Segmenter(network, [65])(pictures[:1])
+        Segmenter(network, [65])(images[:1])
 
 
-def test_can_be_sent_to_a_worker_process(ssn, pictures):
+def test_can_be_sent_to_a_worker_process(ssn, images):
     segmenter = Segmenter(ssn, [65])
-    assert np.array_equal(pickle.loads(pickle.dumps(segmenter))(pictures[:1])[0], segmenter(pictures[:1])[0])
+    assert np.array_equal(pickle.loads(pickle.dumps(segmenter))(images[:1])[0], segmenter(images[:1])[0])
 
 
 def test_wrong_settings_are_named(ssn):

@@ -112,7 +112,7 @@ def test_every_parameter_gets_a_gradient_and_none_is_nan():
         ((31, 88), 129, (65, 193)),
     ],
 )
-def test_size_at_which_a_picture_enters(size, area, expected):
+def test_size_at_which_a_image_enters(size, area, expected):
     assert network_size(size, area) == expected
     assert all(side % 32 == 1 for side in network_size(size, area))
 
@@ -138,7 +138,7 @@ def test_text_probability_refuses_no_areas_and_knows_the_published_ones():
     assert PUBLISHED_AREAS == (385, 513, 641, 769, 897, 1025, 1153, 1281)
 
 
-def test_a_uniform_picture_gives_a_finite_answer():
+def test_a_uniform_image_gives_a_finite_answer():
     assert small_ssn().eval().text_probability(torch.zeros(1, 3, 9, 9), areas=[33]).isfinite().all()
 
 
@@ -172,7 +172,7 @@ def test_output_is_a_pytree():
     assert moved.refined_logits.dtype == torch.float64
 
 
-def test_training_learns_one_picture():
+def test_training_learns_one_image():
     network = small_ssn()
     image = torch.randn(1, 3, 65, 65)
     label = (image[:, 0, ::4, ::4] > 0).long()  # what the cells' own pixels show

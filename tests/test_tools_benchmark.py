@@ -93,9 +93,9 @@ def test_loading_rendering_and_masks_are_reported(tmp_path, monkeypatch):
 def test_masks_one_by_one_are_those_of_the_segmenter():
     config = load_config("configs/small_ssn.yaml")
     ssn = build_ssn(config)
-    pictures = benchmark.word_pictures(3)
-    plain = benchmark.one_by_one(benchmark.straightforward(ssn), [65, 97], pictures)
-    for expected, mask in zip(plain, Segmenter(ssn, [65, 97])(pictures), strict=True):
+    images = benchmark.word_images(3)
+    plain = benchmark.one_by_one(benchmark.straightforward(ssn), [65, 97], images)
+    for expected, mask in zip(plain, Segmenter(ssn, [65, 97])(images), strict=True):
         torch.testing.assert_close(torch.from_numpy(mask) / 255, expected, rtol=0, atol=1 / 510 + 1e-4)
 
 

@@ -22,7 +22,7 @@ CHARSET_36 = str(ROOT / "data" / "charset_36.txt")
 
 
 def _encode(seed, kind="PNG", size=(64, 24), **options):
-    """A smooth random picture, so that a re-encoded copy looks alike."""
+    """A smooth random image, so that a re-encoded copy looks alike."""
     small = np.random.default_rng(seed).integers(0, 255, (6, 16, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(buffer, kind, **options)
@@ -78,7 +78,7 @@ def broken(tmp_path):
         writer.append(whole, "first")
         writer.append(whole[:-200], "cut")
         writer.append(b"", "empty")
-        writer.append(b"not a picture", "text")
+        writer.append(b"not an image", "text")
         writer.append(_encode(1), b"\xff\xfe")
         writer.append(_encode(2), "")
         writer.append(_encode(3))
@@ -92,9 +92,9 @@ def broken(tmp_path):
 
 PROBLEMS = {
     "neither image nor label": 2,
-    "damaged picture": 1,
+    "damaged image": 1,
     "empty file": 1,
-    "not a picture": 1,
+    "not an image": 1,
     "label is not UTF-8": 1,
     "label empty": 1,
     "label missing": 1,
@@ -169,7 +169,7 @@ def test_masks_are_compared_with_their_words(tmp_path):
     assert found["a"]["problems"] == {
         "mask of another size": 1,
         "mask of another word": 1,
-        "mask: damaged picture": 1,
+        "mask: damaged image": 1,
         "mask is not 8-bit grey": 1,
     }
     assert found["a"]["notes"] == {"masks without text": 1}
@@ -191,7 +191,7 @@ def test_segmentation_lmdb_needs_no_labels(tmp_path):
     assert _check(tmp_path / "seg")[1]["seg"]["problems"] == {"mask of another size": 1}
 
 
-def test_pictures_shared_with_a_test_set_are_found_however_encoded(tmp_path):
+def test_images_shared_with_a_test_set_are_found_however_encoded(tmp_path):
     _write(tmp_path / "test", [(_encode(1, "BMP"), "one"), (_encode(2, "JPEG", quality=80), "two")])
     _write_words(tmp_path / "train", 5)
     shared = check_lmdb.SHARED
@@ -203,11 +203,11 @@ def test_pictures_shared_with_a_test_set_are_found_however_encoded(tmp_path):
     assert [reader.get(label_key(i)) for i in (1, 2, 3)] == [b"word0", b"word3", b"word4"]
 
 
-def test_pictures_that_come_twice_within_are_noted(tmp_path):
+def test_images_that_come_twice_within_are_noted(tmp_path):
     _write(tmp_path / "a", [(_encode(1), "x"), (_encode(1, "BMP"), "y"), (_encode(2), "z")])
     status, found = _check(tmp_path / "a")
     assert status == 0
-    assert found["a"]["notes"] == {"pictures that come again within": 1}
+    assert found["a"]["notes"] == {"images that come again within": 1}
 
 
 def test_number_of_workers_changes_nothing(broken):
@@ -226,7 +226,7 @@ def test_folder_gets_a_sheet_for_each_lmdb(tmp_path, capsys):
     assert "label length" in printed
 
 
-def test_contact_sheet_with_a_name_that_is_no_picture_is_refused(tmp_path):
+def test_contact_sheet_with_a_name_that_is_no_image_is_refused(tmp_path):
     _write_words(tmp_path / "a", 2)
     with pytest.raises(UserError, match=r"name a \.png file"):
         check_lmdb.main([str(tmp_path / "a"), "--contact-sheet", str(tmp_path / "s.words")])

@@ -1,4 +1,4 @@
-"""Folders of pictures become word LMDBs; every line is stored or listed with a reason."""
+"""Folders of images become word LMDBs; every line is stored or listed with a reason."""
 
 import csv
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT.parent / "shared" / "data" / "train"
 
 
-def _picture(path, kind="PNG", size=(40, 16)):
+def _image(path, kind="PNG", size=(40, 16)):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(len(str(path))).integers(0, 255, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).save(path, kind)
@@ -82,7 +82,7 @@ def test_line_without_separator_has_no_reading():
 
 def test_every_format_is_stored_unchanged_and_in_order(tmp_path):
     kinds = {"png": "PNG", "jpg": "JPEG", "bmp": "BMP", "tif": "TIFF", "webp": "WEBP"}
-    paths = [_picture(tmp_path / "im" / f"w.{suffix}", kind) for suffix, kind in kinds.items()]
+    paths = [_image(tmp_path / "im" / f"w.{suffix}", kind) for suffix, kind in kinds.items()]
     labels, rejected = _convert(tmp_path, "".join(f"im/{p.name}\t{p.suffix}\n" for p in paths))
     assert labels == [p.suffix for p in paths]
     assert rejected == []
@@ -94,7 +94,7 @@ def test_every_format_is_stored_unchanged_and_in_order(tmp_path):
 def test_names_and_labels_with_spaces_commas_tabs_and_accents(tmp_path):
     names = ["two words.png", "a,b.png", "tab\there.png", "Füße 漢字.png", "e\u0301.png"]
     for name in names:
-        _picture(tmp_path / name)
+        _image(tmp_path / name)
     lines = [f"{name}\tlabel {name[0]}" for name in names[:-1]] + ["\u00e9.png\taccent written otherwise"]
     labels, rejected = _convert(tmp_path, "\n".join(lines))
     assert labels == ["label t", "label a", "label t", "label F", "accent written otherwise"]
@@ -102,30 +102,30 @@ def test_names_and_labels_with_spaces_commas_tabs_and_accents(tmp_path):
 
 
 def test_icdar_form_with_byte_order_mark_and_windows_line_ends(tmp_path):
-    _picture(tmp_path / "word_1.png")
-    _picture(tmp_path / "word,2.png")
+    _image(tmp_path / "word_1.png")
+    _image(tmp_path / "word,2.png")
     content = '\ufeffword_1.png, "Hello, you"\r\n\r\nword,2.png, "x"\r\n'
     assert _convert(tmp_path, content) == (["Hello, you", "x"], [])
 
 
 def test_hostile_input_is_counted_by_reason_and_the_rest_is_stored(tmp_path):
     folder = tmp_path / "set"
-    good = _picture(folder / "good.png")
-    _picture(tmp_path / "outside.png")
+    good = _image(folder / "good.png")
+    _image(tmp_path / "outside.png")
     (folder / "zero.png").touch()
     (folder / "cut.png").write_bytes(good.read_bytes()[:-300])
-    jpeg = _picture(folder / "whole.jpg", "JPEG", (200, 80)).read_bytes()
+    jpeg = _image(folder / "whole.jpg", "JPEG", (200, 80)).read_bytes()
     (folder / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
-    (folder / "text.png").write_text("no picture at all")
+    (folder / "text.png").write_text("no image at all")
     (folder / "bomb.png").write_bytes(_bomb())
     (folder / "folder.png").mkdir()
     os.mkfifo(folder / "pipe.png")
     lines = {
         b"good.png\tone": None,
         b"zero.png\tx": "empty file",
-        b"cut.png\tx": "damaged picture",
-        b"cut.jpg\tx": "damaged picture",
-        b"text.png\tx": "not a picture",
+        b"cut.png\tx": "damaged image",
+        b"cut.jpg\tx": "damaged image",
+        b"text.png\tx": "not an image",
         b"bomb.png\tx": "too large",
         b"folder.png\tx": "not a file",
         b"pipe.png\tx": "not a file",
@@ -154,16 +154,16 @@ def test_hostile_input_is_counted_by_reason_and_the_rest_is_stored(tmp_path):
         reader.close()
 
 
-def test_picture_size_limit_is_a_flag(tmp_path):
-    _picture(tmp_path / "small.png", size=(10, 10))
-    _picture(tmp_path / "large.png", size=(11, 10))
+def test_image_size_limit_is_a_flag(tmp_path):
+    _image(tmp_path / "small.png", size=(10, 10))
+    _image(tmp_path / "large.png", size=(11, 10))
     labels, rejected = _convert(tmp_path, "small.png\ta\nlarge.png\tb\n", "--max-pixels", "100")
     assert labels == ["a"]
     assert rejected == [("large.png", "too large")]
 
 
 def test_second_run_is_refused_and_loses_nothing(tmp_path):
-    _picture(tmp_path / "a.png")
+    _image(tmp_path / "a.png")
     _convert(tmp_path, "a.png\tfirst\nb.png\tx\n")
     before = (tmp_path / "out-rejected.tsv").read_text()
     with pytest.raises(UserError, match="--overwrite"):
@@ -196,7 +196,7 @@ def _program(*arguments, **options):
 
 
 def test_program_runs_from_the_root_and_on_a_full_disk_says_so(tmp_path):
-    _picture(tmp_path / "a.png", size=(600, 600))
+    _image(tmp_path / "a.png", size=(600, 600))
     (tmp_path / "gt.txt").write_text("a.png\tx\n" * 20)
     limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20,) * 2); "
     limit += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -234,8 +234,8 @@ def test_bomb_header_is_whole():
 def test_a_line_of_many_separators_costs_no_more_than_its_length():
     tracemalloc.start()
     try:
-        readings = sum(1 for _ in split_line("a," * 300_000, (",",)))
+        predictions = sum(1 for _ in split_line("a," * 300_000, (",",)))
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:
         tracemalloc.stop()
-    assert readings == 2048  # no path is longer than 4096
+    assert predictions == 2048  # no path is longer than 4096

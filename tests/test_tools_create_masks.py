@@ -30,14 +30,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def write_words(path: Path, count: int, *, seed: int = 0, broken: tuple[int, ...] = ()) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
-    pictures = []
+    images = []
     with LmdbWriter(path) as writer:
         for index in range(1, count + 1):
             size = (int(random.integers(12, 40)), int(random.integers(20, 90)))
-            pictures.append(random.integers(0, 256, (*size, 3), dtype=np.uint8))
-            data = cv2.imencode(".png", pictures[-1][..., ::-1])[1].tobytes()
-            writer.append(b"no picture" if index in broken else data, f"wörd{index}")
-    return pictures
+            images.append(random.integers(0, 256, (*size, 3), dtype=np.uint8))
+            data = cv2.imencode(".png", images[-1][..., ::-1])[1].tobytes()
+            writer.append(b"no image" if index in broken else data, f"wörd{index}")
+    return images
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def setup(tmp_path):
     torch.manual_seed(0)
     ssn = SSN(**TINY)
     torch.save(ssn.state_dict(), tmp_path / "ssn.pth")
-    pictures = write_words(tmp_path / "words", 9)
+    images = write_words(tmp_path / "words", 9)
     common = ["--config", str(config), "--checkpoint", str(tmp_path / "ssn.pth"), "--device", "cpu"]
     plain = [*common, "--input", str(tmp_path / "words"), "--output", str(tmp_path / "masks")]
-    return {"folder": tmp_path, "ssn": ssn, "pictures": pictures, "common": common, "plain": plain}
+    return {"folder": tmp_path, "ssn": ssn, "images": images, "common": common, "plain": plain}
 
 
 def decoded(reader: LmdbReader, index: int) -> np.ndarray:
@@ -67,11 +67,11 @@ def test_masks_have_the_keys_sizes_and_labels_of_the_words(setup):
     assert create_masks.main([*setup["plain"], "--precision", "fp32", "--batch-size", "4"]) == 0
     words, masks = (LmdbReader(setup["folder"] / name) for name in ("words", "masks"))
     assert sorted(masks.keys()) == sorted(words.keys())
-    expected = Segmenter(setup["ssn"], [65], precision="fp32")(setup["pictures"])
+    expected = Segmenter(setup["ssn"], [65], precision="fp32")(setup["images"])
     for index, mask in enumerate(expected, start=1):
         stored = decoded(masks, index)
         assert stored.dtype == np.uint8
-        assert stored.shape == setup["pictures"][index - 1].shape[:2]
+        assert stored.shape == setup["images"][index - 1].shape[:2]
         assert np.abs(stored.astype(int) - mask).max() <= 1
         assert masks.get(label_key(index)) == f"wörd{index}".encode()
     record = json.loads((setup["folder"] / "masks-masks.json").read_text())
@@ -107,12 +107,12 @@ def test_goes_on_where_it_was_interrupted_and_ends_equal(setup, monkeypatch):
     seen: list[int] = []
     call = Segmenter.__call__
 
-    def counted(self, pictures):
+    def counted(self, images):
         if len(seen) == 2:
             seen.append(0)
             raise StopError
-        seen.append(len(pictures))
-        return call(self, pictures)
+        seen.append(len(images))
+        return call(self, images)
 
     monkeypatch.setattr(Segmenter, "__call__", counted)
     with pytest.raises(StopError):
@@ -171,7 +171,7 @@ def test_an_output_in_the_input_is_refused(setup, place):
     assert len(LmdbReader(setup["folder"] / "words")) == 9
 
 
-def test_broken_pictures_are_counted_named_and_have_no_mask(setup, capsys):
+def test_broken_images_are_counted_named_and_have_no_mask(setup, capsys):
     write_words(setup["folder"] / "some", 5, broken=(1, 4))
     create_masks.main(
         [*setup["common"], "--input", str(setup["folder"] / "some"), "--output", str(setup["folder"] / "out")]
@@ -183,7 +183,7 @@ def test_broken_pictures_are_counted_named_and_have_no_mask(setup, capsys):
     listed = (setup["folder"] / "out-rejected.tsv").read_text()
     assert image_key(1) in listed
     assert image_key(4) in listed
-    assert "damaged picture" in capsys.readouterr().out
+    assert "damaged image" in capsys.readouterr().out
     LmdbMasks(setup["folder"] / "out").check(LmdbReader(setup["folder"] / "some"), np.arange(1, 6))
 
 
@@ -245,8 +245,8 @@ def test_weights_are_needed(setup):
 def test_a_checker_finds_a_label_and_a_size_that_differ(setup):
     reader = LmdbReader(setup["folder"] / "words")
     writer = LmdbWriter(setup["folder"] / "wrong")
-    for index, picture in enumerate(setup["pictures"], start=1):
-        writer.put(image_key(index), create_masks.encode_mask(np.zeros(picture.shape[:2], np.uint8)))
+    for index, image in enumerate(setup["images"], start=1):
+        writer.put(image_key(index), create_masks.encode_mask(np.zeros(image.shape[:2], np.uint8)))
         writer.put(label_key(index), reader.get(label_key(index)))
     create_masks.check_masks(reader, writer, broken=0)
     writer.put(label_key(2), "other")
@@ -312,11 +312,11 @@ def _as_rank(rank: int, count: int, port: int, arguments: list[str], dies_after:
     torch.set_num_threads(1)
     calls, call = [], Segmenter.__call__
 
-    def mortal(self, pictures):
+    def mortal(self, images):
         if len(calls) == dies_after:
             os.kill(os.getpid(), signal.SIGKILL)
-        calls.append(len(pictures))
-        return call(self, pictures)
+        calls.append(len(images))
+        return call(self, images)
 
     Segmenter.__call__ = mortal
     run_command_line(lambda: create_masks.main(arguments))
@@ -385,7 +385,7 @@ def test_a_kill_while_parts_are_merged_costs_no_mask(setup, some_broken, monkeyp
         patch.setattr(create_masks, "check_masks", lambda *_, **__: (_ for _ in ()).throw(StopError))
         with pytest.raises(StopError):
             create_masks.main([*arguments, str(output)])
-    monkeypatch.setattr(Segmenter, "__call__", lambda self, pictures: [][: len(pictures)] if not pictures else 1 / 0)
+    monkeypatch.setattr(Segmenter, "__call__", lambda self, images: [][: len(images)] if not images else 1 / 0)
     create_masks.main([*arguments, str(output)])
     assert file_of(output) == expected
 

@@ -79,9 +79,9 @@ def test_icdar13_words_are_groups_of_characters_with_a_margin(icdar13):
     assert word.shape == (14, 14)  # a box of 10 x 10 pixels and 2 on each side
     assert np.array_equal(np.unique(word), [0, 255])
     assert word[2:12, 2:6].all()
-    picture = cv2.imread(str(output / "images" / "100_001.png"))
+    image = cv2.imread(str(output / "images" / "100_001.png"))
     whole = cv2.imread(str(next((icdar13 / "source").rglob("100.jpg"))))
-    assert np.array_equal(picture, whole[8:22, 8:22])
+    assert np.array_equal(image, whole[8:22, 8:22])
 
 
 def test_icdar13_reads_its_lines():
@@ -207,7 +207,7 @@ def test_an_lmdb_of_pairs(textseg):
     assert reader.get(image_key(1)) == (textseg / "source" / "image" / "a00001.jpg").read_bytes()
 
 
-def test_unusable_pictures_are_counted_by_reason(tmp_path, capsys):
+def test_unusable_images_are_counted_by_reason(tmp_path, capsys):
     for stem in ("good", "broken", "small", "alone", "badmask"):
         save(tmp_path / "source" / "x_labels" / f"{stem}.png", np.eye(*SIZE, dtype=np.uint8))
         save(tmp_path / "source" / "images" / f"{stem}.png", scene())
@@ -218,7 +218,7 @@ def test_unusable_pictures_are_counted_by_reason(tmp_path, capsys):
     output = run(tmp_path, "coco_ts")
     assert names(output) == ["good"]
     listed = (tmp_path / "out-rejected.tsv").read_text()
-    reasons = ("picture missing", "damaged picture", "mask of another size", "damaged mask")
+    reasons = ("image missing", "damaged image", "mask of another size", "damaged mask")
     assert all(reason in listed for reason in reasons)
     summary = capsys.readouterr().out
     assert all(reason in summary for reason in reasons)

@@ -36,7 +36,7 @@ def _boxes(*boxes):
 
 
 def _save_archive(folder, entries):
-    """Write pictures and gt.mat for (imname, boxes, texts) entries; colours tell the places of a picture apart."""
+    """Write images and gt.mat for (imname, boxes, texts) entries; colours tell the places of an image apart."""
     columns, rows = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
     pixels = np.stack([columns, rows * 2, np.zeros_like(rows)], axis=-1).astype(np.uint8)
     for name, _, _ in entries:
@@ -112,14 +112,14 @@ def test_malformed_entries_are_counted_by_reason(tmp_path, capsys):
     assert [label for label, _ in _words(tmp_path / "out")] == ["clipped"]
     assert _reasons(tmp_path / "out") == {
         "a.jpg": "boxes and words differ in number",
-        "b.jpg#1": "box outside the picture",
-        "b.jpg#2": "box outside the picture",
+        "b.jpg#1": "box outside the image",
+        "b.jpg#2": "box outside the image",
         "b.jpg#3": "box is not finite",
         "b.jpg#4": "degenerate box",
         "c.jpg": "boxes are not 2 x 4 x N",
         "../climbs.jpg": "path leaves the folder",
         "gone.jpg": "no such file",
-        "broken.jpg": "damaged picture",
+        "broken.jpg": "damaged image",
     }
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["rejected", "11"] in printed  # 2 + 4 + 1 + 1 + 1 + 2 words
@@ -137,9 +137,9 @@ def test_rectified_crop_stands_upright(tmp_path):
 
 
 def test_upright_and_rectified_agree_on_an_upright_box():
-    picture = np.random.default_rng(0).integers(0, 255, (50, 80, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (50, 80, 3), np.uint8)
     box = _box(10, 5, 50, 25).T.copy()
-    assert np.array_equal(crop_upright(picture, box), crop_rectified(picture, box))
+    assert np.array_equal(crop_upright(image, box), crop_rectified(image, box))
 
 
 def test_crossed_corners_are_rejected_when_rectifying(tmp_path):
@@ -159,7 +159,7 @@ def test_extreme_boxes_are_rejected(scale):
     assert check_box(_box(1, 1, 5, 5).T * np.float32(scale), 100, 100) is not None
 
 
-def test_huge_gt_picture_is_refused_by_its_header(tmp_path):
+def test_huge_gt_image_is_refused_by_its_header(tmp_path):
     gt = _save_archive(tmp_path / "set", [("a.jpg", _boxes(_box(1, 1, 9, 9)), ["x"]), ENTRIES[1]])
     cv2.imwrite(str(tmp_path / "set" / "a.jpg"), np.zeros((500, 500), np.uint8))
     crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--max-pixels", "100000"])

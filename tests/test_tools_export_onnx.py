@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bundle import load_bundle
-from loading.batches import normalize_images, stack_pictures
-from loading.decoding import decode_picture
+from loading.batches import normalize_images, stack_images
+from loading.decoding import decode_image
 from loading.lmdb_io import LmdbReader, image_key
 from loading.transforms import resize
 from tests.small_networks import save_networks, write_words
@@ -30,15 +30,15 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[np.ndarray]:
+def images(tmp_path_factory) -> list[np.ndarray]:
     """Real words where they are, drawn ones elsewhere."""
     real = sorted(path for path in REAL_WORDS.rglob("*") if path.suffix.lower() in (".jpg", ".png"))[:5]
     if len(real) == 5:
-        return [decode_picture(path.read_bytes()) for path in real]
+        return [decode_image(path.read_bytes()) for path in real]
     path = tmp_path_factory.mktemp("words") / "words"
     write_words(path, 5)
     reader = LmdbReader(path)
-    return [decode_picture(reader.get(image_key(number))) for number in range(1, 6)]
+    return [decode_image(reader.get(image_key(number))) for number in range(1, 6)]
 
 
 def session(path: Path):
@@ -52,16 +52,16 @@ def texts(bundle, logits: np.ndarray) -> list[str]:
 
 
 @pytest.mark.parametrize("network", ["binet", pytest.param("abinet", marks=pytest.mark.slow)])
-def test_the_recogniser_reads_as_in_torch(files, pictures, tmp_path, network, capsys):
+def test_the_recogniser_reads_as_in_torch(files, images, tmp_path, network, capsys):
     output = tmp_path / "net.onnx"
     assert export_onnx.main(["--checkpoint", str(files / f"{network}.pth"), "--output", str(output)]) == 0
     assert "wrote" in capsys.readouterr().out
     bundle = load_bundle(files / f"{network}.pth")
-    images = normalize_images(stack_pictures([resize(each, (32, 128)) for each in pictures]))
-    masks = torch.stack([torch.from_numpy(resize(each, (32, 128)).mean(2) / 255).float()[None] for each in pictures])
-    inputs = {"image": images} | ({"mask": masks} if network == "binet" else {})
+    tensors = normalize_images(stack_images([resize(each, (32, 128)) for each in images]))
+    masks = torch.stack([torch.from_numpy(resize(each, (32, 128)).mean(2) / 255).float()[None] for each in images])
+    inputs = {"image": tensors} | ({"mask": masks} if network == "binet" else {})
     with torch.inference_mode():
-        expected = bundle.model(images, inputs.get("mask"))
+        expected = bundle.model(tensors, inputs.get("mask"))
     exported = session(output)
     for count in (1, 3, 5):
         fed = {name: tensor[:count].numpy() for name, tensor in inputs.items()}
@@ -76,7 +76,7 @@ def test_the_recogniser_reads_as_in_torch(files, pictures, tmp_path, network, ca
 
 
 @pytest.mark.slow
-def test_ssn_and_recogniser_in_one_graph(files, pictures, tmp_path):
+def test_ssn_and_recogniser_in_one_graph(files, images, tmp_path):
     output = tmp_path / "both.onnx"
     arguments = ["--checkpoint", str(files / "both.pth"), "--output", str(output)]
     assert export_onnx.main([*arguments, "--ssn", "--ssn-size", "33", "97"]) == 0
@@ -84,16 +84,16 @@ def test_ssn_and_recogniser_in_one_graph(files, pictures, tmp_path):
     network = export_onnx.SegmentingRecogniser(
         export_onnx.Recogniser(bundle.model, "alignment"), bundle.ssn, bundle.image_size
     )
-    sized = np.stack([cv2.resize(each, (97, 33)) for each in pictures]).transpose(0, 3, 1, 2).astype(np.float32)
+    sized = np.stack([cv2.resize(each, (97, 33)) for each in images]).transpose(0, 3, 1, 2).astype(np.float32)
     with torch.inference_mode():
         expected = [each.numpy() for each in network(torch.from_numpy(sized))]
     exported = session(output)
     for count in (1, 4):
-        for given, wanted in zip(exported.run(None, {"picture": sized[:count]}), expected, strict=True):
+        for given, wanted in zip(exported.run(None, {"image": sized[:count]}), expected, strict=True):
             assert np.abs(given - wanted[:count]).max() < TOLERANCE
-    logits = exported.run(None, {"picture": sized})[0]
+    logits = exported.run(None, {"image": sized})[0]
     assert texts(bundle, logits) == texts(bundle, expected[0])
-    assert json.loads(exported.get_modelmeta().custom_metadata_map["picture_size"]) == [33, 97]
+    assert json.loads(exported.get_modelmeta().custom_metadata_map["image_size"]) == [33, 97]
 
 
 def test_mistakes_are_named(files, tmp_path):

@@ -40,7 +40,7 @@ def decode(data, flags=cv2.IMREAD_UNCHANGED):
 
 
 def test_two_lmdbs_with_the_same_keys_labels_and_sizes(tmp_path, words, capsys):
-    assert run(tmp_path, words, "--seed", "5", "output.picture=png") == 0
+    assert run(tmp_path, words, "--seed", "5", "output.image=png") == 0
     images, masks = read(tmp_path / "out/images/w"), read(tmp_path / "out/masks/w")
     assert len(images) == len(masks) == 12
     renderer = WordRenderer(load_render_config(None, [f"words.file={words}"]))
@@ -55,7 +55,7 @@ def test_two_lmdbs_with_the_same_keys_labels_and_sizes(tmp_path, words, capsys):
     assert "12" in summary
 
 
-def test_jpeg_pictures_are_close(tmp_path, words):
+def test_jpeg_images_are_close(tmp_path, words):
     run(tmp_path, words, "difficulty=0")
     renderer = WordRenderer(load_render_config(None, [f"words.file={words}", "difficulty=0"]))
     for index, (image, _) in enumerate(read(tmp_path / "out/images/w")):

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tools.support import RejectionLog, decode_picture, inside, map_in_processes
+from tools.support import RejectionLog, decode_image, inside, map_in_processes
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,12 +84,12 @@ def _runs(process):
 def test_log_has_one_line_an_entry_whatever_its_characters(tmp_path):
     with RejectionLog(tmp_path / "sub" / "log.tsv") as log:
         log.add("a\tb\nc\udcff", "reason", "tab\there")
-        log.add("picture", "other", words=7)
+        log.add("image", "other", words=7)
     assert log.counts == {"reason": 1, "other": 7}
     assert (tmp_path / "sub" / "log.tsv").read_text(encoding="utf-8").splitlines() == [
         "entry\treason\tdetail",
         r"a\tb\nc\udcff" + "\treason\t" + r"tab\there",
-        "picture\tother\t",
+        "image\tother\t",
     ]
 
 
@@ -131,5 +131,5 @@ def test_log_replaces_no_file_that_is_none(tmp_path):
 def test_greys_of_16_bits_are_scaled_to_8():
     levels = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     data = cv2.imencode(".png", levels)[1].tobytes()
-    picture, _ = decode_picture(data, mode="RGB")
-    assert np.array_equal(np.asarray(picture)[..., 0], levels >> 8)
+    image, _ = decode_image(data, mode="RGB")
+    assert np.array_equal(np.asarray(image)[..., 0], levels >> 8)

@@ -52,10 +52,10 @@ class TestGeometry:
         np.testing.assert_allclose(shares, 1 / 3, atol=0.04)
 
     def test_identity_warp_equals_the_resize(self):
-        picture = as_color(pattern())
+        image = as_color(pattern())
         scale = np.diag((128 / 100, 32 / 40, 1.0))
-        warped = warp(picture, scale, (32, 128), cv2.INTER_LINEAR)
-        assert np.abs(warped.astype(int) - transforms.resize(picture, (32, 128))).max() <= 4  # OpenCV's fixed point
+        warped = warp(image, scale, (32, 128), cv2.INTER_LINEAR)
+        assert np.abs(warped.astype(int) - transforms.resize(image, (32, 128))).max() <= 4  # OpenCV's fixed point
 
     def test_result_beyond_the_limit_is_scaled_down(self):
         _, (height, width) = fit_canvas(np.diag((100.0, 2.0, 1.0)), (40, 100), max_side=4096)
@@ -63,7 +63,7 @@ class TestGeometry:
 
     @pytest.mark.parametrize("interpolation", sorted(set(augmentation.INTERPOLATIONS)))
     @pytest.mark.parametrize("resize", [ResizeWord(), ResizeWord(fit="centre", random_aspect=True)])
-    def test_picture_and_mask_get_the_same_warp(self, interpolation, resize, monkeypatch):
+    def test_image_and_mask_get_the_same_warp(self, interpolation, resize, monkeypatch):
         monkeypatch.setattr(augmentation, "INTERPOLATIONS", (interpolation,))
         augment = AugmentWord(resize, geometry=1.0, deterioration=0.0, color=0.0)
         for mask in (pattern(), pattern(31, 64), pattern(120, 400)):
@@ -74,29 +74,29 @@ class TestGeometry:
 
     def test_small_canvas_shortcut_changes_next_to_nothing(self, monkeypatch):
         monkeypatch.setattr(augmentation, "INTERPOLATIONS", (cv2.INTER_LINEAR,))
-        picture, augment = as_color(pattern(90, 300)), AugmentWord(geometry=1.0, deterioration=0.0, color=0.0)
+        image, augment = as_color(pattern(90, 300)), AugmentWord(geometry=1.0, deterioration=0.0, color=0.0)
         canvases = []
         monkeypatch.setattr(
             augmentation, "fit_canvas", lambda *args: canvases.append(fit_canvas(*args)) or canvases[-1]
         )
         for seed in range(20):
-            direct, _ = augment(picture, None, rng(seed))
-            whole = transforms.resize(warp(picture, *canvases[-1], cv2.INTER_LINEAR), (32, 128))
+            direct, _ = augment(image, None, rng(seed))
+            whole = transforms.resize(warp(image, *canvases[-1], cv2.INTER_LINEAR), (32, 128))
             assert np.abs(direct.astype(int) - whole).mean() < 2.0
 
 
 class TestWordTransforms:
     def test_resize_is_plain_bilinear(self):
-        picture = as_color(pattern(47, 111))
-        resized, mask = ResizeWord(size=(32, 128))(picture, picture[..., 0].copy(), rng())
-        np.testing.assert_array_equal(resized, cv2.resize(picture, (128, 32), interpolation=cv2.INTER_LINEAR))
+        image = as_color(pattern(47, 111))
+        resized, mask = ResizeWord(size=(32, 128))(image, image[..., 0].copy(), rng())
+        np.testing.assert_array_equal(resized, cv2.resize(image, (128, 32), interpolation=cv2.INTER_LINEAR))
         np.testing.assert_array_equal(resized[..., 0], mask)
-        assert ResizeWord()(picture, None, rng())[1] is None
+        assert ResizeWord()(image, None, rng())[1] is None
 
     @pytest.mark.parametrize(("size", "filled"), [((64, 64), (32, 32)), ((10, 400), (3, 128)), ((32, 128), (32, 128))])
     def test_aligned_left_the_rest_is_black(self, size, filled):
-        picture = np.full((*size, 3), 200, np.uint8)
-        resized, mask = ResizeWord(fit="left")(picture, picture[..., 0].copy(), rng())
+        image = np.full((*size, 3), 200, np.uint8)
+        resized, mask = ResizeWord(fit="left")(image, image[..., 0].copy(), rng())
         assert resized.shape == (32, 128, 3)
         expected = np.zeros((32, 128), bool)
         expected[: filled[0], : filled[1]] = True
@@ -131,61 +131,59 @@ class TestWordTransforms:
     def test_order_is_deterioration_colour_geometry(self, monkeypatch):
         """As published: the order of BINet, whatever is drawn; geometry sees what the others made of the image."""
         calls = []
-        monkeypatch.setattr(augmentation, "deteriorate", lambda picture, _: calls.append(picture.shape) or picture + 1)
-        monkeypatch.setattr(
-            augmentation, "color_jitter", lambda picture, _: calls.append(picture.shape) or picture + 10
-        )
+        monkeypatch.setattr(augmentation, "deteriorate", lambda image, _: calls.append(image.shape) or image + 1)
+        monkeypatch.setattr(augmentation, "color_jitter", lambda image, _: calls.append(image.shape) or image + 10)
         monkeypatch.setattr(transforms, "warp", lambda *args: calls.append(args[0][0, 0, 0]) or warp(*args))
         AugmentWord(geometry=1.0, deterioration=1.0, color=1.0)(np.full((50, 90, 3), 100, np.uint8), None, rng())
         assert calls == [(50, 90, 3), (50, 90, 3), 111]
 
     @pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2), (1, 40000), (40000, 1), (31, 77), (500, 900)])
     @pytest.mark.parametrize("fit", ["stretch", "centre", "left"])
-    def test_any_size_of_picture(self, size, fit):
-        picture, mask = np.full((*size, 3), 90, np.uint8), np.full(size, 255, np.uint8)
+    def test_any_size_of_image(self, size, fit):
+        image, mask = np.full((*size, 3), 90, np.uint8), np.full(size, 255, np.uint8)
         resize = ResizeWord(fit=fit, random_aspect=fit == "centre")
         augment = AugmentWord(resize, geometry=1.0, deterioration=0.5, color=0.5)
         for seed in range(6):
-            result, moved = augment(picture, mask, rng(seed))
+            result, moved = augment(image, mask, rng(seed))
             assert result.shape == (32, 128, 3)
             assert moved.shape == (32, 128)
             assert result.dtype == moved.dtype == np.uint8
 
     def test_depends_on_the_generator_only_and_leaves_its_input(self):
-        picture, mask = as_color(pattern()), pattern()
-        before = picture.copy(), mask.copy()
+        image, mask = as_color(pattern()), pattern()
+        before = image.copy(), mask.copy()
         augment = AugmentWord()
         for seed in range(30):
-            first, second = augment(picture, mask, rng(seed)), augment(picture, mask, rng(seed))
+            first, second = augment(image, mask, rng(seed)), augment(image, mask, rng(seed))
             np.testing.assert_array_equal(first[0], second[0])
             np.testing.assert_array_equal(first[1], second[1])
-        np.testing.assert_array_equal(picture, before[0])
+        np.testing.assert_array_equal(image, before[0])
         np.testing.assert_array_equal(mask, before[1])
 
     def test_kinds_are_drawn_for_each_sample(self):
-        picture, mask = as_color(pattern(32, 128)), pattern(32, 128)
-        results = [AugmentWord()(picture, mask, rng(seed)) for seed in range(800)]
+        image, mask = as_color(pattern(32, 128)), pattern(32, 128)
+        results = [AugmentWord()(image, mask, rng(seed)) for seed in range(800)]
         moved = np.mean([(each != mask).any() for _, each in results])
-        untouched = np.mean([np.array_equal(each, picture) for each, _ in results])
+        untouched = np.mean([np.array_equal(each, image) for each, _ in results])
         assert moved == pytest.approx(0.5, abs=0.06)
         assert untouched == pytest.approx(0.5 * 0.75 * 0.75, abs=0.06)
 
     def test_result_becomes_a_tensor(self):
         for seed in range(20):
-            picture, mask = AugmentWord()(as_color(pattern()), pattern(), rng(seed))
-            torch.from_numpy(np.ascontiguousarray(picture))
+            image, mask = AugmentWord()(as_color(pattern()), pattern(), rng(seed))
+            torch.from_numpy(np.ascontiguousarray(image))
             torch.from_numpy(np.ascontiguousarray(mask))
 
 
 class TestViews:
-    def test_only_tall_pictures_are_turned_both_ways(self):
-        picture, mask = rng().integers(0, 256, (31, 20, 3), dtype=np.uint8), rng(1).integers(0, 256, (31, 20), np.uint8)
-        as_stored, left, right = views(picture, mask, turn_tall=1.5)
+    def test_only_tall_images_are_turned_both_ways(self):
+        image, mask = rng().integers(0, 256, (31, 20, 3), dtype=np.uint8), rng(1).integers(0, 256, (31, 20), np.uint8)
+        as_stored, left, right = views(image, mask, turn_tall=1.5)
         assert (as_stored.turned, left.turned, right.turned) == (0, 90, 270)
-        assert as_stored.picture is picture
+        assert as_stored.image is image
         for view, turns in ((left, 1), (right, 3)):
-            assert np.array_equal(view.picture, np.rot90(picture, turns))
+            assert np.array_equal(view.image, np.rot90(image, turns))
             assert np.array_equal(view.mask, np.rot90(mask, turns))
-            assert view.picture.flags.c_contiguous
-        assert [each.mask for each in views(picture[:30], None, turn_tall=1.5)] == [None]
-        assert len(views(picture, None)) == 1
+            assert view.image.flags.c_contiguous
+        assert [each.mask for each in views(image[:30], None, turn_tall=1.5)] == [None]
+        assert len(views(image, None)) == 1

@@ -15,15 +15,15 @@ from bundle import load_bundle
 from config import load_config
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
-from loading.batches import normalize_images, stack_pictures
-from loading.decoding import decode_picture
+from loading.batches import normalize_images, stack_images
+from loading.decoding import decode_image
 from loading.transforms import ResizeWord, turn
 from reader import DEFAULT_CHECKPOINT, Reader
-from tests.browser import fill, found, missing_pictures, page_data
+from tests.browser import fill, found, missing_images, page_data
 from tests.reference import fill_known_weights
 
 ROOT = Path(__file__).parent.parent
-PICTURES = sorted((ROOT / "fig" / "demo").glob("*.png"))  # named after what they say
+IMAGES = sorted((ROOT / "fig" / "demo").glob("*.png"))  # named after what they say
 REAL_WORDS = ROOT.parent / "shared" / "data" / "eval"
 LARGEST = 25 * 2**20  # bytes
 
@@ -38,28 +38,28 @@ def test_the_file_is_small_and_whole():
     assert halves > 0.95 * sum(count for count, _ in numbers)
 
 
-def test_a_reader_without_arguments_reads_the_pictures_of_the_demo():
-    readings = Reader().read(PICTURES)
-    right = [reading.text == path.stem for reading, path in zip(readings, PICTURES, strict=True)]
-    assert sum(right) >= len(PICTURES) - 1
-    assert all(reading.mask is not None for reading in readings)
+def test_a_reader_without_arguments_reads_the_images_of_the_demo():
+    predictions = Reader().read(IMAGES)
+    right = [prediction.text == path.stem for prediction, path in zip(predictions, IMAGES, strict=True)]
+    assert sum(right) >= len(IMAGES) - 1
+    assert all(prediction.mask is not None for prediction in predictions)
 
 
 def test_the_demo_needs_no_flag_but_its_input(capsys, tmp_path):
-    assert demo.main(["--input", str(PICTURES[0].parent), "--overlay", str(tmp_path)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(PICTURES)
-    assert len(list(tmp_path.glob("*.png"))) == len(PICTURES)
+    assert demo.main(["--input", str(IMAGES[0].parent), "--overlay", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(IMAGES)
+    assert len(list(tmp_path.glob("*.png"))) == len(IMAGES)
 
 
 def test_words_turned_by_90_degrees_are_read_where_that_is_asked_for():
-    words = {path.stem: decode_picture(path.read_bytes()) for path in PICTURES}
+    words = {path.stem: decode_image(path.read_bytes()) for path in IMAGES}
     words = {text: word for text, word in words.items() if word.shape[1] > 1.5 * word.shape[0]}
     turned = [turn(word, (90, 270)[i % 2]) for i, word in enumerate(words.values())]
     config, right = load_bundle(DEFAULT_CHECKPOINT).config, {}
     for ratio in (None, 1.5):
         config.dataset.turn_tall = ratio
         read = Reader(config=config).read(turned)
-        right[ratio] = sum(reading.text == text for reading, text in zip(read, words, strict=True))
+        right[ratio] = sum(prediction.text == text for prediction, text in zip(read, words, strict=True))
     assert [each.turned for each in read] == [(270, 90)[i % 2] for i in range(len(read))]
     assert all(each.mask.shape == word.shape[:2] for each, word in zip(read, turned, strict=True))
     assert right[None] <= 1
@@ -95,8 +95,8 @@ def test_every_real_word_is_accounted_for_and_most_are_read(tested):
 @pytest.mark.slow
 def test_a_reader_reads_real_words_as_main_does(tested):
     folder = REAL_WORDS / "ic13_1015"
-    pictures = [line.split("\t")[0] for line in (folder / "gt.txt").read_text().splitlines()]
-    read = [reading.text for reading in Reader().read([folder / picture for picture in pictures])]
+    images = [line.split("\t")[0] for line in (folder / "gt.txt").read_text().splitlines()]
+    read = [prediction.text for prediction in Reader().read([folder / image for image in images])]
     lines = (tested / "ic13_1015-alignment" / "alignment.txt").read_text().splitlines()
     assert read == [line.split("\t")[1] for line in lines]
 
@@ -109,10 +109,10 @@ def test_the_report_on_real_words_works_in_a_browser(tested, browser):
     words = page_data(page)["words"]
     wrong = sum(1 - each[5] for each in words)
     assert found(browser) == (len(words), wrong)
-    assert missing_pictures(browser) == 0
+    assert missing_images(browser) == 0
     fill(browser, wrong=True)
     assert found(browser) == (wrong, wrong)
-    assert missing_pictures(browser) == 0
+    assert missing_images(browser) == 0
     assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
@@ -122,12 +122,12 @@ def real_inputs():
     if not REAL_WORDS.is_dir():
         pytest.skip("no real words here")
     bundle = load_bundle(DEFAULT_CHECKPOINT)
-    pictures = [decode_picture(path.read_bytes()) for path in sorted(REAL_WORDS.glob("*/images/*"))]
-    masks = Segmenter(bundle.ssn, bundle.areas)(pictures)
+    images = [decode_image(path.read_bytes()) for path in sorted(REAL_WORDS.glob("*/images/*"))]
+    masks = Segmenter(bundle.ssn, bundle.areas)(images)
     resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
-    sized = [resize(picture, mask, None) for picture, mask in zip(pictures, masks, strict=True)]
-    images = normalize_images(stack_pictures([picture for picture, _ in sized]))
-    return images, torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).float() / 255
+    sized = [resize(image, mask, None) for image, mask in zip(images, masks, strict=True)]
+    tensors = normalize_images(stack_images([image for image, _ in sized]))
+    return tensors, torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).float() / 255
 
 
 def shipped_network():

@@ -53,22 +53,22 @@ def png(array: np.ndarray) -> bytes:
     return cv2.imencode(".png", array)[1].tobytes()
 
 
-def picture_and_mask(number: int) -> tuple[bytes, bytes]:
-    """A word's picture, 16 x 48 pixels, and its mask."""
+def image_and_mask(number: int) -> tuple[bytes, bytes]:
+    """A word's image, 16 x 48 pixels, and its mask."""
     rng = np.random.default_rng(number)
     mask = np.zeros((16, 48), np.uint8)
     mask[4:12, 6 : 20 + number % 20] = 255
-    picture = np.where(mask[..., None] > 0, 220, rng.integers(0, 120, (16, 48, 3))).astype(np.uint8)
-    return png(picture), png(mask)
+    image = np.where(mask[..., None] > 0, 220, rng.integers(0, 120, (16, 48, 3))).astype(np.uint8)
+    return png(image), png(mask)
 
 
 def write_words(folder: Path, name: str, count: int, *, first: int = 0) -> None:
     """A word LMDB `images/NAME` and its mask LMDB `masks/NAME`."""
     with LmdbWriter(folder / "images" / name) as images, LmdbWriter(folder / "masks" / name) as masks:
         for number in range(first, first + count):
-            picture, mask = picture_and_mask(number)
+            image, mask = image_and_mask(number)
             label = WORDS[number % len(WORDS)]
-            images.append(picture, label)
+            images.append(image, label)
             masks.append(mask, label)
 
 

@@ -6,7 +6,7 @@ reported with a 95 % interval of a bootstrap over words and seeds, each checkpoi
 Differences (to plain, and to the first NAME) are taken within each bootstrap sample, on the same words.
 
 Networks that read with masks are scored with each kind of --masks:
-  ssn    the masks that the checkpoint's SSN (or --ssn) makes of the picture, as in use
+  ssn    the masks that the checkpoint's SSN (or --ssn) makes of the image, as in use
   exact  the renderer's: what a perfect SSN would give
   none   empty masks: the network is told of no text
   full   masks that call everything text
@@ -115,7 +115,7 @@ def render_words(
 
 
 def masks_for(words: Sequence[RenderedWord], kind: str) -> list[np.ndarray | None]:
-    """A mask, uint8 of the picture's size, for each word; None where the reader is to make it."""
+    """A mask, uint8 of the image's size, for each word; None where the reader is to make it."""
     if kind == "ssn":
         return [None] * len(words)
     if kind == "exact":
@@ -165,9 +165,10 @@ def score_checkpoint(
                 given = segmented[kind]
             else:
                 given = None if mask_kind == NO_MASKS else masks_for(chosen, mask_kind)
-            readings = reader.read([word.image for word in chosen], masks=given)
+            predictions = reader.read([word.image for word in chosen], masks=given)
             right[row] = [
-                normalize(reading.text) == normalize(word.text) for reading, word in zip(readings, chosen, strict=True)
+                normalize(prediction.text) == normalize(word.text)
+                for prediction, word in zip(predictions, chosen, strict=True)
             ]
         yield Run(name, checkpoint, mask_kind, right)
 

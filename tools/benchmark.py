@@ -42,7 +42,7 @@ from engine.distributed import Process
 from engine.precision import PRECISIONS
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
-from loading.batches import normalize_images, stack_pictures
+from loading.batches import normalize_images, stack_images
 from modules.mask_refinement import EPSILON
 from tools.growth import (
     Point,
@@ -84,7 +84,7 @@ LIST_SIZES = (1_000, 10_000, 100_000, 1_000_000)
 WORKERS = (0, 1, 2, 3, 4)
 MADE_WORDS = 1000  # rendered for growth-workers where the config names no data
 TEXT_LENGTH = 8  # characters and end of the texts that training learns: the mean of the real training words is near
-WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the pictures that masks are made of
+WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the images that masks are made of
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Row(Measurement):
     memory: float | None = None
     flops: int | None = None
     matrix_share: float | None = None  # of the measured rate of the form's own precision
-    ratio: float | None = None  # words a second over the yardstick's pictures a second
+    ratio: float | None = None  # words a second over the yardstick's images a second
 
 
 @dataclass
@@ -149,13 +149,13 @@ def straightforward(model: nn.Module) -> nn.Module:
     return model
 
 
-def one_by_one(ssn: nn.Module, areas: Sequence[int], pictures: Sequence[np.ndarray]) -> list[Tensor]:
+def one_by_one(ssn: nn.Module, areas: Sequence[int], images: Sequence[np.ndarray]) -> list[Tensor]:
     """Masks (H, W) as the published procedure is written down: float32, one word and one area after another."""
     device = next(ssn.parameters()).device
     ssn.eval()
     with torch.no_grad():
-        images = (normalize_images(stack_pictures([each]).to(device)) for each in pictures)  # (1, 3, H, W)
-        return [ssn.text_probability(image, areas=areas)[0] for image in images]
+        tensors = (normalize_images(stack_images([each]).to(device)) for each in images)  # (1, 3, H, W)
+        return [ssn.text_probability(each, areas=areas)[0] for each in tensors]
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -273,17 +273,17 @@ class Bench:
         self._add("rendering", "one process", Form(list, count), Timing(runs))
 
     def masks(self) -> None:
-        """SSN at the config's areas on pictures of the sizes that words have."""
+        """SSN at the config's areas on images of the sizes that words have."""
         areas = self.config.model.ssn.areas
         ssn = build_ssn(self.config).to(self.device)
         segmenter = Segmenter(ssn, areas, device=self.device, precision=self.options.precision)
-        pictures = word_pictures(self.options.batch_size)
+        images = word_images(self.options.batch_size)
         name = f"areas {', '.join(map(str, areas))}"
-        forms = {name: Form(lambda: segmenter(pictures), len(pictures), self.dtype)}
+        forms = {name: Form(lambda: segmenter(images), len(images), self.dtype)}
         if self.options.straightforward:
             slow = straightforward(ssn)
-            forms["straightforward"] = Form(lambda: one_by_one(slow, areas, pictures), len(pictures))
-        forms[YARDSTICK] = Form(self._yardstick(len(pictures)), len(pictures))
+            forms["straightforward"] = Form(lambda: one_by_one(slow, areas, images), len(images))
+        forms[YARDSTICK] = Form(self._yardstick(len(images)), len(images))
         self._measure("masks", forms)
 
     def growth_batch(self) -> None:
@@ -393,16 +393,16 @@ class Bench:
 
         return resnet50().to(self.device)
 
-    def _yardstick(self, pictures: int) -> Callable[[], object]:
+    def _yardstick(self, images: int) -> Callable[[], object]:
         network = self._yardstick_network().eval().requires_grad_(False)
-        image = torch.randn(pictures, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
+        image = torch.randn(images, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
         return lambda: network(image)
 
-    def _yardstick_step(self, pictures: int) -> Callable[[], object]:
+    def _yardstick_step(self, images: int) -> Callable[[], object]:
         network = self._yardstick_network().train()
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
-        image = torch.randn(pictures, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
-        target = torch.zeros(pictures, dtype=torch.int64, device=self.device)
+        image = torch.randn(images, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
+        target = torch.zeros(images, dtype=torch.int64, device=self.device)
 
         def step() -> None:
             F.cross_entropy(network(image), target).backward()
@@ -412,8 +412,8 @@ class Bench:
         return step
 
 
-def word_pictures(count: int) -> list[np.ndarray]:
-    """Pictures (H, W, 3) uint8 of noise, of a few sizes that words have."""
+def word_images(count: int) -> list[np.ndarray]:
+    """Images (H, W, 3) uint8 of noise, of a few sizes that words have."""
     random = np.random.default_rng(0)
     heights = np.linspace(*WORD_HEIGHTS, num=min(count, 8)).astype(int)
     sizes = [(height, height * WORD_ASPECT) for height in heights]

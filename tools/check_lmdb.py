@@ -28,7 +28,7 @@ from tools.support import (
     MAX_PIXELS,
     RejectionLog,
     add_run_arguments,
-    decode_picture,
+    decode_image,
     make_parser,
     map_in_processes,
     positive,
@@ -47,14 +47,14 @@ HEIGHT_EDGES = (8, 16, 32, 64, 128)  # pixels
 ASPECT_EDGES = (1, 2, 4, 8)  # width / height
 FINGERPRINT_SIDE = 16  # a fingerprint has this squared bits
 NEAR_BITS = 10  # fingerprints of re-encoded copies of a word differ by less
-SHARED = "picture is in the other LMDB too"
+SHARED = "image is in the other LMDB too"
 
 
 @dataclass(frozen=True)
 class Sample:
     """What was found at one index: `reason` is empty when it is whole.
 
-    `digest` (16 bytes) is equal for equal pixels; `fingerprint` (32 bytes) is alike for pictures that look alike.
+    `digest` (16 bytes) is equal for equal pixels; `fingerprint` (32 bytes) is alike for images that look alike.
     """
 
     index: int
@@ -93,7 +93,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Keys:
-    """The indices for which an LMDB has a picture or a label, sorted, and the number of keys that are neither."""
+    """The indices for which an LMDB has an image or a label, sorted, and the number of keys that are neither."""
 
     indices: np.ndarray
     others: int
@@ -116,16 +116,16 @@ def check_sample(
     index: int, *, reader: LmdbReader, masks: LmdbReader | None, segmentation: bool, max_pixels: int
 ) -> Sample:
     """Read and decode everything at `index`; runs in a worker."""
-    image = reader.get(image_key(index))
-    if image is None:
+    stored = reader.get(image_key(index))
+    if stored is None:
         return Sample(index, "image missing")
     label = "" if segmentation else _check_label(reader.get(label_key(index)))
     if isinstance(label, tuple):
         return Sample(index, *label)
-    picture, problem = decode_picture(image, max_pixels)
-    if picture is None:
+    image, problem = decode_image(stored, max_pixels)
+    if image is None:
         return Sample(index, *problem, label=label)
-    kind, size, pixels = picture.format or "", picture.size, to_8_bits(picture).convert("RGB")
+    kind, size, pixels = image.format or "", image.size, to_8_bits(image).convert("RGB")
     mask_empty = False
     if segmentation or masks is not None:
         mask = reader.get(mask_key(index)) if segmentation else masks.get(image_key(index))
@@ -151,28 +151,28 @@ def _check_label(data: bytes | None) -> str | tuple[str, str]:
 
 
 def check_mask(data: bytes | None, size: tuple[int, int], max_pixels: int) -> tuple[tuple[str, str] | None, bool]:
-    """(reason, detail) or None for an encoded mask that belongs to a picture of `size`, and whether it is all black."""
+    """(reason, detail) or None for an encoded mask that belongs to an image of `size`, and whether it is all black."""
     if data is None:
         return ("mask missing", ""), False
-    mask, (reason, detail) = decode_picture(data, max_pixels)
+    mask, (reason, detail) = decode_image(data, max_pixels)
     if mask is None:
         return ("mask: " + reason, detail), False
     if mask.size != size:
-        return ("mask of another size", f"{mask.size} for a picture of {size}"), False
+        return ("mask of another size", f"{mask.size} for an image of {size}"), False
     if mask.mode not in ("L", "1"):
         return ("mask is not 8-bit grey", f"mode {mask.mode}"), False
     return None, mask.getextrema()[1] == 0
 
 
-def fingerprint(picture: Image.Image) -> bytes:
+def fingerprint(image: Image.Image) -> bytes:
     """A difference hash: for each cell of a small grey copy, whether it is brighter than its left neighbour."""
     side = FINGERPRINT_SIDE
-    grey = np.asarray(picture.convert("L").resize((side + 1, side), Image.Resampling.BOX))
+    grey = np.asarray(image.convert("L").resize((side + 1, side), Image.Resampling.BOX))
     return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
 
 
-class PictureSet:
-    """The pictures of other LMDBs, to ask whether one is among them, exactly or nearly."""
+class ImageSet:
+    """The images of other LMDBs, to ask whether one is among them, exactly or nearly."""
 
     def __init__(self, *, near: bool) -> None:
         self._near = near
@@ -184,7 +184,7 @@ class PictureSet:
         self._fingerprints += sample.fingerprint
 
     def holds(self, sample: Sample) -> bool:
-        """Whether a picture with the same pixels, or with `near` one that looks the same, was added."""
+        """Whether an image with the same pixels, or with `near` one that looks the same, was added."""
         if sample.digest in self._digests:
             return True
         if not self._near or not self._fingerprints:
@@ -202,7 +202,7 @@ class Checker:
     max_length: int = 25
     max_pixels: int = MAX_PIXELS
     workers: int = 1
-    other: PictureSet | None = None
+    other: ImageSet | None = None
 
     def samples(self, reader: LmdbReader, masks: LmdbReader | None, indices: np.ndarray) -> Iterator[Sample]:
         """Check the samples of `indices` in order, with a progress bar."""
@@ -238,7 +238,7 @@ class Checker:
                 self._describe(sample, report)
                 digests += sample.digest[:8]
         distinct = np.unique(np.frombuffer(digests, np.uint64))
-        report.notes["pictures that come again within"] = report.whole - len(distinct)
+        report.notes["images that come again within"] = report.whole - len(distinct)
         report.notes = +report.notes
         return report
 
@@ -262,7 +262,7 @@ class Checker:
 
 
 def is_segmentation(reader: LmdbReader) -> bool:
-    """Whether the LMDB holds pictures with masks; labels, where it has some, only name the pairs."""
+    """Whether the LMDB holds images with masks; labels, where it has some, only name the pairs."""
     return next(reader.keys("mask-"), None) is not None
 
 
@@ -340,8 +340,8 @@ def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, co
 
 
 def _decode(data: bytes, mode: str) -> np.ndarray:
-    picture, _ = decode_picture(data, sys.maxsize, mode)  # its size was checked before
-    return np.asarray(picture)
+    image, _ = decode_image(data, sys.maxsize, mode)  # its size was checked before
+    return np.asarray(image)
 
 
 def print_report(report: Report) -> None:
@@ -375,15 +375,15 @@ def _print_histogram(title: str, counts: dict[str, int]) -> None:
             print(f"    {name:>8} {count:>10,} {'#' * round(40 * count / most)}".rstrip())
 
 
-def collect_pictures(root: str, checker: Checker, *, near: bool) -> PictureSet:
-    """The pictures of every LMDB of `root`; those that do not decode are passed over."""
-    pictures = PictureSet(near=near)
+def collect_images(root: str, checker: Checker, *, near: bool) -> ImageSet:
+    """The images of every LMDB of `root`; those that do not decode are passed over."""
+    images = ImageSet(near=near)
     for path in find_lmdbs(root):
         reader = LmdbReader(path)
         for sample in checker.samples(reader, None, scan_keys(reader).indices):
             if sample.digest:
-                pictures.add(sample)
-    return pictures
+                images.add(sample)
+    return images
 
 
 def _beside(output: str, path: Path, alone: bool) -> Path:
@@ -411,9 +411,7 @@ def _parse(arguments: list[str] | None) -> Any:
     )
     parser.add_argument("--charset", metavar="FILE", help="count label characters outside this charset")
     parser.add_argument("--max-length", type=positive, default=25, help="count longer labels (default: 25)")
-    parser.add_argument(
-        "--against", metavar="LMDB", help="pictures shared with these LMDBs (a test set's) are problems"
-    )
+    parser.add_argument("--against", metavar="LMDB", help="images shared with these LMDBs (a test set's) are problems")
     parser.add_argument("--near", action="store_true", help="with --against: look-alikes too (slow on large sets)")
     parser.add_argument("--contact-sheet", metavar="PNG", help="draw words from all over the LMDB to look at")
     parser.add_argument("--cells", type=positive, default=64, help="words on the contact sheet (default: 64)")
@@ -431,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
     mask_paths = pair_masks(options.lmdb, lmdbs, options.masks)
     charset = Charset.from_file(options.charset) if options.charset else None
     settings = (charset, options.max_length, options.max_pixels, options.workers)
-    other = collect_pictures(options.against, Checker(*settings), near=options.near) if options.against else None
+    other = collect_images(options.against, Checker(*settings), near=options.near) if options.against else None
     checker = Checker(*settings, other)
     reports = []
     with RejectionLog(options.rejected or (f"{options.fix.rstrip('/')}-rejected.tsv" if options.fix else None)) as log:

@@ -1,4 +1,4 @@
-"""Make a word LMDB from a folder of pictures and a list of labels."""
+"""Make a word LMDB from a folder of images and a list of labels."""
 
 import functools
 import os
@@ -15,12 +15,12 @@ from tools.support import (
     MAX_PIXELS,
     Word,
     add_run_arguments,
-    find_picture,
+    find_image,
     inside,
     make_parser,
     map_in_processes,
     progress,
-    read_picture,
+    read_image,
     store_words,
 )
 from utils import UserError, run_command_line
@@ -82,7 +82,7 @@ def _unquote(label: str) -> str:
 
 
 def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pixels: int) -> Word:
-    """Read and check the picture and label of one line; runs in a worker."""
+    """Read and check the image and label of one line; runs in a worker."""
     try:
         line = entry.content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -91,14 +91,14 @@ def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pix
     if first is None:
         return Word(line, reason="no separator", detail="neither tab nor comma between path and label")
     for name, label in split_line(line, separators):
-        path = find_picture(folder, name) if name else None
+        path = find_image(folder, name) if name else None
         if path is None:
             continue
         if not label:
             return Word(name, reason="empty label")
         if "\t" in label:
             return Word(name, reason="tab in label", detail=label)
-        return read_picture(name, path, label, max_pixels)
+        return read_image(name, path, label, max_pixels)
     name = first[0]
     if not name:
         return Word(line, reason="no path")
@@ -117,13 +117,13 @@ def read_words(
         read_word, folder=os.path.abspath(image_folder), separators=SEPARATORS[separator], max_pixels=max_pixels
     )
     words = map_in_processes(read, read_entries(gt_file), workers=workers, chunk_size=64)
-    yield from progress(words, total=total, unit="word", description="pictures")
+    yield from progress(words, total=total, unit="word", description="images")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("image_folder", metavar="IMAGE_FOLDER", help="folder that the paths in GT_FILE are relative to")
-    parser.add_argument("gt_file", metavar="GT_FILE", help="UTF-8 text, one picture and label a line")
+    parser.add_argument("gt_file", metavar="GT_FILE", help="UTF-8 text, one image and label a line")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
     parser.add_argument(
         "--separator", choices=SEPARATORS, default="auto", help="between path and label (default: auto)"

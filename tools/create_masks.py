@@ -32,7 +32,7 @@ from engine.checkpoints import load_weights, read_checkpoint
 from engine.distributed import Process
 from engine.precision import PRECISIONS
 from inference.segmenter import Segmenter
-from loading.decoding import BrokenPictureError, decode_picture
+from loading.decoding import BrokenImageError, decode_image
 from loading.lmdb_io import (
     DATA_FILE,
     NUM_SAMPLES,
@@ -55,7 +55,7 @@ EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --ch
 
 Processes that torchrun starts, on one machine or several that share the folders, share the words; the result is that of
 one process, byte for byte. A run that was stopped goes on where it stopped when it is started again in the same way, be
-it with another number of processes; until then its masks are in OUTPUT.part-*.partial. A word whose picture cannot
+it with another number of processes; until then its masks are in OUTPUT.part-*.partial. A word whose image cannot
 be decoded gets no mask; it is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how masks were made."""
 
 CHUNK_PIXELS = 1 << 23  # of images that are held at once, whatever their number: scenes are larger than words
@@ -67,10 +67,10 @@ SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the other
 
 @dataclass(frozen=True)
 class Word:
-    """A word to make a mask of: its number from 1 and its picture, or the reason (and detail) why there is none."""
+    """A word to make a mask of: its number from 1 and its image, or the reason (and detail) why there is none."""
 
     index: int
-    picture: np.ndarray | None = None
+    image: np.ndarray | None = None
     reason: str = ""
     detail: str = ""
 
@@ -148,7 +148,7 @@ def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
 
 
 def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
-    """The file of SSN's weights, and SSN with them, ready for pictures.
+    """The file of SSN's weights, and SSN with them, ready for images.
 
     Raises:
         UserError: the checkpoint is missing, cannot be read, or is of other widths; nothing describes the network; the
@@ -249,7 +249,7 @@ class MaskOutput:
         foreign = "masks" in record and record["masks"] != _sample_digest(LmdbReader(self.target), self.count)
         if record.get("settings") != self.settings or foreign:
             raise UserError(
-                f"{self.target}: exists and was made of other pictures or with other settings; "
+                f"{self.target}: exists and was made of other images or with other settings; "
                 "choose another output or replace it with --overwrite"
             )
         return True
@@ -335,12 +335,12 @@ class MaskOutput:
                 ) as bar,
             ):
                 for chunk in one_ahead(pool, load_chunks(self.reader, todo)):
-                    whole = [word for word in chunk if word.picture is not None]
-                    masks = map(encode_mask, segmenter([word.picture for word in whole]))
+                    whole = [word for word in chunk if word.image is not None]
+                    masks = map(encode_mask, segmenter([word.image for word in whole]))
                     for word, mask in list(zip(whole, masks, strict=True)):
                         part.put(image_key(word.index), mask)
                     part.commit()
-                    rejected += [(word.index, word.reason, word.detail) for word in chunk if word.picture is None]
+                    rejected += [(word.index, word.reason, word.detail) for word in chunk if word.image is None]
                     bar.update(len(chunk))
         finally:
             part.abort()  # a part never takes a name without PARTIAL_SUFFIX
@@ -378,8 +378,8 @@ def load_chunks(reader: LmdbReader, blocks: Sequence[Sequence[int]]) -> Iterator
         pixels = 0
         for index in block:
             chunk.append(load_word(reader, index))
-            if chunk[-1].picture is not None:
-                pixels += chunk[-1].picture[..., 0].size
+            if chunk[-1].image is not None:
+                pixels += chunk[-1].image[..., 0].size
             if len(chunk) == CHUNK_WORDS or pixels >= CHUNK_PIXELS:
                 yield chunk
                 chunk, pixels = [], 0
@@ -391,11 +391,11 @@ def load_word(reader: LmdbReader, index: int) -> Word:
     """Read and decode one word."""
     data = reader.get(image_key(index))
     if data is None:
-        return Word(index, reason="no picture")
+        return Word(index, reason="no image")
     try:
-        return Word(index, picture=decode_picture(data))
-    except BrokenPictureError as error:
-        return Word(index, reason="damaged picture", detail=str(error))
+        return Word(index, image=decode_image(data))
+    except BrokenImageError as error:
+        return Word(index, reason="damaged image", detail=str(error))
 
 
 def one_ahead(pool: Executor, chunks: Iterator[list[Word]]) -> Iterator[list[Word]]:
@@ -420,15 +420,15 @@ def check_masks(reader: LmdbReader, writer: LmdbWriter, *, broken: int) -> None:
     count = len(reader)
     made = [index for index in range(1, count + 1) if image_key(index) in writer]
     if len(made) != count - broken:
-        raise _failed(writer, f"{len(made)} masks for {count - broken} pictures")
+        raise _failed(writer, f"{len(made)} masks for {count - broken} images")
     for index in range(1, count + 1):
         if reader.get(label_key(index)) != writer.get(label_key(index)):
             raise _failed(writer, f"{label_key(index)} differs")
     chosen = np.linspace(0, len(made) - 1, min(SIZES_CHECKED, len(made))).astype(int)
     for index in (made[place] for place in np.unique(chosen)):
         width, height = struct.unpack(">II", writer.get(image_key(index))[PNG_SIZE])
-        if decode_picture(reader.get(image_key(index))).shape[:2] != (height, width):
-            raise _failed(writer, f"the mask {image_key(index)} has another size than its picture")
+        if decode_image(reader.get(image_key(index))).shape[:2] != (height, width):
+            raise _failed(writer, f"the mask {image_key(index)} has another size than its image")
 
 
 def _failed(writer: LmdbWriter, difference: str) -> UserError:

@@ -1,6 +1,6 @@
 """Bring text segmentation sets, as their owners ship them, into the form that SSN is trained from.
 
-The result holds pairs of a picture and a grey mask: 255 = text, 0 = background, 128 = not known, to be ignored (set
+The result holds pairs of an image and a grey mask: 255 = text, 0 = background, 128 = not known, to be ignored (set
 dataset.segmentation.ignore_level to 128).
 """
 
@@ -23,9 +23,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from loading.decoding import MAX_PIXELS, BrokenPictureError, decode_picture
+from loading.decoding import MAX_PIXELS, BrokenImageError, decode_image
 from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
-from tools.support import PICTURE_ERRORS, RejectionLog, make_parser, print_summary, progress
+from tools.support import IMAGE_ERRORS, RejectionLog, make_parser, print_summary, progress
 from utils import UserError, explain_full_disk, run_command_line
 
 EXAMPLE = """  python tools/create_segmentation_data.py --format totaltext --source Total-Text --split Train \\
@@ -33,21 +33,21 @@ EXAMPLE = """  python tools/create_segmentation_data.py --format totaltext --sou
   python tools/create_segmentation_data.py --format icdar13 --source ICDAR13 --output data/segmentation/icdar13 --words
 
 what is expected below --source (folders may lie deeper):
-  icdar13    pictures NAME.jpg; NAME_GT.bmp (or png), each character in a colour of its own on white; NAME_GT.txt
+  icdar13    images NAME.jpg; NAME_GT.bmp (or png), each character in a colour of its own on white; NAME_GT.txt
   totaltext  Images/Train, groundtruth_pixel/Train of the same names; for --words also poly_gt_NAME.txt (polygons)
-  coco_ts    COCO_TS_labels/NAME.png and pictures NAME.jpg
-  mlt_s      a folder *labels or *masks with NAME.png and pictures NAME.jpg
+  coco_ts    COCO_TS_labels/NAME.png and images NAME.jpg
+  mlt_s      a folder *labels or *masks with NAME.png and images NAME.jpg
   textseg    image/NAME.jpg, semantic_label/NAME_maskfg.png; for --words also annotation/NAME_anno.json"""
 
 TEXT, BACKGROUND, IGNORED = 255, 0, 128
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 VALUES_SCANNED = 200  # masks looked at to find out which values a set uses
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels, right and bottom not included
 
 
 class UnusableError(ValueError):
-    """Why one picture of a set cannot be used: a short reason, and a detail."""
+    """Why one image of a set cannot be used: a short reason, and a detail."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -56,7 +56,7 @@ class UnusableError(ValueError):
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a picture: the classes of its pixels, and the boxes of its words where the set has them."""
+    """What is known of an image: the classes of its pixels, and the boxes of its words where the set has them."""
 
     mask: np.ndarray  # (H, W) uint8: TEXT, BACKGROUND or IGNORED
     boxes: list[Box] | None = None
@@ -64,10 +64,10 @@ class Truth:
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture of a set and how to read what is known of it."""
+    """An image of a set and how to read what is known of it."""
 
     name: str
-    picture: Path
+    image: Path
     read: Callable[[], Truth] = field(repr=False)
 
 
@@ -84,17 +84,17 @@ def in_split(path: Path, source: Path, split: str | None) -> bool:
     return split is None or split.lower() in (part.lower() for part in path.relative_to(source).parts[:-1])
 
 
-class PictureIndex:
-    """Finds the picture that belongs to a mask: the same stem, outside of the masks' folders, of the same split."""
+class ImageIndex:
+    """Finds the image that belongs to a mask: the same stem, outside of the masks' folders, of the same split."""
 
     def __init__(self, source: Path, is_mask: Callable[[Path], bool]) -> None:
         self.by_stem: dict[str, list[Path]] = {}
-        for each in files_below(source, PICTURE_SUFFIXES):
+        for each in files_below(source, IMAGE_SUFFIXES):
             if not is_mask(each):
                 self.by_stem.setdefault(each.stem, []).append(each)
 
     def find(self, stem: str, mask: Path) -> Path | None:
-        """The picture of `mask`; of several the one whose folder has the same name, None when there is none."""
+        """The image of `mask`; of several the one whose folder has the same name, None when there is none."""
         found = self.by_stem.get(stem, [])
         return next((each for each in found if each.parent.name == mask.parent.name), found[0] if found else None)
 
@@ -108,7 +108,7 @@ def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
             if colours and opened.mode == "P":
                 return np.asarray(opened.convert("RGB"))
             return np.asarray(opened if opened.mode in ("P", "L", "RGB") else _flattened(opened))
-    except PICTURE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         raise UnusableError("damaged mask", f"{path.name}: {error}") from error
 
 
@@ -122,21 +122,21 @@ def one_channel(values: np.ndarray) -> np.ndarray:
 
 
 def entries_of(
-    masks: list[Path], pictures: PictureIndex, stem_of: Callable[[Path], str], read: Callable[[Path], Truth]
+    masks: list[Path], images: ImageIndex, stem_of: Callable[[Path], str], read: Callable[[Path], Truth]
 ) -> Iterator[Entry | tuple[str, str]]:
-    """An entry for each mask, or (mask, reason) where its picture is missing."""
+    """An entry for each mask, or (mask, reason) where its image is missing."""
     names: set[str] = set()
     for mask in masks:
         stem = stem_of(mask)
-        picture = pictures.find(stem, mask)
-        if picture is None:
-            yield str(mask), "picture missing"
+        image = images.find(stem, mask)
+        if image is None:
+            yield str(mask), "image missing"
             continue
         name = stem if stem not in names else f"{mask.parent.name}_{stem}"
         numbered = (f"{name}_{number}" for number in itertools.count(2))
         name = next(each for each in itertools.chain([name], numbered) if each not in names)
         names.add(name)
-        yield Entry(name, picture, lambda mask=mask: read(mask))
+        yield Entry(name, image, lambda mask=mask: read(mask))
 
 
 # --- ICDAR 2013, focused scene text ----------------------------------------------------------------------------------
@@ -195,13 +195,13 @@ def read_icdar13(mask_path: Path) -> Truth:
 
 
 def icdar13_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[str, str]]:
-    """Pictures of ICDAR 2013 focused scene text, tasks 2.1 and 2.2."""
+    """Images of ICDAR 2013 focused scene text, tasks 2.1 and 2.2."""
 
     def is_mask(path: Path) -> bool:
         return path.stem.endswith("_GT")
 
     masks = [each for each in files_below(source, {".bmp", ".png"}) if is_mask(each) and in_split(each, source, split)]
-    return entries_of(masks, PictureIndex(source, is_mask), lambda mask: mask.stem.removesuffix("_GT"), read_icdar13)
+    return entries_of(masks, ImageIndex(source, is_mask), lambda mask: mask.stem.removesuffix("_GT"), read_icdar13)
 
 
 # --- Total-Text ------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def read_totaltext(mask_path: Path, polygons: dict[str, Path]) -> Truth:
 
 
 def totaltext_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[str, str]]:
-    """Pictures of Total-Text: `groundtruth_pixel/SPLIT` beside `Images/SPLIT`."""
+    """Images of Total-Text: `groundtruth_pixel/SPLIT` beside `Images/SPLIT`."""
 
     def is_mask(path: Path) -> bool:
         return any(part.lower().startswith("groundtruth") for part in path.relative_to(source).parts[:-1])
@@ -244,9 +244,9 @@ def totaltext_entries(source: Path, split: str | None) -> Iterator[Entry | tuple
         return any(part.lower().startswith("groundtruth_pixel") for part in path.relative_to(source).parts[:-1])
 
     polygons = {re.sub("^(poly_)?gt_", "", each.stem): each for each in files_below(source, {".txt"})}
-    found = files_below(source, PICTURE_SUFFIXES)
+    found = files_below(source, IMAGE_SUFFIXES)
     masks = [each for each in found if has_pixels(each) and in_split(each, source, split)]
-    index = PictureIndex(source, is_mask)
+    index = ImageIndex(source, is_mask)
     return entries_of(masks, index, lambda mask: mask.stem, lambda mask: read_totaltext(mask, polygons))
 
 
@@ -266,7 +266,7 @@ def read_index_mask(mask_path: Path, *, binary: bool) -> Truth:
 
 
 def label_folder_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[str, str]]:
-    """Pictures of COCO_TS or MLT_S: PNG masks in a folder whose name ends in `labels` or `masks`.
+    """Images of COCO_TS or MLT_S: PNG masks in a folder whose name ends in `labels` or `masks`.
 
     A set in whose first masks nothing has the value 1, but some have 255, is taken for binary.
     """
@@ -282,7 +282,7 @@ def label_folder_entries(source: Path, split: str | None) -> Iterator[Entry | tu
         except UnusableError:
             continue  # counted when its turn comes
     binary = 1 not in seen and 255 in seen
-    index = PictureIndex(source, is_mask)
+    index = ImageIndex(source, is_mask)
     return entries_of(masks, index, lambda mask: mask.stem, lambda mask: read_index_mask(mask, binary=binary))
 
 
@@ -316,7 +316,7 @@ def _box_of_numbers(numbers: Sequence[float]) -> Box:
 
 
 def textseg_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[str, str]]:
-    """Pictures of TextSeg: `image`, `semantic_label`, `annotation`."""
+    """Images of TextSeg: `image`, `semantic_label`, `annotation`."""
 
     def is_mask(path: Path) -> bool:
         return any(part.lower().endswith("_label") for part in path.relative_to(source).parts[:-1])
@@ -329,7 +329,7 @@ def textseg_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[s
     annotations = {each.stem.removesuffix("_anno"): each for each in files_below(source, {".json"})}
     return entries_of(
         masks,
-        PictureIndex(source, is_mask),
+        ImageIndex(source, is_mask),
         stem_of,
         lambda mask: read_textseg(mask, annotations.get(stem_of(mask))),
     )
@@ -353,7 +353,7 @@ def enclosing(boxes: Sequence[Box]) -> Box:
 
 
 def pixel_slices(box: Box, shape: tuple[int, ...], *, margin: float = 0.0) -> tuple[slice, slice]:
-    """Rows and columns of a box, `margin` times its shorter side wider on each side, cut at the picture's border."""
+    """Rows and columns of a box, `margin` times its shorter side wider on each side, cut at the image's border."""
     left, top, right, bottom = box
     extra = margin * min(right - left, bottom - top)
     rows = slice(max(0, int(top - extra)), max(0, min(shape[0], int(np.ceil(bottom + extra)))))
@@ -386,10 +386,10 @@ class PairFolder:
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def add(self, name: str, suffix: str, picture: bytes, mask: bytes) -> None:
+    def add(self, name: str, suffix: str, image: bytes, mask: bytes) -> None:
         """Store one pair."""
         with explain_full_disk(self.path):
-            (self.partial / "images" / f"{name}{suffix}").write_bytes(picture)
+            (self.partial / "images" / f"{name}{suffix}").write_bytes(image)
             (self.partial / "masks" / f"{name}.png").write_bytes(mask)
 
 
@@ -405,47 +405,47 @@ class PairLmdb:
     def __exit__(self, *details: object) -> None:
         self.writer.__exit__(*details)
 
-    def add(self, name: str, suffix: str, picture: bytes, mask: bytes) -> None:
+    def add(self, name: str, suffix: str, image: bytes, mask: bytes) -> None:
         """Store one pair."""
-        self.writer.append(picture, name, mask)
+        self.writer.append(image, name, mask)
 
 
 def pairs_of(entry: Entry, *, words: bool, margin: float) -> Iterator[tuple[str, str, bytes, bytes] | tuple[str, str]]:
-    """(name, file ending, encoded picture, encoded mask) of a whole picture or of each of its words.
+    """(name, file ending, encoded image, encoded mask) of a whole image or of each of its words.
 
     A word that cannot be cut out is (name, reason).
 
     Raises:
-        UnusableError: the picture or what is known of it cannot be used.
+        UnusableError: the image or what is known of it cannot be used.
     """
     try:
-        data = entry.picture.read_bytes()
-        picture = decode_picture(data)
+        data = entry.image.read_bytes()
+        image = decode_image(data)
     except OSError as error:
-        raise UnusableError("picture cannot be read", str(error.strerror)) from error
-    except BrokenPictureError as error:
-        raise UnusableError("damaged picture", str(error)) from error
+        raise UnusableError("image cannot be read", str(error.strerror)) from error
+    except BrokenImageError as error:
+        raise UnusableError("damaged image", str(error)) from error
     truth = entry.read()
-    if truth.mask.shape != picture.shape[:2]:
-        sizes = f"picture {picture.shape[1]} x {picture.shape[0]}, mask {truth.mask.shape[1]} x {truth.mask.shape[0]}"
+    if truth.mask.shape != image.shape[:2]:
+        sizes = f"image {image.shape[1]} x {image.shape[0]}, mask {truth.mask.shape[1]} x {truth.mask.shape[0]}"
         raise UnusableError("mask of another size", sizes)
     if not words:
-        yield entry.name, entry.picture.suffix.lower(), data, _png(truth.mask)
+        yield entry.name, entry.image.suffix.lower(), data, _png(truth.mask)
         return
     if truth.boxes is None:
         raise UnusableError("no word boxes")
     for number, box in enumerate(truth.boxes, start=1):
-        rows, columns = pixel_slices(box, picture.shape, margin=margin)
-        crop = picture[rows, columns]
+        rows, columns = pixel_slices(box, image.shape, margin=margin)
+        crop = image[rows, columns]
         name = f"{entry.name}_{number:03d}"
         if crop.size:
             yield name, ".png", _png(crop[..., ::-1]), _png(truth.mask[rows, columns])
         else:
-            yield name, "box outside the picture"
+            yield name, "box outside the image"
 
 
-def _png(picture: np.ndarray) -> bytes:
-    return cv2.imencode(".png", picture)[1].tobytes()
+def _png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -456,7 +456,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="what to make")
     parser.add_argument("--split", metavar="NAME", help="only masks below a folder of this name, such as Train")
     parser.add_argument("--lmdb", action="store_true", help="make an LMDB instead of folders images/ and masks/")
-    parser.add_argument("--words", action="store_true", help="cut out words instead of keeping whole pictures")
+    parser.add_argument("--words", action="store_true", help="cut out words instead of keeping whole images")
     parser.add_argument(
         "--margin", type=float, default=0.1, help="around words, in shorter sides of their boxes (default: %(default)s)"
     )
@@ -481,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     kept = 0
     with RejectionLog.beside(output) as rejected, (PairLmdb if options.lmdb else PairFolder)(output) as writer:
-        for entry in progress(entries, total=len(entries), unit="picture", description=options.format):
+        for entry in progress(entries, total=len(entries), unit="image", description=options.format):
             if not isinstance(entry, Entry):
                 rejected.add(*entry)
                 continue
@@ -496,7 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rejected.add(entry.name, str(error), error.detail)
         if not kept:
             raise UserError(f"--source {source}: none of {len(entries)} could be used ({dict(rejected.counts)})")
-    print_summary(f"{output}: made of {options.format}", {"pictures read": len(entries), "pairs": kept}, rejected)
+    print_summary(f"{output}: made of {options.format}", {"images read": len(entries), "pairs": kept}, rejected)
     return 0
 
 

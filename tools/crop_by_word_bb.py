@@ -26,14 +26,14 @@ from tools.support import (
     MAX_PIXELS,
     Word,
     add_run_arguments,
-    decode_picture,
-    find_picture,
+    decode_image,
+    find_image,
     inside,
     make_parser,
     map_in_processes,
     progress,
     read_file,
-    read_picture,
+    read_image,
     store_words,
 )
 from utils import UserError, run_command_line
@@ -43,13 +43,13 @@ EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
   python tools/crop_by_word_bb.py mnt/ramdisk/max/90kDICT32px/annotation_train.txt data/training/MJ/MJ_train"""
 
 MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
-MIN_VISIBLE = 0.5  # share of a box that must lie inside the picture
+MIN_VISIBLE = 0.5  # share of a box that must lie inside the image
 _MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture of SynthText: `boxes` (N, 4, 2) corners x, y from the text's top left on, and N `words`.
+    """One image of SynthText: `boxes` (N, 4, 2) corners x, y from the text's top left on, and N `words`.
 
     `problem` (reason, detail) is set instead when the annotation cannot be used; `count` is how many words it is about.
     """
@@ -75,7 +75,7 @@ DAMAGE = (zlib.error, struct.error, EOFError)  # of compressed parts
 
 
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
-    """The raw (imname, wordBB, txt) of every picture in a gt.mat; the large `charBB` is not read."""
+    """The raw (imname, wordBB, txt) of every image in a gt.mat; the large `charBB` is not read."""
     from scipy.io.matlab import MatReadError
 
     fields = ("imnames", "wordBB", "txt")
@@ -146,42 +146,40 @@ def _text(value: Any) -> str:
 
 
 def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, settings: CropSettings) -> list[Word]:
-    """Cut every word out of one picture of SynthText; runs in a worker."""
+    """Cut every word out of one image of SynthText; runs in a worker."""
     scene = parse_scene(raw)
     if scene.count == 0:
         return []
-    picture, problem = (None, scene.problem) if scene.problem else _open_scene(folder, scene.name, settings.max_pixels)
-    if picture is None:
+    image, problem = (None, scene.problem) if scene.problem else _open_scene(folder, scene.name, settings.max_pixels)
+    if image is None:
         reason, detail = problem
         return [Word(scene.name, reason=reason, detail=detail, words=scene.count)]
     words = zip(scene.boxes, scene.words, strict=True)
-    return [
-        _crop_word(f"{scene.name}#{i}", picture, box, word, settings) for i, (box, word) in enumerate(words, start=1)
-    ]
+    return [_crop_word(f"{scene.name}#{i}", image, box, word, settings) for i, (box, word) in enumerate(words, start=1)]
 
 
 def _open_scene(folder: str, name: str, max_pixels: int) -> tuple[np.ndarray | None, tuple[str, str]]:
-    """The picture as RGB (H, W, 3), or None and (reason, detail)."""
+    """The image as RGB (H, W, 3), or None and (reason, detail)."""
     if "\0" in name or inside(folder, name) is None:
         return None, ("path leaves the folder", "")
-    path = find_picture(folder, name)
+    path = find_image(folder, name)
     if path is None:
         return None, ("no such file", "")
     data, problem = read_file(path, max_pixels)
     if data is None:
         return None, problem
-    picture, problem = decode_picture(data, max_pixels, "RGB")
-    return None if picture is None else np.asarray(picture), problem
+    image, problem = decode_image(data, max_pixels, "RGB")
+    return None if image is None else np.asarray(image), problem
 
 
-def _crop_word(name: str, picture: np.ndarray, box: np.ndarray, word: str, settings: CropSettings) -> Word:
-    """Cut one word out of `picture` (H, W, 3) by its corners `box` (4, 2)."""
-    problem = check_box(box, picture.shape[1], picture.shape[0])
+def _crop_word(name: str, image: np.ndarray, box: np.ndarray, word: str, settings: CropSettings) -> Word:
+    """Cut one word out of `image` (H, W, 3) by its corners `box` (4, 2)."""
+    problem = check_box(box, image.shape[1], image.shape[0])
     if problem is None and settings.rectify and not cv2.isContourConvex(box):
         problem = ("crossed box", "")
     if problem is not None:
         return Word(name, reason=problem[0], detail=problem[1] or f"corners {np.round(box, 1).tolist()}")
-    crop = crop_rectified(picture, box) if settings.rectify else crop_upright(picture, box)
+    crop = crop_rectified(image, box) if settings.rectify else crop_upright(image, box)
     parameters = [cv2.IMWRITE_JPEG_QUALITY, settings.quality] if settings.extension == ".jpg" else []
     try:
         _, encoded = cv2.imencode(settings.extension, np.ascontiguousarray(crop[..., ::-1]), parameters)
@@ -193,7 +191,7 @@ def _crop_word(name: str, picture: np.ndarray, box: np.ndarray, word: str, setti
 
 
 def check_box(box: np.ndarray, width: int, height: int) -> tuple[str, str] | None:
-    """Why the corners `box` (4, 2) cannot be cut out of a width x height picture: (reason, detail), or None."""
+    """Why the corners `box` (4, 2) cannot be cut out of a width x height image: (reason, detail), or None."""
     if not np.isfinite(box).all():
         return "box is not finite", ""
     low, high = box.min(axis=0), box.max(axis=0)
@@ -201,35 +199,35 @@ def check_box(box: np.ndarray, width: int, height: int) -> tuple[str, str] | Non
         return "degenerate box", ""
     visible = np.minimum(high, (width, height)) - np.maximum(low, 0)
     if visible.min() <= 0 or visible.prod() < MIN_VISIBLE * (high - low).prod():
-        return "box outside the picture", ""
+        return "box outside the image", ""
     return None
 
 
-def crop_upright(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The part of `picture` in the upright rectangle around `box`, clipped to the picture."""
+def crop_upright(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The part of `image` in the upright rectangle around `box`, clipped to the image."""
     left, top = np.floor(np.maximum(box.min(axis=0), 0)).astype(int)
     right, bottom = np.ceil(box.max(axis=0)).astype(int)
-    return picture[top:bottom, left:right]
+    return image[top:bottom, left:right]
 
 
-def crop_rectified(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The four-cornered `box` of `picture` warped to a rectangle; its first corner becomes the top left."""
+def crop_rectified(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The four-cornered `box` of `image` warped to a rectangle; its first corner becomes the top left."""
     sides = np.linalg.norm(box - np.roll(box, -1, axis=0), axis=1)  # top, right, bottom, left
     width = max(1, round(float(max(sides[0], sides[2]))))
     height = max(1, round(float(max(sides[1], sides[3]))))
     target = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
     transform = cv2.getPerspectiveTransform(box.astype(np.float32), target)
     return cv2.warpPerspective(
-        picture, transform, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+        image, transform, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
     )
 
 
 def synthtext_words(gt_file: str, folder: str, settings: CropSettings, workers: int) -> Iterator[Word]:
-    """Every word of SynthText in the order of gt.mat, with a progress bar over pictures."""
+    """Every word of SynthText in the order of gt.mat, with a progress bar over images."""
     scenes = read_synthtext(gt_file)
     crop = functools.partial(crop_scene, folder=folder, settings=settings)
     results = map_in_processes(crop, scenes, workers=workers, chunk_size=8)
-    bar = progress(results, total=len(scenes), unit="picture", description="SynthText")
+    bar = progress(results, total=len(scenes), unit="image", description="SynthText")
     return itertools.chain.from_iterable(bar)
 
 
@@ -242,10 +240,10 @@ def mjsynth_word(content: bytes, *, folder: str, max_pixels: int) -> Word:
         return Word(line, reason="no label in the file name")
     if "\0" in name or inside(folder, name) is None:
         return Word(name, reason="path leaves the folder")
-    path = find_picture(folder, name)
+    path = find_image(folder, name)
     if path is None:
         return Word(name, reason="no such file")
-    return read_picture(name, path, match["label"], max_pixels)
+    return read_image(name, path, match["label"], max_pixels)
 
 
 def mjsynth_words(annotation: str, folder: str, max_pixels: int, workers: int) -> Iterator[Word]:
@@ -261,7 +259,7 @@ def words_of(options: Any) -> Iterator[Word]:
     """The words of the archive that the command line names; reading begins with the first one asked for."""
     folder = os.path.abspath(options.images or os.path.dirname(os.path.abspath(options.annotation)))
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; --images names the folder that the pictures' paths begin in")
+        raise UserError(f"{folder}: no such folder; --images names the folder that the images' paths begin in")
     if options.annotation.endswith(".mat"):
         settings = CropSettings(options.rectify, f".{options.format}", options.quality, options.max_pixels)
         yield from synthtext_words(options.annotation, folder, settings, options.workers)
@@ -275,9 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="where the pictures' paths begin (default: beside ANNOTATION)"
-    )
+    parser.add_argument("--images", metavar="FOLDER", help="where the images' paths begin (default: beside ANNOTATION)")
     parser.add_argument(
         "--rectify", action="store_true", help="SynthText: turn each box upright by perspective, not cut around it"
     )

@@ -1,13 +1,13 @@
 """Export a recogniser to ONNX, alone or with the SSN that makes its masks in the same graph.
 
 Alone, the inputs are what the network reads:
-  image   float32 (N, 3, 32, 128): RGB picture, brought to the network's size, divided by 255, minus mean (0.485, 0.456,
+  image   float32 (N, 3, 32, 128): RGB image, brought to the network's size, divided by 255, minus mean (0.485, 0.456,
           0.406), divided by deviation (0.229, 0.224, 0.225)
   mask    float32 (N, 1, 32, 128) in [0, 1], 1 = text, brought to that size likewise; only for a network that reads with
           masks
-With --ssn the input is the picture itself, and the graph does the rest:
-  picture float32 (N, 3, h, w): RGB, 0 to 255, brought to the size given by --ssn-size (32 k + 1 each)
-A picture is brought to a size by bilinear interpolation, as the network was trained (`fit` of the metadata):
+With --ssn the input is the image itself, and the graph does the rest:
+  image float32 (N, 3, h, w): RGB, 0 to 255, brought to the size given by --ssn-size (32 k + 1 each)
+An image is brought to a size by bilinear interpolation, as the network was trained (`fit` of the metadata):
   stretch  to that size
   left     scaled until one side fits and filled up with black, mask 0, on the right or below
   centre   scaled until one side fits, in the middle, its borders replicated
@@ -15,7 +15,7 @@ Outputs:
   logits     float32 (N, steps, classes): class 0 is the end of the text, class i the i-th character of the charset;
              read the largest class of every step up to the first 0
   attention  float32 (N, steps, h, w): where the vision model looked at every step
-  text_mask  float32 (N, 1, h, w), with --ssn: probability of text of the picture's pixels
+  text_mask  float32 (N, 1, h, w), with --ssn: probability of text of the image's pixels
 N is free. Charset, sizes, fit, mean and deviation are in the file's metadata.
 """
 
@@ -72,7 +72,7 @@ class Recogniser(nn.Module):
 
 
 class SegmentingRecogniser(nn.Module):
-    """picture -> logits, attention, text mask: SSN at the picture's own size, then the recogniser."""
+    """image -> logits, attention, text mask: SSN at the image's own size, then the recogniser."""
 
     def __init__(self, recogniser: Recogniser, ssn: SSN, image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -82,13 +82,13 @@ class SegmentingRecogniser(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255)
 
-    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, 3, h, w), 0 to 255 -> logits (N, T, C), attention (N, T, ., .), text mask (N, 1, h, w)."""
-        normalized = (picture - self.mean) / self.std
-        text_mask = resize_aligned(self.ssn.probability(normalized), picture.shape[-2:])  # (N, 1, h, w)
-        image = F.interpolate(normalized, size=self.image_size, mode="bilinear", align_corners=False)
+        normalized = (image - self.mean) / self.std
+        text_mask = resize_aligned(self.ssn.probability(normalized), image.shape[-2:])  # (N, 1, h, w)
+        resized = F.interpolate(normalized, size=self.image_size, mode="bilinear", align_corners=False)
         mask = F.interpolate(text_mask, size=self.image_size, mode="bilinear", align_corners=False)
-        return *self.recogniser(image, mask), text_mask
+        return *self.recogniser(resized, mask), text_mask
 
 
 def export(
@@ -163,8 +163,8 @@ def export_with_ssn(
     if any(side < 33 or side % 32 != 1 for side in ssn_size):
         raise UserError(f"--ssn-size {ssn_size[0]} {ssn_size[1]}: both must be 32 k + 1, such as 161 641")
     network = SegmentingRecogniser(Recogniser(bundle.model, model_eval), ssn, bundle.image_size)
-    facts = facts_of(bundle, model_eval) | {"input": "picture", "picture_size": list(ssn_size)}
-    examples = {"picture": torch.rand(2, 3, *ssn_size) * 255}
+    facts = facts_of(bundle, model_eval) | {"input": "image", "image_size": list(ssn_size)}
+    examples = {"image": torch.rand(2, 3, *ssn_size) * 255}
     export(network, examples, ("logits", "attention", "text_mask"), path, facts)
 
 
@@ -218,7 +218,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs=2,
         default=SSN_SIZE,
         metavar=("HEIGHT", "WIDTH"),
-        help="size of the pictures that a graph with SSN takes (default: 161 641)",
+        help="size of the images that a graph with SSN takes (default: 161 641)",
     )
     parser.add_argument("--model_eval", metavar="NAME", help="sub-model whose logits to give (default: the last)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")

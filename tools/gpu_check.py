@@ -36,7 +36,7 @@ from engine.trainer import Trainer
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from modules.ssn import PUBLISHED_AREAS, SSN
-from tools.benchmark import describe_machine, without_checkpoints, word_pictures
+from tools.benchmark import describe_machine, without_checkpoints, word_images
 from tools.growth import time_loading, write_rendered_words
 from tools.measuring import count_flops, matrix_rate, seconds_of, synchronize, time_interleaved
 from tools.support import make_parser, positive, usable_cores
@@ -218,7 +218,7 @@ class GpuCheck:
         else:
             name, (ssn, areas) = "shipped weights", load_ssn(ROOT / "weights" / "binet-small.pth")
         segmenter = Segmenter(ssn, areas, device=self.device)
-        images = word_pictures(self.scale.mask_words)
+        images = word_images(self.scale.mask_words)
         segmenter(images[:2])
         rate = len(images) / seconds_of(lambda: segmenter(images), self.device)
         return f"{name}: {rate:.1f} words/s in {segmenter.precision}", "measured"

@@ -109,15 +109,15 @@ def time_openings(
 
 
 def write_word_list(path: Path, count: int) -> None:
-    """An LMDB of `count` words with different labels and the smallest picture."""
-    picture = cv2.imencode(".png", np.zeros((1, 1, 3), np.uint8))[1].tobytes()
+    """An LMDB of `count` words with different labels and the smallest image."""
+    image = cv2.imencode(".png", np.zeros((1, 1, 3), np.uint8))[1].tobytes()
     with LmdbWriter(path) as writer:
         for number in range(count):
-            writer.append(picture, f"word{number}")
+            writer.append(image, f"word{number}")
 
 
 def write_rendered_words(folder: Path, count: int, render_config: str) -> None:
-    """Rendered words, JPEG pictures in the LMDB folder/images/made and their masks in folder/masks/made."""
+    """Rendered words, JPEG images in the LMDB folder/images/made and their masks in folder/masks/made."""
     from rendering import load_render_config  # the engine is only needed here
     from tools.render_words import render_words, store_words
 

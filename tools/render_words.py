@@ -44,9 +44,9 @@ class EncodedWord(NamedTuple):
 
 
 def encode_word(word: RenderedWord, output: OutputConfig) -> EncodedWord:
-    """Encode picture and mask; JPEG keeps colour at full resolution."""
+    """Encode image and mask; JPEG keeps colour at full resolution."""
     image = np.ascontiguousarray(word.image[..., ::-1])
-    if output.picture == "png":
+    if output.image == "png":
         encoded = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1]
     else:
         full_colour = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
@@ -99,7 +99,7 @@ def store_words(words: Iterator[EncodedWord], output: Path, name: str, *, overwr
 
 
 def draw_sheet(words: list[EncodedWord], path: Path) -> None:
-    """Save a sheet of the first words: picture, mask, and the mask over the picture."""
+    """Save a sheet of the first words: image, mask, and the mask over the image."""
     cells = []
     for word in words[:SHEET_WORDS]:
         image = cv2.imdecode(np.frombuffer(word.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
@@ -161,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fonts", action="append", metavar="FOLDER", help="use the fonts of this folder (repeatable)")
     parser.add_argument("--exclude-fonts", nargs="+", metavar="FAMILY", help="families to leave out")
     parser.add_argument("--font-split", choices=SPLITS, help="use one side of a fixed split of the families")
-    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help=f"picture of the first {SHEET_WORDS} words")
+    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help=f"image of the first {SHEET_WORDS} words")
     parser.add_argument(
         "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
     )

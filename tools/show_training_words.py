@@ -16,7 +16,7 @@ from builders import build_training_data
 from config import Config, load_config
 from engine.distributed import Process
 from evaluation.contact_sheet import Cell, save_contact_sheet
-from evaluation.drawing import to_pictures
+from evaluation.drawing import to_images
 from tools.support import make_parser, positive, print_summary, seed_number
 from utils import UserError, run_command_line
 
@@ -33,13 +33,13 @@ def read_training_words(config: Config, count: int, *, epoch: int = 0) -> list[C
     if config.model.kind not in ("vision", "recogniser"):
         raise UserError(f"model.name {config.model.name}: is not trained on words; give the config of a recogniser")
     config = config.model_copy(deep=True)
-    config.global_.phase, config.dataset.num_workers = "train", 0
+    config.run.phase, config.dataset.num_workers = "train", 0
     loader = build_training_data(config, device=torch.device("cpu"), process=Process())
     loader.batch_sampler.set_position(epoch, 0)
     cells: list[Cell] = []
     for batch in itertools.islice(loader, len(loader.batch_sampler)):
         masks = [None] * len(batch) if batch.masks is None else batch.masks[:, 0].numpy()
-        cells += map(Cell, to_pictures(batch.images), batch.texts, masks)
+        cells += map(Cell, to_images(batch.images), batch.texts, masks)
         if len(cells) >= count:
             break
     return cells[:count]

@@ -22,17 +22,17 @@ import cv2
 from PIL import Image
 from tqdm import tqdm
 
-from loading.decoding import MAX_PIXELS, PICTURE_ERRORS, convert
+from loading.decoding import IMAGE_ERRORS, MAX_PIXELS, convert
 from loading.lmdb_io import LmdbWriter
 from utils import ArgumentParser, UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 REJECTION_HEADER = "entry\treason\tdetail\n"
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; decode_picture refuses by the header instead
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; decode_image refuses by the header instead
 
 
 def make_parser(description: str, example: str) -> ArgumentParser:
@@ -68,7 +68,7 @@ def usable_cores() -> int:
 def add_run_arguments(parser: argparse.ArgumentParser, *, log: str = "OUTPUT-rejected.tsv") -> None:
     """Add the arguments that all tools on LMDBs of words share; `log` is where rejected entries go by default."""
     parser.add_argument(
-        "--max-pixels", type=positive, default=MAX_PIXELS, help="refuse larger pictures (default: %(default)s)"
+        "--max-pixels", type=positive, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)"
     )
     parser.add_argument(
         "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
@@ -87,7 +87,7 @@ def progress(items: Iterable[Item], *, total: int | None, unit: str, description
 class Word:
     """A word to store (`reason` empty) or an entry to reject; `name` says where it is in the input.
 
-    `words` is how many words an entry stands for: a picture that is rejected as a whole takes all of its words with it.
+    `words` is how many words an entry stands for: an image that is rejected as a whole takes all of its words with it.
     """
 
     name: str
@@ -185,26 +185,26 @@ def _show(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value)
 
 
-def decode_picture(
+def decode_image(
     data: bytes, max_pixels: int = MAX_PIXELS, mode: str | None = None
 ) -> tuple[Image.Image | None, tuple[str, str]]:
-    """Decode an encoded picture fully, into Pillow's `mode` if one is given: the picture, or None and (reason, detail).
+    """Decode an encoded image fully, into Pillow's `mode` if one is given: the image, or None and (reason, detail).
 
-    A picture of more than `max_pixels` is refused by its header, before it is decoded.
+    An image of more than `max_pixels` is refused by its header, before it is decoded.
     """
     if not data:
         return None, ("empty file", "")
     try:
-        image = Image.open(BytesIO(data), formats=PICTURE_FORMATS)
+        image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             return None, ("too large", f"{width} x {height} pixels")
         image.load()
         return image if mode is None else convert(image, mode), ("", "")
     except Image.UnidentifiedImageError:
-        return None, ("not a picture", f"begins with {data[:8]!r}")
-    except PICTURE_ERRORS as error:
-        return None, ("damaged picture", f"{type(error).__name__}: {error}")
+        return None, ("not an image", f"begins with {data[:8]!r}")
+    except IMAGE_ERRORS as error:
+        return None, ("damaged image", f"{type(error).__name__}: {error}")
 
 
 def inside(folder: str, name: str) -> str | None:
@@ -217,8 +217,8 @@ def inside(folder: str, name: str) -> str | None:
     return path if path.startswith(root.rstrip(os.sep) + os.sep) else None
 
 
-def find_picture(folder: str, name: str) -> str | None:
-    """The path of picture `name`, also when the list writes accents or the folder separator in another way."""
+def find_image(folder: str, name: str) -> str | None:
+    """The path of image `name`, also when the list writes accents or the folder separator in another way."""
     forms = [] if name.isascii() else [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
     for spelling in (name, *forms):
         for candidate in (spelling, spelling.replace("\\", "/")):
@@ -229,7 +229,7 @@ def find_picture(folder: str, name: str) -> str | None:
 
 
 def read_file(path: str, max_pixels: int) -> tuple[bytes | None, tuple[str, str]]:
-    """The bytes of a picture file, or None and (reason, detail); `max_pixels` bounds the size of the file too."""
+    """The bytes of an image file, or None and (reason, detail); `max_pixels` bounds the size of the file too."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe or a device would never end
@@ -242,11 +242,11 @@ def read_file(path: str, max_pixels: int) -> tuple[bytes | None, tuple[str, str]
         return None, ("cannot be read", str(error.strerror))
 
 
-def read_picture(name: str, path: str, label: str, max_pixels: int) -> Word:
-    """The word with the unchanged bytes of the picture file `path`, checked, or the reason why not."""
+def read_image(name: str, path: str, label: str, max_pixels: int) -> Word:
+    """The word with the unchanged bytes of the image file `path`, checked, or the reason why not."""
     data, (reason, detail) = read_file(path, max_pixels)
     if data is not None:
-        _, (reason, detail) = decode_picture(data, max_pixels)
+        _, (reason, detail) = decode_image(data, max_pixels)
     return Word(name, reason=reason, detail=detail) if reason else Word(name, image=data, label=label)
 
 

@@ -59,7 +59,7 @@
     more.hidden = shown >= chosen.length;
   }
 
-  // One picture of a sprite, scaled; `layer` counts the pictures of a word from the left.
+  // One image of a sprite, scaled; `layer` counts the images of a word from the left.
   function tile(word, layer, scale) {
     const { width, height, layers } = data.layout;
     const made = element("div", "tile");
@@ -68,7 +68,7 @@
     const column = width + 2 * data.margin, line = height + 2 * data.margin;
     const x = layer * column + data.margin, y = word.row * line + data.margin;
     made.style.cssText = `width:${width * scale}px;height:${height * scale}px;` +
-      `background-image:url("pictures/words-${data.sprites[word.sprite]}.jpg");` +
+      `background-image:url("images/words-${data.sprites[word.sprite]}.jpg");` +
       `background-size:${layers.length * column * scale}px auto;background-position:${-x * scale}px ${-y * scale}px`;
     return made;
   }
@@ -91,7 +91,7 @@
 
   const sizes = new Map();
   function attention(number) {
-    const url = `pictures/attention-${data.sprites[number]}.png`;
+    const url = `images/attention-${data.sprites[number]}.png`;
     if (!sizes.has(url)) {
       sizes.set(url, new Promise((resolve) => {
         const image = new Image();

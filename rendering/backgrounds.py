@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from rendering.blending import blend, full, raised
-from rendering.colours import draw_background_colour, draw_contrasting, luminance, with_luminance
+from rendering.colours import luminance, sample_background_colour, sample_contrasting_colour, with_luminance
 from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.fonts import FontBook
 from rendering.geometry import Warp
@@ -21,6 +21,7 @@ from rendering.textures import cut_texture, ramp
 from rendering.words import WordSource
 from utils import UserError
 
+_WEIGHTS = {"plain": 0.28, "gradient": 0.2, "texture": 0.2, "scene": 0.1, "photo": 0.1, "clutter": 0.22}
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _PHOTO_SIDE = 640  # pixels; photographs are kept at about this size
 _PHOTO_BYTES = 96 << 20  # of photographs kept in memory by each process
@@ -34,7 +35,7 @@ class Backgrounds:
     """Makes backgrounds; photographs and pieces of other texts are kept by the process and are not pickled.
 
     Args:
-        config: kinds, weights, folder of photographs.
+        config: kind of background, folder of photographs.
         fonts, words: what pieces of other texts are drawn from.
 
     Raises:
@@ -43,18 +44,13 @@ class Backgrounds:
 
     def __init__(self, config: RenderConfig, fonts: FontBook, words: WordSource) -> None:
         self._fonts, self._words = fonts, words
-        self._saturated = config.colours.saturated
+        self._saturated = config.saturated
         self._photos = find_photos(config.photos) if config.photos else []
-        weights = config.backgrounds.model_dump()
-        if config.background != "mixed":
-            weights = {kind: float(kind == config.background) for kind in BACKGROUND_KINDS}
-        if not self._photos:
-            if config.background == "photo":
-                raise UserError("background: photo needs photographs; name their folder in `photos`")
-            weights["photo"] = 0.0
-        self._weights = np.array([weights[kind] for kind in BACKGROUND_KINDS])
-        if self._weights.sum() == 0:
-            raise UserError("backgrounds: every weight is 0; give at least one usable kind a weight")
+        self._kind = config.background
+        if self._kind == "photo" and not self._photos:
+            raise UserError("background: photo needs photographs; name their folder in `photos`")
+        weights = np.array([_WEIGHTS[kind] * (kind != "photo" or bool(self._photos)) for kind in BACKGROUND_KINDS])
+        self._cumulated = np.cumsum(weights / weights.sum())
         self._forget()
 
     def _forget(self) -> None:
@@ -64,21 +60,21 @@ class Backgrounds:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": OrderedDict(), "_fragments": {}}
 
-    def draw_kind(self, rng: np.random.Generator) -> str:
-        """A kind by the weights."""
-        place = np.searchsorted(np.cumsum(self._weights / self._weights.sum()), rng.random(), side="right")
-        return BACKGROUND_KINDS[min(int(place), len(BACKGROUND_KINDS) - 1)]
+    def sample_kind(self, rng: np.random.Generator) -> str:
+        """Sample a kind."""
+        place = int(np.searchsorted(self._cumulated, rng.random(), side="right"))
+        return BACKGROUND_KINDS[min(place, len(BACKGROUND_KINDS) - 1)] if self._kind == "mixed" else self._kind
 
     def make(self, kind: str, warp: Warp, rng: np.random.Generator) -> np.ndarray:
         """A background of `kind` for an image of `warp.size`; the warp's margins say where other texts may be."""
-        base = draw_background_colour(rng, self._saturated)
+        base = sample_background_colour(rng, self._saturated)
         size = (warp.size[1], warp.size[0])
         if kind != "clutter":
             return self._surface(kind, base, size, rng)
         ground = ("plain", "plain", "gradient", "texture", "scene")[int(rng.integers(5))]
         image = self._surface(ground, base, size, rng)
-        self._add_shapes(image, base, rng)
-        self._add_texts(image, base, warp, rng)
+        self._draw_shapes(image, base, rng)
+        self._draw_texts(image, base, warp, rng)
         return image
 
     def _surface(self, kind: str, base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -116,11 +112,11 @@ class Backgrounds:
         self._loaded[path] = photo
         return photo
 
-    def _add_shapes(self, image: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> None:
+    def _draw_shapes(self, image: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> None:
         """Draw lines, frames, bars and discs, in place."""
         height, width = image.shape[:2]
         for _ in range(int(rng.integers(1, 4))):
-            colour = draw_contrasting(base, rng) if rng.random() < 0.5 else draw_background_colour(rng)
+            colour = sample_contrasting_colour(base, rng) if rng.random() < 0.5 else sample_background_colour(rng)
             colour = tuple(float(c) for c in base + (colour - base) * rng.uniform(0.3, 1.0))
             thick = max(1, round(height * rng.uniform(0.02, 0.1)))
             kind = rng.random()
@@ -140,11 +136,11 @@ class Backgrounds:
             else:
                 cv2.circle(image, start, int(height * rng.uniform(0.2, 0.9)), colour, thick, cv2.LINE_AA)
 
-    def _add_texts(self, image: np.ndarray, base: np.ndarray, warp: Warp, rng: np.random.Generator) -> None:
+    def _draw_texts(self, image: np.ndarray, base: np.ndarray, warp: Warp, rng: np.random.Generator) -> None:
         """Draw pieces of other texts into the margins, in place, as crops of words show their neighbours."""
         height, width = image.shape[:2]
         left, top, right, bottom = (max(margin, 1.0) for margin in warp.margins)
-        colour = draw_contrasting(base, rng).astype(np.float32)
+        colour = sample_contrasting_colour(base, rng).astype(np.float32)
         for side in np.flatnonzero(rng.random(4) < _NEIGHBOURS):
             fragment = self._fragment(int(rng.integers(_FRAGMENTS)))
             scale = warp.unit / _FRAGMENT_UNIT * rng.uniform(0.6, 1.3)
@@ -166,14 +162,11 @@ class Backgrounds:
         fragment = self._fragments.get(number)
         if fragment is None:
             rng = np.random.default_rng([_FRAGMENT_SEED, number])
-            text = self._words.draw(rng)
+            text = self._words.sample(rng)
             typeface = self._fonts.choose(text, rng)
-            letters = set_letters(self._fonts.face(typeface, _FRAGMENT_UNIT), text)
+            letters = set_letters(self._fonts.face(typeface), text, _FRAGMENT_UNIT)
             left, top, right, bottom = letters.box
-            factor = _FRAGMENT_UNIT / letters.unit
-            piece = letters.fill[top:bottom, left:right]
-            size = max(1, round(piece.shape[1] * factor)), max(1, round(piece.shape[0] * factor))
-            fragment = self._fragments[number] = cv2.resize(piece, size, interpolation=cv2.INTER_AREA)
+            fragment = self._fragments[number] = letters.fill[top:bottom, left:right]
         return fragment
 
 
@@ -243,7 +236,9 @@ def _scene(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) ->
     scale = 24 / min(height, width)
     small = full((max(24, round(height * scale)), max(24, round(width * scale))), base)
     for _ in range(int(rng.integers(2, 7))):
-        colour = tuple(float(c) for c in _near(base if rng.random() < 0.6 else draw_background_colour(rng), rng, 0.25))
+        colour = tuple(
+            float(c) for c in _near(base if rng.random() < 0.6 else sample_background_colour(rng), rng, 0.25)
+        )
         centre = rng.random(2) * (small.shape[1], small.shape[0])
         corners = centre + rng.normal(0, 14, size=(int(rng.integers(3, 6)), 2))
         cv2.fillConvexPoly(small, cv2.convexHull(corners.astype(np.int32)), colour, cv2.LINE_AA)

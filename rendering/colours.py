@@ -12,6 +12,7 @@ from rendering.config import RenderConfig
 # Ranges of hue, of 1; a range that stands twice is twice as likely.
 _PAINTS = ((-0.03, 0.03), (-0.03, 0.03), (0.05, 0.11), (0.11, 0.17), (0.11, 0.17), (0.25, 0.45), (0.5, 0.68))
 _PAINTS += ((0.55, 0.68), (0.0, 1.0))
+_NEUTRAL = 0.6  # share of letters that are white, grey or black
 _LUMINANCE = np.array([0.299, 0.587, 0.114]) / 255
 
 
@@ -28,7 +29,7 @@ def with_luminance(colour: np.ndarray, wanted: float) -> np.ndarray:
     return colour + (255.0 - colour) * ((wanted - present) / max(1.0 - present, 1e-6))
 
 
-def draw_background_colour(rng: np.random.Generator, saturated: float = 0.3) -> np.ndarray:
+def sample_background_colour(rng: np.random.Generator, saturated: float = 0.3) -> np.ndarray:
     """A colour of walls, signs, paper and print: light or dark and nearly neutral, or, by chance, a strong one."""
     kind, hue, saturation, value = rng.random(4)
     if kind >= 1 - saturated:
@@ -41,7 +42,7 @@ def draw_background_colour(rng: np.random.Generator, saturated: float = 0.3) -> 
     return _from_hsv(hue, 0.3 * saturation, 0.25 + 0.5 * value)  # stone, metal
 
 
-def draw_hue(rng: np.random.Generator, neutral: float) -> np.ndarray:
+def sample_hue(rng: np.random.Generator, neutral: float) -> np.ndarray:
     """A colour whose luminance is still to be chosen; grey with probability `neutral`."""
     chance, hue, saturation = rng.random(3)
     if chance < neutral:
@@ -60,22 +61,22 @@ def _paint_hue(place: float) -> float:
     return low + within * (high - low)
 
 
-def draw_letter_colour(darkest: float, lightest: float, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
+def sample_letter_colour(darkest: float, lightest: float, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
     """A colour that differs from what is behind the letters by the wanted contrast.
 
     Args:
         darkest, lightest: luminance between which nearly everything behind the letters lies.
     """
-    hue = draw_hue(rng, config.colours.neutral)
+    hue = sample_hue(rng, _NEUTRAL)
     low, side, share = rng.random(3)
     # Lighter or darker by the room there is on each side, seldom on the smaller one.
     room_above, room_below = 1.0 - lightest, darkest
     above = side < room_above**2 / max(room_above**2 + room_below**2, 1e-6)
-    least = config.colours.min_contrast
+    least = config.contrast
     if (room_above if above else room_below) < least:
         above = room_above > room_below
     room = room_above if above else room_below
-    if low < config.probability(config.colours.low_contrast):
+    if low < config.chance("low_contrast"):
         difference = least * (1 + 2 * share) / 3
     else:
         difference = least + (room - least) * share**0.6
@@ -83,7 +84,7 @@ def draw_letter_colour(darkest: float, lightest: float, config: RenderConfig, rn
     return with_luminance(hue, lightest + difference if above else darkest - difference)
 
 
-def draw_light_colour(rng: np.random.Generator) -> np.ndarray:
+def sample_light_colour(rng: np.random.Generator) -> np.ndarray:
     """A colour of lamps: bright, white or strong."""
     chance, hue, saturation, value = rng.random(4)
     return _from_hsv(
@@ -91,9 +92,9 @@ def draw_light_colour(rng: np.random.Generator) -> np.ndarray:
     )
 
 
-def draw_contrasting(colour: np.ndarray, rng: np.random.Generator, *, neutral: float = 0.6) -> np.ndarray:
+def sample_contrasting_colour(colour: np.ndarray, rng: np.random.Generator, *, neutral: float = _NEUTRAL) -> np.ndarray:
     """A colour for what borders on `colour`: light beside dark and dark beside light."""
-    hue = draw_hue(rng, neutral)
+    hue = sample_hue(rng, neutral)
     share = rng.random()
     ground = float(luminance(colour))
     return with_luminance(hue, ground * 0.5 * share if ground > 0.5 else 1 - (1 - ground) * 0.5 * share)

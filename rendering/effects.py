@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from rendering.blending import blend, full, raised
-from rendering.colours import draw_contrasting, luminance, with_luminance
+from rendering.colours import luminance, sample_contrasting_colour, with_luminance
 from rendering.config import RenderConfig
 from rendering.geometry import Warp
 from rendering.letters import PADDING, Letters
@@ -43,42 +43,41 @@ class Style:
         return bool(self.outline or self.shadow or self.extrusion or self.glow)
 
 
-def draw_style(config: RenderConfig, rng: np.random.Generator) -> Style:
+def sample_style(config: RenderConfig, rng: np.random.Generator) -> Style:
     """Random effects by the probabilities of `config`."""
-    settings = config.effects
     chance, size = rng.random(9), rng.random(9)
     kinds, more = rng.random(5), rng.random(3)
     angle = 2 * np.pi * rng.random(2)
-    if kinds[0] < config.steep(settings.relief):
+    if kinds[0] < config.chance("relief"):
         return Style(relief=(0.35 + 0.65 * size[0], angle[0]))
-    if kinds[1] < config.probability(settings.neon):
+    if kinds[1] < config.chance("neon"):
         line = 0.05 + 0.05 * size[1] if more[0] < 0.5 else 0.0
         return Style(hollow=line, glow=0.15 + 0.25 * size[4], shining=True)
-    if kinds[2] < config.probability(settings.dots):
+    if kinds[2] < config.chance("dots"):
         return Style(dots=9 + 5 * size[0], glow=0.1 if more[0] < 0.4 else 0.0, shining=more[1] < 0.8)
-    if kinds[3] < config.probability(settings.jersey):
+    if kinds[3] < config.chance("jersey"):
         return Style(outline=0.04 + 0.05 * size[0], second_outline=0.03 + 0.05 * size[1])
     reach = 0.04 + 0.12 * size[2]
-    line = 0.06 + 0.05 * size[1] if chance[1] < settings.hollow else 0.0
+    line = 0.06 + 0.05 * size[1] if chance[1] < config.chance("hollow") else 0.0
     shadow = None
-    if chance[2] < settings.shadow:
+    if chance[2] < config.chance("shadow"):
         softness = 0.0 if size[7] < 0.4 else 0.02 + 0.1 * size[7]
         shadow = (reach * np.cos(angle[0]), reach * abs(np.sin(angle[0])), softness, 0.4 + 0.6 * size[8])
     extrusion = None
-    if chance[3] < settings.extrusion and shadow is None:
+    if chance[3] < config.chance("extrusion") and shadow is None:
         depth = 0.06 + 0.16 * size[3]
         extrusion = (depth * np.cos(angle[0]), depth * np.sin(angle[0]))
     return Style(
-        outline=0.03 + 0.07 * size[0] if chance[0] < settings.outline and not line else 0.0,
+        outline=0.03 + 0.07 * size[0] if chance[0] < config.chance("outline") and not line else 0.0,
         hollow=line,
         shadow=shadow,
         extrusion=extrusion,
-        glow=0.08 + 0.15 * size[4] if chance[4] < settings.glow else 0.0,
-        emboss=0.25 + 0.5 * size[5] if chance[5] < settings.emboss and not line else 0.0,
-        gradient=angle[1] if chance[6] < settings.gradient else 0.0,
-        two_colours=("lines" if size[7] < 0.4 else "parts") if chance[7] < settings.two_colours else "",
-        worn=0.15 + 0.35 * size[8] if chance[8] < settings.worn else 0.0,
-        stencil=0.05 + 0.05 * more[2] if kinds[4] < config.probability(settings.stencil) and not line else 0.0,
+        glow=0.08 + 0.15 * size[4] if chance[4] < config.chance("glow") else 0.0,
+        emboss=0.25 + 0.5 * size[5] if chance[5] < config.chance("emboss") and not line else 0.0,
+        gradient=angle[1] if chance[6] < config.chance("gradient") else 0.0,
+        two_colours=("lines" if size[7] < 0.4 else "parts") if chance[7] < config.chance("two_colours") else "",
+        worn=0.15 + 0.35 * size[8] if chance[8] < config.chance("worn") else 0.0,
+        stencil=0.05 + 0.05 * more[2] if kinds[4] < config.chance("stencil") and not line else 0.0,
     )
 
 
@@ -115,7 +114,7 @@ def paint_fill(
     return fill
 
 
-def cut_relief(
+def draw_relief(
     image: np.ndarray, letters: Letters, style: Style, warp: Warp, share: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """The image, float32 (h, w, 3), with letters that stand out of it or are cut into it, in its own colour.
@@ -128,13 +127,18 @@ def cut_relief(
     height = cv2.GaussianBlur(letters.fill, (0, 0), max(0.8, 0.035 * unit)).astype(np.float32)
     x, y = np.cos(angle) * 0.05 * unit, np.sin(angle) * 0.05 * unit
     slope = _moved(height, x, y) - _moved(height, -x, -y)
-    # Only on an even surface can light and shade alone be read.
-    image = cv2.addWeighted(image, 0.5, full(share.shape, image.mean(axis=(0, 1))), 0.5, 0)
+    # Light and shade alone can only be read on an even surface, neither black nor white, and on thin strokes as well
+    # only if the slope is scaled by its largest value.
+    mean = image.mean(axis=(0, 1), dtype=np.float64)
+    even = with_luminance(mean, min(max(float(luminance(mean)), 0.25), 0.75))
+    image = cv2.addWeighted(image, 0.3, full(share.shape, even), 0.7, 0)
+    slope = warp.apply(slope)
+    peak = max(float(cv2.norm(slope, cv2.NORM_INF)), 1.0)
     inside = raised(image, np.float32(rng.uniform(-16, 16)) * share)
-    return np.clip(raised(inside, warp.apply(slope) * np.float32(0.55 * strength)), 0, 255)
+    return np.clip(raised(inside, slope * np.float32((25 + 115 * strength) / peak)), 0, 255)
 
 
-def lay_under(
+def draw_under(
     image: np.ndarray,
     letters: Letters,
     stroke: np.ndarray,
@@ -149,7 +153,7 @@ def lay_under(
         stroke: what of the flat word is text, of `letter_stroke`.
     """
     unit = letters.unit
-    edge = draw_contrasting(colour, rng)
+    edge = sample_contrasting_colour(colour, rng)
     dark = with_luminance(edge, 0.1 * float(rng.random()))
     side = with_luminance(colour, float(luminance(colour)) * (0.25 + 0.4 * float(rng.random())))
     body = cv2.dilate(letters.fill, disc(max(1, round(style.outline * unit)))) if style.outline else letters.fill

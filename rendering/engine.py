@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 
 from rendering.backgrounds import Backgrounds
 from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.degradation import degrade
-from rendering.effects import draw_style, letter_stroke
+from rendering.effects import letter_stroke, sample_style
 from rendering.fonts import FontBook, Typeface, find_families
-from rendering.geometry import Warp, draw_warp
-from rendering.letters import Letters, draw_height, draw_layout, set_letters
+from rendering.geometry import Warp, sample_warp
+from rendering.letters import Letters, sample_height, sample_layout, set_letters
 from rendering.neighbours import place_neighbours
 from rendering.occlusion import occlude
 from rendering.painting import Drawing, paint
@@ -22,6 +23,7 @@ from rendering.words import WordSource
 from utils import UserError
 
 _DETAIL = 1.25  # the flat word is at least this much larger than the final one, so that the warp seldom enlarges
+_SAME_FACE = 0.85  # share of neighbouring text in the word's own face, size and colour
 
 Salts = Mapping[Stream, int]
 
@@ -89,7 +91,7 @@ class WordRenderer:
         """
         config = self.config if difficulty is None else self.config.with_difficulty(difficulty)
         word = _Word(self, config, seed, index, salts or {})
-        kind = background or self.backgrounds.draw_kind(word.stream(Stream.BACKGROUND_KIND))
+        kind = background or self.backgrounds.sample_kind(word.stream(Stream.BACKGROUND_KIND))
         return word.finish(self._draw(word, text), kind)
 
     def render_on_backgrounds(
@@ -135,31 +137,31 @@ class _Word:
     def draw(self, text: str | None) -> Drawing:
         """The letters, warped."""
         fonts, words, config = self.renderer.fonts, self.renderer.words, self.config
-        text = words.draw(self.stream(Stream.WORD)) if text is None else text
+        text = words.sample(self.stream(Stream.WORD)) if text is None else text
         typeface = fonts.choose(text, self.stream(Stream.FONT))
-        layout = draw_layout(text, config.letters, self.stream(Stream.LAYOUT))
-        style = draw_style(config, self.stream(Stream.EFFECTS))
+        layout = sample_layout(text, config, self.stream(Stream.LAYOUT))
+        style = sample_style(config, self.stream(Stream.EFFECTS))
         rng = self.stream(Stream.GEOMETRY)
-        height = draw_height(config.letters, rng)
-        letters = set_letters(fonts.face(typeface, _DETAIL * height), text, layout)
-        warp = draw_warp(letters, height, config, rng)
+        height = sample_height(config.letters, rng)
+        letters = set_letters(fonts.face(typeface), text, _DETAIL * height, layout)
+        warp = sample_warp(letters, height, config, rng)
         stroke = letter_stroke(letters, text, style)
         neighbours, own_colour = self._draw_neighbours(typeface, letters, warp)
         return Drawing(text, typeface.family, letters, stroke, style, warp, warp.apply(stroke), neighbours, own_colour)
 
     def _draw_neighbours(self, typeface: Typeface, letters: Letters, warp: Warp) -> tuple[np.ndarray | None, bool]:
         """The share of each pixel that other text covers, uint8 (h, w), or None; whether it has the letters' colour."""
-        settings, rng = self.config.surroundings, self.stream(Stream.NEIGHBOURS)
+        rng = self.stream(Stream.NEIGHBOURS)
         chance, same, size = rng.random(3)
-        if chance >= self.config.probability(settings.neighbours):
+        if chance >= self.config.chance("neighbours"):
             return None, False
         fonts = self.renderer.fonts
-        text, scale, own = self.renderer.words.draw(rng), 1.0, same < settings.same_face
+        text, scale, own = self.renderer.words.sample(rng), 1.0, same < _SAME_FACE
         if not own or not fonts.covers(typeface.path, text):
             typeface, scale = fonts.choose(text, rng), 0.5 + size
-        other = set_letters(fonts.face(typeface, letters.unit), text)
+        other = set_letters(fonts.face(typeface), text, scale * letters.unit)
         space = np.array(warp.margins) / warp.unit
-        around = place_neighbours(letters, other, scale=scale * letters.unit / other.unit, space=space, rng=rng)
+        around = place_neighbours(letters, other, space, rng)
         return warp.apply(around.fill, around.centre), own
 
     def finish(self, drawing: Drawing, kind: str) -> RenderedWord:
@@ -171,9 +173,10 @@ class _Word:
         image = paint(drawing, image, config, self.stream(Stream.COLOURS))
         mask = drawing.alpha
         rng = self.stream(Stream.OCCLUSION)
-        if rng.random() < config.steep(config.surroundings.occlusion):
+        if rng.random() < config.chance("occlusion"):
             image, mask = occlude(image, mask, warp.unit, rng)
-        image = degrade(image, warp.unit, config, self.stream(Stream.DEGRADATION))
+        rng = self.stream(Stream.DEGRADATION)
+        image = degrade(image, mask, warp.unit, config, rng, faint=drawing.style.relief is not None)
         if config.output.mask == "binary":
-            mask = np.where(mask > 127, np.uint8(255), np.uint8(0))
+            _, mask = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)
         return RenderedWord(image, mask, drawing.text, drawing.family, kind, warp.rotation, warp.arc)

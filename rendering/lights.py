@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 
 from rendering.blending import full, scaled
-from rendering.colours import draw_light_colour, luminance, with_luminance
+from rendering.colours import luminance, sample_light_colour, with_luminance
 from rendering.textures import ramp
 
 # Street lamps of sodium, mercury and LEDs, and the sky after sunset.
@@ -22,7 +22,7 @@ def darken(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def veil(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Behind haze, dust or glass: hardly any contrast is left."""
-    colour = draw_light_colour(rng)
+    colour = sample_light_colour(rng)
     colour = with_luminance(0.35 * colour + 0.65 * luminance(colour) * 255, rng.uniform(0.25, 0.9))
     share = 0.14 + 0.36 * rng.random()
     return cv2.addWeighted(image, share, full(image.shape[:2], colour), 1 - share, 0)
@@ -43,6 +43,6 @@ def shine(image: np.ndarray, unit: float, rng: np.random.Generator) -> np.ndarra
         distance = x * x + (y * y)[:, None]
         core, reach = rng.uniform(0.02, 0.15), rng.uniform(0.25, 0.8)
         light = 260 * np.exp(-distance / (2 * core * core)) + rng.uniform(50, 150) * np.exp(-distance / (2 * reach**2))
-        colour = (draw_light_colour(rng) / 255).astype(np.float32)
+        colour = (sample_light_colour(rng) / 255).astype(np.float32)
         image = cv2.add(image, light.astype(np.float32)[..., None] * colour)
     return image

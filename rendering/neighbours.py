@@ -19,13 +19,10 @@ class Neighbours:
     centre: tuple[float, float]
 
 
-def place_neighbours(
-    letters: Letters, other: Letters, *, scale: float, space: np.ndarray, rng: np.random.Generator
-) -> Neighbours:
+def place_neighbours(letters: Letters, other: Letters, space: np.ndarray, rng: np.random.Generator) -> Neighbours:
     """Set pieces of `other` around the word.
 
     Args:
-        scale: size of the other text in the flat image of the word.
         space: left, top, right, bottom space in the image, heights of a capital letter: most of the other text
             begins within it, so that it is seen.
     """
@@ -36,9 +33,6 @@ def place_neighbours(
     canvas = np.zeros((height + 2 * reach, width + 2 * reach), np.uint8)
     x, y, x_end, y_end = other.box
     piece = other.fill[y:y_end, x:x_end]
-    if scale != 1.0:
-        size = max(2, round(piece.shape[1] * scale)), max(2, round(piece.shape[0] * scale))
-        piece = cv2.resize(piece, size, interpolation=cv2.INTER_AREA)
     chances, along, near = rng.random(4), rng.random(4), rng.random(4)
     sides = np.flatnonzero(chances < _SIDES)
     for side in sides if sides.size else [1 if chances[0] < 0.5 else 3]:
@@ -61,4 +55,4 @@ def _paste(canvas: np.ndarray, piece: np.ndarray, x: int, y: int) -> None:
     right, bottom = min(x + piece.shape[1], canvas.shape[1]), min(y + piece.shape[0], canvas.shape[0])
     if left < right and top < bottom:
         area = canvas[top:bottom, left:right]
-        np.maximum(area, piece[top - y : bottom - y, left - x : right - x], out=area)
+        cv2.max(area, piece[top - y : bottom - y, left - x : right - x], dst=area)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from rendering.blending import blend, full
-from rendering.colours import draw_background_colour, with_luminance
+from rendering.colours import sample_background_colour, with_luminance
 from rendering.textures import cut_texture
 
 _VISIBLE = 0.55  # least share of each part of the letters that stays
@@ -76,7 +76,7 @@ def _draw_bar(cover: np.ndarray, x: float, y: float, degrees: float, thick: floa
 
 def _draw_thing(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """What is seen where the thing is, float32 (h, w, 3)."""
-    colour = draw_background_colour(rng)
+    colour = sample_background_colour(rng)
     if kind == "leaves":
         colour = np.array([rng.uniform(30, 130), rng.uniform(80, 180), rng.uniform(20, 80)])
     elif kind == "wires" or rng.random() < 0.5:

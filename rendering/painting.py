@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 
 from rendering.blending import blend
-from rendering.colours import draw_contrasting, draw_letter_colour, draw_light_colour
+from rendering.colours import sample_contrasting_colour, sample_letter_colour, sample_light_colour
 from rendering.config import RenderConfig
-from rendering.effects import Style, cut_relief, lay_under, paint_fill
+from rendering.effects import Style, draw_relief, draw_under, paint_fill
 from rendering.geometry import Warp
 from rendering.letters import Letters
 
@@ -42,20 +42,22 @@ def paint(drawing: Drawing, image: np.ndarray, config: RenderConfig, rng: np.ran
     """
     letters, style, warp = drawing.letters, drawing.style, drawing.warp
     share = drawing.alpha * np.float32(1 / 255)
-    image, darkest, lightest = _make_room(image, drawing.alpha, config.colours.min_contrast)
+    image, darkest, lightest = _make_room(image, drawing.alpha, config.contrast)
     if style.shining:
         image = image * np.float32(_PANEL)
-        colour = draw_light_colour(rng)
+        colour = sample_light_colour(rng)
     else:
-        colour = draw_letter_colour(darkest, lightest, config, rng)
+        colour = sample_letter_colour(darkest, lightest, config, rng)
     ground = image
     if drawing.neighbours is not None:
-        other = colour if drawing.own_colour else draw_contrasting(np.full(3, 127.5 * (darkest + lightest)), rng)
+        other = (
+            colour if drawing.own_colour else sample_contrasting_colour(np.full(3, 127.5 * (darkest + lightest)), rng)
+        )
         image = blend(image, other, drawing.neighbours * np.float32(1 / 255))
     if style.relief:
-        return cut_relief(ground, letters, style, warp, share, rng)
+        return draw_relief(ground, letters, style, warp, share, rng)
     if style.has_under:
-        image = lay_under(image, letters, drawing.stroke, style, warp, colour, rng)
+        image = draw_under(image, letters, drawing.stroke, style, warp, colour, rng)
     fill = paint_fill(letters, style, warp, colour, ground, rng)
     return blend(image, fill, share)
 

@@ -41,19 +41,19 @@ class WordSource:
             raise UserError("words.cases: every weight is 0; give at least one case a weight")
         self._cases = np.cumsum(weights / weights.sum())
 
-    def draw(self, rng: np.random.Generator) -> str:
+    def sample(self, rng: np.random.Generator) -> str:
         """A text of 1 to max_length allowed characters."""
         for _ in range(100):
-            text = self._draw_once(rng)
+            text = self._sample_once(rng)
             if 0 < len(text) <= self.config.max_length and self._allowed.issuperset(text):
                 return text
         # Every attempt met a character that is not allowed: one that is, then.
         return self.config.characters[int(rng.integers(len(self.config.characters)))]
 
-    def _draw_once(self, rng: np.random.Generator) -> str:
+    def _sample_once(self, rng: np.random.Generator) -> str:
         kind = rng.random()
         if kind < self.config.numbers:
-            return draw_number(rng)
+            return sample_number(rng)
         if kind < self.config.numbers + self.config.random:
             return self._random_string(rng)
         word = self._cased(self._words[int(np.searchsorted(self._cumulated, rng.random(), side="right"))], rng)
@@ -138,7 +138,7 @@ def punctuated(word: str, rng: np.random.Generator) -> str:
     return word[:middle] + "-'&./"[int(rng.integers(5))] + word[middle:]
 
 
-def draw_number(rng: np.random.Generator) -> str:
+def sample_number(rng: np.random.Generator) -> str:
     """A number as signs and labels have them."""
     return _NUMBER_FORMS[int(rng.integers(len(_NUMBER_FORMS)))](rng)
 

@@ -22,7 +22,7 @@ from tools.support import decode_image, make_parser, positive, progress, seed_nu
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/compare_words.py configs/render.yaml data/training/words --difficulty 0.3 0.5 0.7
-  python tools/compare_words.py configs/render.yaml colours.saturated=0.6 data/iiit5k_folder"""
+  python tools/compare_words.py configs/render.yaml saturated=0.6 data/iiit5k_folder"""
 
 _HEIGHT = 32  # pixels that words are scaled to before their detail is measured
 
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--difficulty", nargs="+", type=float, metavar="0..1", help="of renderings (default: the file's)"
     )
-    parser.add_argument("--count", type=positive, default=1000, help="most words of each source (default: 1000)")
+    parser.add_argument("--count", type=positive, default=1000, help="words of each source at most (default: 1000)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of renderings (default: 0)")
     options = parser.parse_args(arguments)
     overrides = [source for source in options.sources if "=" in source]

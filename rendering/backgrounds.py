@@ -1,6 +1,6 @@
-"""What is behind the letters. A background is float32 RGB, (h, w, 3), from 0 to 255.
+"""Backgrounds of words, float32 RGB (h, w, 3), 0 to 255.
 
-The base colour is drawn first, so that the kinds of background of one word resemble each other as far as they can.
+The base colour is sampled first, so that the backgrounds of one word on different kinds resemble each other.
 """
 
 from collections import OrderedDict
@@ -32,14 +32,14 @@ _FRAGMENT_SEED = 7
 
 
 class Backgrounds:
-    """Makes backgrounds; photographs and pieces of other texts are kept by the process and are not pickled.
+    """Draws backgrounds; photographs and pieces of other texts stay in the process and are not pickled.
 
     Args:
         config: kind of background, folder of photographs.
-        fonts, words: what pieces of other texts are drawn from.
+        fonts, words: for pieces of other texts.
 
     Raises:
-        UserError: the folder of photographs is missing or empty, or photographs are asked for without one.
+        UserError: the folder of photographs is missing or empty, or `background` is photo and there is none.
     """
 
     def __init__(self, config: RenderConfig, fonts: FontBook, words: WordSource) -> None:
@@ -66,7 +66,7 @@ class Backgrounds:
         return BACKGROUND_KINDS[min(place, len(BACKGROUND_KINDS) - 1)] if self._kind == "mixed" else self._kind
 
     def make(self, kind: str, warp: Warp, rng: np.random.Generator) -> np.ndarray:
-        """A background of `kind` for an image of `warp.size`; the warp's margins say where other texts may be."""
+        """Draw a background of `kind` for an image of `warp.size`, other texts within the warp's margins."""
         base = sample_background_colour(rng, self._saturated)
         size = (warp.size[1], warp.size[0])
         if kind != "clutter":
@@ -91,7 +91,7 @@ class Backgrounds:
         return self._cut_photo(size, rng)
 
     def _cut_photo(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """A piece of a photograph in the shape of the image, at its pixels' own scale or shrunk."""
+        """Cut a piece of a photograph in the shape of the image, at full resolution or shrunk."""
         photo = self._photo(self._photos[int(rng.integers(len(self._photos)))])
         height, width = size
         largest = min(photo.shape[0] / height, photo.shape[1] / width)
@@ -124,9 +124,9 @@ class Backgrounds:
             start, end = (int(x[0]), int(y[0])), (int(x[1]), int(y[1]))
             if kind < 0.3:
                 cv2.line(image, start, end, colour, thick, cv2.LINE_AA)
-            elif kind < 0.55:  # the edge of the sign: everything beyond a border is something else
+            elif kind < 0.55:  # the edge of the sign and what is beyond it
                 _fill_beyond_edge(image, colour, rng)
-            elif kind < 0.75:  # a rule above or below the word
+            elif kind < 0.75:  # a line above or below the word
                 edge = int(height * (rng.uniform(0, 0.12) if rng.random() < 0.5 else rng.uniform(0.88, 1)))
                 cv2.line(
                     image, (0, edge), (width, edge + int(rng.normal(0, 0.03) * height)), colour, thick, cv2.LINE_AA
@@ -158,7 +158,7 @@ class Backgrounds:
             _stamp(image, fragment, x, y, colour)
 
     def _fragment(self, number: int) -> np.ndarray:
-        """Piece of text `number`, the same in every process: uint8 (h, w) without space around it."""
+        """Return piece of text `number`, the same in every process: uint8 (h, w) without space around it."""
         fragment = self._fragments.get(number)
         if fragment is None:
             rng = np.random.default_rng([_FRAGMENT_SEED, number])
@@ -171,7 +171,7 @@ class Backgrounds:
 
 
 def find_photos(folder: str) -> list[str]:
-    """The images in `folder` and below it, sorted.
+    """Return the images in `folder` and below it, sorted.
 
     Raises:
         UserError: the folder is missing or holds no image.
@@ -187,17 +187,17 @@ def find_photos(folder: str) -> list[str]:
 
 
 def read_photo(path: str) -> np.ndarray:
-    """The photograph at about 640 pixels of its longer side, RGB, uint8 (h, w, 3).
+    """Read a photograph and shrink its longer side to 640 pixels: RGB, uint8 (h, w, 3).
 
     Raises:
         UserError: it cannot be decoded.
     """
     try:
         with Image.open(path) as file:
-            file.draft("RGB", (_PHOTO_SIDE, _PHOTO_SIDE))  # JPEG: decodes no more of a large one than is needed
+            file.draft("RGB", (_PHOTO_SIDE, _PHOTO_SIDE))  # JPEG: decodes large ones at a fraction of their size
             photo = np.asarray(file.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"photos: {path}: cannot be decoded; mend it or take it out of the folder") from error
+        raise UserError(f"photos: {path}: cannot be decoded; repair it or remove it from the folder") from error
     scale = _PHOTO_SIDE / max(photo.shape[:2])
     if scale < 1:
         size = max(1, round(photo.shape[1] * scale)), max(1, round(photo.shape[0] * scale))
@@ -206,7 +206,7 @@ def read_photo(path: str) -> np.ndarray:
 
 
 def _near(base: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarray:
-    """A colour like `base`, lighter or darker by up to `amount` of luminance, a little off in hue."""
+    """Sample a colour like `base`, up to `amount` of luminance lighter or darker, with a slightly different hue."""
     wanted = float(np.clip(float(luminance(base)) + rng.uniform(-amount, amount), 0.02, 0.98))
     return with_luminance(np.clip(base + rng.normal(0, 12, size=3), 1, 254), wanted)
 
@@ -231,7 +231,7 @@ def _texture(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) 
 
 
 def _scene(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Surfaces and edges out of focus, drawn small and enlarged, as what is far behind looks."""
+    """Draw surfaces and edges out of focus: small, then enlarged and blurred."""
     height, width = size
     scale = 24 / min(height, width)
     small = full((max(24, round(height * scale)), max(24, round(width * scale))), base)

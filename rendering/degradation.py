@@ -79,7 +79,7 @@ def _soften(
     tiny: bool,
     faint: bool,
 ) -> tuple[np.ndarray, bool]:
-    """Blur and loss of resolution; whether there was any. Numbers are those of `degrade`."""
+    """Blur the image or lower its resolution, and return whether that was done."""
     before = image
     if tiny:
         return _shrink_and_enlarge(image, unit / (6.5 + 3.0 * size[4]), cv2.INTER_CUBIC), True
@@ -110,10 +110,8 @@ def keep_contrast(image: np.ndarray, alpha: np.ndarray, unit: float) -> np.ndarr
     inside, outside = np.array(cv2.mean(image, letters)[:3]), np.array(cv2.mean(image, around)[:3])
     difference = np.abs(inside - outside)
     # Colour alone tells letters apart as well, but not as clearly as light does.
-    contrast = max(
-        float(luminance(inside - outside)), -float(luminance(inside - outside)), 0.5 * difference.max() / 255
-    )
-    if not outside.any() or contrast >= _MIN_CONTRAST:
+    contrast = max(abs(float(luminance(inside - outside))), 0.5 * float(difference.max()) / 255)
+    if contrast >= _MIN_CONTRAST or not around.any():
         return image
     factor = min(_MIN_CONTRAST / max(contrast, 1e-3), 5.0)
     # The range around the middle of both is stretched, and moved where it would leave 0 to 255.
@@ -128,7 +126,7 @@ def _eight_bits(image: np.ndarray) -> np.ndarray:
 
 
 def _light(image: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """A slope of light, a cast shadow with an edge, or a shine."""
+    """Add uneven light: a slope, a cast shadow with an edge, or a shine."""
     height, width = image.shape[:2]
     x, y = ramp(width), ramp(height)[:, None]
     kind, angle, strength = rng.random(), rng.uniform(0, 2 * np.pi), amount * rng.uniform(0.1, 0.5)
@@ -178,7 +176,7 @@ def _shrink_and_enlarge(image: np.ndarray, factor: float, interpolation: int) ->
 
 
 def _noise(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Normal noise of standard deviation 1, (h, w, 3), cut from a tile that every process has alike."""
+    """Cut normal noise of standard deviation 1, (h, w, 3), out of a tile that is the same in every process."""
     height, width = size
     if height > _NOISE_SIDE or width > _NOISE_SIDE:
         return rng.standard_normal((height, width, 3), dtype=np.float32)

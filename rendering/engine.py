@@ -22,7 +22,7 @@ from rendering.streams import Stream, Streams
 from rendering.words import WordSource
 from utils import UserError
 
-_DETAIL = 1.25  # the flat word is at least this much larger than the final one, so that the warp seldom enlarges
+_DETAIL = 1.25  # size of the flat word over that of the final one, so that the warp seldom enlarges
 _SAME_FACE = 0.85  # share of neighbouring text in the word's own face, size and colour
 
 Salts = Mapping[Stream, int]
@@ -30,9 +30,9 @@ Salts = Mapping[Stream, int]
 
 @dataclass(frozen=True)
 class RenderedWord:
-    """A word: `image` uint8 RGB (h, w, 3); `mask` uint8 (h, w), 255 = text; `text` as drawn, case kept.
+    """A rendered word: `image` uint8 RGB (h, w, 3); `mask` uint8 (h, w), 255 = text; `text` as drawn, case kept.
 
-    `rotation` and `arc` (from the first to the last letter) in degrees: what the geometry was drawn with.
+    `rotation` and `arc` (from the first to the last letter) in degrees, as sampled.
     """
 
     image: np.ndarray
@@ -53,7 +53,7 @@ class WordRenderer:
         config: how words look.
 
     Raises:
-        UserError: no font, no word, no photograph where they are asked for.
+        UserError: no font, word or photograph is found where the config asks for one.
     """
 
     def __init__(self, config: RenderConfig | None = None) -> None:
@@ -80,13 +80,13 @@ class WordRenderer:
         """Render word `index` of `seed`.
 
         Args:
-            text: write this instead of a drawn text.
-            background: use this kind instead of a drawn one; the letters stay.
-            salts: another number for a stream draws that concern anew and leaves the others.
+            text: write this instead of a sampled text.
+            background: use this kind instead of a sampled one; the letters stay.
+            salts: another number for a stream samples that concern anew and leaves the others.
             difficulty: of this word, 0 to 1; None: the one of the config.
 
         Raises:
-            UserError: no font can draw `text`, or `background` is no kind.
+            UserError: no font can draw `text`, or there is no such kind of background.
             ValueError: `difficulty` is not between 0 and 1.
         """
         config = self.config if difficulty is None else self.config.with_difficulty(difficulty)
@@ -97,7 +97,7 @@ class WordRenderer:
     def render_on_backgrounds(
         self, seed: int, index: int, kinds: Sequence[str] | None = None, *, text: str | None = None
     ) -> dict[str, RenderedWord]:
-        """The same word, with the same letters in the same place, on each kind of background.
+        """Render the same letters in the same place on each kind of background.
 
         Args:
             kinds: kinds to use; None: all, `photo` only where there are photographs.
@@ -109,7 +109,7 @@ class WordRenderer:
         return {kind: word.finish(drawing, kind) for kind in kinds}
 
     def _draw(self, word: "_Word", text: str | None) -> Drawing:
-        """The letters of a word, which the last word may have left."""
+        """Return the letters of a word; with `reuse`, words in a row share them."""
         reuse = self.config.letters.reuse
         if reuse == 1:
             return word.draw(text)
@@ -122,7 +122,7 @@ class WordRenderer:
 
 @dataclass(frozen=True)
 class _Word:
-    """One word in the making: its streams and what they draw."""
+    """A word that is being rendered, with its random streams."""
 
     renderer: WordRenderer
     config: RenderConfig
@@ -131,11 +131,11 @@ class _Word:
     salts: Salts
 
     def stream(self, stream: Stream) -> np.random.Generator:
-        """The generator of a concern, valid until the next is asked for."""
+        """Return the generator of a concern, valid until the next call."""
         return self.renderer._streams.at(self.seed, self.index, stream, self.salts)
 
     def draw(self, text: str | None) -> Drawing:
-        """The letters, warped."""
+        """Draw the letters and warp them."""
         fonts, words, config = self.renderer.fonts, self.renderer.words, self.config
         text = words.sample(self.stream(Stream.WORD)) if text is None else text
         typeface = fonts.choose(text, self.stream(Stream.FONT))
@@ -150,7 +150,7 @@ class _Word:
         return Drawing(text, typeface.family, letters, stroke, style, warp, warp.apply(stroke), neighbours, own_colour)
 
     def _draw_neighbours(self, typeface: Typeface, letters: Letters, warp: Warp) -> tuple[np.ndarray | None, bool]:
-        """The share of each pixel that other text covers, uint8 (h, w), or None; whether it has the letters' colour."""
+        """Draw other text as uint8 (h, w) or None, and say whether it has the letters' colour."""
         rng = self.stream(Stream.NEIGHBOURS)
         chance, same, size = rng.random(3)
         if chance >= self.config.chance("neighbours"):
@@ -165,9 +165,9 @@ class _Word:
         return warp.apply(around.fill, around.centre), own
 
     def finish(self, drawing: Drawing, kind: str) -> RenderedWord:
-        """The letters on a background, as a camera sees them."""
+        """Draw the letters on a background and degrade the image."""
         if kind not in BACKGROUND_KINDS:
-            raise UserError(f"background: {kind!r} is none of {', '.join(BACKGROUND_KINDS)}")
+            raise UserError(f"background: {kind!r} no such kind; the kinds are {', '.join(BACKGROUND_KINDS)}")
         config, warp = self.config, drawing.warp
         image = self.renderer.backgrounds.make(kind, warp, self.stream(Stream.BACKGROUND))
         image = paint(drawing, image, config, self.stream(Stream.COLOURS))

@@ -1,6 +1,6 @@
-"""The warp: from the flat word to its place in the image, the same one for everything that belongs to the letters.
+"""The warp from the flat word to the image, the same for everything that belongs to the letters.
 
-Two steps: the baseline is bent (arc or wave), then the plane is seen in perspective. Points are (x, y) in pixels, y
+First the baseline is bent (arc or wave), then the plane is seen in perspective. Points are (x, y) in pixels, y
 downwards; the flat and the bent plane have their origin at the middle of the letters.
 """
 
@@ -27,7 +27,7 @@ class Bend:
     phase: float = 0.0
 
     def forward(self, points: np.ndarray) -> np.ndarray:
-        """Flat points (n, 2) to bent ones."""
+        """Map flat points (n, 2) to bent ones."""
         x, y = points[:, 0], points[:, 1]
         if self.radius:
             angle = x / self.radius
@@ -35,7 +35,7 @@ class Bend:
         return np.stack([x, y + self.amplitude * np.sin(2 * math.pi * x / self.length + self.phase)], 1)
 
     def backward(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Bent coordinates to flat ones, arrays of one shape."""
+        """Map bent coordinates to flat ones, arrays of one shape."""
         if self.radius:
             sign = math.copysign(1.0, self.radius)
             down = (self.radius - y) * sign
@@ -46,7 +46,7 @@ class Bend:
 
 @dataclass(frozen=True)
 class Warp:
-    """The whole way from the flat word to the image.
+    """The mapping from the flat word to the image.
 
     `centre`: the origin in the flat image; `bend` or None; `matrix`: (3, 3), bent plane to image; `size`: (width,
     height) of the image; `unit`: height of a capital letter in it; `margins`: left, top, right, bottom space around
@@ -64,15 +64,15 @@ class Warp:
     arc: float = 0.0
 
     def apply(self, layer: np.ndarray, centre: tuple[float, float] | None = None) -> np.ndarray:
-        """`layer` (h, w[, channels]) of the flat word, as it lies in the image; 0 outside.
+        """Warp a `layer` (h, w[, channels]) of the flat word into the image; 0 outside.
 
         Args:
-            centre: the origin in `layer`, where that is not the flat image itself.
+            centre: the origin in `layer`; None: that of the flat image.
         """
         x, y = centre or self.centre
         if self.bend is None:
             matrix = self.matrix @ _shift(-x, -y)
-            if matrix[2, 0] == matrix[2, 1] == 0:  # half of the work
+            if matrix[2, 0] == matrix[2, 1] == 0:  # takes half of the time
                 return cv2.warpAffine(layer, matrix[:2] / matrix[2, 2], self.size, flags=cv2.INTER_LINEAR)
             return cv2.warpPerspective(layer, matrix, self.size, flags=cv2.INTER_LINEAR)
         flat_x, flat_y = self._maps
@@ -90,7 +90,7 @@ class Warp:
 
 
 def sample_warp(letters: Letters, height: float, config: RenderConfig, rng: np.random.Generator) -> Warp:
-    """A random warp that makes a capital letter about `height` pixels high and crops the image around the letters."""
+    """Sample a warp that makes a capital letter about `height` pixels high and crops the image around the letters."""
     left, top, right, bottom = letters.box
     centre = ((left + right) / 2, (top + bottom) / 2)
     bend, arc = _sample_bend(right - left, bottom - top, config, rng)
@@ -111,7 +111,7 @@ def sample_warp(letters: Letters, height: float, config: RenderConfig, rng: np.r
 
 
 def _outline(letters: Letters) -> np.ndarray:
-    """Points (n, 2) on the upper and lower edge of the letters, column by column: the warped ones bound the word."""
+    """Return points (n, 2) on the upper and lower edge of the letters; the warped points bound the word."""
     left, top, right, bottom = letters.box
     step = max(1, (right - left) // 50)
     columns = np.arange(left, right, step)
@@ -130,7 +130,7 @@ def _outline(letters: Letters) -> np.ndarray:
 
 
 def _sample_bend(width: int, height: int, config: RenderConfig, rng: np.random.Generator) -> tuple[Bend | None, float]:
-    """A bend or None, and the degrees of the arc."""
+    """Sample a bend or None, and the degrees of the arc."""
     chance, strong, kind, sign, angle, phase, waves = rng.random(7)
     beyond = rng.standard_exponential()
     if width < 1.5 * height:
@@ -144,13 +144,13 @@ def _sample_bend(width: int, height: int, config: RenderConfig, rng: np.random.G
     else:
         amplitude = config.amount(0.16) * height * (0.3 + 0.7 * angle)
         return Bend(amplitude=amplitude, length=width * (1 + 1.5 * waves), phase=2 * math.pi * phase), 0.0
-    # The inner side of the arc must not fold over, nor its ends meet: the radius stays above the letters' half height.
+    # The radius stays above the letters' half height, so that the inner side of the arc does not fold over.
     radius = max(width / math.radians(min(degrees, 320.0)), height)
     return Bend(radius=math.copysign(radius, sign - 0.35)), math.degrees(width / radius)
 
 
 def _sample_view(half_extent: float, config: RenderConfig, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Perspective after rotation after slant, about the origin; and the rotation, degrees."""
+    """Sample slant, rotation and perspective about the origin as one matrix, and the rotation in degrees."""
     chances = rng.random(4)
     values = [min(max(value, -2.2), 2.2) for value in rng.standard_normal(4).tolist()]
     tail = rng.laplace()
@@ -175,7 +175,7 @@ def _sample_view(half_extent: float, config: RenderConfig, rng: np.random.Genera
 
 
 def _sample_margins(config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
-    """Left, top, right, bottom space in heights of a capital letter; opposite ones are mostly alike."""
+    """Sample left, top, right, bottom space in heights of a capital letter; opposite sides are similar."""
     chances, spread = rng.random(6), rng.random((2, 4))
     margins = config.letters.margin * rng.gamma(2.0, 0.5, size=2)[[0, 1, 0, 1]] * (0.6 + 0.8 * spread[0])
     if chances[4] < config.chance("loose"):

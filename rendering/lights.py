@@ -12,16 +12,16 @@ _NIGHT_COLOURS = np.array([(1.25, 0.95, 0.55), (0.85, 1.1, 0.95), (1.0, 1.0, 1.0
 
 
 def darken(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As seen by lamplight: dark, in the colour of the lamp."""
+    """Darken the image as under a lamp, in the colour of the lamp."""
     colour = _NIGHT_COLOURS[int(rng.integers(len(_NIGHT_COLOURS)))]
     left, black = 0.15 + 0.4 * rng.random() ** 1.5, 14 * rng.random()
-    # What is dark by itself is lit enough to be seen.
+    # Dark images stay bright enough to be seen.
     left = max(left, 60 / max(float(np.percentile(image[::2, ::2, 1], 95)), 60.0))
     return cv2.add(image * (np.float32(left) * colour), (black, black, black, 0.0))
 
 
 def veil(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Behind haze, dust or glass: hardly any contrast is left."""
+    """Take most of the contrast, as haze, dust or glass do."""
     colour = sample_light_colour(rng)
     colour = with_luminance(0.35 * colour + 0.65 * luminance(colour) * 255, rng.uniform(0.25, 0.9))
     share = 0.14 + 0.36 * rng.random()
@@ -29,7 +29,7 @@ def veil(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def shine(image: np.ndarray, unit: float, rng: np.random.Generator) -> np.ndarray:
-    """Lamps in the image, or light that spreads from its bright parts."""
+    """Draw lamps into the image, or let light spread from its bright parts."""
     if rng.random() < 0.4:
         bright = cv2.subtract(image, (110.0, 110.0, 110.0, 0.0))
         np.maximum(bright, 0, out=bright)

@@ -1,4 +1,4 @@
-"""Other text above, below and beside the word, on the same surface: it is warped with the word and cut by the crop."""
+"""Other text around the word, on the same surface: it is warped with the word and cut by the crop."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ _SIDES = np.array([0.3, 0.6, 0.3, 0.6])  # chance of text left, above, right, be
 
 @dataclass(frozen=True)
 class Neighbours:
-    """`fill`: grey uint8 (h, w), as of `Letters`; `centre`: where the middle of the word's letters lies in it."""
+    """`fill`: grey uint8 (h, w), as in `Letters`; `centre`: the middle of the word's letters in it."""
 
     fill: np.ndarray
     centre: tuple[float, float]
@@ -24,7 +24,7 @@ def place_neighbours(letters: Letters, other: Letters, space: np.ndarray, rng: n
 
     Args:
         space: left, top, right, bottom space in the image, heights of a capital letter: most of the other text
-            begins within it, so that it is seen.
+            begins within it and is seen.
     """
     unit = letters.unit
     left, top, right, bottom = letters.box
@@ -50,7 +50,7 @@ def place_neighbours(letters: Letters, other: Letters, space: np.ndarray, rng: n
 
 
 def _paste(canvas: np.ndarray, piece: np.ndarray, x: int, y: int) -> None:
-    """Put `piece` with its corner at (x, y), in place, cut to the canvas."""
+    """Draw `piece` with its corner at (x, y), in place, cut to the canvas."""
     left, top = max(x, 0), max(y, 0)
     right, bottom = min(x + piece.shape[1], canvas.shape[1]), min(y + piece.shape[0], canvas.shape[0])
     if left < right and top < bottom:

@@ -36,7 +36,7 @@ _JPEG_QUALITY = 95
 
 
 class EncodedWord(NamedTuple):
-    """A word as the LMDBs hold it, and what the summary counts."""
+    """A word as stored in the LMDBs, and what the summary counts."""
 
     image: bytes
     mask: bytes
@@ -73,7 +73,7 @@ def render_and_encode(index: int, *, settings: str, seed: int) -> EncodedWord:
 def render_words(config: RenderConfig, count: int, *, seed: int, workers: int) -> Iterator[EncodedWord]:
     """Yield words 0 to count - 1 of `seed`, the same for any number of workers, with a progress bar."""
     settings = config.model_dump_json()
-    _renderer(settings)  # errors of the settings come from here, once
+    _renderer(settings)  # raises the errors of the settings before any worker starts
     render = functools.partial(render_and_encode, settings=settings, seed=seed)
     words = map_in_processes(render, range(count), workers=workers, chunk_size=32)
     return progress(words, total=count, unit="word", description="words")
@@ -101,7 +101,7 @@ def store_words(words: Iterator[EncodedWord], output: Path, name: str, *, overwr
 
 
 def draw_sheet(words: list[EncodedWord], path: Path) -> None:
-    """Save a sheet of the first words: image, mask, and the mask over the image."""
+    """Save a sheet of the first words: image, mask, and mask over the image."""
     cells = []
     for word in words[:SHEET_WORDS]:
         image = cv2.imdecode(np.frombuffer(word.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
@@ -133,7 +133,7 @@ def folder_name(text: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as background=clutter")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of images/ and masks/")

@@ -83,16 +83,17 @@ def _soften(
     before = image
     if tiny:
         return _shrink_and_enlarge(image, unit / (6.5 + 3.0 * size[4]), cv2.INTER_CUBIC), True
-    if chance[2] < config.chance("motion"):
+    moved = chance[2] < config.chance("motion")
+    if moved:
         image = _move(image, config.amount(0.1 if faint else 0.2) * unit * size[2], np.pi * size[1])
     if chance[3] < config.chance("blur"):
         sigma = config.amount(0.02 if faint else 0.04) * unit * size[3] ** 1.5
         if sigma > 0.2:
             image = cv2.GaussianBlur(image, (0, 0), sigma)
     if chance[4] < config.chance("low_resolution"):
-        # Letters keep at least 8 pixels (faint ones 16): smaller ones are `tiny`.
+        # Letters keep at least 8 pixels, or 16 where they are faint or moved; smaller ones are `tiny`.
         factor = 1 + (config.amount(2.2) - 1) * size[4]
-        image = _shrink_and_enlarge(image, min(factor, unit / (16 if faint else 8)), cv2.INTER_LINEAR)
+        image = _shrink_and_enlarge(image, min(factor, unit / (16 if faint or moved else 8)), cv2.INTER_LINEAR)
     return image, image is not before
 
 

@@ -222,7 +222,7 @@ class TestKinds:
             ground, ink = median_colours(word)
             assert np.abs(ground - ink).max() <= 20, word.text
             grey = cv2.cvtColor(word.image, cv2.COLOR_RGB2GRAY)
-            assert np.ptp(grey) > 25, word.text
+            assert np.ptp(grey) > 45, word.text
 
     def test_dots_are_apart_in_image_and_mask(self, plain):
         def parts(word):
@@ -312,6 +312,24 @@ class TestKinds:
             assert night.mean() < 0.75 * day.mean() + 15
             assert np.ptp(veiled) < 0.6 * np.ptp(day)
             assert np.ptp(veiled) > 10
+
+    @pytest.mark.parametrize("kind", ["night", "veil", "exposure", "tiny"])
+    def test_letters_keep_a_contrast(self, plain, kind):
+        """Letters of low contrast, a degradation on top: the mean grey of letters and of what is near them differs."""
+        renderer = plain(f"chances.{kind}=1", "chances.low_contrast=1", "difficulty=0.8")
+        for word in render_range(renderer, 0, 25):
+            image, letters = word.image.astype(float), word.mask > 127
+            near = (cv2.dilate(word.mask, np.ones((9, 9))) > 127) & (word.mask < 32)
+            if letters.sum() > 30 and near.sum() > 30:
+                difference = image[letters].mean(axis=0) - image[near].mean(axis=0)
+                contrast = max(abs(float(luminance(difference))), 0.5 * np.abs(difference).max() / 255)
+                assert contrast > 0.075, word.text
+
+    def test_relief_is_neither_dark_nor_veiled_nor_tiny(self, plain):
+        names = ("night", "veil", "tiny")
+        bad = plain("chances.relief=1", *(f"chances.{name}=1" for name in names))
+        good = plain("chances.relief=1")
+        assert all(same(*pair) for pair in zip(render_range(bad, 0, 5), render_range(good, 0, 5), strict=True))
 
     def test_lights_add_light(self, plain):
         for index in range(12):
@@ -598,7 +616,7 @@ class TestConfig:
             ("words.cases=3", "words.cases"),
             ("chances.curves=1", "curves is no effect; nearest known effect: curve"),
             ("chances.curve=2", "chances.curve.*less than or equal to 1"),
-            ("geometry.curve=0.6", r"geometry\.curve: no longer a setting; write chances\.curve=PROBABILITY"),
+            ("geometry.curve=0.6", "no longer a setting; write chances.curve=PROBABILITY"),
             ("degradation.noise_amount=3", "no longer a setting; leave it out"),
             ("colours.min_contrast=0.2", "write contrast=NUMBER"),
         ],

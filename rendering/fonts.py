@@ -15,7 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
 from rendering.config import FontsConfig
 from rendering.letters import Glyph
@@ -254,7 +254,9 @@ class Face:
 def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Glyph:
     """Draw a character without space around it."""
     mask, (left, top) = font.getmask2(character, mode="L", anchor="ls")
-    fill = np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1])
+    image = Image.new("L", mask.size)
+    image.im = mask  # the only way to its pixels that is not slow
+    fill = np.asarray(image)
     x, y, width, height = cv2.boundingRect(fill) if fill.size else (0, 0, 0, 0)
     if not width:
         return Glyph(np.zeros((1, 1), np.uint8), 0, 0, font.getlength(character))

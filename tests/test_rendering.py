@@ -700,14 +700,14 @@ def test_luminance_can_be_chosen():
 
 @pytest.mark.slow
 def test_speed(make):
-    """250 words with masks a second and core; the best time of each word, as other programs may want the core too."""
+    """400 words with masks a second and core: the best CPU time of each word, as other programs may use the core too."""
     cv2.setNumThreads(1)
     renderer = make()
     best = np.full(200, np.inf)
     for _ in range(10):
         for index in range(len(best)):
-            start = time.perf_counter()
+            start = time.process_time()
             renderer.render(3, index)
-            best[index] = min(best[index], time.perf_counter() - start)
+            best[index] = min(best[index], time.process_time() - start)
     cv2.setNumThreads(-1)
-    assert 1 / best.mean() > 250
+    assert 1 / best.mean() > 400

@@ -13,7 +13,7 @@ from rendering.strokes import disc
 from rendering.textures import ramp
 
 _JPEG_QUALITY = 35  # lowest
-_MIN_CONTRAST = 0.1  # least difference of luminance, 0 to 1, between letters and what is around them
+_MIN_CONTRAST = 0.12  # least difference of luminance, 0 to 1, between letters and what is around them
 _NOISE_SIDE = 512
 _noise_tile = np.random.default_rng(11).standard_normal((_NOISE_SIDE, _NOISE_SIDE, 3), dtype=np.float32)
 
@@ -82,7 +82,7 @@ def _soften(
     """Blur the image or lower its resolution, and return whether that was done."""
     before = image
     if tiny:
-        return _shrink_and_enlarge(image, unit / (6.5 + 3.0 * size[4]), cv2.INTER_CUBIC), True
+        return _shrink_and_enlarge(image, unit / (7.0 + 3.0 * size[4]), cv2.INTER_CUBIC), True
     moved = chance[2] < config.chance("motion")
     if moved:
         image = _move(image, config.amount(0.1 if faint else 0.2) * unit * size[2], np.pi * size[1])

@@ -22,7 +22,7 @@ from rendering.streams import Stream, Streams
 from rendering.words import WordSource
 from utils import UserError
 
-_DETAIL = 1.25  # size of the flat word over that of the final one, so that the warp seldom enlarges
+_DETAIL = 1.5  # size of the flat word over that of the final one, so that the warp seldom enlarges
 _SAME_FACE = 0.85  # share of neighbouring text in the word's own face, size and colour
 
 Salts = Mapping[Stream, int]

@@ -700,7 +700,7 @@ def test_luminance_can_be_chosen():
 
 @pytest.mark.slow
 def test_speed(make):
-    """400 words with masks a second and core: the best CPU time of each word, as other programs may use the core too."""
+    """400 words with masks a second: the best CPU time of each word, as other programs may want the core too."""
     cv2.setNumThreads(1)
     renderer = make()
     best = np.full(200, np.inf)

@@ -382,7 +382,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--checkpoint", required=True, action="append", metavar="NAME=FILE", help="recogniser; repeatable"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to")
-    parser.add_argument("--ssn", metavar="FILE", help="SSN that predicts the masks (default: the one in each checkpoint)")
+    parser.add_argument("--ssn", metavar="FILE", help="predicts the masks (default: the SSN in each checkpoint)")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=["exact"], help="kinds of masks (default: exact)")
     parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUND_KINDS, help="kinds of background (default: all)")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs for the background `photo`")
@@ -391,10 +391,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--seed", type=seed_number, default=1_000_003, help="seed of the words; use none of the training data's"
     )
     parser.add_argument("--config", metavar="YAML", help="render settings (default: the renderer's own)")
-    parser.add_argument("--protocol", type=int, choices=PROTOCOLS, default=36, help="characters that are compared (default: %(default)s)")
-    parser.add_argument("--max-length", type=positive, default=25, help="most characters of a word (default: %(default)s)")
+    parser.add_argument(
+        "--protocol", type=int, choices=PROTOCOLS, default=36, help="characters compared (default: %(default)s)"
+    )
+    parser.add_argument("--max-length", type=positive, default=25, help="longest word (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument("--workers", type=positive, default=usable_cores(), help="rendering processes (default: the cores)")
+    parser.add_argument(
+        "--workers", type=positive, default=usable_cores(), help="rendering processes (default: all cores)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the render settings")
     return parser.parse_intermixed_args(arguments)
 

@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="scales of the masks that the recogniser was trained with (default: those in the SSN's checkpoint)",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
-    parser.add_argument("--half", action="store_true", help="store matrices and kernels in 16 bits, which halves the file")
+    parser.add_argument("--half", action="store_true", help="store matrices and kernels in 16 bits: half the size")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args(arguments)
 

@@ -81,7 +81,7 @@ def test_a_loss_that_is_not_fp32s_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(check, "_trainer", lambda _, key, **__: (Trainer(losses[key.partition("=")[2]]), [[0] * 4]))
     monkeypatch.setattr(check, "_flops_of_a_word", lambda network: 1e9)
-    monkeypatch.setattr(check, "_matrix_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(gpu_check, "matrix_rate", lambda device, dtype: 1e12)
     verdicts = {form: check.training("small", form) for form in losses}
     assert verdicts["fp32"][1] == "measured"
     assert verdicts["bf16"][1] == "ok"

@@ -40,7 +40,7 @@ def test_initial_values():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depths": (1, 2)}, "one entry for each stage"),
+        ({"depths": (1, 2)}, "an entry for each stage"),
         ({"mask_branch": True, "strides": (2, 1, 2)}, "last stride of 1"),
         ({"mask_branch": True, "widths": (8,), "depths": (1,), "strides": (1,)}, "two stages"),
     ],

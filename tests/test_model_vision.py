@@ -82,7 +82,7 @@ def test_odd_sizes_work_without_a_mask_and_are_refused_with_one():
 
 def test_mask_is_needed_and_must_fit():
     image, mask = images(2)
-    with pytest.raises(ValueError, match="reads with a text mask"):
+    with pytest.raises(ValueError, match="needs a text mask"):
         small_vision()(image)
     with pytest.raises(ValueError, match="mask is 16 x 128"):
         small_vision()(image, mask[:, :, :16])

@@ -1,6 +1,13 @@
 """Measure speed: reading, training, loading, rendering and masks, with resnet50 beside the networks.
 
-Reading and training are measured in these forms:
+Tasks:
+  reading    predict words with a recogniser: a batch, and one word (latency)
+  training   take a training step: forward, backward, clipping, update
+  loading    decode, augment and collate the config's training data
+  rendering  render words in one process
+  masks      predict masks with an SSN at the config's scales
+
+Forms of reading and training:
   eager     float32
   autocast  --precision under autocast
   prepared  for reading: the form that prepare_for_inference returns
@@ -303,18 +310,29 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse tasks and config overrides from the same positional arguments: an override has an equals sign."""
     tasks = ("reading", "training", "loading", "rendering", "masks")
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("tasks", nargs="+", metavar="TASK|key=value", help="tasks to measure, and config overrides")
+    parser.add_argument("tasks", nargs="+", metavar="TASK|key=value", help="what to measure; config overrides")
     parser.add_argument("--config", metavar="YAML", help="config of the network and its data")
-    parser.add_argument("--render-config", metavar="YAML", default="configs/render.yaml", help="(default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="16-bit form (default: %(default)s)")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile what can be (default: yes)"
+        "--render-config", metavar="YAML", default="configs/render.yaml", help="look of words (%(default)s)"
     )
-    parser.add_argument("--batch-size", type=positive, default=32, help="words in a batch (default: %(default)s)")
-    parser.add_argument("--batches", type=positive, default=10, help="batches loaded in a call (default: %(default)s)")
-    parser.add_argument("--runs", type=positive, default=5, help="rounds; medians are reported (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of all forms but eager (%(default)s)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure compiled networks (default: yes)",
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=positive, default=32, help="words in a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", metavar="N", type=positive, default=10, help="batches loaded in a call (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runs", metavar="N", type=positive, default=5, help="rounds; medians are reported (default: %(default)s)"
+    )
+    parser.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: torch's)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there as well")
     options = parser.parse_intermixed_args(arguments)
     options.overrides = [each for each in options.tasks if "=" in each]

@@ -267,7 +267,6 @@ class GpuCheck:
             "dataset.num_workers=0",
             "dataset.data_aug=false",
             f"global.workdir={json.dumps(str(self.folder / 'runs'))}",
-            "training.iterations=1000",
             *overrides,
         ]
         return without_checkpoints(load_config(ROOT / "configs" / f"{name}.yaml", settings))
@@ -343,7 +342,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output", default="gpu-check.md", metavar="FILE", help="where to write the table (default: %(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=positive, default=480, help="start no part after so long (default: %(default)s)"
+        "--seconds", metavar="N", type=positive, default=480, help="start no part after so long (default: %(default)s)"
     )
     return parser.parse_args(arguments)
 

@@ -13,7 +13,7 @@ Forms of reading and training:
   prepared  for reading: the form that prepare_for_inference returns
   compiled  for training: autocast, compiled
 
-Where the config names no training data, words are rendered.
+Training of words needs no data, as words are rendered; so does loading if the config names no training data.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from builders import build_model, build_ssn, build_trainer, build_training_data, image_size
-from config import Config, load_config
+from config import Config, TrainDataConfig, load_config
 from engine.distributed import Process
 from engine.precision import PRECISIONS, autocast
 from engine.trainer import Trainer
@@ -110,14 +110,14 @@ class Benchmark:
         self.blocks = {name: number for name, number in flops.items() if name.split(".")[-1] in BLOCKS}
 
     def training(self) -> None:
-        """Take training steps, always with the same batch."""
+        """Take training steps, always with the same batch of rendered words."""
         precision = self.options.precision
         settings = {"eager": ("fp32", False), "autocast": (precision, False), "compiled": (precision, True)}
         if not self.options.compile:
             del settings["compiled"]
         forms: dict[str, Form] = {}
         with TemporaryDirectory() as folder:
-            config = with_data(self.config, Path(folder), self.options.render_config)
+            config = with_data(self.config, Path(folder), self.options.render_config, always=True)
             config.dataset.train.batch_size, config.dataset.num_workers = self.options.batch_size, 0
             for name, (precision, compiled) in settings.items():
                 config.training.precision, config.training.compile = precision, compiled
@@ -212,12 +212,13 @@ class Benchmark:
 # --- what tools/gpu_check.py shares -----------------------------------------------------------------------------------
 
 
-def with_data(config: Config, folder: Path, render_config: str) -> Config:
-    """Return a copy of a config that names training data: words rendered into `folder` if it names none."""
+def with_data(config: Config, folder: Path, render_config: str, *, always: bool = False) -> Config:
+    """Return a copy of a config that trains on words rendered into `folder`, `always` or if it names no data."""
     config = config.model_copy(deep=True)
-    if not config.dataset.train.roots and config.model.kind in ("vision", "recogniser"):
+    if (always or not config.dataset.train.roots) and config.model.kind in ("vision", "recogniser"):
         write_rendered_words(folder, MADE_WORDS, render_config)
-        config.dataset.train.roots = [str(folder / "images")]
+        batch_size = config.dataset.train.batch_size
+        config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
         config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
         config.dataset.cache_index = False
     return config

@@ -19,8 +19,7 @@ from yaml_io import parse_yaml, read_yaml
 BACKGROUND_KINDS = ("plain", "gradient", "texture", "scene", "photo", "clutter")
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-Strength = Annotated[float, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
 PRINTABLE = "".join(chr(code) for code in range(33, 127))
 
 
@@ -70,10 +69,10 @@ CHANCES = {
 class CasesConfig(Section):
     """Weights of the ways to write a word."""
 
-    upper: Weight = key(0.5, "WORD")
-    title: Weight = key(0.27, "Word")
-    lower: Weight = key(0.2, "word")
-    mixed: Weight = key(0.03, "wOrd: the case of each letter is random.")
+    upper: Amount = key(0.5, "WORD")
+    title: Amount = key(0.27, "Word")
+    lower: Amount = key(0.2, "word")
+    mixed: Amount = key(0.03, "wOrd: the case of each letter is random.")
 
 
 class WordsConfig(Section):
@@ -106,8 +105,8 @@ class LettersConfig(Section):
     """Size of letters and crops."""
 
     height: Annotated[float, Field(gt=4)] = key(26.0, "Median height of a capital letter, pixels.")
-    height_spread: Strength = key(0.5, "Standard deviation of the logarithm of that height.")
-    margin: Strength = key(0.22, "Mean space on each side of the word, heights of a capital letter.")
+    height_spread: Amount = key(0.5, "Standard deviation of the logarithm of that height.")
+    margin: Amount = key(0.22, "Mean space on each side of the word, heights of a capital letter.")
     max_width: Annotated[int, Field(ge=32)] = key(480, "Widest image, pixels; longer words are made smaller.")
     reuse: Annotated[int, Field(ge=1)] = key(
         1,
@@ -136,10 +135,10 @@ class RenderConfig(Section):
     photos: str | None = key(None, "Folder of photographs for the kind `photo`.")
     contrast: Share = key(0.3, "Smallest difference of luminance, 0 to 1, between letters and background.")
     saturated: Share = key(0.5, "Share of backgrounds of a strong colour.")
-    effects: Strength = key(1.0, "Factor of the probabilities of outlines, shadows, worn paint, neon and the like.")
-    geometry: Strength = key(1.0, "Factor of the probabilities of rotation, perspective, curves and tight crops.")
-    surroundings: Strength = key(1.0, "Factor of the probabilities of neighbouring text and of things before the word.")
-    degradation: Strength = key(1.0, "Factor of the probabilities of night, blur, noise, low resolution and the like.")
+    effects: Amount = key(1.0, "Factor of the probabilities of outlines, shadows, worn paint, neon and the like.")
+    geometry: Amount = key(1.0, "Factor of the probabilities of rotation, perspective, curves and tight crops.")
+    surroundings: Amount = key(1.0, "Factor of the probabilities of neighbouring text and of things before the word.")
+    degradation: Amount = key(1.0, "Factor of the probabilities of night, blur, noise, low resolution and the like.")
     chances: dict[str, Share] = key(
         {}, "Probabilities of single effects, in place of those of CHANCES in rendering/config.py: {curve: 0.6}."
     )
@@ -197,9 +196,6 @@ def load_render_config(path: str | Path | None = None, overrides: Sequence[str] 
         if dotted not in _known_keys() and not dotted.startswith("chances."):
             raise UserError(f"override {override}: {_unknown(dotted)}")
         data = _with(data, dotted.split("."), value)
-    removed = [dotted for dotted in _leaves(data) if dotted not in _known_keys() and _remedy(dotted)]
-    if removed:
-        raise UserError("\n".join(f"{source}: {dotted}: {_unknown(dotted)}" for dotted in removed))
     try:
         return RenderConfig.model_validate(data)
     except ValidationError as errors:
@@ -221,29 +217,16 @@ _FORMER_KEYS = {
 }  # fmt: skip
 
 
-def _remedy(dotted: str) -> str | None:
-    """Return what to do about a key of an earlier version; None for any other key."""
+def _unknown(dotted: str) -> str:
+    """Return what to say about a key that the schema lacks, and what to do about one of an earlier version."""
     section, _, name = dotted.partition(".")
     if dotted in _RENAMED:
-        return f"write {_RENAMED[dotted]}"
+        return f"no longer a setting; write {_RENAMED[dotted]}"
     if name in CHANCES and section in (*_FORMER_SECTIONS, "letters"):
-        return f"write chances.{name}=PROBABILITY"
-    return "leave it out" if dotted in _FORMER_KEYS or (name and section in _FORMER_SECTIONS) else None
-
-
-def _unknown(dotted: str) -> str:
-    """Return what to say about a key that the schema lacks."""
-    remedy = _remedy(dotted)
-    return f"no longer a setting; {remedy}" if remedy else f"unknown key; nearest known key: {_nearest(dotted)}"
-
-
-def _leaves(data: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of nested mappings that hold no mapping."""
-    for name, value in data.items() if isinstance(data, Mapping) else ():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+        return f"no longer a setting; write chances.{name}=PROBABILITY"
+    if dotted in _FORMER_KEYS or section in _FORMER_SECTIONS:
+        return "no longer a setting; leave it out"
+    return f"unknown key; nearest known key: {_nearest(dotted)}"
 
 
 def _with(data: Any, names: Sequence[str], value: Any) -> Any:
@@ -266,10 +249,12 @@ def _nearest(name: str, known: Any = None) -> str:
 
 def _messages(source: str, errors: ValidationError) -> Iterator[str]:
     for error in errors.errors(include_url=False):
-        dotted = ".".join(str(part) for part in error["loc"])
-        if error["type"] == "extra_forbidden":
+        dotted, value = ".".join(str(part) for part in error["loc"]), error["input"]
+        if dotted in _FORMER_SECTIONS and isinstance(value, Mapping) and value:
+            yield from (f"{source}: {dotted}.{name}: {_unknown(f'{dotted}.{name}')}" for name in value)
+        elif error["type"] == "extra_forbidden":
             yield f"{source}: {dotted}: {_unknown(dotted)}"
         elif error["type"] == "value_error":
             yield f"{source}: {dotted}: {error['ctx']['error']}"
         else:
-            yield f"{source}: {dotted}: {error['msg'].replace('Input should', 'must')}, not {error['input']!r}"
+            yield f"{source}: {dotted}: {error['msg'].replace('Input should', 'must')}, not {value!r}"

@@ -43,7 +43,7 @@ def degrade(
     at_night = not faint and rare[0] < config.chance("night")
     veiled = not (faint or at_night) and rare[2] < config.chance("veil")
     tiny = not faint and rare[3] < config.chance("tiny")
-    exposed = chance[1] < config.chance("exposure")
+    exposed = not (at_night or veiled) and chance[1] < config.chance("exposure")
     if rare[1] < config.chance("lights"):
         image = shine(image, unit, rng)
     if chance[0] < config.chance("lighting"):
@@ -53,10 +53,23 @@ def degrade(
     elif veiled:
         image = veil(image, rng)
     image = _eight_bits(image)
-    if exposed and not (at_night or veiled):
+    if exposed:
         image = _expose(image, config.amount(0.4 if faint else 1.0), rng)
-    image, softened = _soften(image, unit, config, chance, size, tiny=tiny, faint=faint)
-    if not faint and (at_night or veiled or exposed or softened):
+    sharp = image
+    if tiny:
+        image = _shrink_and_enlarge(image, unit / (7.0 + 3.0 * size[4]), cv2.INTER_CUBIC)
+    else:
+        # Letters keep 8 pixels, or 16 where they are faint or moved; smaller ones are `tiny`.
+        moved = chance[2] < config.chance("motion")
+        if moved:
+            image = _move(image, config.amount(0.1 if faint else 0.2) * unit * size[2], np.pi * size[1])
+        sigma = config.amount(0.02 if faint else 0.04) * unit * size[3] ** 1.5
+        if chance[3] < config.chance("blur") and sigma > 0.2:
+            image = cv2.GaussianBlur(image, (0, 0), sigma)
+        if chance[4] < config.chance("low_resolution"):
+            factor = min(1 + (config.amount(2.2) - 1) * size[4], unit / (16 if faint or moved else 8))
+            image = _shrink_and_enlarge(image, factor, cv2.INTER_LINEAR)
+    if not faint and (at_night or veiled or exposed or image is not sharp):
         image = keep_contrast(image, alpha, unit)
     if at_night or chance[5] < config.chance("noise"):
         deviation = 2 + 5 * size[5] if at_night else config.amount(9.0) * size[5] ** 2
@@ -67,34 +80,6 @@ def degrade(
     if chance[7] < config.chance("jpeg"):
         image = _compress(image, round(_JPEG_QUALITY + (95 - _JPEG_QUALITY) * size[7] ** 0.7))
     return image
-
-
-def _soften(
-    image: np.ndarray,
-    unit: float,
-    config: RenderConfig,
-    chance: np.ndarray,
-    size: np.ndarray,
-    *,
-    tiny: bool,
-    faint: bool,
-) -> tuple[np.ndarray, bool]:
-    """Blur the image or lower its resolution, and return whether that was done."""
-    before = image
-    if tiny:
-        return _shrink_and_enlarge(image, unit / (7.0 + 3.0 * size[4]), cv2.INTER_CUBIC), True
-    moved = chance[2] < config.chance("motion")
-    if moved:
-        image = _move(image, config.amount(0.1 if faint else 0.2) * unit * size[2], np.pi * size[1])
-    if chance[3] < config.chance("blur"):
-        sigma = config.amount(0.02 if faint else 0.04) * unit * size[3] ** 1.5
-        if sigma > 0.2:
-            image = cv2.GaussianBlur(image, (0, 0), sigma)
-    if chance[4] < config.chance("low_resolution"):
-        # Letters keep at least 8 pixels, or 16 where they are faint or moved; smaller ones are `tiny`.
-        factor = 1 + (config.amount(2.2) - 1) * size[4]
-        image = _shrink_and_enlarge(image, min(factor, unit / (16 if faint or moved else 8)), cv2.INTER_LINEAR)
-    return image, image is not before
 
 
 def keep_contrast(image: np.ndarray, alpha: np.ndarray, unit: float) -> np.ndarray:

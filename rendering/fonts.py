@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from rendering.config import FontsConfig
-from rendering.letters import Glyph
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -64,6 +63,16 @@ class Typeface:
     family: str
     path: str
     axes: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """A letter: `fill` grey uint8 (h, w); its corner is at (left, top) from the pen on the baseline, in pixels."""
+
+    fill: np.ndarray
+    left: int
+    top: int
+    advance: float
 
 
 def find_families(config: FontsConfig) -> list[FontFamily]:

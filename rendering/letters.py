@@ -2,37 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import cv2
 import numpy as np
 
 from rendering.config import LettersConfig, RenderConfig
+from rendering.fonts import Face
 
 PADDING = 0.75  # heights of a capital letter, on each side: room for shadows, outlines and glow
 MAX_HEIGHT = 80.0  # pixels, of a capital letter
 _MIN_HEIGHT = 11.0
 _WIDEST_SPACING = 0.5
-
-
-@dataclass(frozen=True)
-class Glyph:
-    """A letter: `fill` grey uint8 (h, w); its corner is at (left, top) from the pen on the baseline, in pixels."""
-
-    fill: np.ndarray
-    left: int
-    top: int
-    advance: float
-
-
-class Face(Protocol):
-    """What letters are set with, such as `fonts.Face`; `unit`: height of a capital letter, pixels."""
-
-    unit: float
-
-    def glyph(self, character: str) -> Glyph: ...
-
-    def kerning(self, pair: str) -> float: ...
 
 
 @dataclass(frozen=True)

@@ -95,15 +95,11 @@ def format_table(columns: dict[str, dict[str, str]]) -> str:
     """Return a table with a column for each source."""
     names = list(next(iter(columns.values())))
     lines = [["", *columns], *([name, *(column[name] for column in columns.values())] for name in names)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    padded = (
-        [
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
+    first, *others = (max(map(len, cells)) for cells in zip(*lines, strict=True))
+    return "\n".join(
+        name.ljust(first) + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, others, strict=True))
+        for name, *cells in lines
     )
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def rendered(settings: str, overrides: list[str], count: int, seed: int) -> Iterator[Measured]:

@@ -1,5 +1,6 @@
 """From a config to the parts it names. Nothing else sees both: classes take named values, configs hold only values."""
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ from engine.optimization import (
 )
 from engine.trainer import Trainer
 from evaluation.evaluator import Evaluator, SegmentationEvaluator, WordEvaluator
+from evaluation.lexicon import Lexicon, StoredLexicons, read_words
 from inference.segmenter import Segmenter
 from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
 from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
@@ -325,7 +327,28 @@ def build_evaluator(
         device=device,
         precision=precision,
         numbers={dataset.name: dataset.number for dataset in datasets if isinstance(dataset, WordDataset)},
+        lexicons=_build_lexicons(config, datasets),
     )
+
+
+def _build_lexicons(config: Config, datasets: Sequence[Any]) -> dict[str, Callable[[int], Lexicon]]:
+    """Return name of a test set -> number of a word -> the list that its prediction is chosen from."""
+    source = config.dataset.test.lexicon
+    if source is None:
+        return {}
+    make = functools.partial(
+        Lexicon,
+        charset=build_charset(config),
+        steps=config.dataset.max_length + 1,
+        match=config.dataset.test.lexicon_match,
+    )
+    if Path(source).is_file():
+        lexicon = make(read_words(source))
+        return {dataset.name: lambda number: lexicon for dataset in datasets}
+    for dataset in datasets:
+        if not isinstance(dataset, WordDataset):
+            raise UserError(f"dataset.test.lexicon {source}: is no file, and {dataset.name} is no LMDB of words")
+    return {dataset.name: StoredLexicons(dataset.reader, source, make) for dataset in datasets}
 
 
 def _build_segmentation_evaluator(config: Config, *, device: torch.device, process: Process) -> SegmentationEvaluator:

@@ -20,9 +20,11 @@ from pathlib import Path
 
 import cv2
 
+from engine.precision import PRECISIONS
 from evaluation.drawing import on_image, reading_image
+from evaluation.lexicon import Word, read_words
 from loading.transforms import resize, turn
-from reader import MASK_SOURCES, Prediction, Reader, to_image
+from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
 from utils import ArgumentParser, UserError, run_command_line
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
@@ -41,10 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ssn=options.ssn,
         masks=options.masks,
         model_eval=options.model_eval,
+        precision=options.precision,
+        details=options.overlay is not None,
     )
     overlays = overlay_paths(paths, Path(options.overlay)) if options.overlay else [None] * len(paths)
     read_any = False
-    for path, prediction, overlay in zip(paths, reader.stream(paths), overlays, strict=True):
+    lexicon = None if options.lexicon is None else read_words(options.lexicon)
+    predictions = reader.stream(paths, topk=options.topk, lexicon=lexicon)
+    for path, prediction, overlay in zip(paths, predictions, overlays, strict=True):
         if overlay is not None and prediction.error is None:
             draw_overlay(path, prediction, overlay)
         print(as_json(path, prediction, overlay) if options.json else as_line(path, prediction), flush=True)
@@ -65,6 +71,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--ssn", metavar="FILE", help="SSN that makes the masks (default: the one in the checkpoint)")
     parser.add_argument("--masks", choices=MASK_SOURCES, default="auto", help="none: give the network empty masks")
     parser.add_argument("--model_eval", metavar="NAME", help="sub-model to read with: alignment, vision or language")
+    parser.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: 16 bits where the device has them"
+    )
+    parser.add_argument("--topk", type=int, default=0, metavar="K", help="--json: the K most probable words as well")
+    parser.add_argument(
+        "--lexicon", metavar="FILE", help="--json: the closest word of a file with a word a line as well"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--overlay", metavar="FOLDER", help="draw mask and attention of each image there, as PNG")
@@ -108,14 +121,22 @@ def as_json(path: Path, prediction: Prediction, overlay: Path | None) -> str:
         return json.dumps({"path": str(path), "error": prediction.error}, ensure_ascii=False)
     fields = {
         "path": str(path),
-        "text": prediction.text,
-        "confidence": round(prediction.confidence, 6),
+        **as_fields(prediction),
         "turned": prediction.turned,
-        "characters": [{"text": each.text, "confidence": round(each.confidence, 6)} for each in prediction.characters],
+        "characters": [as_fields(each) for each in prediction.characters],
     }
+    if prediction.candidates:
+        fields["candidates"] = [as_fields(each) for each in prediction.candidates]
+    if prediction.match is not None:
+        fields["match"] = as_fields(prediction.match)
     if overlay is not None:
         fields["overlay"] = str(overlay)
     return json.dumps(fields, ensure_ascii=False)
+
+
+def as_fields(each: Prediction | Character | Word) -> dict[str, object]:
+    """A text and its confidence for JSON."""
+    return {"text": each.text, "confidence": round(each.confidence, 6)}
 
 
 def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:

@@ -6,11 +6,12 @@ score.
 """
 
 import csv
+import functools
 import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,9 @@ from engine import distributed
 from engine.precision import autocast, without_search
 from evaluation import metrics
 from evaluation.drawing import to_images
-from inference.prepare import PreparedSSN
+from evaluation.lexicon import Lexicon, log_probabilities
+from inference.pipeline import in_order, single_threads
+from inference.prepare import PreparedNetwork, PreparedSSN
 from inference.segmenter import Segmenter
 from loading.batches import Batch
 from loading.charset import NULL, Charset, protocol_normalizer
@@ -144,6 +147,8 @@ class WordEvaluator:
         filtered: name -> reason -> words that are not read at all.
         precision: fp32, bf16 or fp16 (autocast).
         numbers: name -> index of a sample -> number of its entry in the LMDB; without, samples are counted from 1.
+        lexicons: name -> number of a sample -> the word list that its prediction is chosen from; without, predictions
+            are free.
     """
 
     loaders: Mapping[str, DataLoader]
@@ -154,6 +159,7 @@ class WordEvaluator:
     device: torch.device
     precision: str = "fp32"
     numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
+    lexicons: Mapping[str, Callable[[int], Lexicon]] = field(default_factory=dict)
     headline: str = field(default="accuracy", init=False)
     columns: Sequence[str] = field(default=("accuracy", "ccr", "ned", "ece"), init=False)
 
@@ -176,34 +182,51 @@ class WordEvaluator:
             observer.on_end(scores)
         return scores
 
-    @torch.inference_mode()
     def _read(
         self, model: nn.Module, name: str, loader: DataLoader, observers: Sequence[Observer]
     ) -> tuple[list[ScoredWord], Counter]:
         """All predictions of one data set in the order of its samples, and what could not be read."""
         predictions: list[ScoredWord] = []
         unreadable: Counter = Counter()
-        for batch in loader:
-            unreadable.update(batch.skipped.values())
-            if not len(batch):
-                continue
-            batch = batch.to(self.device)
-            with autocast(self.device, self.precision):
-                output = model(*batch.inputs())
-            texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
-            if isinstance(batch, Batch) and batch.owners is not None:
-                rows = most_confident(confidences, batch.owners.tolist())
-                batch, output = batch.with_images(rows), take_rows(output, rows)
-                texts, confidences = [texts[row] for row in rows], [confidences[row] for row in rows]
-            indices = batch.indices.tolist()
-            numbers = map(self.numbers.get(name, lambda index: index + 1), indices)
-            rows = zip(indices, batch.texts, texts, confidences, numbers, strict=True)
-            read = [ScoredWord(*row) for row in rows]
+
+        def filled() -> Iterator[Any]:
+            for batch in loader:
+                unreadable.update(batch.skipped.values())
+                if len(batch):
+                    yield batch
+
+        # The fast form on a CPU reads batches side by side while others are loaded and observed.
+        threads = torch.get_num_threads()
+        side_by_side = self.device.type == "cpu" and isinstance(model, PreparedNetwork) and not model.frozen
+        pool = single_threads(threads) if side_by_side else None
+        read_batch = functools.partial(self._read_batch, model, name)
+        for batch, output, read in in_order(read_batch, filled(), pool, ahead=threads):
             predictions += read
             for observer in observers:
                 observer.on_batch(name, batch, output, read)
         predictions = sorted(distributed.gather(predictions), key=lambda prediction: prediction.index)
         return predictions, sum((Counter(each) for each in distributed.gather([dict(unreadable)])), Counter())
+
+    @torch.inference_mode()
+    def _read_batch(self, model: nn.Module, name: str, batch: Any) -> tuple[Any, RecogniserOutput, list[ScoredWord]]:
+        """The batch on the device, what the network makes of it, and its words; one view of each word."""
+        batch = batch.to(self.device)
+        with autocast(self.device, self.precision):
+            output = model(*batch.inputs())
+        texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
+        if isinstance(batch, Batch) and batch.owners is not None:
+            rows = most_confident(confidences, batch.owners.tolist())
+            batch, output = batch.with_images(rows), take_rows(output, rows)
+            texts, confidences = [texts[row] for row in rows], [confidences[row] for row in rows]
+        indices = batch.indices.tolist()
+        numbers = [*map(self.numbers.get(name, lambda index: index + 1), indices)]
+        if name in self.lexicons:
+            logs = log_probabilities(chosen_logits(output, self.model_eval))
+            rows = zip(numbers, logs, texts, strict=True)
+            words = [self.lexicons[name](number)(log, text) for number, log, text in rows]
+            texts, confidences = [word.text for word in words], [word.confidence for word in words]
+        rows = zip(indices, batch.texts, texts, confidences, numbers, strict=True)
+        return batch, output, [ScoredWord(*row) for row in rows]
 
     def table(self, scores: Mapping[str, Any]) -> str:
         """One row per data set, weighted and mean; in per cent."""

@@ -36,9 +36,10 @@ import matplotlib
 import numpy as np
 
 from bundle import load_ssn
+from engine.distributed import pick_device
 from inference.segmenter import Segmenter
 from loading.charset import PROTOCOLS, protocol_normalizer
-from reader import Reader, pick_device
+from reader import Reader
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS
 from tools.support import make_parser, map_in_processes, positive, progress, seed_number, usable_cores
@@ -134,7 +135,7 @@ def segment_words(
 ) -> dict[str, list[np.ndarray]]:
     """The masks that one SSN makes of all words, for each kind of background: made once for all checkpoints."""
     network, areas = load_ssn(ssn)
-    segmenter = Segmenter(network, areas, device=pick_device(device))
+    segmenter = Segmenter(network, areas, device=pick_device(name=device))
     return {kind: segmenter([word[kind].image for word in words]) for kind in kinds}
 
 

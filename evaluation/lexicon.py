@@ -49,11 +49,12 @@ def most_probable(logs: np.ndarray, charset: Charset, count: int) -> list[Word]:
     in the order of their probabilities.
     """
     steps = len(logs)
-    # A word with a less likely class than these at some step has `count` better ones beside it.
-    ranked = np.argsort(-logs, axis=1, kind="stable")[:, :count].tolist()
-    logs, best = logs.tolist(), [0.0] * (steps + 1)  # best[t]: of what may follow after t steps
+    # A word with a character that comes after `count` others at its step has as many better words beside it.
+    ranked = [{NULL, *order} for order in np.argsort(-logs, axis=1, kind="stable")[:, :count].tolist()]
+    best = [0.0] * (steps + 1)  # best[t]: log-probability of the most probable continuation after t steps
     for step in reversed(range(steps)):
-        best[step] = max(logs[step][each] + (0.0 if each == NULL else best[step + 1]) for each in ranked[step][:2])
+        best[step] = max(logs[step, NULL], logs[step, NULL + 1 :].max() + best[step + 1])
+    logs = logs.tolist()
     found: list[Word] = []
     queue: list[tuple[float, bool, tuple[int, ...], float]] = [(-best[0], False, (), 0.0)]
     while queue and len(found) < count:

@@ -27,6 +27,7 @@ def single_threads(count: int) -> ThreadPoolExecutor | None:
     started = threading.Barrier(count)
 
     def compute_alone() -> None:
+        torch.get_num_threads()  # else torch gives this thread the common number when it first computes
         torch.set_num_threads(1)
         started.wait()
 

@@ -104,7 +104,7 @@ class PreparedSSN(PreparedNetwork):
 
     @torch.no_grad()
     def text_probability(self, image: Tensor, *, areas: Sequence[int] = PUBLISHED_AREAS) -> Tensor:
-        """As of `SSN`: (N, 3, H, W) -> (N, H, W) in [0, 1]."""
+        """Do as `SSN.text_probability`: (N, 3, H, W) -> (N, H, W) in [0, 1]."""
         with self._compiler_settings():
             return self.network.text_probability(image, areas=areas)
 

@@ -9,6 +9,25 @@ import torch
 from inference.pipeline import in_order, single_threads
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_each_thread_of_the_pool_computes_alone_and_all_others_as_before():
+    numbers = in_order(lambda _: (torch.zeros(1), torch.get_num_threads())[1], range(8), single_threads(2), ahead=2)
+    assert list(numbers) == [1] * 8
+    assert torch.get_num_threads() == 2
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [2]
+
+
 def test_results_come_in_order_and_a_few_ahead():
     drawn = []
 

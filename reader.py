@@ -6,8 +6,8 @@
     for prediction in reader.read(["a.png", pil_image, array]):
         print(prediction.text, prediction.confidence)
 
-`main.py --phase test` reads the same images with the same transforms, views and masks, in float32; with
-`precision="fp32"` a reader gives its predictions.
+`main.py --phase test` uses the same transforms, views and masks, in float32: `Reader(precision="fp32")` gives its
+predictions.
 """
 
 import functools
@@ -115,8 +115,8 @@ class Reader:
         masks: "auto" makes masks for a network that needs them; "none" gives it empty ones.
         batch_size: most images that are read together; large ones are read in smaller batches.
         model_eval: sub-model to read with, alignment, vision or language; None takes the last one that it has.
-        precision: of the network that reads: "fp32", "bf16", "fp16", or "auto", 16 bits where the device multiplies
-            them natively, else "fp32". Masks are made in float32 always, as in training and test.
+        precision: of the networks: "fp32", "bf16", "fp16", or "auto", 16 bits where the device multiplies them
+            natively, else "fp32". Masks are made in bf16 or float32; those of training and test are float32.
         compile: let torch.compile fuse the network; the reader then takes minutes to make.
         details: keep what shows how a word was read: mask, attention and refined mask of each prediction.
 
@@ -348,7 +348,7 @@ class Reader:
                 f"checkpoint {self.checkpoint} reads with text masks and carries no SSN to make them: name one "
                 "(--ssn FILE), bundle one with tools/bundle_weights.py, or do without (--masks none)"
             )
-        return Segmenter(network, areas, device=self.device)
+        return Segmenter(network, areas, device=self.device, precision="bf16" if self.precision == "bf16" else "fp32")
 
 
 def checkpoint_or_default(checkpoint: str | os.PathLike | None) -> Path:

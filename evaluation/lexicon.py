@@ -122,10 +122,12 @@ def read_words(path: str | Path) -> list[str]:
     """Return the words of a text file with one a line; empty lines do not count.
 
     Raises:
-        UserError: the file is not UTF-8 text.
+        UserError: the file is missing, or not UTF-8 text.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"lexicon {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"lexicon {path}: is not UTF-8 text") from error
 

@@ -40,9 +40,9 @@ class Segmenter:
         ssn: the network; a copy of it is used, so that it may go on learning.
         areas: sides of the squares whose areas the resized images have, in pixels; the mean over them is the mask.
         device: where the copy runs.
-        precision: of weights and maps: `fp32`, `bf16`, `fp16`, or `auto`, the fastest on the device. Masks made while
-            reading (by reader, training, its workers or the test) are made in `fp32` on any device, so that all are the
-            same. Softmaxes, attention and everything at the images' own size stay in float32.
+        precision: of weights and maps: `fp32`, `bf16`, `fp16`, or `auto`, the fastest on the device. Training and test
+            make masks in `fp32` on any device, so that all are the same. Softmaxes, attention and everything at the
+            images' own size stay in float32.
         batch_pixels: network input pixels in one forward pass, more for a single image that is larger; None chooses.
 
     Raises:

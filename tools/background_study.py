@@ -155,9 +155,9 @@ def score_checkpoint(
     `segmented` are the masks of the kind ssn, by background; None takes those of the SSN in the checkpoint.
     """
     normalize = protocol_normalizer(protocol)
-    reader = Reader(checkpoint, device=device, masks="none")
+    reader = Reader(checkpoint, device=device, masks="none", precision="fp32")
     if reader.takes_masks and "ssn" in masks and segmented is None:
-        reader = Reader(checkpoint, device=device)
+        reader = Reader(checkpoint, device=device, precision="fp32")
     for mask_kind in masks if reader.takes_masks else (NO_MASKS,):
         right = np.zeros((len(kinds), len(words)), bool)
         for row, kind in enumerate(kinds):

@@ -196,8 +196,8 @@ class Reader:
             One prediction for each image, in order; of an image that cannot be read, with its `error`.
 
         Raises:
-            TypeError, ValueError: an image is none of these, `images` is a single one, `topk` is no whole number from
-                0, or the network can read no word of `lexicon`.
+            TypeError, ValueError: an image is none of these, or `images` is a single one.
+            UserError: `topk` is no whole number from 0, or the network can spell no word of `lexicon`.
         """
         return list(self.stream(images, masks, topk=topk, lexicon=lexicon))
 
@@ -220,7 +220,7 @@ class Reader:
         if len(masks) != len(images):
             raise ValueError(f"{len(masks)} masks for {len(images)} images")
         if not isinstance(topk, int) or topk < 0:
-            raise ValueError(f"topk {topk!r} must be a whole number from 0")
+            raise UserError(f"topk {topk!r} must be a whole number from 0")
         if isinstance(lexicon, str):
             raise TypeError("lexicon must be a list of words")
         chosen = None if lexicon is None else Lexicon(lexicon, self.charset, steps=self._steps)

@@ -84,8 +84,10 @@ def test_json_lines_hold_candidates_and_the_closest_word(capsys, setup, tmp_path
     assert fields["candidates"][0]["confidence"] >= fields["candidates"][1]["confidence"]
     assert fields["match"]["text"] in ("hello", "world")
     assert not {"candidates", "match"} & set(json.loads(run(capsys, setup, *arguments)[1][0]))
-    with pytest.raises(UserError, match="gone.txt"):
-        run(capsys, setup, *arguments, "--lexicon", str(tmp_path / "gone.txt"))
+    with pytest.raises(UserError, match="gone"):
+        run(capsys, setup, *arguments, "--lexicon", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="topk"):
+        run(capsys, setup, *arguments, "--topk", "-1")
 
 
 def test_the_table_keeps_its_columns_whatever_is_read(capsys, setup, tmp_path):

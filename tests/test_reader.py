@@ -352,7 +352,7 @@ def test_the_most_probable_words_and_characters_are_given(reader):
             assert step[0].confidence == pytest.approx(character.confidence, rel=1e-4)
     assert reader.read([image()])[0].candidates == reader.read([image()])[0].steps == ()
     for mistake in (-1, 1.5):
-        with pytest.raises(ValueError, match="topk"):
+        with pytest.raises(UserError, match="topk"):
             reader.read([image()], topk=mistake)
 
 

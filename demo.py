@@ -21,7 +21,7 @@ from pathlib import Path
 import cv2
 
 from engine.precision import PRECISIONS
-from evaluation.drawing import on_image, reading_image
+from evaluation.drawing import draw_prediction, on_image
 from evaluation.lexicon import Word, read_words
 from loading.transforms import resize, turn
 from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
+    """Parse the flags that `--help` lists."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", required=True, action="append", metavar="PATH", help="image, folder or pattern; repeatable"
@@ -85,10 +85,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """The images of some inputs in order: files as named, those of folders (not below them) and patterns by name.
+    """Return the images of the inputs in order: files as named, those of folders (not below) and patterns by name.
 
     Raises:
-        UserError: an input is not there, or holds no image.
+        UserError: an input does not exist, or holds no image.
     """
     found: list[Path] = []
     for name in inputs:
@@ -106,17 +106,17 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether this is a file with the name of an image."""
+    """Return whether this is a file with the name of an image."""
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def as_line(path: Path, prediction: Prediction) -> str:
-    """A row of the table that a person reads: three columns, whatever the path is."""
+    """Return a row of the table: three columns, whatever the path is."""
     return f"{str(path).translate(ESCAPES)}\t{prediction.text}\t{prediction.confidence:.4f}"
 
 
 def as_json(path: Path, prediction: Prediction, overlay: Path | None) -> str:
-    """What a program reads."""
+    """Return a JSON object on one line."""
     if prediction.error:
         return json.dumps({"path": str(path), "error": prediction.error}, ensure_ascii=False)
     fields = {
@@ -135,12 +135,12 @@ def as_json(path: Path, prediction: Prediction, overlay: Path | None) -> str:
 
 
 def as_fields(each: Prediction | Character | Word) -> dict[str, object]:
-    """A text and its confidence for JSON."""
+    """Return a text and its confidence for JSON."""
     return {"text": each.text, "confidence": round(each.confidence, 6)}
 
 
 def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """A PNG in `folder` for each image; images of equal names get numbers."""
+    """Return the path of a PNG in `folder` for each image; images of equal names get numbers."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -158,12 +158,12 @@ def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def draw_overlay(path: Path, prediction: Prediction, output: Path) -> None:
-    """The image as it was read, the image under its mask, the refined mask and the attention of each character."""
+    """Draw the image as it was read, with its mask, the refined mask and the attention of each character."""
     image = turn(to_image(path), prediction.turned)
     scale = min(OVERLAY_HEIGHT / image.shape[0], OVERLAY_WIDTH / image.shape[1])
     size = tuple(max(round(side * scale), 1) for side in image.shape[:2])
     refined, mask = prediction.refined_mask, prediction.mask_levels
-    drawing = reading_image(
+    drawing = draw_prediction(
         resize(image, size),
         caption=f"{prediction.text} {prediction.confidence:.2f}",
         characters=prediction.text,

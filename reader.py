@@ -57,7 +57,7 @@ class Character:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was read in one image. Compared, and hashed, by all but its arrays.
+    """The result for one image. Compared, and hashed, by all but its arrays.
 
     Attributes:
         text: the word; empty where there is an `error`.
@@ -97,7 +97,7 @@ class Prediction:
 
     @property
     def mask(self) -> np.ndarray | None:
-        """`mask_levels` as float32 (H, W) in [0, 1], 1 = text; made anew at each call."""
+        """Return `mask_levels` as float32 (H, W) in [0, 1], 1 = text; made anew at each call."""
         return None if self.mask_levels is None else self.mask_levels.astype(np.float32) / 255
 
 
@@ -121,8 +121,8 @@ class Reader:
         details: keep what shows how a word was read: mask, attention and refined mask of each prediction.
 
     Raises:
-        UserError: the checkpoint is missing or damaged, the network needs masks and there is no SSN, or an option is
-            none of these.
+        UserError: the checkpoint is missing or damaged, the network needs masks and there is no SSN, or an option
+            has an unknown value.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Reader:
     def from_checkpoint(
         cls, path: str | os.PathLike, device: torch.device | str | None = None, **options: object
     ) -> "Reader":
-        """A reader of one file of weights; the options are those of the class."""
+        """Load a reader from one file of weights; the options are those of the class."""
         return cls(path, device=device, **options)
 
     def read(
@@ -240,7 +240,7 @@ class Reader:
             yield from predictions
 
     def _decoded(self, images: Sequence[Source], masks: Sequence[Source | None], size: int) -> Iterator[list[Decoded]]:
-        """Batches of at most `size` images with their given masks."""
+        """Yield batches of at most `size` images with their given masks."""
         batch: list[Decoded] = []
         pixels = 0
         for source, mask_source in zip(images, masks, strict=True):
@@ -258,7 +258,7 @@ class Reader:
             yield batch
 
     def _read_batch(self, batch: Sequence[Decoded], *, topk: int, lexicon: Lexicon | None) -> list[Prediction]:
-        """Predictions for images with their given masks; what is a prediction already stays."""
+        """Return predictions for images with their given masks; a prediction of an image that cannot be read stays."""
         images = [each for each in batch if not isinstance(each, Prediction)]
         read = iter(self._read_images(*zip(*images, strict=True), topk=topk, lexicon=lexicon) if images else ())
         return [each if isinstance(each, Prediction) else next(read) for each in batch]
@@ -304,7 +304,7 @@ class Reader:
         ]
 
     def _ranked(self, logs: np.ndarray, count: int) -> tuple[tuple[Character, ...], ...]:
-        """The most probable characters of each step, of log-probabilities (steps, C)."""
+        """Return the most probable characters of each step of log-probabilities (steps, C)."""
         names = ("", *self.charset.characters)
         ranked = np.argsort(-logs, axis=1, kind="stable")[:, :count].tolist()
         return tuple(
@@ -316,21 +316,21 @@ class Reader:
     def _details(
         output: RecogniserOutput, rows: Sequence[int], masks: Sequence[np.ndarray | None]
     ) -> list[dict[str, np.ndarray | None]]:
-        """The arrays of each prediction, by name."""
+        """Return the arrays of each prediction, by name."""
         attention, refined = _array(output.vision.attention[rows]), output.vision.refined_mask
         refined = [None] * len(rows) if refined is None else _array(refined[rows])[:, 0]
         arrays = zip(masks, attention, refined, strict=True)
         return [dict(zip(("mask_levels", "attention", "refined_mask"), each, strict=True)) for each in arrays]
 
     def _extent(self, image: np.ndarray) -> tuple[float, float, float, float]:
-        """Top, left, height and width of an image in the network's input, as parts of its sides."""
+        """Return top, left, height and width of an image in the network's input, as parts of its sides."""
         size = self._resize.fitted(image.shape[:2])
         height, width = self._resize.size
         top, left = self._resize.corner(size)
         return top / height, left / width, size[0] / height, size[1] / width
 
     def _complete(self, images: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """A mask, uint8 (H, W), for each image: the one that was given, else SSN's, else an empty one."""
+        """Return a mask, uint8 (H, W), for each image: the given one, else SSN's, else an empty one."""
         missing = [place for place, mask in enumerate(given) if mask is None]
         masks = list(given)
         if self._segmenter is not None:
@@ -352,10 +352,10 @@ class Reader:
 
 
 def checkpoint_or_default(checkpoint: str | os.PathLike | None) -> Path:
-    """The file to read with.
+    """Return the file to read with.
 
     Raises:
-        UserError: none is named and the one that comes with the project is not there.
+        UserError: no file is named, and the one that comes with the project does not exist.
     """
     if checkpoint is None and not DEFAULT_CHECKPOINT.is_file():
         raise UserError(f"no checkpoint is named and {DEFAULT_CHECKPOINT} does not exist; give --checkpoint FILE")
@@ -363,17 +363,17 @@ def checkpoint_or_default(checkpoint: str | os.PathLike | None) -> Path:
 
 
 def to_image(source: Source) -> np.ndarray:
-    """RGB, uint8, (H, W, 3) of any of the forms that a reader takes.
+    """Convert any form of image that a reader takes to RGB, uint8, (H, W, 3).
 
     Raises:
-        BrokenImageError: it cannot be decoded, or has no pixel; says why.
+        BrokenImageError: it cannot be decoded, or is empty; the message says why.
         TypeError, ValueError: it is of another type, shape or range.
     """
     return _decoded(source, decode_image, "RGB")
 
 
 def to_mask(mask: Source, image: np.ndarray) -> np.ndarray:
-    """Grey, uint8, (H, W), of the image's size; raises as `to_image`, and BrokenImageError for another size."""
+    """Convert a mask to grey, uint8, (H, W); raises as `to_image`, and BrokenImageError where its size is not the image's."""
     decoded = _decoded(mask, decode_mask, "L")
     if decoded.shape != image.shape[:2]:
         height, width = image.shape[:2]
@@ -422,7 +422,7 @@ def _from_pillow(image: Image.Image, mode: str) -> np.ndarray:
 
 
 def _from_tensor(tensor: Tensor) -> np.ndarray:
-    """An array of a tensor, whose channels may come first."""
+    """Convert a tensor, whose channels may come first, to an array."""
     tensor = tensor.detach().cpu()
     if tensor.ndim == 3 and tensor.shape[0] in CHANNELS:
         tensor = tensor.permute(1, 2, 0)

@@ -75,10 +75,10 @@ class Segmenter:
             single_threads(torch.get_num_threads())  # here, where no other thread is likely to start its work
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Masks, uint8 (H, W), 255 = text, of RGB images, uint8 (H, W, 3).
+        """Return masks, uint8 (H, W), 255 = text, of RGB images, uint8 (H, W, 3).
 
         Raises:
-            ValueError: an image has another type or shape, or no pixel.
+            ValueError: an image has another type or shape, or is empty.
             UserError: the network overflowed, as fp16 or weights of a training that diverged make it.
         """
         for i, image in enumerate(images):
@@ -111,7 +111,7 @@ class Segmenter:
         return [mean_mask(*each) for each in zip(maps, sizes, strict=True)]
 
     def _batches(self, sizes: Sequence[Sequence[int]], area: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
-        """(network size, indices of images) of each forward pass at this area."""
+        """Yield (network size, indices of images) of each forward pass at this area."""
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, size in enumerate(sizes):
             groups[network_size(size, area)].append(i)
@@ -121,7 +121,7 @@ class Segmenter:
                 yield (height, width), members[start : start + step]
 
     def _map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
-        """`map`; on a CPU the items run side by side, one thread each.
+        """Do as `map`; on a CPU the items run side by side, one thread each.
 
         A batch of words is made of small maps: threads that share each operation wait for one another more than they
         work.
@@ -133,13 +133,13 @@ class Segmenter:
 
     @torch.inference_mode()
     def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Probability of text (N, 1, h, w) float32 of N images (1, 3, H, W) uint8 that enter the network at `size`."""
+        """Return probabilities of text (N, 1, h, w), float32, of N images (1, 3, H, W) uint8, resized to `size`."""
         batch = torch.cat([_resized(image, size) for image in images])
         return self._ssn.probability(normalize_images(batch).to(self._dtype, memory_format=torch.channels_last))
 
 
 def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:
-    """round(255 * mean of the maps), uint8 (H, W): maps (1, 1, h, w) of any sizes, each brought to `size` first."""
+    """Return round(255 * mean of the maps), uint8 (H, W); the maps (1, 1, h, w) are resized to `size` first."""
     height, width = size
     step = max(STRIP_PIXELS // width, 1)
     strips = []
@@ -151,9 +151,9 @@ def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:
 
 
 def _resized(image: Tensor, size: Sequence[int], rows: range | None = None) -> Tensor:
-    """Some rows, all by default, of what `resize_aligned` makes of an image: (1, C, H, W) -> (1, C, rows, size[1]).
+    """Return some rows, by default all, of `resize_aligned(image, size)`: (1, C, H, W) -> (1, C, rows, size[1]).
 
-    A large image is brought to the rows first, so that no more of it than those depend on becomes floats.
+    A large image is interpolated to these rows first, so that only what they depend on becomes floats.
     """
     rows = range(size[0]) if rows is None else rows
     height, width = image.shape[-2:]
@@ -167,7 +167,7 @@ def _resized(image: Tensor, size: Sequence[int], rows: range | None = None) -> T
 
 
 def _within(images: Sequence[np.ndarray], pixels: int) -> Sequence[np.ndarray]:
-    """The first of some images: as many as have that many pixels together, and one at least."""
+    """Return the first images: as many as have at most that many pixels together, but at least one."""
     ends = np.cumsum([image.shape[0] * image.shape[1] for image in images])
     return images[: max(int(np.searchsorted(ends, pixels, side="right")), 1)]
 

@@ -373,7 +373,7 @@ def to_image(source: Source) -> np.ndarray:
 
 
 def to_mask(mask: Source, image: np.ndarray) -> np.ndarray:
-    """Convert a mask to grey, uint8, (H, W); raises as `to_image`, and BrokenImageError where its size is not the image's."""
+    """Convert a mask to grey, uint8, (H, W); raises as `to_image`, or BrokenImageError for another size."""
     decoded = _decoded(mask, decode_mask, "L")
     if decoded.shape != image.shape[:2]:
         height, width = image.shape[:2]

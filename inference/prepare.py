@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from engine.precision import PRECISIONS, channels_last
-from inference.segmenter import call_onednn, fold_batch_norms
+from inference.segmenter import fold_batch_norms
 from modules.ssn import PUBLISHED_AREAS, SSN
 
 # Images that go through the network together on a CPU. A larger batch is read in parts: its maps would leave the
@@ -44,9 +44,7 @@ def prepare_for_inference(model: nn.Module, precision: str = "bf16", compile: bo
     network.to(memory_format=torch.channels_last)
     if PRECISIONS[precision] != torch.float32:
         _lower_precision(network, PRECISIONS[precision])
-    if not compile:
-        call_onednn(network)
-    else:
+    if compile:
         network.compile(fullgraph=True, dynamic=True, options={"guard_filter_fn": _checks_of_a_private_copy})
     frozen = compile and next(network.parameters()).device.type == "cpu"
     return (PreparedSSN if isinstance(model, SSN) else PreparedNetwork)(network, frozen=frozen)

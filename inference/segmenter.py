@@ -68,8 +68,7 @@ class Segmenter:
         self.batch_pixels = batch_pixels or BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cpu"])
         self._dtype = PRECISIONS[self.precision]
         network = fold_batch_norms(copy.deepcopy(ssn).eval().requires_grad_(False).float())
-        network.to(self.device, self._dtype, memory_format=torch.channels_last)
-        self._ssn: SSN = call_onednn(network)
+        self._ssn: SSN = network.to(self.device, self._dtype, memory_format=torch.channels_last)
 
         if self.device.type == "cpu":
             single_threads(torch.get_num_threads())  # here, where no other thread is likely to start its work
@@ -186,27 +185,4 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         else:
             fold_batch_norms(child)
         previous = name
-    return network
-
-
-class OneDNNConv2d(nn.Conv2d):
-    """A convolution in float32 on a CPU, always computed by oneDNN."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """maps (N, C, H, W), as `nn.Conv2d` takes them."""
-        return torch.mkldnn_convolution(
-            maps, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
-        )
-
-
-def call_onednn(network: nn.Module) -> nn.Module:
-    """Let oneDNN compute all float32 convolutions of a network on a CPU, in place; returns the network.
-
-    On a single thread torch computes 1x1 convolutions of fewer than 16 images by itself, in a layout of its own, which
-    all layers after it then have: a third of the time of SSN.
-    """
-    for module in network.modules():
-        is_plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        if is_plain and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32):
-            module.__class__ = OneDNNConv2d
     return network

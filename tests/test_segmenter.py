@@ -116,21 +116,6 @@ print(threads + [torch.get_num_threads()])
     assert done.stdout.strip() == str([3] * 8), done.stderr
 
 
-def test_no_convolution_leaves_onednn_on_a_single_thread(ssn, images):
-    """torch's own 1x1 convolutions take a third of SSN's time there."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        segmenter = Segmenter(ssn, [65])
-        with torch.profiler.profile() as profile:
-            segmenter(images[:1])
-    finally:
-        torch.set_num_threads(before)
-    names = {event.name for event in profile.events()}
-    assert "aten::mkldnn_convolution" in names
-    assert "aten::_slow_conv2d_forward" not in names
-
-
 def test_masks_are_made_in_one_precision_on_every_machine(ssn, monkeypatch):
     monkeypatch.setattr(segmentation, "fastest_precision", lambda device: "bf16")
     assert Segmenter(ssn, [65]).precision == "fp32"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import config as config_module
-from config import ABINET, BINET, LANGUAGE, SSN, VISION, Config, load_config, save_config, template, walk_schema
+from config import Config, load_config, save_config, template
+from schema import walk_schema
 from utils import UserError
 from yaml_io import read_yaml
 
@@ -111,21 +111,21 @@ def test_published_yaml_loads_and_dead_keys_are_named_once(write, caplog):
 
 
 @pytest.mark.parametrize(
-    ("alias", "name", "kind"),
+    ("published", "name", "kind"),
     [
-        ("vision", VISION, "vision"),
-        ("language", LANGUAGE, "language"),
-        ("abinet", ABINET, "recogniser"),
-        ("binet", BINET, "recogniser"),
-        ("ssn", SSN, "ssn"),
+        ("modules.model_vision.BaseVision", "vision", "vision"),
+        ("modules.model_language.BCNLanguage", "language", "language"),
+        ("modules.model_abinet_iter.ABINetIterModel", "abinet", "recogniser"),
+        ("modules.model_binet_iter.BINetIterModel", "binet", "recogniser"),
+        ("modules.ssn.SSN", "ssn", "ssn"),
     ],
 )
-def test_names_and_aliases_mean_the_same(write, alias, name, kind):
-    config = load_config(write(f"model: {{name: {alias}}}"))
+def test_published_names_mean_ours(write, published, name, kind):
+    config = load_config(write(f"model: {{name: {published}}}"))
     assert config.model.name == name
     assert config.model.kind == kind
     assert config == load_config(write(f"model: {{name: {name}}}"))
-    assert config.dataset.masks.source == ("lmdb" if alias in ("vision", "binet") else "none")
+    assert config.dataset.masks.source == ("lmdb" if name in ("vision", "binet") else "none")
 
 
 def test_abinet_defaults_yield_to_what_is_given(write):
@@ -334,19 +334,11 @@ def test_masks_and_widths_are_asked_for_only_where_needed(write, text):
 # Schema, template and recipes
 
 
-def test_every_key_has_a_description_and_a_default():
-    for dotted, field in walk_schema():
-        text = field.annotation.__doc__ if config_module._is_section(field) else field.description
-        assert text, dotted
-        assert text.endswith("."), dotted
-        assert not field.is_required(), dotted
-
-
 def test_template_names_every_key_with_its_default_and_a_comment():
     text = (FOLDER / "template.yaml").read_text()
     assert text == template(), "print it anew: python config.py > configs/template.yaml"
     document = read_yaml(FOLDER / "template.yaml")
-    assert list(document.lines) == [dotted for dotted, _ in walk_schema()]
+    assert list(document.lines) == [dotted for dotted, _ in walk_schema(Config)]
     assert Config.from_dict(document.data) == Config()
     assert all("#" in text.split("\n")[line - 1] for line in document.lines.values())
 
@@ -383,12 +375,8 @@ def test_recipes_as_published():
     train = load_config(FOLDER / "train.yaml")
     assert (train.model.vision.attention, train.model.iter_size, train.training.epochs) == ("attention", 3, 10)
     ssn = load_config(FOLDER / "train_ssn.yaml")
-    assert (ssn.optimizer.type, ssn.optimizer.lr, ssn.optimizer.wd, ssn.optimizer.head_lr_factor) == (
-        "SGD",
-        0.01,
-        5e-4,
-        10,
-    )
+    optimizer = ssn.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.wd, optimizer.lr_groups) == ("SGD", 0.01, 5e-4, {"semrfnhead": 10})
     assert (ssn.training.iterations, ssn.optimizer.scheduler.type) == (20500, "poly")
     assert ssn.model.ssn.widths == [48, 96, 192, 384]
     language = load_config(FOLDER / "pretrain_language_model.yaml")
@@ -405,12 +393,6 @@ def test_small_recipes_fit_each_other():
     assert load_config(FOLDER / "small.yaml").optimizer == abinet.optimizer
 
 
-def test_wrong_assignment_is_refused():
-    config = Config()
-    with pytest.raises(ValueError, match="valid integer"):
-        config.training.epochs = "ten"
-
-
 def test_graphs_of_a_step_and_parts_of_a_batch_exclude_each_other():
     overrides = ["training.compile_mode=reduce-overhead", "training.accumulation=2"]
     load_config(FOLDER / "small.yaml", overrides)
@@ -423,7 +405,7 @@ def test_a_message_names_no_more_problems_than_can_be_read(tmp_path):
     with pytest.raises(UserError, match="501 problems") as caught:
         load_config(tmp_path / "a.yaml")
     assert len(str(caught.value).splitlines()) == 32
-    assert str(caught.value).endswith("and 471 more: mend these first")
+    assert str(caught.value).endswith("and 471 more: fix these first")
 
 
 @pytest.mark.parametrize("override", ["training.epochs=a\nb", "training.epoch=\n1", "a\nb", "training.epochs=[\n"])

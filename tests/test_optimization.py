@@ -48,7 +48,7 @@ def test_norms_and_biases_are_spared_and_the_head_learns_faster():
     network = nn.ModuleDict(
         {"body": nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)), "semrfnhead": nn.Linear(2, 2)}
     )
-    groups = parameter_groups(network, lr=0.1, weight_decay=0.5, head_lr_factor=10)
+    groups = parameter_groups(network, lr=0.1, weight_decay=0.5, lr_factors={"semrfnhead": 10})
     settings = {
         name: (g["lr"], g["weight_decay"])
         for name, p in network.named_parameters()

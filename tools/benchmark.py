@@ -30,11 +30,9 @@ from torch.utils.data import DataLoader
 from builders import (
     build_charset,
     build_criterion,
-    build_label_rule,
     build_model,
     build_optimizer,
     build_ssn,
-    build_training_data,
 )
 from builders import image_size as image_size_of
 from config import Config, load_config
@@ -44,6 +42,7 @@ from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from loading.batches import normalize_images, stack_images
 from modules.mask_refinement import EPSILON
+from run_builders import build_label_rule, build_training_data
 from tools.growth import (
     Point,
     growth_table,
@@ -319,7 +318,7 @@ class Bench:
             write_rendered_words(folder, MADE_WORDS, self.options.render_config)
             config.dataset.train.roots = [str(folder / "images")]
             config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
-            config.dataset.cache_index = False
+            config.dataset.cache_dir = str(folder / "cache")
         return config
 
     def _time_workers(self, config: Config, workers: Sequence[int]) -> dict[int, tuple[int, Timing]]:

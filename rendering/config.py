@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError, field_validator
 from rapidfuzz import fuzz, process
 
-from config import Section, key, walk_schema
+from schema import Section, key, walk_schema
 from utils import UserError
 from yaml_io import parse_yaml, read_yaml
 

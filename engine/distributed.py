@@ -1,8 +1,10 @@
 """What differs between one process and many: who am I, means over the global batch, gathering of results."""
 
 import contextlib
+import inspect
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError, first_line
 
@@ -105,6 +108,26 @@ def is_distributed() -> bool:
 def is_main() -> bool:
     """Whether this process is the one that writes files."""
     return not is_distributed() or dist.get_rank() == 0
+
+
+def parallel(network: nn.Module, device: torch.device, *, find_unused_parameters: bool) -> nn.Module:
+    """Return the network in parallel with those of the other processes, if this one belongs to a group.
+
+    Running statistics are not synchronised, since no training step uses them.
+    """
+    if not is_distributed():
+        return network
+    # A 1x1 kernel's gradient may have other strides than its weight, of the same order in memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed a parameter
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=find_unused_parameters,
+        gradient_as_bucket_view=True,
+        **{sync_buffers: False},
+    )
 
 
 def synchronized(model: nn.Module, wanted: bool) -> nn.Module:

@@ -16,7 +16,7 @@ from builders import build_charset, build_model
 from bundle import save_bundle
 from config import load_config
 from dataset import initialize_worker
-from engine.checkpoints import newest_whole_checkpoint
+from engine.checkpoints import newest_valid_checkpoint
 from tests import small_networks
 
 OPTIONS = ("training.ema=0.9", "training.accumulation=2")
@@ -42,7 +42,7 @@ def kill_at(run, config, name, iteration, pause=0.0):
 def assert_same_runs(config, first, second):
     assert history_text(config, first) == history_text(config, second)
     assert [entry["iteration"] for entry in history(config, second)] == list(range(1, ITERATIONS + 1))
-    states = [newest_whole_checkpoint(folder_of(config, name), name)[1] for name in (first, second)]
+    states = [newest_valid_checkpoint(folder_of(config, name), name)[1] for name in (first, second)]
     assert states[0]["training"]["callbacks"] == states[1]["training"]["callbacks"]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name

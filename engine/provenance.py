@@ -66,7 +66,8 @@ class Provenance:
 
 def without_folders(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return a provenance for files that are passed on: absolute paths in its commands keep their last part only."""
-    starts = [start | {"command": ABSOLUTE_FOLDERS.sub("", start["command"])} for start in provenance["starts"]]
+    starts = provenance.get("starts", [])
+    starts = [start | {"command": ABSOLUTE_FOLDERS.sub("", str(start.get("command")))} for start in starts]
     return {**provenance, "starts": starts}
 
 

@@ -179,13 +179,17 @@ def children(pid):
         return [int(each) for each in file.read().split()]
 
 
-def test_a_killed_loader_worker_is_replaced_and_nothing_changes(config):
+def test_a_killed_loader_worker_ends_the_run_with_one_line_and_a_resume_changes_nothing(config):
     run(config, "--name=whole")
     cut = start(config, "--name=cut", "dataset.num_workers=2", "training.eval_iters=100")
-    cut.wait_until(lambda: history_text(config, "cut").count("\n") >= 2 and len(children(cut.pid)) >= 2)
+    cut.wait_until(lambda: history_text(config, "cut").count("\n") >= 4 and len(children(cut.pid)) >= 2)
     os.kill(children(cut.pid)[0], signal.SIGKILL)
-    assert cut.wait() == 0, cut.text()
+    assert cut.wait() == 2, cut.text()
+    (line,) = [line for line in cut.text().splitlines() if line.startswith("error: ")]
+    assert "a loader worker died" in line
+    assert "lower dataset.num_workers, then continue with --resume" in line
     assert "Traceback" not in cut.text()
+    run(config, "--name=cut", "--resume", "training.eval_iters=100")
     assert history_text(config, "cut") == history_text(config, "whole")
 
 

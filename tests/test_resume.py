@@ -162,6 +162,7 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_goes_on_from_there(config):
     back.wait_until(lambda: "resumed after iteration 6" in back.text())
     os.kill(back.pid, signal.SIGKILL)
     back.wait()
+    assert [path.name for path in folder_of(config).glob("superseded-*")] == [f"superseded-{NAME}_1_9.pth"]
     resumed = run(config, "--resume")
     assert "resumed after iteration 6" in resumed.text()
     assert [entry["iteration"] for entry in history(config)] == list(range(1, ITERATIONS + 1))

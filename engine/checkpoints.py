@@ -1,7 +1,7 @@
-"""Checkpoint files: reading and loading weights, saving, a run's list of them, resuming.
+"""Checkpoint files: reading, loading weights, saving, the checkpoints of a run, resuming.
 
-Nothing in a file is executed. Ours hold `model`, `training`, `config` and `charset`; a plain `state_dict` and the
-published form `{"model": ..., "opt": ...}` are read as well.
+Nothing in a file is executed. Ours hold `model`, `training`, `config`, `charset` and `provenance`; a plain `state_dict`
+and the published form `{"model": ..., "opt": ...}` are read as well.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tensors that the published networks carry and never use (they are in no forward pass, so ours do not have them).
+# Tensors of the published networks that no forward pass uses; our networks do not have them.
 UNUSED_PUBLISHED = re.compile(
     r"(^|\.)(backbone\.resnet\.side4_1\.0\.(weight|bias)|backbone\.pos_encoder\.pe|project\.(weight|bias))$"
 )
-# Prefixes that wrappers put before every name: DistributedDataParallel / DataParallel, torch.compile.
+# Prefixes of DistributedDataParallel and DataParallel, and of torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-# What torch's unpickler raises on bytes that are no pickle, or one of hostile make.
+# What torch's unpickler raises on bytes that are no pickle or a hostile one.
 UNPICKLING_ERRORS = (
     RuntimeError,
     EOFError,
@@ -48,16 +48,16 @@ UNPICKLING_ERRORS = (
     struct.error,
     zipfile.BadZipFile,
 )
-LARGEST_EXPANSION = 16  # times a file's size that its tensors may take; they may share memory in it
+LARGEST_EXPANSION = 16  # largest size of the tensors over that of their file, in which they may share memory
 NAMES_SHOWN = 5
 CHECKPOINT_LIST = "checkpoint.yaml"
 
 
 def save_atomically(state: Mapping[str, Any], path: Path) -> None:
-    """`torch.save(state)` to `path`, all or nothing.
+    """Save `state` to `path` with torch, all or nothing.
 
     Raises:
-        UserError: the disk is full; what stood at `path` before is untouched.
+        UserError: the disk is full; an older file at `path` is untouched.
     """
     write_atomically(path, lambda file: torch.save(state, file))
 
@@ -92,7 +92,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
 
 
 def _bytes_declared(state: Any) -> int:
-    """Bytes that the tensors of nested containers would take if each were copied: a view may claim any size."""
+    """Return the bytes that the tensors in nested containers would take as copies: a view may claim any size."""
     total, seen, left = 0, set(), [state]
     while left:
         value = left.pop()
@@ -105,7 +105,7 @@ def _bytes_declared(state: Any) -> int:
 
 
 def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: ours and the published form keep them under `model`, a plain one at the top."""
+    """Return the tensors of a checkpoint: under `model` in ours and the published form, else at the top."""
     weights = state.get("model", state)
     weights = weights if isinstance(weights, Mapping) else {}
     tensors = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, Tensor)}
@@ -113,14 +113,15 @@ def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> dict[str, Any]:
-    """Load the weights of `path` into `model`; returns the whole checkpoint (config, charset, ... where it has them).
+    """Load the weights of `path` into `model` and return all that the checkpoint holds (config, charset, ...).
 
     Accepts our checkpoints, a plain `state_dict` and the published form `{"model": ..., "opt": ...}`, each with or
     without a `module.` prefix. Tensors of the published networks that no forward pass uses are dropped.
 
     Args:
-        strict: every tensor of the model must be in the file with its shape, and no other. Where False, what fits is
+        strict: the file must have every tensor of the model with its shape, and no other. If False, what fits is
             loaded and the rest is logged.
+
     Raises:
         UserError: as `read_checkpoint`; or the tensors differ and `strict` is set: the message names them.
     """
@@ -130,7 +131,7 @@ def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> 
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Any], path: Path | str, *, strict: bool = True) -> None:
-    """Load what a checkpoint holds, as read from `path`, into `model`; all else as `load_checkpoint`."""
+    """Load a checkpoint that was read from `path` into `model`; otherwise like `load_checkpoint`."""
     weights = checkpoint_weights(state)
     expected = model.state_dict()
     weights = {k: v for k, v in weights.items() if k in expected or not UNUSED_PUBLISHED.search(k)}
@@ -147,7 +148,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], path: Path | str, *
 
 
 def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `weights` from being `expected`, one phrase per kind."""
+    """Return how `weights` differ from `expected`, one phrase per kind of difference."""
     missing = [name for name in expected if name not in weights]
     extra = [name for name in weights if name not in expected]
     reshaped = [
@@ -160,13 +161,13 @@ def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 
 
 def _fits(tensor: Tensor, expected: Tensor) -> bool:
-    """Whether a tensor of a file can become one of the network; floats may have any precision."""
+    """Return whether a tensor of a file fits one of the network; floats may have any precision."""
     kinds = [(each.shape, each.is_floating_point(), each.layout, each.is_meta) for each in (tensor, expected)]
     return kinds[0] == kinds[1]
 
 
 def _form(tensor: Tensor, other: Tensor) -> str:
-    """What tells a tensor from another: its shape, else its type."""
+    """Return what distinguishes a tensor from another one: its shape, else its type."""
     return (
         f"{tuple(tensor.shape)}" if tensor.shape != other.shape else f"{tensor.dtype} {tensor.layout} {tensor.device}"
     )

@@ -52,8 +52,8 @@ def test_a_checkpoint_of_training_tells_its_story(tmp_path, capsys):
     (path,) = folder_of(config).glob("*_3.pth")
     rows, text = shown(path, capsys)
     assert "which can be resumed" in text
-    assert text.index("started") < text.index("training.iterations=2") < text.index("resumed\n")
-    assert text.index("resumed\n") < text.index("training.iterations=3")
+    assert text.index("started") < text.index("training.iterations=2") < text.index("\nresumed\n")
+    assert text.index("\nresumed\n") < text.index("training.iterations=3")
     assert rows["words or images seen"] == "24"
     assert f"torch {torch.__version__}" in rows["versions"]
     rows, text = shown(folder_of(config) / "best-tiny.pth", capsys)

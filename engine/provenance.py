@@ -74,7 +74,7 @@ def without_folders(provenance: Mapping[str, Any]) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU or of the CPU."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "cuda"  # tests fake tensors there
     return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
 
 

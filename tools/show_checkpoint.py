@@ -89,7 +89,7 @@ def show_provenance(heading: str, state: Mapping[str, Any]) -> None:
     print_summary(heading, {"hours": known(hours), "words or images seen": known(samples)})
     starts = carried.get("starts")
     starts = [start for start in starts if isinstance(start, Mapping)] if isinstance(starts, list) else []
-    for number, start in enumerate(starts):
+    for start in starts:
         versions = ", ".join(f"{name} {version}" for name, version in section(start, "versions").items())
         commit = known(start.get("commit"))
         state_of_tree = {True: " with changes", False: " without changes"}.get(start.get("dirty"), "")
@@ -102,7 +102,7 @@ def show_provenance(heading: str, state: Mapping[str, Any]) -> None:
             "device": known(start.get("device")),
             "processes": known(start.get("processes")),
         }
-        print_summary("resumed" if number else "started", rows)
+        print_summary("resumed" if start.get("iteration") else "started", rows)
     if starts and starts[0].get("iteration"):
         print("  hours, words and commands before that are not known")
 

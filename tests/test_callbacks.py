@@ -128,7 +128,7 @@ def walk(each, trainer, steps):
     each.on_fit_failed(trainer)
 
 
-def test_the_walk_below_knows_every_callback(tmp_path):
+def test_the_list_of_callbacks_is_complete(tmp_path):
     kinds = {kind for _, kind in inspect.getmembers(callbacks, inspect.isclass) if issubclass(kind, Callback)}
     assert kinds - {Callback} == {type(each) for each in every_callback(tmp_path)}
 
@@ -161,7 +161,7 @@ def walk_losses(each, trainer, losses=LOSSES):
     each.on_fit_end(trainer)
 
 
-def test_a_loss_is_the_mean_since_the_line_before(tmp_path, caplog):
+def test_a_loss_is_the_mean_since_the_previous_line(tmp_path, caplog):
     caplog.set_level("INFO")
     walk_losses(metric_log(History(tmp_path / "history.jsonl"), interval=4), FakeTrainer())
     entries = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
@@ -196,7 +196,7 @@ class BusyNorm:
         return 3.0
 
 
-def test_speed_counts_the_wait_for_a_gpu(tmp_path, monkeypatch, caplog):
+def test_throughput_includes_waiting_for_the_gpu(tmp_path, monkeypatch, caplog):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     caplog.set_level("INFO")
@@ -267,7 +267,7 @@ def test_tensorboard_has_losses_rate_gradient_speed_wait_and_scores(tmp_path):
     assert events.Scalars("speed/data_wait_share")[0].value == pytest.approx(0.25)
 
 
-def test_the_best_weights_are_kept_and_statistics_shared_before_they_are_judged(tmp_path):
+def test_the_best_weights_are_kept_and_statistics_shared_before_evaluation(tmp_path):
     each = Evaluation(evaluator=Evaluator(), interval=1, folder=tmp_path, name="run")
     trainer = FakeTrainer()
     for value in (0.5, 0.5, 0.75):
@@ -303,7 +303,7 @@ def test_the_list_names_the_newest_checkpoint_last(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["run_0_6.pth", "run_0_7.pth"]
 
 
-def test_a_full_disk_is_told_by_the_history(tmp_path):
+def test_a_full_disk_is_an_error_that_names_the_history(tmp_path):
     history = History(tmp_path / "history.jsonl")
     each = metric_log(history)
     each.on_fit_start(FakeTrainer())
@@ -313,7 +313,7 @@ def test_a_full_disk_is_told_by_the_history(tmp_path):
         each.on_step_end(FakeTrainer(), step())
 
 
-def test_a_history_that_is_damaged_keeps_its_whole_lines(tmp_path, caplog):
+def test_a_damaged_history_keeps_its_valid_lines(tmp_path, caplog):
     path = tmp_path / "history.jsonl"
     path.write_bytes(
         b'{"iteration": 1}\n{"iteration": \xff}\n[1]\n{"iteration": "x"}\n{"iteration": 2}\n{"iteration": 9}\n'

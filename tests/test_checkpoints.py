@@ -15,7 +15,7 @@ def test_checkpoints_of_a_run_are_told_from_other_files(tmp_path):
     assert saved_checkpoints(tmp_path, "a_1_2") == ["a_1_2_0_7.pth"]
 
 
-def test_checkpoints_come_in_the_order_of_their_iterations_whatever_their_dates(tmp_path):
+def test_checkpoints_are_ordered_by_iteration_whatever_their_dates(tmp_path):
     """A folder that was copied has dates in any order."""
     for name in ("a_1_10.pth", "a_2_20.pth", "a_0_9.pth"):
         (tmp_path / name).write_bytes(b"x")
@@ -32,7 +32,7 @@ def test_the_list_is_not_needed(tmp_path, content):
     assert (path.name, state["training"]["iteration"]) == ("a_0_10.pth", 10)
 
 
-def test_checkpoints_of_steps_that_are_taken_anew_are_set_aside(tmp_path):
+def test_checkpoints_of_steps_that_are_repeated_are_renamed(tmp_path):
     for iteration in (3, 6, 9):
         (tmp_path / f"a_0_{iteration}.pth").write_text(str(iteration))
     set_aside_later(tmp_path, "a", 6)
@@ -40,7 +40,7 @@ def test_checkpoints_of_steps_that_are_taken_anew_are_set_aside(tmp_path):
     assert (tmp_path / "superseded-a_0_9.pth").read_text() == "9"
 
 
-def test_a_resume_that_is_refused_sets_nothing_aside(tmp_path):
+def test_a_refused_resume_renames_nothing(tmp_path):
     config = write_config(tmp_path)
     run(config, "training.iterations=6")
     before = sorted(path.name for path in folder_of(config).glob("*.pth"))

@@ -57,7 +57,7 @@ def test_hours_and_samples_are_summed_over_resumes(monkeypatch):
     assert [(start["iteration"], start["processes"]) for start in state["starts"]] == [(0, 2), (6, 1)]
 
 
-def test_a_checkpoint_without_provenance_is_gone_on_from():
+def test_a_checkpoint_without_provenance_is_resumed():
     resumed = Provenance(CPU, 1)
     resumed.resume({}, 6)
     assert [start["iteration"] for start in resumed.state_dict()["starts"]] == [6]

@@ -176,7 +176,7 @@ def test_a_mean_over_several_steps_survives_a_resume(tmp_path, stop_at):
     assert [entry["loss"] for entry in history(tmp_path / "cut")] == pytest.approx(means)
 
 
-def test_the_wait_for_the_step_before_is_part_of_a_steps_duration(tmp_path, monkeypatch):
+def test_the_duration_of_a_step_includes_waiting_for_the_previous_one(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_check_waiting", lambda self: time.sleep(0.05))
     durations = []
 
@@ -200,7 +200,7 @@ def test_history_has_each_iteration_once_when_a_kill_lost_the_newest_steps(tmp_p
     assert history(tmp_path) == whole
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(tmp_path, caplog):
     make_trainer(tmp_path).fit()
     newest = tmp_path / "toy_2_12.pth"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -308,7 +308,7 @@ def test_parts_of_any_number_give_the_terms_and_gradients_of_the_batch(kind):
             torch.testing.assert_close(parts[name], expected, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_counting_for_a_batch_in_parts_leaves_no_trace():
+def test_counting_for_a_split_batch_changes_no_state():
     """Neither in the batch norms nor in the numbers that the steps draw."""
     counted = small_networks.trainer("binet", parts=2)
     before = {name: buffer.clone() for name, buffer in counted.model.named_buffers()}
@@ -354,7 +354,7 @@ def test_averaged_weights_are_torchs_with_a_decay_that_rises():
     assert not any(parameter.requires_grad for parameter in ours.module.parameters())
 
 
-def test_averaged_weights_of_a_short_run_are_near_its_weights_not_its_first_ones(tmp_path):
+def test_averaged_weights_of_a_short_run_are_near_its_last_weights(tmp_path):
     trainer = make_trainer(tmp_path, ema_decay=0.9999, iterations=40)
     first = trainer.model[0].weight.detach().clone()
     trainer.fit()
@@ -383,7 +383,7 @@ class FailingEvaluator:
 
 
 @pytest.mark.parametrize("iterations", [12, 5])
-def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, iterations):
+def test_a_failed_evaluation_costs_no_step_and_is_repeated(tmp_path, iterations):
     def trainer(evaluator):
         evaluation = Evaluation(evaluator=evaluator, interval=5, folder=tmp_path, name="toy")
         return make_trainer(tmp_path, callbacks=[evaluation], iterations=iterations)
@@ -463,7 +463,7 @@ def test_the_learning_rate_follows_the_schedule(tmp_path):
     assert [entry["lr"] for entry in history(tmp_path)] == pytest.approx(expected)
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path, caplog):
+def test_progress_is_logged_as_lines_without_a_terminal(tmp_path, caplog):
     caplog.set_level("INFO")
     make_trainer(tmp_path, callbacks=[MetricLog(writers=[Console()], interval=4)]).fit()
     lines = [record.getMessage() for record in caplog.records if "iteration" in record.getMessage()]
@@ -517,7 +517,7 @@ class PartlyReadBatch(ToyBatch):
     skipped: dict
 
 
-def test_a_batch_with_a_sample_that_could_not_be_read_is_not_compiled_anew(tmp_path, monkeypatch):
+def test_a_batch_with_an_unreadable_sample_does_not_recompile(tmp_path, monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     torch._dynamo.reset()

@@ -311,7 +311,7 @@ class NotFiniteBatches(Callback):
 
 
 class UnreadableSamples(Callback):
-    """Names and counts in `log` the samples that could not be read and are left out of their batches."""
+    """Names and counts the samples that could not be read, which their batches leave out; `log` takes note of them."""
 
     def __init__(self, *, log: SkipLog):
         self.log = log
@@ -322,4 +322,4 @@ class UnreadableSamples(Callback):
     def on_fit_end(self, trainer: Trainer) -> None:
         if self.log.counts:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.log.counts.items())
-            logger.warning("left out of training because they could not be read: %s", counts)
+            logger.warning("left out of training as they could not be read: %s", counts)

@@ -40,10 +40,10 @@ class Process:
 
 
 def pick_device(local_rank: int | None = None) -> torch.device:
-    """Return this process's GPU if torch can use one, else the CPU, with a warning if a GPU is left unused.
+    """This process's GPU where there is one that torch can use, else the CPU; a GPU left unused is warned of.
 
     Args:
-        local_rank: number of this process on its machine, for launchers that do not set `LOCAL_RANK`.
+        local_rank: number of this process on its machine, where the launcher does not tell it (`LOCAL_RANK`).
 
     Raises:
         UserError: this machine has more processes than GPUs.

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from builders import build_model, build_schedule, build_segmenter
+from builders import build_model, build_optimizer, build_schedule, build_segmenter
 from bundle import load_bundle
 from config import Config
 from modules.ssn import SSN
 from tests import small_networks
+from utils import UserError
 
 TINY = {key: value for key, value in small_networks.SSN.items() if key != "areas"}
 
@@ -72,3 +73,63 @@ def test_periods_that_do_not_fill_the_epochs_are_told(caplog, periods, epochs, w
     mapping["training"]["iterations"] = 5  # which rules
     build_schedule(Config.from_dict(mapping), batches_per_epoch=3, iterations=5)
     assert not caplog.text
+
+
+def frozen_trainer(**changes):
+    config = small_networks.small_config("binet").to_dict()
+    for part, settings in changes.items():
+        config["model"][part] |= settings
+    return small_networks.trainer(Config.from_dict(config), ema_decay=0.5)
+
+
+def test_a_frozen_sub_model_stays_as_it_is_in_every_respect():
+    trainer = frozen_trainer(vision={"freeze": True, "dropout": 0.5}, alignment={"freeze": True})
+    model = trainer.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in model.language.parameters()}
+    for _ in range(2):
+        trainer._step(small_networks.uneven_batch("binet"), waited=0.0)
+    assert model.language.training
+    assert not any(module.training for part in (model.vision, model.alignment) for module in part.modules())
+    for state in (model.state_dict(), trainer.ema.module.state_dict()):
+        for name, tensor in state.items():
+            changes = name.startswith("language.") and not name.endswith(".pe")  # sinusoidal positions
+            assert torch.equal(tensor, before[name]) != changes, name
+    assert any("running_mean" in name for name in before)
+
+
+def test_groups_of_the_learning_rate_go_by_the_names_in_a_checkpoint():
+    """The refinement's parameters stand deeper in the network than their published names say."""
+    config = small_networks.small_config("binet")
+    config.optimizer.lr, config.optimizer.lr_groups = (
+        0.1,
+        {"vision": 0.5, "vision.rf": 3, "vision.backbone.resnet": 0.01},
+    )
+    model = build_model(config)
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    factors = {"vision.rf.": 0.3, "vision.backbone.resnet.": 0.001, "vision.": 0.05, "": 0.1}
+    seen = set()
+    for group in build_optimizer(config, model).param_groups:
+        for parameter in group["params"]:
+            prefix = next(prefix for prefix in factors if names[id(parameter)].startswith(prefix))
+            assert group["lr"] == pytest.approx(factors[prefix]), names[id(parameter)]
+            seen.add(prefix)
+    assert seen == set(factors)
+
+
+def test_a_prefix_that_fits_nothing_is_named():
+    config = small_networks.small_config("binet")
+    config.optimizer.lr_groups = {"vison": 2}
+    with pytest.raises(UserError, match=r"optimizer\.lr_groups: no parameter .* 'vison'; the network has .*vision"):
+        build_optimizer(config, build_model(config))
+    config.optimizer.lr_groups, config.model.alignment.freeze = {"alignment": 2}, True
+    with pytest.raises(UserError, match="no parameter that is trained is below 'alignment'"):
+        build_optimizer(config, build_model(config))
+
+
+def test_a_cosine_starts_after_its_warm_up_and_ends_with_the_run():
+    config = Config.from_dict({"optimizer": {"scheduler": {"type": "cosine", "warmup_iters": 4}}})
+    factor = build_schedule(config, batches_per_epoch=3, iterations=24)
+    assert [factor(i) for i in (0, 3, 4, 14, 24)] == pytest.approx([0.25, 1, 1, 0.5, 0])
+    assert all(factor(i) > factor(i + 1) for i in range(4, 24))

@@ -33,3 +33,11 @@ def test_an_override_behind_a_flag_without_value_is_an_override():
     assert parse_arguments(["--config=c", "--model_strict", "true"]).model_strict == "true"
     with pytest.raises(SystemExit):
         parse_arguments(["--config=c", "--model_strict", "maybe"])
+
+
+def test_configs_may_be_several_and_help_points_at_every_key(capsys):
+    assert parse_arguments(["--config=a.yaml", "--config", "b.yaml"]).config == ["a.yaml", "b.yaml"]
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments(["--help"])
+    assert exit_.value.code == 0
+    assert "configs/template.yaml" in capsys.readouterr().out

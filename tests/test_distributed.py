@@ -380,7 +380,7 @@ def test_a_gpu_with_an_old_driver_causes_a_warning(no_cuda, monkeypatch, caplog)
 
 
 @pytest.mark.parametrize("hidden", [True, False])
-def test_no_gpu_or_a_hidden_one_causes_no_warning(no_cuda, monkeypatch, caplog, hidden):
+def test_nothing_is_said_without_a_gpu_or_of_a_hidden_one(no_cuda, monkeypatch, caplog, hidden):
     monkeypatch.setattr(distributed, "_has_gpu", lambda: hidden)
     if hidden:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -388,7 +388,7 @@ def test_no_gpu_or_a_hidden_one_causes_no_warning(no_cuda, monkeypatch, caplog, 
     assert not caplog.records
 
 
-def test_more_processes_than_gpus_is_a_user_error(monkeypatch):
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")

@@ -326,6 +326,32 @@ def test_what_would_be_ignored_is_refused_and_no_run_is_moved_for_it(data, argum
     assert not (data / "workdir" / "ignored.1").exists()
 
 
+def test_print_config_prints_what_the_files_and_overrides_say_and_stops(data, tmp_path, capsys):
+    (tmp_path / "sets.yaml").write_text("dataset: {test: {roots: [one, two]}}\n")
+    files = [f"--config={data / 'vision.yaml'}", f"--config={tmp_path / 'sets.yaml'}"]
+    assert main([*files, "--print_config", "--name=printed", "training.epochs=7"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    config = load_config(tmp_path / "printed.yaml")
+    assert config == load_config(
+        [data / "vision.yaml", tmp_path / "sets.yaml"], ["global.name=printed", "training.epochs=7"]
+    )
+    assert config.dataset.test.roots == ["one", "two"]
+    assert not (data / "workdir" / "printed").exists()
+
+
+def test_valid_sets_choose_the_best_weights_and_test_sets_are_tested(data):
+    run = [f"--config={data / 'vision.yaml'}", "--name=valid", "training.iterations=1"]
+    valid = f"dataset.valid.roots=[{data / 'images/set-b'}]"
+    folder = data / "workdir" / "valid"
+    for arguments, scored in (([valid], "set-b"), ([], "set-a")):
+        assert main([*run, *arguments]) == 0
+        best = torch.load(folder / "best-valid.pth", weights_only=True)
+        assert list(best["scores"]["datasets"]) == [scored]
+        assert ("dataset.valid.roots is empty" in (folder / "log.txt").read_text()) == (not arguments)
+    assert main([*run, valid, "--phase=test"]) == 0
+    assert list(json.loads((folder / "metrics.json").read_text())["datasets"]) == ["set-a"]
+
+
 def test_an_earlier_run_is_moved_aside_not_overwritten(data, capsys):
     arguments = [f"--config={data / 'language.yaml'}", "global.name=again", "training.iterations=1"]
     assert main(arguments) == 0

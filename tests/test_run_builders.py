@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from callbacks import Checkpoints, Evaluation
 from engine.distributed import Process
 from loading.augmentation import AugmentWord, RandAugmentWord
 from loading.transforms import ResizeWord
-from run_builders import build_evaluator, build_training_data
+from run_builders import build_callbacks, build_evaluator, build_training_data
 from tests import small_networks
 from utils import UserError
 
@@ -110,3 +111,31 @@ def test_a_charset_whose_upper_case_is_never_taught_is_told(tmp_path, caplog, ch
     config.dataset.train.roots = [str(tmp_path / "words")]
     build_training_data(config, device=torch.device("cpu"), process=Process())
     assert ("dataset.case_sensitive=true" in caplog.text) == warned
+
+
+def test_validation_words_of_a_renderer_are_those_of_neither_training_nor_test(tmp_path):
+    (tmp_path / "words.yaml").write_text("length: 30\nbackground: plain\n")
+    config = small_networks.small_config("abinet", data_aug=False)
+    config.dataset.valid.roots = config.dataset.test.roots = [f"render://{tmp_path / 'words.yaml'}"]
+    parts = {"device": torch.device("cpu"), "process": Process(), "model_eval": "vision"}
+    words = [
+        {(word.text, word.image.tobytes()) for word in map(dataset.__getitem__, range(30))}
+        for dataset in (
+            build_evaluator(config, split=each, **parts).loaders["words"].dataset for each in ("valid", "test")
+        )
+    ]
+    assert [len(each) for each in words] == [30, 30]
+    assert not words[0] & words[1]
+
+
+def test_an_interval_of_an_epoch_has_its_batches(tmp_path):
+    small_networks.write_words(tmp_path / "words", 10)
+    config = small_networks.small_config("abinet", data_aug=False)
+    config.dataset.train.roots = config.dataset.valid.roots = [str(tmp_path / "words")]
+    config.dataset.train.batch_size = 4
+    parts = {"device": torch.device("cpu"), "process": Process()}
+    data = build_training_data(config, **parts)
+    config.training.eval_iters, config.training.save_iters = "epoch", 5
+    callbacks = {type(each): each for each in build_callbacks(config, data=data, **parts)}
+    assert len(data.batch_sampler) in (2, 3)
+    assert (callbacks[Evaluation].interval, callbacks[Checkpoints].interval) == (len(data.batch_sampler), 5)

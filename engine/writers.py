@@ -191,8 +191,8 @@ class TensorBoard(Writer):
 class WeightsAndBiases(Writer):
     """A run of Weights & Biases with what TensorBoard shows; a resumed run goes on under the same id.
 
-    The id is kept in the run's folder. wandb ignores steps before the last one that it has, so it gets each iteration
-    once, as `history.jsonl` does.
+    The id is kept in the run's folder. Steps that a run repeats after a kill are equal to those before, and wandb
+    ignores them (online; two offline files may hold them twice).
 
     Args:
         config: shown beside the curves.

@@ -172,11 +172,9 @@ class Trainer:
                 self._check_waiting()
             except BaseException as error:
                 self.call("on_fit_failed")
-                if is_dead_worker(error):
-                    raise UserError(
-                        f"a loader worker died ({first_line(error)}); free memory or lower dataset.num_workers, then "
-                        "continue with --resume"
-                    ) from error
+                if self.data.num_workers and is_dead_worker(error):
+                    remedy = "free memory or lower dataset.num_workers, then continue with --resume"
+                    raise UserError(f"a loader worker died ({first_line(error)}); {remedy}") from error
                 raise
             if self.stop_signal:
                 name = self.stop_signal.name
@@ -329,6 +327,8 @@ class Trainer:
         """Yield batches from the current position on, each with the seconds that it was waited for."""
         self.data.batch_sampler.set_position(self.epoch, self.batch_in_epoch)
         iterator = iter(self.data)
+        # The loader would raise a worker's death in the middle of a step; its queue notices within seconds.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while True:
             started = time.perf_counter()
             batch = next(iterator)
@@ -492,5 +492,7 @@ class Trainer:
 
 
 def is_dead_worker(error: BaseException) -> bool:
-    """Whether the loader reports that one of its processes is gone; an exception inside one is another matter."""
+    """Return whether one of the loader's processes is gone; an exception inside one is another matter."""
+    if isinstance(error, EOFError | ConnectionError):  # it was killed before it had handed over its batch
+        return "DataLoader worker process" not in str(error)
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)

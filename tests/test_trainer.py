@@ -457,6 +457,31 @@ def test_lower_precision_trains_nearly_the_same(tmp_path, precision):
     torch.testing.assert_close(low, full, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("error", "workers", "is_dead"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 2, True),
+        (EOFError(), 2, True),
+        (ConnectionRefusedError(111, "Connection refused"), 2, True),
+        (EOFError("Caught EOFError in DataLoader worker process 0.\nTraceback"), 2, False),
+        (ConnectionResetError(), 0, False),
+    ],
+)
+def test_a_dead_loader_worker_is_told_from_an_error_inside_one(tmp_path, error, workers, is_dead):
+    class Loader:
+        num_workers = workers
+        batch_sampler = ResumableBatchSampler(SAMPLES, BATCH, seed=1)
+
+        def __iter__(self):
+            raise error
+            yield
+
+    trainer = make_trainer(tmp_path)
+    trainer.data = Loader()
+    with pytest.raises(UserError if is_dead else type(error), match="a loader worker died" if is_dead else None):
+        trainer.fit()
+
+
 def test_the_learning_rate_follows_the_schedule(tmp_path):
     make_trainer(tmp_path).fit()
     expected = [0.01 * (1 - i / ITERATIONS) ** 0.9 for i in range(ITERATIONS)]

@@ -24,9 +24,7 @@ from config import Config, SSNConfig
 from dataset import (
     JoinedDataset,
     LanguageDataset,
-    SkipLog,
     WordDataset,
-    make_loader,
     open_segmentation_datasets,
     open_word_datasets,
 )
@@ -52,6 +50,7 @@ from loading.masks import OnlineMasks
 from loading.sampling import EqualSizeBatchSampler, MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
 from loading.transforms import ResizeWord
 from loading.word_index import default_cache_dir
+from loading.workers import make_loader
 from losses import RecogniserCriterion, SegmentationCriterion
 from modules.attention import PositionAttention, ReadingOrderAttention
 from modules.backbone import ResNet, TransformerBackbone
@@ -433,7 +432,7 @@ def _open_words(config: Config, roots: list[str], *, training: bool, device: tor
         transform=AUGMENTATIONS[data.data_aug](resize) if training and data.data_aug else resize,
         masks=_mask_source(config, device=device),
         seed=config.run.seed or 0,
-        cache_dir=(data.cache_dir or default_cache_dir()) if data.cache_index else None,
+        cache_dir=data.cache_dir or default_cache_dir(),
         min_side=MIN_TRAINING_SIDE if training else 1,
         length=data.train.length if training and data.train.shares is None else None,
         split=0 if training else 1,
@@ -484,12 +483,11 @@ def _open_language(config: Config, roots: list[str], *, training: bool, device: 
             smooth_label=data.smooth_label and training,
             smooth_factor=data.smooth_factor,
             seed=config.run.seed or 0,
-            stream=stream,
+            stream=number,
+            root=number,
         )
-        for stream, root in enumerate(roots)
+        for number, root in enumerate(roots)
     ]
-    for number, dataset in enumerate(datasets):
-        dataset.root = number
     return datasets, LanguageCollate(labels)
 
 
@@ -572,7 +570,7 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
         Progress(interval=training.show_iters),
         History(path=folder / "history.jsonl", interval=training.show_iters),
         NotFiniteBatches(folder=folder),
-        UnreadableSamples(log=SkipLog(data.dataset)),
+        UnreadableSamples(dataset=data.dataset),
         tensorboard,
     ]
     if config.dataset.test.roots:

@@ -44,7 +44,7 @@ DEEPEST = 8  # sections and lists in one another, of a config
 PROBLEMS_SHOWN = 30  # of a configuration, in one message
 
 # Published keys that nothing reads any more: they are named in a warning and ignored.
-DEAD_KEYS = ("dataset.one_hot_y", "training.stats_iters", "model.ensemble", "model.use_vision")
+DEAD_KEYS = ("dataset.cache_index", "dataset.one_hot_y", "training.stats_iters", "model.ensemble", "model.use_vision")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schema
@@ -239,8 +239,11 @@ class DatasetConfig(Section):
     multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = key(
         None, "How workers start; null: the platform's way."
     )
-    cache_index: bool = key(True, "Store which samples pass the filter, so that opening an LMDB again is instant.")
-    cache_dir: str | None = key(None, "Folder of those files and of cached masks; null: the user's cache folder.")
+    cache_dir: str | None = key(
+        None,
+        "Folder that keeps which samples pass the filter (an LMDB then opens at once) and cached masks; null: the user's "
+        "cache folder.",
+    )
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)
 

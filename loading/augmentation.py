@@ -1,4 +1,4 @@
-"""Training augmentation of words and of SSN's samples.
+"""Training augmentation of words, of SSN's samples and of spellings.
 
 Geometry moves image and mask together (loading/transforms.py); everything else touches the image only. All random
 decisions come from the generator that is passed in, so that a sample depends on nothing but that.
@@ -393,3 +393,31 @@ class CropSegmentation:
         if rng.random() < self.color:
             image = color_jitter(image, rng)
         return image, labels
+
+
+# --- spellings --------------------------------------------------------------------------------------------------------
+
+_MUTATION_COUNTS = np.cumsum([0.7, 0.15, 0.1, 0.05])  # none, one, two, three characters
+_MUTATION_KINDS = np.cumsum([0.7, 0.15, 0.15])  # replace, insert before, delete
+SHORT_WORD = 4
+
+
+def mutate_spelling(text: str, characters: str, rng: Generator, *, max_length: int) -> str:
+    """Return a text with a few wrong characters, as a recogniser would read it; never empty, never over `max_length`.
+
+    None, one, two or three characters (0.7, 0.15, 0.1, 0.05), at most one of up to four and at most half of longer
+    texts, are each replaced, preceded by another or deleted (0.7, 0.15, 0.15). Texts that are mostly digits are kept.
+    """
+    count = int(np.searchsorted(_MUTATION_COUNTS, rng.random(), side="right"))
+    count = min(count, 1 if len(text) <= SHORT_WORD else len(text) // 2, 3)
+    if not count or sum(map(str.isdigit, text)) > len(text) / 2:
+        return text
+    mutated = list(text)
+    for place in rng.choice(len(text), count, replace=False).tolist():
+        kind = int(np.searchsorted(_MUTATION_KINDS, rng.random(), side="right"))
+        if kind < 2:
+            new = characters[rng.integers(len(characters))]
+            mutated[place] = new if kind == 0 else new + text[place]
+        else:
+            mutated[place] = ""
+    return "".join(mutated)[:max_length] or text

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the programs that tests start
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="binet-tests-")  # no test writes into the user's cache
 
 import cv2
 import pytest
@@ -29,3 +31,7 @@ def browser():
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
     yield driver
     driver.quit()
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)

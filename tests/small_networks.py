@@ -76,7 +76,7 @@ def small_config(name: str = "binet", **dataset: Any) -> Config:
     model["language"] = {"num_layers": 1, "d_model": 32, "nhead": 2, "d_inner": 32}
     model["alignment"] = {"d_model": 32}
     root = Path(__file__).resolve().parents[1]
-    data = {"charset_path": str(root / "data" / "charset_36.txt"), "num_workers": 0, "cache_index": False, **dataset}
+    data = {"charset_path": str(root / "data" / "charset_36.txt"), "num_workers": 0, **dataset}
     return Config.from_dict({"model": model, "dataset": data})
 
 

@@ -7,7 +7,6 @@ import logging
 import re
 import sys
 import time
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -47,14 +46,6 @@ class Evaluator:
 
     def table(self, scores):
         return f"accuracy {scores['weighted']['accuracy']}"
-
-
-class Log:
-    def __init__(self):
-        self.counts = Counter()
-
-    def update(self, skipped):
-        self.counts.update(skipped.values())
 
 
 class Batch:
@@ -99,7 +90,7 @@ def every_callback(folder):
         History(path=folder / "history.jsonl", interval=2),
         TensorBoard(folder=folder / "tensorboard", interval=2),
         NotFiniteBatches(folder=folder),
-        UnreadableSamples(log=Log()),
+        UnreadableSamples(dataset=None),
         Evaluation(evaluator=Evaluator(), interval=4, folder=folder, name="run"),
         Checkpoints(folder=folder, name="run", interval=4, keep=2),
     ]

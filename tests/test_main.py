@@ -95,7 +95,6 @@ def tiny_config(folder, kind):
             "test": {"roots": roots[1:], "batch_size": 4},
             "masks": {"root": str(folder / "masks"), "source": "none" if kind == "abinet" else "lmdb"},
             "num_workers": 0,
-            "cache_index": False,
             "segmentation": {"crop_size": [33, 65], "ignore_level": None},
         },
         "training": {"iterations": 4, "show_iters": 1, "eval_iters": 4, "save_iters": 2},

@@ -2,8 +2,8 @@
 
 A data set only reads. It is indexed with `SampleKey(epoch, index)` (a plain index means epoch 0); index i is always
 sample i of the usable ones. What is random in a sample comes from a generator of (seed, stream, epoch, index) alone:
-neither the number of workers nor that of processes changes a sample. One that cannot be read becomes `Skipped`; its batch
-is then smaller and says so.
+neither the number of workers nor that of processes changes a sample. One that cannot be read becomes `Skipped`; its
+batch is then smaller and says so.
 """
 
 import bisect

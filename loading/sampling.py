@@ -214,7 +214,7 @@ class MixtureBatchSampler(ResumableBatchSampler):
 
 
 class ShardedSampler(Sampler[SampleKey]):
-    """Gives each sample once, in order, over all processes: this process's contiguous share, equal to within a sample."""
+    """Gives each sample once, in order, over all processes: this one's contiguous share, equal to within a sample."""
 
     def __init__(self, length: int, *, rank: int = 0, world_size: int = 1) -> None:
         self.first = rank * length // world_size

@@ -292,7 +292,7 @@ class MaskOutput:
         """Make sure that the parts are this output's and nobody else writes them; raises UserError otherwise."""
         for each in self._parts():
             name = each.with_name(each.name.removesuffix(PARTIAL_SUFFIX))
-            LmdbWriter(name, resumable=True, overwrite=self.overwrite, identity=self.identity).abort()
+            LmdbWriter(name, overwrite=self.overwrite, identity=self.identity).abort()
 
     def _remove_parts(self) -> None:
         for each in self._parts():
@@ -303,8 +303,7 @@ class MaskOutput:
         prefix = image_key(0).rstrip("0")
         places = np.full(self.count + 1, -1, np.int16)
         for place, each in enumerate(self._parts()):
-            with LmdbReader(each) as part:
-                places[[int(key.removeprefix(prefix)) for key in part.keys(prefix)]] = place
+            places[[int(key.removeprefix(prefix)) for key in LmdbReader(each).keys(prefix)]] = place
         return places
 
     def _make_share(
@@ -319,7 +318,7 @@ class MaskOutput:
         todo = [[index for index in block if made[index] < 0] for block in blocks]
         total, missing = sum(map(len, blocks)), sum(map(len, todo))
         name = self.target.with_name(f"{self.target.name}.part-{self.process.rank}")
-        part = LmdbWriter(name, resumable=True, identity=self.identity)
+        part = LmdbWriter(name, identity=self.identity)
         rejected = []
         try:
             with (

@@ -241,8 +241,8 @@ class DatasetConfig(Section):
     )
     cache_dir: str | None = key(
         None,
-        "Folder that keeps which samples pass the filter (an LMDB then opens at once) and cached masks; null: the user's "
-        "cache folder.",
+        "Folder that keeps which samples pass the filter (an LMDB then opens at once) and cached masks; null: the "
+        "user's cache folder.",
     )
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)

@@ -1,8 +1,8 @@
 """Reads and writes LMDBs of words, masks and segmentation pairs.
 
 An LMDB here is a folder with a `data.mdb`. Keys are text (`num-samples`, `image-%09d`, `label-%09d`, `mask-%09d`,
-counting from 1), values are bytes. The writer gives an LMDB its name when it is complete; the reader opens on first use,
-so that it can be handed to worker processes that are forked or spawned.
+counting from 1), values are bytes. The writer gives an LMDB its name when it is complete; the reader opens on first
+use, so that it can be handed to worker processes that are forked or spawned.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import errno
 import fcntl
 import os
 import shutil
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,10 +83,10 @@ class LmdbWriter:
 
     Args:
         path: folder to make; its parents are made too.
-        overwrite: replace an LMDB that exists at `path` (in one step, at the end) instead of raising UserError. Nothing
+        overwrite: replace an LMDB that exists at `path` (in one step, at the end) instead of raising UserError; nothing
             but an LMDB is ever replaced. The partial folder of an earlier run is discarded.
-        identity: keep the partial folder after an interruption, even by SIGKILL, and go on with it when the same path is
-            written again with the same identity, a text that names input and settings: `get` and `in` find what was
+        identity: a text that names input and settings. With one, the partial folder is kept after an interruption, even
+            by SIGKILL, and a writer of the same path and identity goes on with it: `get` and `in` find what was
             committed, and `resumed` is true. Each commit is flushed to the disk. None: nothing is kept.
         in_order: the keys come in ascending order, each once: LMDB then fills its pages, which makes the file a quarter
             smaller.
@@ -287,8 +286,8 @@ class LmdbWriter:
             ) from error
 
 
-# The open LMDBs of this process: py-lmdb refuses to open one twice, so that readers of one path share it. Forked workers
-# use what their parent had open, which is safe without LMDB's lock file.
+# The open LMDBs of this process: py-lmdb refuses to open one twice, so readers of one path share it. Forked workers use
+# what their parent had open, which is safe without LMDB's lock file.
 _environments: "weakref.WeakValueDictionary[str, lmdb.Environment]" = weakref.WeakValueDictionary()
 
 
@@ -315,7 +314,7 @@ class LmdbReader:
         mend = "mend it with tools/check_lmdb.py --fix"
         if stored is None:
             raise UserError(f"{self.path}: has no {NUM_SAMPLES}; {mend}")
-        if not stored.isdigit() or int(stored[:30]) > sys.maxsize:
+        if not stored.strip().isdigit() or len(stored) > 18:  # more than `len` can tell
             raise UserError(f"{self.path}: {NUM_SAMPLES} is {stored[:20]!r}, not a number of samples; {mend}")
         return int(stored)
 

@@ -119,7 +119,7 @@ def test_paths_that_climb_out_are_refused(name, expected):
     assert inside("/data/set", name) == expected
 
 
-def test_log_replaces_no_file_that_is_none(tmp_path):
+def test_log_replaces_only_another_log(tmp_path):
     (tmp_path / "labels.txt").write_text("a.png\tword\n")
     (tmp_path / "folder").mkdir()
     for name in ("labels.txt", "folder"):

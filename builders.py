@@ -47,7 +47,7 @@ from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
 from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
 from loading.charset import PROTOCOLS, Charset
 from loading.masks import OnlineMasks
-from loading.sampling import EqualSizeBatchSampler, MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
+from loading.sampling import MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
 from loading.transforms import ResizeWord
 from loading.word_index import default_cache_dir
 from loading.workers import make_loader
@@ -328,17 +328,12 @@ def build_evaluator(
 
 
 def _build_segmentation_evaluator(config: Config, *, device: torch.device, process: Process) -> SegmentationEvaluator:
-    datasets, collate = _open_segmentation(config, config.dataset.test.roots, training=False, device=device)
+    datasets, _ = _open_segmentation(config, config.dataset.test.roots, training=False, device=device)
     loaders = {}
     for dataset in datasets:
-        batches = EqualSizeBatchSampler(
-            len(dataset),
-            dataset.size,
-            config.dataset.test.batch_size,
-            rank=process.rank,
-            world_size=process.world_size,
-        )
-        loaders[dataset.name] = make_loader(dataset, collate, batch_sampler=batches, **_loading(config))
+        sampler = ShardedSampler(len(dataset), rank=process.rank, world_size=process.world_size)
+        batch_size = config.dataset.test.batch_size
+        loaders[dataset.name] = make_loader(dataset, list, sampler=sampler, batch_size=batch_size, **_loading(config))
     return SegmentationEvaluator(
         loaders=loaders,
         filtered={dataset.name: dataset.filtered for dataset in datasets},

@@ -26,12 +26,11 @@ from loading.decoding import (
     Mask,
     decode_image,
     decode_mask,
-    image_size,
 )
 from loading.language_csv import read_pairs
 from loading.lmdb_io import LmdbReader, image_key, label_key
 from loading.masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
-from loading.pairs import PairSource, find_pairs
+from loading.pairs import PairFolder, PairLmdb, find_pairs
 from loading.roots import distinct_names, find_word_sets
 from loading.sampling import SampleGenerators, SampleKey, as_key
 from loading.transforms import WordTransform, views
@@ -401,7 +400,7 @@ class SegmentationDataset(Dataset):
 
     def __init__(
         self,
-        source: PairSource,
+        source: PairFolder | PairLmdb,
         *,
         transform: CropSegmentation | None = None,
         ignore_index: int = 255,
@@ -439,13 +438,6 @@ class SegmentationDataset(Dataset):
         if self.transform is not None:
             image, labels = self.transform(image, labels, self._generators.at(key))
         return SegmentationSample(image, labels, self.source.name(key.index), key.index)
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Return height and width of an image, from its header where that tells; (0, 0) where it cannot be read."""
-        try:
-            return image_size(self.source.image(index) or b"")
-        except BrokenImageError:
-            return 0, 0
 
     def describe(self, index: int) -> str:
         """Return file and key of a sample, for messages."""

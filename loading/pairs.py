@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -12,26 +11,11 @@ from loading.word_index import MISSING
 from utils import UserError
 
 
-class PairSource(Protocol):
-    """Encoded images and masks by index; `filtered` counts by reason what has no pair."""
-
-    path: Path
-    filtered: dict[str, int]
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> bytes | None:
-        """Return an encoded image, None where it cannot be read."""
-
-    def mask(self, index: int) -> bytes | None:
-        """Return an encoded mask, None where it cannot be read."""
-
-    def name(self, index: int) -> str:
-        """Return a pair's name in messages and results."""
-
-
 class PairFolder:
-    """Pairs of a folder: `images/` and `masks/` with equal stems; masks are grey, 255 = text."""
+    """Pairs of a folder: `images/` and `masks/` with equal stems; masks are grey, 255 = text.
+
+    `filtered` counts by reason what has no pair.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -45,12 +29,15 @@ class PairFolder:
         return len(self._pairs)
 
     def image(self, index: int) -> bytes | None:
+        """Return an encoded image, None where it cannot be read."""
         return _bytes_of(self._pairs[index][0])
 
     def mask(self, index: int) -> bytes | None:
+        """Return an encoded mask, None where it cannot be read."""
         return _bytes_of(self._pairs[index][1])
 
     def name(self, index: int) -> str:
+        """Return a pair's name in messages and results."""
         return self._pairs[index][0].stem
 
 
@@ -83,16 +70,21 @@ class PairLmdb:
         return self._length
 
     def image(self, index: int) -> bytes | None:
+        """Return an encoded image, None where it cannot be read."""
         return self._images.get(image_key(index + 1))
 
     def mask(self, index: int) -> bytes | None:
+        """Return an encoded mask, None where it cannot be read."""
         return self._masks.get(self._mask_key(index + 1))
 
     def name(self, index: int) -> str:
+        """Return a pair's name in messages and results."""
         return image_key(index + 1)
 
 
-def find_pairs(roots: Sequence[str | Path], mask_root: str | Path | None = None) -> list[tuple[int, PairSource]]:
+def find_pairs(
+    roots: Sequence[str | Path], mask_root: str | Path | None = None
+) -> list[tuple[int, PairFolder | PairLmdb]]:
     """Open the pairs of some roots; each comes with the number of its root.
 
     Args:
@@ -100,7 +92,7 @@ def find_pairs(roots: Sequence[str | Path], mask_root: str | Path | None = None)
             such LMDBs; with `mask_root`, word LMDBs or folders of them.
         mask_root: root of the mask LMDBs; those of `<root of images>/X` are in `<mask_root>/X`.
     """
-    sources: list[tuple[int, PairSource]] = []
+    sources: list[tuple[int, PairFolder | PairLmdb]] = []
     for number, root in enumerate(map(Path, roots)):
         if _is_pair_folder(root):
             sources.append((number, PairFolder(root)))

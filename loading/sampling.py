@@ -1,7 +1,7 @@
 """Decides which samples come when: sample keys, the generator of each sample, and samplers that can be resumed."""
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -225,33 +225,3 @@ class ShardedSampler(Sampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         return (SampleKey(0, index) for index in range(self.first, self.end))
-
-
-class EqualSizeBatchSampler(Sampler[list[SampleKey]]):
-    """Gives each sample once over all processes, in batches of samples of equal size.
-
-    Images are read at their own size in evaluation; padding them to a common one would change what a network sees.
-
-    Args:
-        length: samples of the data set.
-        size: index -> size of a sample, anything that can be compared; only asked for this process's samples.
-        batch_size: largest batch, samples.
-    """
-
-    def __init__(
-        self, length: int, size: Callable[[int], Hashable], batch_size: int, *, rank: int = 0, world_size: int = 1
-    ) -> None:
-        groups: dict[Hashable, list[int]] = {}
-        for key in ShardedSampler(length, rank=rank, world_size=world_size):
-            groups.setdefault(size(key.index), []).append(key.index)
-        self.batches = [
-            [SampleKey(0, index) for index in group[start : start + batch_size]]
-            for group in groups.values()
-            for start in range(0, len(group), batch_size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        return iter(self.batches)

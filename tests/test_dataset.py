@@ -12,7 +12,6 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from callbacks import UnreadableSamples
 from dataset import (
@@ -25,14 +24,14 @@ from dataset import (
     open_word_datasets,
 )
 from evaluation.drawing import to_images
-from loading import decoding, word_index
+from loading import word_index
 from loading.augmentation import AugmentWord, CropSegmentation, mutate_spelling
 from loading.batches import Batch, LabelRule, LanguageCollate, SegmentationCollate, Skipped, WordCollate
 from loading.charset import Charset
 from loading.lmdb_io import LmdbReader, LmdbWriter
 from loading.masks import LmdbMasks, OnlineMasks, find_mask_lmdb
 from loading.pairs import PairFolder
-from loading.sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler
+from loading.sampling import ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler
 from loading.transforms import ResizeWord
 from loading.workers import make_loader
 from utils import UserError
@@ -571,21 +570,6 @@ class TestSamplers:
         with pytest.raises(UserError, match="batch_size is 9"):
             ResumableBatchSampler(10, 9, world_size=2)
 
-    def test_equal_size_batches(self):
-        sizes = [(1, 2), (3, 4), (1, 2), (1, 2), (3, 4), (5, 6)]
-        seen, asked = [], []
-
-        def size(index):
-            asked.append(index)
-            return sizes[index]
-
-        for rank in range(2):
-            for batch in EqualSizeBatchSampler(len(sizes), size, 2, rank=rank, world_size=2):
-                assert len({sizes[key.index] for key in batch}) == 1
-                assert len(batch) <= 2
-                seen += [key.index for key in batch]
-        assert sorted(seen) == asked == list(range(6))  # each process asks for its own sizes only
-
 
 class TestLanguage:
     @pytest.fixture
@@ -684,18 +668,6 @@ class TestSegmentation:
             for data in opened:
                 np.testing.assert_array_equal(data[index].image, word_image(index + 1))
                 np.testing.assert_array_equal(data[index].labels, word_mask(index + 1) // 255)
-            assert [data.size(index) for index in range(4)] == [(24, 41), (24, 42), (24, 43), (24, 44)]
-
-    def test_sizes_come_from_headers(self, folder, monkeypatch):
-        turned = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
-        turned.getexif()[0x0112] = 6
-        turned.save(folder / "images/w1.jpg", exif=turned.getexif())
-        (folder / "images/w2.jpg").write_bytes(b"no image")
-        (folder / "images/w3.jpg").write_bytes(cv2.imencode(".tiff", word_image(3))[1].tobytes())  # no header is read
-        data = open_segmentation_datasets([folder])[0]
-        assert [data.size(index) for index in range(4)] == [(8, 16), (0, 0), (24, 43), (24, 44)]
-        monkeypatch.setattr(decoding, "decode_image", lambda _: pytest.fail("decoded"))
-        assert [data.size(index) for index in (0, 3)] == [(8, 16), (24, 44)]
 
     def test_training_crops_are_of_one_size_and_drawn_by_epoch(self, folder):
         data = open_segmentation_datasets([folder], transform=CropSegmentation(size=(48, 64)))[0]
@@ -785,4 +757,3 @@ def test_segmentation_files_that_cannot_be_read_are_skipped(tmp_path):
     (tmp_path / "masks" / "1.png").mkdir()
     data = open_segmentation_datasets([tmp_path])[0]
     assert [getattr(data[index], "reason", None) for index in range(3)] == ["missing", "mask_missing", None]
-    assert data.size(0) == (0, 0)

@@ -24,11 +24,11 @@ sys.path.insert(
 from tools.create_lmdb_dataset import read_entries
 from tools.support import (
     MAX_PIXELS,
+    RejectedError,
     Word,
     add_run_arguments,
     decode_image,
     find_image,
-    inside,
     make_parser,
     map_in_processes,
     progress,
@@ -51,7 +51,7 @@ _MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
 class Scene:
     """One image of SynthText: `boxes` (N, 4, 2) corners x, y from the text's top left on, and N `words`.
 
-    `problem` (reason, detail) is set instead when the annotation cannot be used; `count` is how many words it is about.
+    `problem` (reason, detail) is set instead when the annotation cannot be used; `count` is the number of its words.
     """
 
     name: str
@@ -75,7 +75,7 @@ DAMAGE = (zlib.error, struct.error, EOFError)  # of compressed parts
 
 
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
-    """The raw (imname, wordBB, txt) of every image in a gt.mat; the large `charBB` is not read."""
+    """Return the raw (imname, wordBB, txt) of every image in a gt.mat; the large `charBB` is not read."""
     from scipy.io.matlab import MatReadError
 
     fields = ("imnames", "wordBB", "txt")
@@ -86,7 +86,7 @@ def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     except NotImplementedError as error:
         raise UserError(f"{gt_file}: is a MATLAB 7.3 file; save it in MATLAB as version 7") from error
     except (MatReadError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, *DAMAGE) as error:
-        raise UserError(f"{gt_file}: is no whole MATLAB file ({error}); copy or unpack it again") from error
+        raise UserError(f"{gt_file}: is not a valid MATLAB file ({error}); copy or unpack it again") from error
     missing = [field for field in fields if field not in content]
     if missing:
         raise UserError(f"{gt_file}: has no {', '.join(missing)}; name SynthText's gt.mat")
@@ -109,7 +109,7 @@ pickle.dump(content, sys.stdout.buffer)
 
 
 def _load_apart(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, Any]:
-    """`scipy.io.loadmat` of some variables, whose crash is a `ValueError` here."""
+    """Call `scipy.io.loadmat` for some variables; a crash of it is a `ValueError` here."""
     done = subprocess.run([sys.executable, "-c", _LOAD, os.fspath(path), *fields], stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise ValueError("its reader crashed")
@@ -120,7 +120,7 @@ def _load_apart(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, Any
 
 
 def parse_scene(raw: tuple[Any, Any, Any]) -> Scene:
-    """Make a Scene of one raw entry; a published entry with a single word has boxes of shape 2 x 4."""
+    """Make a Scene of one raw entry; published entries with a single word have boxes of shape 2 x 4."""
     raw_name, raw_boxes, raw_texts = raw
     name = str(np.ravel(raw_name)[0]) if np.size(raw_name) else ""
     words = tuple(word for text in np.ravel(raw_texts) for word in _text(text).split())
@@ -141,7 +141,7 @@ def parse_scene(raw: tuple[Any, Any, Any]) -> Scene:
 
 
 def _text(value: Any) -> str:
-    """A string of MATLAB, which may be wrapped in arrays of one element."""
+    """Return a string of MATLAB, which may be wrapped in arrays of one element."""
     return " ".join(map(_text, np.ravel(value))) if isinstance(value, np.ndarray) else str(value)
 
 
@@ -150,26 +150,15 @@ def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, settings: CropSettings
     scene = parse_scene(raw)
     if scene.count == 0:
         return []
-    image, problem = (None, scene.problem) if scene.problem else _open_scene(folder, scene.name, settings.max_pixels)
-    if image is None:
-        reason, detail = problem
-        return [Word(scene.name, reason=reason, detail=detail, words=scene.count)]
+    try:
+        if scene.problem is not None:
+            raise RejectedError(*scene.problem)
+        data = read_file(find_image(folder, scene.name), settings.max_pixels)
+        image = np.asarray(decode_image(data, settings.max_pixels, "RGB"))
+    except RejectedError as error:
+        return [Word(scene.name, reason=error.reason, detail=error.detail, words=scene.count)]
     words = zip(scene.boxes, scene.words, strict=True)
     return [_crop_word(f"{scene.name}#{i}", image, box, word, settings) for i, (box, word) in enumerate(words, start=1)]
-
-
-def _open_scene(folder: str, name: str, max_pixels: int) -> tuple[np.ndarray | None, tuple[str, str]]:
-    """The image as RGB (H, W, 3), or None and (reason, detail)."""
-    if "\0" in name or inside(folder, name) is None:
-        return None, ("path leaves the folder", "")
-    path = find_image(folder, name)
-    if path is None:
-        return None, ("no such file", "")
-    data, problem = read_file(path, max_pixels)
-    if data is None:
-        return None, problem
-    image, problem = decode_image(data, max_pixels, "RGB")
-    return None if image is None else np.asarray(image), problem
 
 
 def _crop_word(name: str, image: np.ndarray, box: np.ndarray, word: str, settings: CropSettings) -> Word:
@@ -191,7 +180,7 @@ def _crop_word(name: str, image: np.ndarray, box: np.ndarray, word: str, setting
 
 
 def check_box(box: np.ndarray, width: int, height: int) -> tuple[str, str] | None:
-    """Why the corners `box` (4, 2) cannot be cut out of a width x height image: (reason, detail), or None."""
+    """Tell why the corners `box` (4, 2) cannot be cut out of a width x height image: (reason, detail), or None."""
     if not np.isfinite(box).all():
         return "box is not finite", ""
     low, high = box.min(axis=0), box.max(axis=0)
@@ -204,14 +193,14 @@ def check_box(box: np.ndarray, width: int, height: int) -> tuple[str, str] | Non
 
 
 def crop_upright(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The part of `image` in the upright rectangle around `box`, clipped to the image."""
+    """Return the part of `image` in the upright rectangle around `box`, clipped to the image."""
     left, top = np.floor(np.maximum(box.min(axis=0), 0)).astype(int)
     right, bottom = np.ceil(box.max(axis=0)).astype(int)
     return image[top:bottom, left:right]
 
 
 def crop_rectified(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The four-cornered `box` of `image` warped to a rectangle; its first corner becomes the top left."""
+    """Warp the four-cornered `box` of `image` to a rectangle; its first corner becomes the top left."""
     sides = np.linalg.norm(box - np.roll(box, -1, axis=0), axis=1)  # top, right, bottom, left
     width = max(1, round(float(max(sides[0], sides[2]))))
     height = max(1, round(float(max(sides[1], sides[3]))))
@@ -222,15 +211,6 @@ def crop_rectified(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     )
 
 
-def synthtext_words(gt_file: str, folder: str, settings: CropSettings, workers: int) -> Iterator[Word]:
-    """Every word of SynthText in the order of gt.mat, with a progress bar over images."""
-    scenes = read_synthtext(gt_file)
-    crop = functools.partial(crop_scene, folder=folder, settings=settings)
-    results = map_in_processes(crop, scenes, workers=workers, chunk_size=8)
-    bar = progress(results, total=len(scenes), unit="image", description="SynthText")
-    return itertools.chain.from_iterable(bar)
-
-
 def mjsynth_word(content: bytes, *, folder: str, max_pixels: int) -> Word:
     """Read the word of one annotation line, `./2425/1/115_Lube_45484.jpg 45484`; runs in a worker."""
     line = content.decode(errors="backslashreplace")
@@ -238,42 +218,42 @@ def mjsynth_word(content: bytes, *, folder: str, max_pixels: int) -> Word:
     match = _MJSYNTH_NAME.fullmatch(name.rpartition("/")[2])
     if match is None:
         return Word(line, reason="no label in the file name")
-    if "\0" in name or inside(folder, name) is None:
-        return Word(name, reason="path leaves the folder")
-    path = find_image(folder, name)
-    if path is None:
-        return Word(name, reason="no such file")
-    return read_image(name, path, match["label"], max_pixels)
-
-
-def mjsynth_words(annotation: str, folder: str, max_pixels: int, workers: int) -> Iterator[Word]:
-    """Every word of an MJSynth annotation file in its order, with a progress bar."""
-    total = sum(1 for _ in read_entries(annotation))
-    read = functools.partial(mjsynth_word, folder=folder, max_pixels=max_pixels)
-    lines = (entry.content for entry in read_entries(annotation))
-    words = map_in_processes(read, lines, workers=workers, chunk_size=64)
-    return progress(words, total=total, unit="word", description="MJSynth")
+    try:
+        return read_image(name, find_image(folder, name), match["label"], max_pixels)
+    except RejectedError as error:
+        return Word(name, reason=error.reason)
 
 
 def words_of(options: Any) -> Iterator[Word]:
-    """The words of the archive that the command line names; reading begins with the first one asked for."""
-    folder = os.path.abspath(options.images or os.path.dirname(os.path.abspath(options.annotation)))
+    """Yield the words of the archive that the command line names, in its order, with a progress bar."""
+    annotation, max_pixels = options.annotation, options.max_pixels
+    folder = os.path.abspath(options.images or os.path.dirname(os.path.abspath(annotation)))
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; --images names the folder that the images' paths begin in")
-    if options.annotation.endswith(".mat"):
-        settings = CropSettings(options.rectify, f".{options.format}", options.quality, options.max_pixels)
-        yield from synthtext_words(options.annotation, folder, settings, options.workers)
-    elif options.annotation.endswith(".txt"):
-        yield from mjsynth_words(options.annotation, folder, options.max_pixels, options.workers)
+        raise UserError(f"{folder}: no such folder; --images names the folder that the images' paths are relative to")
+    if annotation.endswith(".mat"):
+        scenes = read_synthtext(annotation)
+        settings = CropSettings(options.rectify, f".{options.format}", options.quality, max_pixels)
+        crop = functools.partial(crop_scene, folder=folder, settings=settings)
+        results = map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
+        bar = progress(results, total=len(scenes), unit="image", description="SynthText")
+        yield from itertools.chain.from_iterable(bar)
+    elif annotation.endswith(".txt"):
+        total = sum(1 for _ in read_entries(annotation))
+        read = functools.partial(mjsynth_word, folder=folder, max_pixels=max_pixels)
+        lines = (entry.content for entry in read_entries(annotation))
+        words = map_in_processes(read, lines, workers=options.workers, chunk_size=64)
+        yield from progress(words, total=total, unit="word", description="MJSynth")
     else:
-        raise UserError(f"{options.annotation}: is neither SynthText's gt.mat nor MJSynth's annotation_*.txt")
+        raise UserError(f"{annotation}: is neither SynthText's gt.mat nor MJSynth's annotation_*.txt")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
-    parser.add_argument("--images", metavar="FOLDER", help="where the images' paths begin (default: beside ANNOTATION)")
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder that the images' paths are relative to (default: that of ANNOTATION)"
+    )
     parser.add_argument(
         "--rectify", action="store_true", help="SynthText: turn each box upright by perspective, not cut around it"
     )

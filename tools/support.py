@@ -85,6 +85,14 @@ def progress(
     )
 
 
+class RejectedError(ValueError):
+    """Tells why an entry of the input is left out: a reason, by which it is counted, and a detail."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
 @dataclass(frozen=True)
 class Word:
     """A word to store (`reason` empty) or an entry to reject; `name` says where it is in the input.
@@ -165,27 +173,26 @@ def _show(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value)
 
 
-def decode_image(
-    data: bytes, max_pixels: int = MAX_PIXELS, mode: str | None = None
-) -> tuple[Image.Image | None, tuple[str, str]]:
-    """Decode an image, into Pillow's `mode` if one is given; return it and (reason, detail) why it is None.
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, mode: str | None = None) -> Image.Image:
+    """Decode an image, into Pillow's `mode` if one is given; raises RejectedError.
 
     An image of more than `max_pixels` is refused by its header, before it is decoded. Pillow's image tells format and
     mode, which the checker reports; training decodes with `loading.decoding`.
     """
     if not data:
-        return None, ("empty file", "")
+        raise RejectedError("empty file")
     try:
         image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            return None, ("too large", f"{width} x {height} pixels")
+        if image.width * image.height > max_pixels:
+            raise RejectedError("too large", f"{image.width} x {image.height} pixels")
         image.load()
-        return image if mode is None else convert(image, mode), ("", "")
-    except Image.UnidentifiedImageError:
-        return None, ("not an image", f"begins with {data[:8]!r}")
+        return image if mode is None else convert(image, mode)
+    except RejectedError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise RejectedError("not an image", f"begins with {data[:8]!r}") from error
     except IMAGE_ERRORS as error:
-        return None, ("damaged image", f"{type(error).__name__}: {error}")
+        raise RejectedError("damaged image", f"{type(error).__name__}: {error}") from error
 
 
 def inside(folder: str, name: str) -> str | None:
@@ -198,37 +205,44 @@ def inside(folder: str, name: str) -> str | None:
     return path if path.startswith(root.rstrip(os.sep) + os.sep) else None
 
 
-def find_image(folder: str, name: str) -> str | None:
-    """Find the path of image `name`, even when the list writes accents or the folder separator differently."""
+def find_image(folder: str, name: str) -> str:
+    """Find the path of image `name`, even when the list writes accents or the folder separator differently.
+
+    Raises RejectedError when there is none, or when it lies outside the folder.
+    """
+    if "\0" in name:
+        raise RejectedError("no such file")
     forms = [] if name.isascii() else [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
     for spelling in (name, *forms):
         for candidate in (spelling, spelling.replace("\\", "/")):
-            path = inside(folder, candidate) if "\0" not in candidate else None
+            path = inside(folder, candidate)
             if path is not None and os.path.lexists(path):
                 return path
-    return None
+    raise RejectedError("no such file" if inside(folder, name) else "path leaves the folder")
 
 
-def read_file(path: str, max_pixels: int) -> tuple[bytes | None, tuple[str, str]]:
-    """Return the bytes of an image file, or None and (reason, detail); `max_pixels` bounds the file's size, too."""
+def read_file(path: str, max_pixels: int) -> bytes:
+    """Return the bytes of an image file; `max_pixels` bounds the file's size, too. Raises RejectedError."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe or a device would never end
-            return None, ("not a file", "")
+            raise RejectedError("not a file")
         if status.st_size > 8 * max_pixels:
-            return None, ("too large", f"{status.st_size} bytes")
+            raise RejectedError("too large", f"{status.st_size} bytes")
         with open(path, "rb") as file:
-            return file.read(), ("", "")
+            return file.read()
     except OSError as error:
-        return None, ("cannot be read", str(error.strerror))
+        raise RejectedError("cannot be read", str(error.strerror)) from error
 
 
 def read_image(name: str, path: str, label: str, max_pixels: int) -> Word:
     """Return the word with the unchanged bytes of the image file `path`, checked, or the reason why it is rejected."""
-    data, (reason, detail) = read_file(path, max_pixels)
-    if data is not None:
-        _, (reason, detail) = decode_image(data, max_pixels)
-    return Word(name, reason=reason, detail=detail) if reason else Word(name, image=data, label=label)
+    try:
+        data = read_file(path, max_pixels)
+        decode_image(data, max_pixels)
+    except RejectedError as error:
+        return Word(name, reason=error.reason, detail=error.detail)
+    return Word(name, image=data, label=label)
 
 
 def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False, rejected: str | None = None) -> int:

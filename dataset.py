@@ -180,7 +180,7 @@ class WordDataset(WordSet):
 
 
 class RenderedDataset(WordSet):
-    """Words that are drawn when they are asked for; a text that is not usable is skipped then.
+    """Words that are rendered when they are asked for; a text that is not usable is skipped then.
 
     Args:
         source: `source[SampleKey]` -> (image uint8 RGB, mask uint8, text), and its length.
@@ -331,8 +331,8 @@ class LanguageDataset(Dataset):
         path: the file, UTF-8.
         labels: what a usable text is.
         use_sm: mutate the spelling (`mutate_spelling`).
-        smooth_label: smooth the one-hot spelling: a share of up to `smooth_factor`, drawn for each word, goes to random
-            characters.
+        smooth_label: smooth the one-hot spelling: a share of up to `smooth_factor`, sampled for each word, is spread
+            over the characters at random.
         seed, stream, name, root: as for WordSet.
     """
 
@@ -392,7 +392,7 @@ class SegmentationDataset(Dataset):
 
     Args:
         source: pairs of a folder or of LMDBs.
-        transform: makes crops of a fixed size for training; None gives whole images.
+        transform: makes crops of a fixed size for training; None keeps images as they are.
         ignore_index: label of pixels that do not count.
         ignore_level: grey level of masks that marks them; None has none.
         seed, stream, name, root: as for WordSet.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loading.charset import Charset
+from loading.decoding import Size
 
 B = TypeVar("B", bound="_Batch")
 
@@ -260,9 +261,10 @@ def split_skipped(samples: Sequence[Any]) -> tuple[list[Any], dict[int, str]]:
     return read, {sample.index: sample.reason for sample in samples if isinstance(sample, Skipped)}
 
 
-def stack_images(images: Sequence[np.ndarray]) -> Tensor:
-    """Stack N RGB images (H, W, 3) uint8 to (N, 3, H, W); the memory stays channels-last."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+def stack_images(images: Sequence[np.ndarray], size: Size = (0, 0)) -> Tensor:
+    """Stack RGB images (H, W, 3) uint8 to (N, 3, H, W), channels-last in memory; `size` is H and W where N is 0."""
+    stacked = np.stack(images) if images else np.empty((0, *size, 3), np.uint8)
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
 def normalize_images(images: Tensor) -> Tensor:
@@ -279,11 +281,6 @@ def _scale_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
         return (1.0 / (255.0 * std)).view(3, 1, 1), (-mean / std).view(3, 1, 1)
 
 
-def _stacked(images: Sequence[np.ndarray], size: tuple[int, int]) -> Tensor:
-    """Call `stack_images`; without images return (0, 3, *size)."""
-    return stack_images(images) if images else torch.empty(0, 3, *size, dtype=torch.uint8)
-
-
 class WordCollate:
     """Samples of one size -> Batch; picklable.
 
@@ -293,7 +290,7 @@ class WordCollate:
         with_masks: whether such a batch has masks.
     """
 
-    def __init__(self, labels: LabelRule, *, size: tuple[int, int] = (32, 128), with_masks: bool = False) -> None:
+    def __init__(self, labels: LabelRule, *, size: Size = (32, 128), with_masks: bool = False) -> None:
         self.labels = labels
         self.size = size
         self.with_masks = with_masks
@@ -312,7 +309,7 @@ class WordCollate:
         if len(views) > len(read):
             owners = torch.tensor([word for word, sample in enumerate(read) for _ in sample.views])
         return Batch(
-            images=_stacked([image for image, _ in views], self.size),
+            images=stack_images([image for image, _ in views], self.size),
             masks=masks,
             labels=labels,
             lengths=lengths,
@@ -352,14 +349,14 @@ class LanguageCollate:
 class SegmentationCollate:
     """Images of one size -> SegmentationBatch; picklable. `size` is for a batch of which nothing could be read."""
 
-    def __init__(self, *, size: tuple[int, int] = (32, 128)) -> None:
+    def __init__(self, *, size: Size = (32, 128)) -> None:
         self.size = size
 
     def __call__(self, samples: Sequence[SegmentationSample | Skipped]) -> SegmentationBatch:
         read, skipped = split_skipped(samples)
         labels = np.stack([sample.labels for sample in read]) if read else np.empty((0, *self.size), np.uint8)
         return SegmentationBatch(
-            images=_stacked([sample.image for sample in read], self.size),
+            images=stack_images([sample.image for sample in read], self.size),
             labels=torch.from_numpy(labels),
             names=[sample.name for sample in read],
             indices=torch.tensor([sample.index for sample in read], dtype=torch.int64),

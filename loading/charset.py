@@ -1,8 +1,10 @@
 """Turns text into class ids and back, and decides which characters count when a prediction is scored."""
 
+import functools
 import itertools
 import string
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils import UserError
@@ -17,23 +19,32 @@ PROTOCOLS = {
 }
 
 
+@dataclass(frozen=True)
 class Charset:
     """The characters that a network knows, in the order of their classes.
 
     Class 0 is the null symbol; character i (from 0) is class i + 1. In this project the length of a text always counts
     its end: `len(text) + 1`.
+
+    Args:
+        characters: distinct ones, in the order of their ids.
+
+    Raises:
+        UserError: there are no characters, or one comes twice.
     """
 
-    def __init__(self, characters: str) -> None:
-        """Take distinct characters in the order of their ids; UserError where there are none, or one comes twice."""
-        if not characters:
+    characters: str
+
+    def __post_init__(self) -> None:
+        if not self.characters:
             raise UserError("charset: holds no characters")
-        self.characters = characters
-        self._classes = {character: index for index, character in enumerate(characters, start=NULL + 1)}
-        if len(self._classes) != len(characters):
-            twice = sorted({character for character in characters if characters.count(character) > 1})
+        if len(self._classes) != len(self.characters):
+            twice = sorted({character for character in self.characters if self.characters.count(character) > 1})
             raise UserError(f"charset: {', '.join(map(repr, twice))} comes more than once")
-        self._folds_case = not any(character.isupper() for character in characters)
+
+    @functools.cached_property
+    def _classes(self) -> dict[str, int]:
+        return {character: index for index, character in enumerate(self.characters, start=NULL + 1)}
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Charset":
@@ -68,10 +79,10 @@ class Charset:
         """Number of classes: the characters and the null symbol."""
         return len(self.characters) + 1
 
-    @property
+    @functools.cached_property
     def has_upper_case(self) -> bool:
         """Whether the charset tells upper from lower case."""
-        return not self._folds_case
+        return any(map(str.isupper, self.characters))
 
     def normalize(self, text: str) -> str:
         """Return what the network can read of a text: lower-cased if the charset has no upper case, the rest dropped.
@@ -79,7 +90,7 @@ class Charset:
         This is the published rule (for 36 characters: keep `[0-9a-zA-Z]`, lower-cased). Nothing else is folded: an
         accented letter is dropped, not read as its base letter.
         """
-        characters = map(_lower, text) if self._folds_case else text
+        characters = text if self.has_upper_case else map(_lower, text)
         return "".join(character for character in characters if character in self._classes)
 
     def encode(self, text: str) -> list[int]:
@@ -100,15 +111,6 @@ class Charset:
 
     def __len__(self) -> int:
         return len(self.characters)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Charset) and self.characters == other.characters
-
-    def __hash__(self) -> int:
-        return hash(self.characters)
-
-    def __repr__(self) -> str:
-        return f"Charset({self.characters!r})"
 
 
 def _lower(character: str) -> str:

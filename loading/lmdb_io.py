@@ -8,6 +8,8 @@ use, so that it can be handed to worker processes that are forked or spawned.
 import contextlib
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import weakref
@@ -336,6 +338,13 @@ class LmdbReader:
                     if not key.startswith(start):
                         return
                     yield key.decode(errors="backslashreplace")
+
+    def fingerprint(self, *settings: Any) -> str:
+        """Return 16 characters that name the file as it is now, with settings that a result made of it depends on."""
+        path = (self.path / DATA_FILE).resolve()
+        status = path.stat()
+        parts = [str(path), status.st_size, status.st_mtime_ns, *settings]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def transaction(self, *, buffers: bool = False) -> lmdb.Transaction:
         """Begin a read transaction, a context manager; with `buffers`, values are memoryviews valid inside it only."""

@@ -1,8 +1,6 @@
 """Gives the masks of words: from the mask LMDB that belongs to their LMDB, or from a segmentation network, online."""
 
 import functools
-import hashlib
-import json
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -13,7 +11,7 @@ import cv2
 import numpy as np
 
 from loading.decoding import BrokenImageError, ImageArray, Mask, decode_image, decode_mask
-from loading.lmdb_io import DATA_FILE, LmdbReader, find_lmdbs, image_key, is_lmdb, label_key
+from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, is_lmdb, label_key
 from utils import UserError
 
 MASK_MISSING = "mask_missing"
@@ -111,9 +109,10 @@ class OnlineMasks:
 
     def read(self, words: LmdbReader, numbers: Sequence[int], images: Sequence[ImageArray]) -> list[Mask | str]:
         """Look masks up, make the others in one call, and keep them."""
-        store = None if self.cache_dir is None else _open_store(self._store_path(words), os.getpid())
-        masks: dict[int, Mask | str] = {}
-        if store is not None:
+        store, masks = None, {}
+        if self.cache_dir is not None:
+            name = f"masks-{words.path.name}-{words.fingerprint(self.fingerprint)}.sqlite"
+            store = _open_store(self.cache_dir / name, os.getpid())
             rows = store.execute(f"SELECT * FROM masks WHERE number IN ({','.join('?' * len(numbers))})", list(numbers))
             masks = {number: _decoded(data, images[numbers.index(number)]) for number, data in rows}
         missing = [place for place, number in enumerate(numbers) if not isinstance(masks.get(number), np.ndarray)]
@@ -126,13 +125,6 @@ class OnlineMasks:
                     store.executemany("INSERT OR REPLACE INTO masks VALUES (?, ?)", encoded)
             masks |= fresh
         return [masks[number] for number in numbers]
-
-    def _store_path(self, words: LmdbReader) -> Path:
-        data = (words.path / DATA_FILE).resolve()
-        status = data.stat()
-        parts = [str(data), status.st_size, status.st_mtime_ns, self.fingerprint]
-        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        return self.cache_dir / f"masks-{words.path.name}-{digest}.sqlite"
 
 
 @functools.cache

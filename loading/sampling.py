@@ -56,8 +56,8 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         length: samples of the data set.
         batch_size: samples of a global batch, over all processes.
         seed: of the order.
-        shuffle: draw a new order for every epoch; else samples come in theirs.
-        drop_last: leave out the last, smaller batch of an epoch. An epoch that has no whole batch keeps its only one.
+        shuffle: sample a new order for every epoch; else samples come in their own.
+        drop_last: leave out the last, smaller batch of an epoch. An epoch with less than a batch keeps that one.
         rank, world_size: which part of each batch is this process's.
         run_batches: global batches of the run, for the keys' `progress`; None leaves that at 0.
 

@@ -98,7 +98,7 @@ class ResizeWord:
         size: height and width.
         fit: "stretch" to it; or keep the aspect, "centre" with the borders replicated, or at the upper "left", the rest
             black and no text.
-        random_aspect: half of the time, stretch to the whole height and a random width from the height on, centred,
+        random_aspect: half of the time, stretch to the full height and a random width from the height on, centred,
             instead; needs a generator.
     """
 

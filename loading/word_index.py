@@ -5,7 +5,6 @@ they are read.
 """
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import lmdb
 import numpy as np
 
 from loading.batches import EMPTY, TOO_LONG, LabelRule
-from loading.lmdb_io import DATA_FILE, LmdbReader
+from loading.lmdb_io import LmdbReader
 from utils import UserError, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,8 @@ def open_word_index(reader: LmdbReader, labels: LabelRule, *, cache_dir: str | P
     """
     if cache_dir is None:
         return scan_words(reader, labels)
-    path = Path(cache_dir) / f"{reader.path.resolve().name}-{_fingerprint(reader, labels)}.npz"
+    rule = labels.charset.characters, labels.max_length, labels.case_sensitive
+    path = Path(cache_dir) / f"{reader.path.resolve().name}-{reader.fingerprint(_FORMAT, *rule)}.npz"
     try:
         with np.load(path) as stored:
             return WordIndex(stored["numbers"], json.loads(str(stored["filtered"])))
@@ -110,12 +110,3 @@ def _numbered(transaction: lmdb.Transaction, prefix: bytes, last: int, *, values
             digits = key[len(prefix) :]
             if len(digits) == 9 and digits.isdigit() and 1 <= int(digits) <= last:
                 yield int(digits), value
-
-
-def _fingerprint(reader: LmdbReader, labels: LabelRule) -> str:
-    """Name what the usable samples depend on: the file as it is, and the rule."""
-    path = (reader.path / DATA_FILE).resolve()
-    status = path.stat()
-    parts = [_FORMAT, str(path), status.st_size, status.st_mtime_ns]
-    parts += [labels.charset.characters, labels.max_length, labels.case_sensitive]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from evaluation.contact_sheet import Cell, save_contact_sheet
 from loading.charset import Charset

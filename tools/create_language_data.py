@@ -22,9 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from loading.charset import Charset
 from tools.support import RejectionLog, make_parser, positive, print_summary, progress, seed_number

@@ -4,12 +4,9 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from tools.support import (
     MAX_PIXELS,
@@ -34,15 +31,7 @@ LONGEST_PATH = 4096  # bytes, of any system
 SEPARATORS = {"auto": ("\t", ","), "tab": ("\t",), "comma": (",",)}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the list: its number from 1 and its bytes without the line end."""
-
-    line: int
-    content: bytes
-
-
-def read_entries(gt_file: str | os.PathLike) -> Iterator[Entry]:
+def read_entries(gt_file: str | os.PathLike) -> Iterator[bytes]:
     """Yield the lines of a list of labels that are not blank; a byte order mark is dropped.
 
     Raises UserError when the file is missing or is UTF-16.
@@ -56,7 +45,7 @@ def read_entries(gt_file: str | os.PathLike) -> Iterator[Entry]:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 line = line.rstrip(b"\r\n")
                 if line.strip():
-                    yield Entry(number, line)
+                    yield line
     except OSError as error:
         raise UserError(f"{gt_file}: cannot be read ({error.strerror}); name the list of labels") from error
 
@@ -81,12 +70,12 @@ def _unquote(label: str) -> str:
     return label
 
 
-def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pixels: int) -> Word:
+def read_word(entry: bytes, *, folder: str, separators: tuple[str, ...], max_pixels: int) -> Word:
     """Read and check the image and label of one line; runs in a worker."""
     try:
-        line = entry.content.decode("utf-8")
+        line = entry.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Word(entry.content.decode(errors="backslashreplace"), reason="line is not UTF-8", detail=str(error))
+        return Word(entry.decode(errors="backslashreplace"), reason="line is not UTF-8", detail=str(error))
     missing: Word | None = None
     for name, label in split_line(line, separators):
         if not name:

@@ -13,9 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 import cv2
 import numpy as np
@@ -165,8 +163,8 @@ def carried_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]]:
 def configured_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]]:
     """Return checkpoint, network and areas as the config describes them."""
     config = load_config(options.config, options.overrides)
-    whole = config.model.checkpoint if config.model.kind == "ssn" else None
-    checkpoint = options.checkpoint or config.model.ssn.checkpoint or whole
+    own = config.model.checkpoint if config.model.kind == "ssn" else None
+    checkpoint = options.checkpoint or config.model.ssn.checkpoint or own
     if checkpoint is None:
         raise UserError("no weights: give --checkpoint, or set model.ssn.checkpoint in the config")
     config.model.ssn.checkpoint = None  # the command line's replaces it
@@ -304,8 +302,8 @@ class MaskOutput:
                 following = pool.submit(next, chunks, None)
                 while (chunk := following.result()) is not None:
                     following = pool.submit(next, chunks, None)
-                    whole = [(index, image) for index, image in chunk if not isinstance(image, str)]
-                    for (index, _), mask in zip(whole, segmenter([image for _, image in whole]), strict=True):
+                    read = [(index, image) for index, image in chunk if not isinstance(image, str)]
+                    for (index, _), mask in zip(read, segmenter([image for _, image in read]), strict=True):
                         part.put(image_key(index), cv2.imencode(".png", mask)[1].tobytes())
                     part.commit()
                     rejected += [(index, image) for index, image in chunk if isinstance(image, str)]

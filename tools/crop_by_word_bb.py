@@ -12,14 +12,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from tools.create_lmdb_dataset import read_entries
 from tools.support import (
@@ -47,18 +45,12 @@ MIN_VISIBLE = 0.5  # share of a box that must lie inside the image
 _MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
 
 
-@dataclass(frozen=True)
-class Scene:
-    """One image of SynthText: `boxes` (N, 4, 2) corners x, y from the text's top left on, and N `words`.
-
-    `problem` (reason, detail) is set instead when the annotation cannot be used; `count` is the number of its words.
-    """
+class Scene(NamedTuple):
+    """One image of SynthText: its name, the corners x, y of N boxes from the text's top left on (2, 4, N), N words."""
 
     name: str
     boxes: np.ndarray
     words: tuple[str, ...]
-    count: int
-    problem: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,21 +115,9 @@ def parse_scene(raw: tuple[Any, Any, Any]) -> Scene:
     """Make a Scene of one raw entry; published entries with a single word have boxes of shape 2 x 4."""
     raw_name, raw_boxes, raw_texts = raw
     name = str(np.ravel(raw_name)[0]) if np.size(raw_name) else ""
-    words = tuple(word for text in np.ravel(raw_texts) for word in _text(text).split())
     boxes = np.asarray(raw_boxes)
-    if boxes.ndim == 2:
-        boxes = boxes[..., None]
-    none = np.zeros((0, 4, 2), np.float32)
-    if boxes.size == 0 and not words:
-        return Scene(name, none, (), 0)
-    if boxes.ndim != 3 or boxes.shape[:2] != (2, 4) or boxes.dtype.kind not in "fiu":
-        problem = ("boxes are not 2 x 4 x N", f"shape {np.shape(raw_boxes)} of {boxes.dtype}")
-        return Scene(name, none, (), max(1, len(words)), problem)
-    count = boxes.shape[2]
-    if count != len(words):
-        problem = ("boxes and words differ in number", f"{count} boxes, {len(words)} words")
-        return Scene(name, none, (), max(count, len(words)), problem)
-    return Scene(name, boxes.transpose(2, 1, 0).astype(np.float32), words, count)
+    words = tuple(word for text in np.ravel(raw_texts) for word in _text(text).split())
+    return Scene(name, boxes[..., None] if boxes.ndim == 2 else boxes, words)
 
 
 def _text(value: Any) -> str:
@@ -147,18 +127,22 @@ def _text(value: Any) -> str:
 
 def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, settings: CropSettings) -> list[Word]:
     """Cut every word out of one image of SynthText; runs in a worker."""
-    scene = parse_scene(raw)
-    if scene.count == 0:
+    name, boxes, words = parse_scene(raw)
+    if not boxes.size and not words:
         return []
+    is_sound = boxes.ndim == 3 and boxes.shape[:2] == (2, 4) and boxes.dtype.kind in "fiu"
+    count = max(1, len(words), boxes.shape[2] if is_sound else 0)
     try:
-        if scene.problem is not None:
-            raise RejectedError(*scene.problem)
-        data = read_file(find_image(folder, scene.name), settings.max_pixels)
+        if not is_sound:
+            raise RejectedError("boxes are not 2 x 4 x N", f"shape {boxes.shape} of {boxes.dtype}")
+        if boxes.shape[2] != len(words):
+            raise RejectedError("boxes and words differ in number", f"{boxes.shape[2]} boxes, {len(words)} words")
+        data = read_file(find_image(folder, name), settings.max_pixels)
         image = np.asarray(decode_image(data, settings.max_pixels, "RGB"))
     except RejectedError as error:
-        return [Word(scene.name, reason=error.reason, detail=error.detail, words=scene.count)]
-    words = zip(scene.boxes, scene.words, strict=True)
-    return [_crop_word(f"{scene.name}#{i}", image, box, word, settings) for i, (box, word) in enumerate(words, start=1)]
+        return [Word(name, reason=error.reason, detail=error.detail, words=count)]
+    pairs = zip(boxes.transpose(2, 1, 0).astype(np.float32), words, strict=True)
+    return [_crop_word(f"{name}#{number}", image, *pair, settings) for number, pair in enumerate(pairs, start=1)]
 
 
 def _crop_word(name: str, image: np.ndarray, box: np.ndarray, word: str, settings: CropSettings) -> Word:
@@ -240,8 +224,7 @@ def words_of(options: Any) -> Iterator[Word]:
     elif annotation.endswith(".txt"):
         total = sum(1 for _ in read_entries(annotation))
         read = functools.partial(mjsynth_word, folder=folder, max_pixels=max_pixels)
-        lines = (entry.content for entry in read_entries(annotation))
-        words = map_in_processes(read, lines, workers=options.workers, chunk_size=64)
+        words = map_in_processes(read, read_entries(annotation), workers=options.workers, chunk_size=64)
         yield from progress(words, total=total, unit="word", description="MJSynth")
     else:
         raise UserError(f"{annotation}: is neither SynthText's gt.mat nor MJSynth's annotation_*.txt")

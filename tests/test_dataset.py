@@ -123,7 +123,7 @@ class TestWords:
         assert data.describe(2).endswith("image-000000005")
         assert data.number(2) == 5
 
-    def test_a_stray_key_hides_no_word(self, tmp_path):
+    def test_a_stray_key_does_not_hide_words(self, tmp_path):
         with LmdbWriter(tmp_path / "set") as writer:
             for text in ("one", "two"):
                 writer.append(png(word_image(1)), text)
@@ -172,7 +172,7 @@ class TestFilter:
         assert "3 words" in caplog.text
         assert "5 missing" in caplog.text
 
-    def test_samples_beyond_num_samples_are_none(self, words):
+    def test_samples_beyond_num_samples_are_left_out(self, words):
         edit(words, {"num-samples": b"4"})
         data = open_set(words)
         assert len(data) == 4
@@ -183,7 +183,7 @@ class TestFilter:
         data = open_set(words)
         assert data.filtered == {"missing": 10**12 - len(WORDS)}
 
-    def test_other_keys_do_no_harm(self, words):
+    def test_unknown_keys_are_ignored(self, words):
         edit(words, {"label-12": b"x", "label-00000000x": b"y", "label-000000000": b"z", "meta": b"m", "zebra": b""})
         assert len(open_set(words)) == len(WORDS)
 
@@ -263,7 +263,7 @@ class TestBrokenSamples:
         assert batch.indices.tolist() == [0, 2, 4, 5, 6, 7, 11]
         assert batch.texts == [WORDS[index] for index in batch.indices]
 
-    def test_tiny_images_are_left_out_where_they_are_asked_to_be(self, words):
+    def test_tiny_images_are_left_out_on_request(self, words):
         """As published: in training (only there) an image with a side of 6 pixels or less is left out."""
         edit(words, {"image-000000003": png(np.zeros((6, 60, 3), np.uint8))})
         edit(words, {"image-000000005": png(np.zeros((7, 60, 3), np.uint8))})
@@ -623,7 +623,7 @@ class TestLanguage:
         assert 0.04 < longer < 0.1
 
     @pytest.mark.parametrize(("text", "most"), [("a", 1), ("abcd", 1), ("abcde", 2), ("abcdefgh", 3)])
-    def test_mutations_are_few_and_never_leave_nothing(self, text, most):
+    def test_mutations_are_few_and_never_empty(self, text, most):
         generators = SampleGenerators(1)
         for index in range(1500):
             mutated = mutate_spelling(text, "#", generators.at(SampleKey(0, index)), max_length=len(text))
@@ -631,7 +631,7 @@ class TestLanguage:
             assert mutated.count("#") <= most
             assert len(mutated.replace("#", "")) >= len(text) - 2 * most
 
-    def test_numbers_are_left_alone(self):
+    def test_numbers_are_not_mutated(self):
         generators = SampleGenerators(2)
         for index in range(200):
             key = SampleKey(0, index)

@@ -259,7 +259,7 @@ def test_reader_opened_before_a_worker_starts_works_in_it(tmp_path, method):
     assert reader.get(image_key(3)) == b"image 3"
 
 
-def test_find_lmdbs_sorts_and_leaves_out_the_unfinished(tmp_path):
+def test_find_lmdbs_sorts_and_skips_unfinished_ones(tmp_path):
     for name in ("b", "a/deep", "c.partial"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / DATA_FILE).touch()
@@ -270,7 +270,7 @@ def test_find_lmdbs_sorts_and_leaves_out_the_unfinished(tmp_path):
             find_lmdbs(tmp_path / bad)
 
 
-def test_what_is_no_lmdb_is_named(tmp_path):
+def test_a_folder_without_an_lmdb_is_named(tmp_path):
     for name, content in (("empty", b""), ("junk", b"junk" * 5000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / DATA_FILE).write_bytes(content)
@@ -279,7 +279,7 @@ def test_what_is_no_lmdb_is_named(tmp_path):
             LmdbReader(tmp_path / name).get("x")
 
 
-def test_file_cut_short_is_an_error_and_no_crash(tmp_path):
+def test_truncated_file_is_an_error_not_a_crash(tmp_path):
     with LmdbWriter(tmp_path / "x") as writer:
         for _ in range(50):
             writer.append(bytes(9000), "x")

@@ -203,7 +203,7 @@ def test_images_shared_with_a_test_set_are_found_however_encoded(tmp_path):
     assert [reader.get(label_key(i)) for i in (1, 2, 3)] == [b"word0", b"word3", b"word4"]
 
 
-def test_images_that_come_twice_within_are_noted(tmp_path):
+def test_images_that_occur_twice_are_noted(tmp_path):
     _write(tmp_path / "a", [(_encode(1), "x"), (_encode(1, "BMP"), "y"), (_encode(2), "z")])
     status, found = _check(tmp_path / "a")
     assert status == 0
@@ -278,7 +278,7 @@ def test_masks_of_segmentation_data_are_checked_where_pairs_have_names(tmp_path)
     assert found["pairs"]["valid"] == 1
 
 
-def test_an_lmdb_without_a_whole_sample_does_not_keep_the_others_from_their_copies(tmp_path):
+def test_an_lmdb_without_valid_samples_does_not_stop_the_copies_of_others(tmp_path):
     for name in ("a", "c"):
         _write_words(tmp_path / "root" / name)
     _write(tmp_path / "root" / "b", [(b"junk", "x")])

@@ -234,7 +234,7 @@ def test_a_checkpoint_that_describes_itself_needs_no_config(setup):
         ([], "--checkpoint"),
     ],
 )
-def test_without_a_config_the_checkpoint_must_tell_all(setup, arguments, message):
+def test_without_a_config_the_checkpoint_must_describe_its_network(setup, arguments, message):
     arguments = [each.format(folder=setup["folder"]) for each in arguments]
     with pytest.raises(UserError, match=message):
         create_masks.main([*arguments, *setup["plain"][-4:]])
@@ -362,7 +362,7 @@ def test_two_processes_that_were_killed_are_continued_by_any_number(setup, some_
     assert not list(setup["folder"].glob("*.partial"))
 
 
-def test_a_kill_while_parts_are_merged_costs_no_mask(setup, some_broken, monkeypatch):
+def test_a_kill_while_parts_are_merged_loses_no_mask(setup, some_broken, monkeypatch):
     arguments, expected = some_broken
     output = setup["folder"] / "cut"
     with monkeypatch.context() as patch:

@@ -29,7 +29,7 @@ from loading.decoding import (
 )
 from loading.language_csv import read_pairs
 from loading.lmdb_io import LmdbReader, image_key, label_key
-from loading.masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
+from loading.masks import LmdbMasks, MakeMasks, MaskSource, OnlineMasks, find_mask_lmdb
 from loading.pairs import PairFolder, PairLmdb, find_pairs
 from loading.roots import distinct_names, find_word_sets
 from loading.sampling import SampleGenerators, SampleKey, as_key
@@ -197,7 +197,7 @@ class RenderedDataset(WordSet):
         labels: LabelRule,
         transform: WordTransform,
         with_masks: bool = True,
-        segmenter: Segmenter | None = None,
+        segmenter: MakeMasks | None = None,
         name: str = "rendered",
         seed: int = 0,
         stream: int = 0,

@@ -220,7 +220,7 @@ def with_data(config: Config, folder: Path, render_config: str, *, always: bool 
         batch_size = config.dataset.train.batch_size
         config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
         config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
-        config.dataset.cache_index = False
+        config.dataset.cache_dir = str(folder / "cache")
     return config
 
 

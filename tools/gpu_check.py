@@ -263,7 +263,7 @@ class GpuCheck:
             f"dataset.masks.root={json.dumps(str(self.folder / 'masks'))}",
             f"dataset.train.batch_size={self.scale.training_batch}",
             f"dataset.charset_path={json.dumps(str(ROOT / 'data' / 'charset_36.txt'))}",
-            "dataset.cache_index=false",
+            f"dataset.cache_dir={json.dumps(str(self.folder / 'cache'))}",
             "dataset.num_workers=0",
             "dataset.data_aug=false",
             f"global.workdir={json.dumps(str(self.folder / 'runs'))}",

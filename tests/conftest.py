@@ -1,11 +1,9 @@
-"""What holds for all tests: one thread for each process, as the networks are tiny and cores are few; a browser."""
+"""What holds for all tests: one thread per process (tiny networks, few cores), a cache folder, a browser."""
 
 import os
 import shutil
-import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the programs that tests start
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="binet-tests-")  # no test writes into the user's cache
 
 import cv2
 import pytest
@@ -16,6 +14,12 @@ cv2.setNumThreads(0)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep the indices of test data out of the user's cache folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +35,3 @@ def browser():
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
     yield driver
     driver.quit()
-
-
-def pytest_unconfigure():
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -80,9 +80,11 @@ def small_config(name: str = "binet", **dataset: Any) -> Config:
     return Config.from_dict({"model": model, "dataset": data})
 
 
-def trainer(kind: str, *, parts: int = 1, process: Process | None = None) -> Trainer:
-    """A trainer of a tiny network of any name, without data; its batches go through it in `parts`."""
-    config = small_config(kind)
+def trainer(
+    kind: str | Config, *, parts: int = 1, process: Process | None = None, ema_decay: float | None = None
+) -> Trainer:
+    """A trainer of a tiny network of any name or config, without data; its batches go through it in `parts`."""
+    config = small_config(kind) if isinstance(kind, str) else kind
     torch.manual_seed(0)
     model = build_model(config)
     return Trainer(
@@ -96,6 +98,7 @@ def trainer(kind: str, *, parts: int = 1, process: Process | None = None) -> Tra
         device=torch.device("cpu"),
         process=process or Process(),
         accumulation=parts,
+        ema_decay=ema_decay,
     )
 
 

@@ -167,24 +167,18 @@ class Report:
         order = {name: place for place, name in enumerate(scores["datasets"])}
         compared.sort(key=lambda each: (order[each.reported.dataset], each.reported.word.index))
         listed = [each for each in compared if layout is None or each.reported.sprite is not None][: self.most_words]
-        page = (
-            _environment()
-            .get_template("index.html.j2")
-            .render(
-                title=self.title,
-                details={
-                    **self.details,
-                    "scored": scores["model_eval"],
-                    "protocol": f"{scores['protocol']} characters",
-                },
-                scores=scores,
-                lengths=accuracy_by_length(compared),
-                calibration=calibration(compared, CALIBRATION_BINS),
-                confusions=most_confused(compared, SHOWN_CONFUSIONS),
-                between=BETWEEN,
-                total=len(compared),
-                data=self._page_data(listed, layout, list(order)),
-            )
+        facts = {"scored": scores["model_eval"], "protocol": f"{scores['protocol']} characters"}
+        page = render_page(
+            "index.html.j2",
+            title=self.title,
+            details=self.details | facts,
+            scores=scores,
+            lengths=accuracy_by_length(compared),
+            calibration=calibration(compared, CALIBRATION_BINS),
+            confusions=most_confused(compared, SHOWN_CONFUSIONS),
+            between=BETWEEN,
+            total=len(compared),
+            data=self._page_data(listed, layout, list(order)),
         )
         write_atomically(self.folder / "index.html", lambda file: file.write(page.encode(errors="backslashreplace")))
         self._remove_old({each.sprite for each in words})
@@ -362,9 +356,10 @@ def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) 
     ]
 
 
-def _environment() -> jinja2.Environment:
+def render_page(template: str, **values: object) -> str:
+    """Return the HTML that a file of `report_template/` makes of some values; all of them are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}"
-    return environment
+    return environment.get_template(template).render(**values)

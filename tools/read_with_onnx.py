@@ -1,0 +1,42 @@
+"""Read images of words with the files of tools/export_onnx.py, without torch: an example to copy into other programs.
+
+    python tools/read_with_onnx.py binet.onnx ssn.onnx fig/demo/*.png
+
+Predictions are those of `Reader` for opaque images and networks that read with masks.
+"""
+
+import json
+import sys
+
+import cv2
+import numpy as np
+import onnxruntime
+
+
+def main(arguments: list[str]) -> None:
+    """Print path, prediction and confidence of each image."""
+    recogniser, ssn = (onnxruntime.InferenceSession(path) for path in arguments[:2])
+    facts = recogniser.get_modelmeta().custom_metadata_map
+    height, width = json.loads(facts["image_size"])
+    mean, std = (np.array(json.loads(facts[name]), np.float32) for name in ("mean", "std"))
+    if facts["fit"] != "stretch":
+        sys.exit(f"this example stretches images; the network needs fit {facts['fit']}")
+    for path in arguments[2:]:
+        image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)  # (H, W, 3) uint8
+        pixels = image.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, H, W), 0 to 255
+        probability = ssn.run(["text_probability"], {"image": pixels})[0][0, 0]  # (H, W)
+        mask = np.rint(255 * probability).astype(np.uint8)
+        image, mask = (cv2.resize(each, (width, height), interpolation=cv2.INTER_LINEAR) for each in (image, mask))
+        image = (image.astype(np.float32) / 255 - mean) / std
+        inputs = {"image": image.transpose(2, 0, 1)[None], "mask": mask[None, None].astype(np.float32) / 255}
+        logits = recogniser.run(["logits"], inputs)[0][0]  # (steps, classes)
+        classes = logits.argmax(1)
+        end = int((classes == 0).argmax()) if 0 in classes else len(classes)
+        text = "".join(facts["charset"][each - 1] for each in classes[:end])
+        exponentials = np.exp(logits - logits.max(1, keepdims=True))
+        confidence = (exponentials.max(1) / exponentials.sum(1))[: end + 1].prod()
+        print(f"{path}\t{text}\t{confidence:.4f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

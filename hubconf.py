@@ -3,10 +3,10 @@
     network = torch.hub.load("<owner>/<repo>", "binet_small")
     reader = torch.hub.load("path/of/a/clone", "reader", source="local")
 
-The modules of this project have short names (`config`, `utils`, ...) that the calling program may use for its own. So
-they are imported as submodules of one private package, `binet_hub_<hash of the folder>`: their imports of each other are
-rewritten to that package as they are compiled, `sys.modules` gets no other name, and no module of the caller is ever
-used. What is pickled can be loaded again only where `torch.hub.load` was called before, in a spawned process too.
+The modules of this project have short names (`config`, `utils`, ...), which the calling program may use for its own.
+They are therefore imported as submodules of one private package, `binet_hub_<hash of the folder>`. Their imports of one
+another are rewritten to that package when they are compiled: they never get a module of the caller, and `sys.modules`
+gets no other name. Pickled networks can be loaded only after `torch.hub.load`, in spawned processes too.
 """
 
 import ast
@@ -94,7 +94,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 class _Rewriter(ast.NodeTransformer):
     """Imports of this project's modules, always `from MODULE import NAME`, come from the private package."""
 
-    def visit_ImportFrom(self, node):  # noqa: N802
+    def visit_ImportFrom(self, node):
         if not node.level and node.module.split(".")[0] in _OURS:
             node.module = f"{_PACKAGE}.{node.module}"
         return node

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
@@ -190,7 +189,7 @@ def verdict(row: Row) -> str:
 
 
 def word_images(report: Path) -> dict[str, list[str]]:
-    """The images that a report shows: data set -> a data URI for each word, in order; empty where there is no report."""
+    """Return the images of a report: data set -> a data URI for each word, in order; empty where there is no report."""
     found: dict[str, list[str]] = {}
     try:
         text = (report / "index.html").read_text(encoding="utf-8")

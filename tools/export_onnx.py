@@ -60,8 +60,8 @@ EXAMPLE = "  python tools/export_onnx.py --checkpoint weights/binet-small.pth --
 PACKAGES = ("onnx", "onnxscript")  # of requirements-dev.txt
 OPSET = 18
 
-# What surrounds SSN: each area's size (`network_size`), the image brought to it, the probability brought back, the mean.
-# NETWORK stands for the nodes of SSN. Sizes are computed in double precision, as Python does.
+# For each area: `network_size`, the image resized to it, SSN (its nodes replace NETWORK), the probability resized back;
+# then their mean. Sizes are computed in double precision, as Python does.
 SSN_GRAPH = """
 ssn (float[n, 3, height, width] image) => (float[n, 1, height, width] text_probability)
 <int64[1] one = {1}, int64[1] three = {3}, int64 count = {COUNT}, double[COUNT] areas = {AREAS},

@@ -18,17 +18,20 @@ def main(arguments: list[str]) -> None:
     recogniser, ssn = (onnxruntime.InferenceSession(path) for path in arguments[:2])
     facts = recogniser.get_modelmeta().custom_metadata_map
     height, width = json.loads(facts["image_size"])
-    mean, std = (np.array(json.loads(facts[name]), np.float32) for name in ("mean", "std"))
-    if facts["fit"] != "stretch":
-        sys.exit(f"this example stretches images; the network needs fit {facts['fit']}")
+    mean, std = (np.array(json.loads(facts[name]), np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
+    if facts["fit"] == "centre":
+        sys.exit("this example knows the fits stretch and left")
     for path in arguments[2:]:
         image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)  # (H, W, 3) uint8
         pixels = image.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, H, W), 0 to 255
         probability = ssn.run(["text_probability"], {"image": pixels})[0][0, 0]  # (H, W)
         mask = np.rint(255 * probability).astype(np.uint8)
-        image, mask = (cv2.resize(each, (width, height), interpolation=cv2.INTER_LINEAR) for each in (image, mask))
-        image = (image.astype(np.float32) / 255 - mean) / std
-        inputs = {"image": image.transpose(2, 0, 1)[None], "mask": mask[None, None].astype(np.float32) / 255}
+        scale = min(height / image.shape[0], width / image.shape[1])
+        size = [max(round(side * scale), 1) for side in image.shape[:2]] if facts["fit"] == "left" else (height, width)
+        word = np.zeros((height, width, 4), np.uint8)  # RGB and mask
+        word[: size[0], : size[1]] = cv2.resize(np.dstack((image, mask)), size[::-1], interpolation=cv2.INTER_LINEAR)
+        word = word.astype(np.float32).transpose(2, 0, 1)[None] / 255  # (1, 4, 32, 128)
+        inputs = {"image": (word[:, :3] - mean) / std, "mask": word[:, 3:]}
         logits = recogniser.run(["logits"], inputs)[0][0]  # (steps, classes)
         classes = logits.argmax(1)
         end = int((classes == 0).argmax()) if 0 in classes else len(classes)

@@ -137,7 +137,7 @@ class Report:
     def _tiles(
         self, batch: Any, output: RecogniserOutput, words: Sequence[ScoredWord]
     ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-        """Of each word the images (word, mask, refined mask; RGB) and the attention (steps, h, w) of its reading."""
+        """Of each word the images (word, mask, refined mask; RGB) and the attention (steps, h, w) of its steps."""
         layers = {"word": to_images(batch.images)}
         masks = None if batch.masks is None else batch.masks / 255.0
         for name, maps in (("mask", masks), ("refined mask", output.vision.refined_mask)):
@@ -330,8 +330,8 @@ def most_confused(words: Sequence[Comparison], most: int) -> list[dict[str, Any]
 def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) -> list[Any]:
     """A word as the page's script gets it, without names to save space.
 
-    Data set, number, label, reading, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite (-1
-    for none), row, predictions of vision, language and alignment (0 where equal to the reading), confusions ("o\\t0").
+    Data set, number, label, prediction, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite
+    (-1 for none), row, predictions of vision, language and alignment (0 where the same), confusions ("o\\t0").
     """
     reported, word = each.reported, each.reported.word
 

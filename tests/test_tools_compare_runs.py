@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import binom
 
 import main
+from tests.browser import overflow, show
 from tests.small_networks import save_network, small_config, write_masks, write_words
 from tools import compare_runs
 from tools.compare_runs import Row
@@ -136,12 +137,8 @@ def test_the_page_of_two_real_tests_shows_the_images_of_its_words(tmp_path, caps
     page = tmp_path / "b" / "report" / "compare-a-alignment.html"
     assert not re.search(r"""(src|href)=["'](?!data:)""", page.read_text())
     for width in (1280, 390):
-        browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 640},
-        )
-        browser.get(page.resolve().as_uri())
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        show(browser, page, width=width)
+        assert not overflow(browser, width)
     shown = browser.execute_script(
         "return [...document.querySelectorAll('.card img')].map((each) => each.naturalWidth)"
     )

@@ -1,5 +1,6 @@
 """weights/binet-small.pth: what README and the model card say of it."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import demo
 import main
@@ -19,7 +21,7 @@ from loading.batches import normalize_images, stack_images
 from loading.decoding import decode_image
 from loading.transforms import ResizeWord, turn
 from reader import DEFAULT_CHECKPOINT, Reader
-from tests.browser import fill, found, missing_images, page_data
+from tests.browser import fill, found, missing_images, overflow, page_data, show
 from tests.reference import fill_known_weights
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +51,39 @@ def test_the_demo_needs_no_flag_but_its_input(capsys, tmp_path):
     assert demo.main(["--input", str(IMAGES[0].parent), "--overlay", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(IMAGES)
     assert len(list(tmp_path.glob("*.png"))) == len(IMAGES)
+
+
+@pytest.fixture(scope="module")
+def demo_page(tmp_path_factory):
+    page = tmp_path_factory.mktemp("demo") / "index.html"
+    demo.main(["--input", str(IMAGES[0].parent), "--html", str(page)])
+    return page
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_the_demo_shows_every_word(browser, demo_page, width):
+    show(browser, demo_page, width=width)
+    assert not overflow(browser, width)
+    script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.{})"
+    texts = browser.execute_script(script.format("textContent"), ".word .prediction")
+    assert sum(text == path.stem for text, path in zip(texts, IMAGES, strict=True)) >= len(IMAGES) - 1
+    sizes = browser.execute_script(script.format("naturalWidth"), ".word img")
+    assert len(sizes) == 3 * len(IMAGES) + sum(map(len, texts))
+    assert all(sizes)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_picture_in_readme_is_that_page(browser, demo_page, tmp_path):
+    """As seen from afar: fonts differ between machines. If it fails, copy what the test took to fig/demo_page.png."""
+    show(browser, demo_page, width=1000, height=700)
+    taken = tmp_path / "demo_page.png"
+    Image.open(io.BytesIO(browser.get_screenshot_as_png())).quantize(128).save(taken, optimize=True)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    stored = ROOT / "fig" / "demo_page.png"
+    assert stored.stat().st_size < 150 * 1024
+    now, then = (np.array(Image.open(path).convert("RGB").reduce(25), np.int16) for path in (taken, stored))
+    assert now.shape == then.shape
+    assert np.abs(now - then).mean() < 6, taken
 
 
 def test_words_turned_by_90_degrees_are_read_where_that_is_asked_for():

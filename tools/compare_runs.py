@@ -184,7 +184,7 @@ def shown_p(row: Row) -> str:
 def verdict(row: Row) -> str:
     """What the test says, in a sentence."""
     if row.p_value >= 0.05:
-        return "The difference may be chance (p >= 0.05)."
+        return "The difference may be chance (p ≥ 0.05)."
     return f"{'B' if row.difference > 0 else 'A'} is better (p {'< 0.001' if row.p_value < 0.001 else '< 0.05'})."
 
 
@@ -211,8 +211,9 @@ def word_images(report: Path) -> dict[str, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
-    names = (options.model_eval or [None]) * (1 if len(options.model_eval or []) == 2 else 2)
-    first, second = map(load_evaluation, (Path(options.first), Path(options.second)), names)
+    scored = (options.model_eval or [None]) * 2
+    first = load_evaluation(Path(options.first), scored[0])
+    second = load_evaluation(Path(options.second), scored[1])
     check_same_words(first, second)
     if options.protocol is None and first.protocol != second.protocol:
         protocols = f"{first.protocol} and {second.protocol} characters"
@@ -221,10 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = word_images(second.folder / "report") or word_images(first.folder / "report")
     rows, flips = compare(first, second, protocol, images)
     sides = {name: f"{each.folder} ({each.model_eval})" for name, each in (("A", first), ("B", second))}
+    names = [each.folder.resolve().name for each in (first, second)]
+    if names[0] == names[1]:
+        names = [first.model_eval, second.model_eval]
     bound = max(abs(each) for row in rows for each in row.interval)
     page = render_page(
         "compare.html.j2",
-        title=f"{second.folder.resolve().name} against {first.folder.resolve().name}",
+        title=f"{names[1]} against {names[0]}",
         rows=rows if len(rows) > 2 else rows[:1],
         bound=bound,
         flips=[
@@ -272,4 +276,5 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     run_command_line(main)

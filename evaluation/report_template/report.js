@@ -207,7 +207,7 @@
       const steps = element("div", "steps");
       [...word.text, "end"].forEach((character, number) => {
         const figure = element("figure");
-        figure.append(step(word, number, 1.5), element("figcaption", "", character));
+        figure.append(step(word, number, innerWidth < 640 ? 1.1 : 1.5), element("figcaption", "", character));
         steps.append(figure);
       });
       part.append(element("h3", "", "attention"), steps);

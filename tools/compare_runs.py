@@ -132,13 +132,13 @@ def check_same_words(first: Evaluation, second: Evaluation) -> None:
 
 
 def compare(
-    first: Evaluation, second: Evaluation, protocol: int, images: dict[str, list[str]]
+    first: Evaluation, second: Evaluation, protocol: int, images: dict[str, list[tuple[str, str]]]
 ) -> tuple[list[Row], list[Flip]]:
     """Return a row for each data set, then one for all words, and the words that flipped, in order.
 
     Args:
         protocol: characters that count, 36, 62 or 94; words of which nothing counts are left out.
-        images: data set -> data URI of each word that is left.
+        images: those of a report, as `word_images` gives them.
     """
     normalize = protocol_normalizer(protocol)
     rows, flips = [], []
@@ -147,10 +147,11 @@ def compare(
         words = [(label, here, there) for (label, here), (_, there) in pairs if normalize(label)]
         right = [[normalize(each[i]) == normalize(each[0]) for each in words] for i in (1, 2)]
         seen = images.get(name, [])
-        seen = seen if len(seen) == len(words) else [""] * len(words)
+        if [label for label, _ in seen] != [label for label, *_ in words]:  # the report is of another test
+            seen = [("", "")] * len(words)
         changed = [
             Flip(name, *word, gained=after, image=image)
-            for word, before, after, image in zip(words, *right, seen, strict=True)
+            for word, before, after, (_, image) in zip(words, *right, seen, strict=True)
             if before != after
         ]
         gained = sum(each.gained for each in changed)
@@ -188,21 +189,21 @@ def verdict(row: Row) -> str:
     return f"{'B' if row.difference > 0 else 'A'} is better (p {'< 0.001' if row.p_value < 0.001 else '< 0.05'})."
 
 
-def word_images(report: Path) -> dict[str, list[str]]:
-    """Return the images of a report: data set -> a data URI for each word, in order; empty where there is no report."""
-    found: dict[str, list[str]] = {}
+def word_images(report: Path) -> dict[str, list[tuple[str, str]]]:
+    """Return data set -> (label, image as a data URI) of each word in a report, in order; empty where there is none."""
+    found: dict[str, list[tuple[str, str]]] = {}
     try:
         text = (report / "index.html").read_text(encoding="utf-8")
         data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
         height, width = data["layout"]["height"], data["layout"]["width"]
         sheets: dict[int, np.ndarray | None] = {}
-        for dataset, *_, sprite, row, _vision, _language, _alignment, _confusions in data["words"]:
+        for dataset, _number, label, *_, sprite, row, _vision, _language, _alignment, _confusions in data["words"]:
             if sprite not in sheets:
                 sheets[sprite] = cv2.imread(str(report / "images" / f"words-{data['sprites'][sprite]}.jpg"))
             top = row * (height + 2 * MARGIN) + MARGIN
             tile = sheets[sprite][top : top + height, MARGIN : MARGIN + width]
             encoded = base64.b64encode(cv2.imencode(".jpg", tile)[1]).decode()
-            found.setdefault(data["datasets"][dataset], []).append(f"data:image/jpeg;base64,{encoded}")
+            found.setdefault(data["datasets"][dataset], []).append((label, f"data:image/jpeg;base64,{encoded}"))
     except (OSError, TypeError, KeyError, ValueError, IndexError, cv2.error):  # no report, or an older one
         return {}
     return found

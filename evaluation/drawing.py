@@ -70,7 +70,7 @@ def on_image(values: np.ndarray, size: tuple[int, int], extent: Sequence[float])
 
     Args:
         size: height and width of the image.
-        extent: top, left, height and width of the image in the input, as of `reader.Reading`.
+        extent: top, left, height and width of the image in the input, as in `reader.Prediction`.
     """
     whole = tuple(max(round(side / part), side) for side, part in zip(size, extent[2:], strict=True))
     first = [min(round(start * full), full - side) for start, full, side in zip(extent[:2], whole, size, strict=True)]

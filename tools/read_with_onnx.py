@@ -5,23 +5,28 @@
 Predictions are those of `Reader` for opaque images and networks that read with masks.
 """
 
+import argparse
 import json
-import sys
 
 import cv2
 import numpy as np
 import onnxruntime
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print path, prediction and confidence of each image."""
-    recogniser, ssn = (onnxruntime.InferenceSession(path) for path in arguments[:2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recogniser", help="ONNX file")
+    parser.add_argument("ssn", help="ONNX file")
+    parser.add_argument("images", nargs="+")
+    options = parser.parse_args(arguments)
+    recogniser, ssn = map(onnxruntime.InferenceSession, (options.recogniser, options.ssn))
     facts = recogniser.get_modelmeta().custom_metadata_map
     height, width = json.loads(facts["image_size"])
     mean, std = (np.array(json.loads(facts[name]), np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
     if facts["fit"] == "centre":
-        sys.exit("this example knows the fits stretch and left")
-    for path in arguments[2:]:
+        parser.error("this example knows the fits stretch and left")
+    for path in options.images:
         image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)  # (H, W, 3) uint8
         pixels = image.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, H, W), 0 to 255
         probability = ssn.run(["text_probability"], {"image": pixels})[0][0, 0]  # (H, W)
@@ -42,4 +47,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

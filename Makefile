@@ -1,4 +1,4 @@
-# `make help` lists what can be made.
+# `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,9 +18,9 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-venv: $(VENV)/installed  ## Make .venv from requirements.txt
+venv: $(VENV)/installed  ## Create .venv from requirements.txt
 
-venv-dev: $(VENV)/installed-dev  ## Add to it what tests, style and export need (requirements-dev.txt)
+venv-dev: $(VENV)/installed-dev  ## Add what tests, style and ONNX export need (requirements-dev.txt)
 
 QUICKSTART_WORDS := data/quickstart/images
 
@@ -35,25 +35,25 @@ quickstart: venv $(QUICKSTART_WORDS)/train $(QUICKSTART_WORDS)/test  ## Render w
 	$(BIN)/python main.py --config=configs/quickstart.yaml --phase test
 	@echo "weights, log, TensorBoard events, predictions, attention and mask images: workdir/quickstart"
 
-demo: venv  ## Read the images in fig/demo with the weights that come with it; writes a page that shows how
+demo: venv  ## Read the images in fig/demo with the weights of the repository; writes a page that shows how
 	$(BIN)/python demo.py --input fig/demo --html workdir/demo/index.html
 
-test: venv-dev  ## Run the tests (CPU, a few minutes)
+test: venv-dev  ## Run the tests (CPU, under 10 minutes)
 	$(BIN)/python -m pytest
 
 test-slow: venv-dev  ## Run the tests marked slow
 	$(BIN)/python -m pytest -m slow
 
-gpu-check: venv-dev  ## Prove the GPU path on this machine: losses, resume, speed (under 8 minutes); writes gpu-check.md
+gpu-check: venv-dev  ## Check losses, resume and speed on this machine's GPU (under 8 minutes); writes gpu-check.md
 	$(BIN)/python tools/gpu_check.py
 
 lint: venv-dev  ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: venv-dev  ## Mend style
+format: venv-dev  ## Fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Remove .venv and caches; work folders stay
+clean:  ## Remove .venv and caches, but no work folder
 	rm -rf $(VENV) .pytest_cache .ruff_cache

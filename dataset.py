@@ -41,7 +41,7 @@ from loading.decoding import (
 )
 from loading.language_csv import read_pairs
 from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, label_key, mask_key
-from loading.masks import LmdbMasks, MaskSource, OnlineMasks, Segmenter, find_mask_lmdb
+from loading.masks import LmdbMasks, MakeMasks, MaskSource, OnlineMasks, find_mask_lmdb
 from loading.sampling import (
     SampleGenerators,
     SampleKey,
@@ -193,7 +193,7 @@ class RenderedDataset(Dataset):
         labels: LabelRule,
         transform: WordTransform,
         with_masks: bool = True,
-        segmenter: Segmenter | None = None,
+        segmenter: MakeMasks | None = None,
         seed: int = 0,
         stream: int = 0,
         name: str = "rendered",

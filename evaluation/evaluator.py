@@ -126,7 +126,7 @@ def score_words(predictions: Sequence[ScoredWord], normalize: Callable[[str], st
     return {
         "accuracy": metrics.word_accuracy(texts, targets),
         "ccr": metrics.character_accuracy(texts, targets),
-        "ned": metrics.normalized_edit_distance(texts, targets),
+        "ned": 1 - metrics.normalized_edit_distance(texts, targets) if texts else 0.0,
         "ece": round(
             metrics.expected_calibration_error([prediction.confidence for prediction in predictions], correct),
             ECE_DIGITS,

@@ -23,12 +23,12 @@ sys.path.insert(0, str(FOLDER.parent))
 from rendering import RenderedWord, WordRenderer, load_render_config  # noqa: E402
 
 WORD = "Harbour"
-SEED, INDEX = 7, 42  # a word with a piece of another one below it, which the mask leaves out
+SEED, INDEX = 7, 42  # has a piece of another word below it, which is not in the mask
 
 INK = "#25303b"
 MUTED = "#5d6b78"
 LOSS = "#b5302a"
-# Fill and edge of boxes, by the part that they belong to.
+# Fill and edge of the boxes of each part.
 SSN = ("#fdebd3", "#d08a2e")
 VISION = ("#dcebf7", "#3d7db3")
 MASK = ("#fbdcd6", "#c9604c")
@@ -55,20 +55,20 @@ def main() -> None:
 
 
 def render_word() -> RenderedWord:
-    """The word that the figure shows."""
+    """Return the word that the figure shows."""
     settings = ["difficulty=0.4", "letters.height=40", "letters.height_spread=0.05"]
     return WordRenderer(load_render_config(None, settings)).render(SEED, INDEX, text=WORD, background="clutter")
 
 
 def draw_panels(axes: Axes) -> None:
-    """The shaded grounds of the three networks and their names."""
+    """Draw the shaded areas of the three networks and their names."""
     panel(axes, (4.1, 6.75), (8.05, 2.85), "Text segmentation network (SSN)", SSN)
     panel(axes, (4.1, 0.2), (14.75, 6.2), "Vision model", VISION, at_bottom=True)
     panel(axes, (19.2, 0.2), (5.35, 6.2), "Language and\nalignment: 3 rounds", LANGUAGE)
 
 
 def draw_masks(axes: Axes, word: RenderedWord) -> None:
-    """From the image to its text mask."""
+    """Draw the way from the image to its text mask."""
     thumbnail(axes, word.image, (0.15, 3.05), 3.3)
     label(axes, (1.8, 2.75), "word image\n(vision: 32 × 128)")
     box(axes, (4.4, 7.15), (3.45, 1.25), "HRNet-W48 +\nrefinement head", SSN)
@@ -80,7 +80,7 @@ def draw_masks(axes: Axes, word: RenderedWord) -> None:
 
 
 def draw_vision(axes: Axes, word: RenderedWord) -> None:
-    """Backbone, mask refinement, mask embedding, attention and the prediction of the vision model."""
+    """Draw backbone, mask refinement, mask embedding, attention and the vision model's prediction."""
     box(axes, (4.4, 2.75), (3.45, 1.4), "ResNet45 +\ntransformer", VISION)
     box(axes, (8.6, 4.5), (3.2, 1.25), "mask\nrefinement", MASK)
     thumbnail(axes, word.mask, (12.35, 4.72), 3.3)
@@ -104,7 +104,7 @@ def draw_vision(axes: Axes, word: RenderedWord) -> None:
 
 
 def draw_rounds(axes: Axes) -> None:
-    """Language and alignment, which correct the prediction in rounds, and the final prediction."""
+    """Draw language and alignment, which correct the prediction in rounds, and the final prediction."""
     box(axes, (19.75, 0.85), (4.2, 1.25), "language\nmodel (BCN)", LANGUAGE)
     box(axes, (19.75, 3.3), (4.2, 1.25), "alignment\n(gate)", LANGUAGE)
     prediction(axes, (24.95, 3.42), "prediction", "harbour", LANGUAGE, width=1.95)
@@ -126,7 +126,7 @@ def draw_rounds(axes: Axes) -> None:
 def panel(
     axes: Axes, corner: Point, size: Point, title: str, colours: tuple[str, str], *, at_bottom: bool = False
 ) -> None:
-    """A pale ground with a title inside, along its upper or lower edge."""
+    """Draw a shaded area with a title along its upper or lower edge."""
     fill, edge = colours
     _patch(axes, corner, size, facecolor=fill, edgecolor="none", alpha=0.38, radius=0.25)
     height = corner[1] + (0.2 if at_bottom else size[1] - 0.2)
@@ -137,7 +137,7 @@ def panel(
 
 
 def box(axes: Axes, corner: Point, size: Point, text: str, colours: tuple[str, str]) -> None:
-    """A block of a network."""
+    """Draw a block of a network."""
     fill, edge = colours
     _patch(axes, corner, size, facecolor=fill, edgecolor=edge, linewidth=1.4, radius=0.16)
     middle = corner[0] + size[0] / 2, corner[1] + size[1] / 2
@@ -147,7 +147,7 @@ def box(axes: Axes, corner: Point, size: Point, text: str, colours: tuple[str, s
 def prediction(
     axes: Axes, corner: Point, title: str, text: str, colours: tuple[str, str], *, width: float = 2.25
 ) -> None:
-    """A predicted text, on white, with its name below."""
+    """Draw a predicted text on white, with its name below."""
     _patch(axes, corner, (width, 1.0), facecolor="white", edgecolor=colours[1], linewidth=1.4, radius=0.1)
     middle = corner[0] + width / 2
     axes.text(middle, corner[1] + 0.5, text, color=INK, fontsize=BOX_TEXT, family="monospace", ha="center", va="center")
@@ -155,7 +155,7 @@ def prediction(
 
 
 def thumbnail(axes: Axes, image: np.ndarray, corner: Point, width: float) -> None:
-    """An image with a thin frame, as wide as asked and as high as a word of 32 x 128 pixels."""
+    """Draw an image with a thin frame, `width` wide, in the shape of a word of 32 x 128 pixels."""
     height = width / 4
     extent = (corner[0], corner[0] + width, corner[1], corner[1] + height)
     limits = axes.get_xlim(), axes.get_ylim()
@@ -165,19 +165,19 @@ def thumbnail(axes: Axes, image: np.ndarray, corner: Point, width: float) -> Non
 
 
 def label(axes: Axes, place: Point, text: str, *, above: bool = False, left: bool = False) -> None:
-    """Small grey words below `place`, or above it."""
+    """Draw small grey text below `place`, or above it."""
     vertical, horizontal = "bottom" if above else "top", "left" if left else "center"
     axes.text(*place, text, color=MUTED, fontsize=SMALL_TEXT, ha=horizontal, va=vertical, linespacing=1.25, zorder=5)
 
 
 def loss(axes: Axes, place: Point) -> None:
-    """The mark of an output that has its own loss."""
+    """Draw the mark of an output that has its own loss."""
     axes.plot(*place, "o", color="white", markersize=14, markeredgecolor=LOSS, markeredgewidth=1.2, zorder=6)
     axes.text(*place, "L", color=LOSS, fontsize=8.5, fontweight="bold", ha="center", va="center", zorder=7)
 
 
 def arrow(axes: Axes, start: Point, end: Point, *, corner: str | None = None) -> None:
-    """An arrow: straight, or up first and then to the right."""
+    """Draw an arrow: straight, or up first and then to the right."""
     style = "arc3,rad=0" if corner is None else "angle,angleA=90,angleB=0,rad=6"
     axes.add_patch(
         FancyArrowPatch(

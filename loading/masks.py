@@ -21,7 +21,7 @@ MASK_SIZE = "mask_size"  # not the size of its image
 
 PAIRS_CHECKED = 16
 
-Segmenter = Callable[[list[ImageArray]], Sequence[Mask]]
+MakeMasks = Callable[[list[ImageArray]], Sequence[Mask]]
 
 
 class MaskSource(Protocol):
@@ -98,7 +98,7 @@ class OnlineMasks:
         fingerprint: what the masks depend on beside the image (weights, areas); names the file.
     """
 
-    def __init__(self, segmenter: Segmenter, *, cache_dir: str | Path | None = None, fingerprint: str = "") -> None:
+    def __init__(self, segmenter: MakeMasks, *, cache_dir: str | Path | None = None, fingerprint: str = "") -> None:
         if cache_dir is not None and not fingerprint:
             raise ValueError("masks are only kept with a fingerprint of the network that makes them")
         self.segmenter = segmenter

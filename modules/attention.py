@@ -1,4 +1,4 @@
-"""The two ways in which the vision model attends to the cells of a feature map, one reading step at a time.
+"""The vision model's two kinds of attention: for each step, weights over the cells of a feature map.
 
 Legend: N images, T steps, E features, h x w cells, K = h*w.
 """
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from modules.transformer import PositionalEncoding
 
 UPSAMPLING_MODES = ("nearest", "nearest-exact", "bilinear", "bicubic", "area")
-# Of the key encoder's four convolutions; the first halves the width only because word images are wide.
+# Strides of the key encoder's convolutions; the first halves the width only, because word images are wide.
 KEY_STRIDES = ((1, 2), (2, 2), (2, 2), (2, 2))
 
 
 class PositionAttention(nn.Module):
-    """Queries are reading positions, keys come from a small U-net on the features (ABINet, position attention).
+    """Attends with positions as queries and a small U-net on the features as keys (ABINet, position attention).
 
-    weights = softmax(q k^T / sqrt(E)) over the cells; values are the features themselves.
-    The U-net resizes to the size of the encoder map that it adds, so any feature map works. Training with one image
-    needs two cells or more in the deepest map (batch norm), that is h > 8 or w > 16.
+    weights = softmax(q k^T / sqrt(E)) over the cells; values are the features themselves. The U-net resizes each map to
+    the size of the encoder map that it adds, so any feature map works. Training with one image needs at least two cells
+    in the deepest map (batch norm), that is h > 8 or w > 16.
     """
 
     float32_layers = ("project", "pos_encoder")
@@ -78,10 +78,10 @@ class PositionAttention(nn.Module):
 
 
 class ReadingOrderAttention(nn.Module):
-    """Scores from a reading-order embedding and the features (BINet's `attention: attention`).
+    """Attends with scores of a reading-order embedding and the features (BINet's `attention: attention`).
 
     weights = softmax over cells of we(tanh(w0(f0_embedding) + wv(feature))); values are the features themselves.
-    `w0` mixes the T embedded positions into one vector per cell, so it fixes the number of cells.
+    `w0` mixes the T embedded positions into one vector per cell, which fixes the number of cells.
     """
 
     float32_layers = ("we",)

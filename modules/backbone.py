@@ -1,4 +1,4 @@
-"""ResNet45 of ABINet with BINet's two side outputs, and the transformer encoder on top of it.
+"""ABINet's ResNet45 with BINet's two side outputs, and the transformer encoder on top of it.
 
 Legend: N images, H x W pixels, h x w cells of the feature map (8 x 32 for 32 x 128 pixels), E features.
 """
@@ -17,15 +17,16 @@ Stride = int | Sequence[int]
 
 
 def row_and_column(stride: Stride) -> tuple[int, int]:
-    """A stride of rows and of columns; one number stands for both."""
+    """Return a stride as (rows, columns); one number stands for both."""
     return (stride, stride) if isinstance(stride, int) else (stride[0], stride[1])
 
 
 class BackboneFeatures(NamedTuple):
-    """`feature` (N, E, h, w) is what the text is read from.
+    """Output of a backbone.
 
-    The other two are for the mask branch and None without it: `semantic` (N, E, h, w), from which a pixel's likeness to
-    text is judged, and `side` (N, side_channels, h, w), which that likeness then weighs.
+    `feature` (N, E, h, w) is what the text is predicted from. The other two are for the mask branch, and None without
+    it: mask refinement compares the pixels of `semantic` (N, E, h, w) with the text, and weights `side` (N,
+    side_channels, h, w) by their similarity.
     """
 
     feature: Tensor
@@ -51,8 +52,8 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        # The stride is taken before the 1x1 convolution, not inside it: the same numbers, and the backward pass of the
-        # strided one writes outside its memory on a CPU (oneDNN, channels-last, 8 channels; torch 2.14).
+        # Not a strided 1x1 convolution, which gives the same numbers: its backward pass corrupts memory on a CPU
+        # (oneDNN, channels-last, 8 channels; torch 2.14).
         rows, columns = self.stride
         shortcut = x if self.downsample is None else self.downsample(x[..., ::rows, ::columns])
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -60,10 +61,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network on word images: a 3x3 stem at full resolution and one stage per entry of `widths`.
+    """Residual network for word images: a 3x3 stem at full resolution and one stage for each entry of `widths`.
 
-    `strides` are those of each stage's first block, one number or (of rows, of columns). With `mask_branch` the last
-    two stages, `a` and `b`, also feed BINet's side outputs: `cls(b)` and `side5_1(concat(side3_1(a), b))`, so the last
+    `strides` are those of each stage's first block, one number or (rows, columns). With `mask_branch` the last two
+    stages, `a` and `b`, also feed BINet's side outputs `cls(b)` and `side5_1(concat(side3_1(a), b))`, so the last
     stage must keep the size.
     """
 
@@ -82,12 +83,11 @@ class ResNet(nn.Module):
         super().__init__()
         if not len(widths) == len(depths) == len(strides):
             raise ValueError(
-                f"widths {list(widths)}, depths {list(depths)} and strides {list(strides)} must have one entry for "
-                "each stage"
+                f"widths {list(widths)}, depths {list(depths)} and strides {list(strides)} need an entry for each stage"
             )
         if mask_branch and (len(widths) < 2 or row_and_column(strides[-1]) != (1, 1)):
             raise ValueError(
-                f"the mask branch needs two stages or more and a last stride of 1, got strides {list(strides)}"
+                f"the mask branch needs at least two stages and a last stride of 1, got strides {list(strides)}"
             )
         self.strides = tuple(row_and_column(stride) for stride in strides)
         self.out_channels = widths[-1]
@@ -108,7 +108,7 @@ class ResNet(nn.Module):
             self.side5_1 = _side_layer(side_channels + widths[-1], side_channels)
 
     def output_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Cells (h, w) of the feature map of an image of `image_size` (H, W)."""
+        """Return the size (h, w) of the feature map of an image of `image_size` (H, W)."""
         height, width = image_size
         for rows, columns in self.strides:
             height, width = math.ceil(height / rows), math.ceil(width / columns)
@@ -129,14 +129,14 @@ class ResNet(nn.Module):
         )
 
     def _initialise_trunk(self) -> None:
-        """Normal with variance 2 / (k * k * out) for convolutions; batch norms start at 1 and 0, as torch's do."""
+        """Draw convolutions from a normal distribution of variance 2 / (k * k * out); batch norms start as torch's."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _side_layer(in_channels: int, out_channels: int, *activation: nn.Module) -> nn.Sequential:
-    """3x3 conv of the mask branch, Xavier uniform, in a Sequential because the published names have its index."""
+    """Return a 3x3 conv of the mask branch, Xavier uniform; published names contain its index in the Sequential."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)
@@ -144,10 +144,10 @@ def _side_layer(in_channels: int, out_channels: int, *activation: nn.Module) -> 
 
 
 class TransformerBackbone(nn.Module):
-    """ResNet, then transformer encoder over the cells row by row (ABINet, vision model).
+    """ResNet, then a transformer encoder over its cells row by row (ABINet, vision model).
 
-    The ResNet's side outputs pass through. ABINet adds sinusoidal positions, with dropout, before the encoder
-    (`positional_encoding`); BINet does not.
+    The ResNet's side outputs are passed on. With `positional_encoding`, sinusoidal positions and dropout come before
+    the encoder, as in ABINet but not in BINet.
     """
 
     float32_layers = ("pos_encoder",)
@@ -183,7 +183,7 @@ class TransformerBackbone(nn.Module):
         )
 
     def output_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Cells (h, w) of the feature map of an image of `image_size` (H, W)."""
+        """Return the size (h, w) of the feature map of an image of `image_size` (H, W)."""
         return self.resnet.output_size(image_size)
 
     def forward(self, image: Tensor) -> BackboneFeatures:

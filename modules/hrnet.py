@@ -1,4 +1,4 @@
-"""HRNetV2: keeps a map of high resolution beside ever smaller ones and lets them exchange what they know.
+"""HRNetV2: branches at several resolutions, fused with each other again and again.
 
 Sun et al., "High-Resolution Representations for Labeling Pixels and Regions" (2019).
 
@@ -16,7 +16,7 @@ from modules.functional import resize
 
 
 def resize_aligned(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize (N, C, h, w) to (N, C, *size) bilinearly, the centres of the corner cells falling onto each other."""
+    """Resize (N, C, h, w) to (N, C, *size) bilinearly with aligned corners."""
     return resize(maps, size, align_corners=True)
 
 
@@ -70,10 +70,10 @@ class Bottleneck(nn.Module):
 
 
 class FusionModule(nn.Module):
-    """Basic blocks on every branch, then every branch receives the sum of all of them, brought to its size.
+    """Basic blocks on every branch; then each branch becomes the sum of all of them at its size, followed by ReLU.
 
-    Takes and gives a list of maps (N, E_i, h_i, w_i). A smaller map comes up by a 1x1 convolution and bilinear
-    interpolation with aligned corners, a larger one down by 3x3 convolutions with stride 2; ReLU follows the sum.
+    Takes and returns a list of maps (N, E_i, h_i, w_i). Smaller maps are enlarged by a 1x1 convolution and bilinear
+    interpolation with aligned corners, larger ones reduced by 3x3 convolutions of stride 2.
     """
 
     def __init__(self, *, widths: Sequence[int], num_blocks: int) -> None:
@@ -100,7 +100,7 @@ class FusionModule(nn.Module):
 
 
 def _fusion_path(widths: Sequence[int], source: int, target: int) -> nn.Module:
-    """What a map of branch `source` goes through on its way to branch `target` (before the interpolation)."""
+    """Return the layers between branch `source` and branch `target`, without the interpolation."""
     if source == target:
         return nn.Identity()
     if source > target:
@@ -112,18 +112,18 @@ def _fusion_path(widths: Sequence[int], source: int, target: int) -> nn.Module:
 
 
 class HRNet(nn.Module):
-    """(N, 3, H, W) -> (N, E, h_0, w_0): the maps of all branches at a quarter of the image's size, mixed.
+    """HRNetV2: (N, 3, H, W) -> (N, E, h_0, w_0), the maps of all branches at a quarter of the image's size, mixed.
 
     Args:
         widths: channels of the branches, from the highest resolution down; at least two.
-        stem_width: channels of the two strided convolutions at the entrance.
-        num_modules: fusion modules of each stage; stage i works on i + 2 branches, so one number fewer than widths.
+        stem_width: channels of the stem, two convolutions of stride 2.
+        num_modules: fusion modules of each stage; stage i has i + 2 branches, so there is one number less than widths.
         num_blocks: basic blocks of a branch in each module.
-        bottlenecks: bottleneck blocks between the entrance and the first branching.
-        bottleneck_width: inner channels of these; they give four times as many.
+        bottlenecks: bottleneck blocks after the stem.
+        bottleneck_width: inner channels of these; they return four times as many.
 
     Raises:
-        ValueError: when `num_modules` does not have one number fewer than `widths`.
+        ValueError: `num_modules` does not have one number less than `widths`.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class HRNet(nn.Module):
         super().__init__()
         if len(widths) < 2 or len(num_modules) != len(widths) - 1:
             raise ValueError(
-                f"num_modules {list(num_modules)} must hold one number fewer than widths {list(widths)}, "
+                f"num_modules {list(num_modules)} must have one number less than widths {list(widths)}, "
                 "and widths at least two"
             )
         self.conv1 = _conv3x3(3, stem_width, stride=2)
@@ -154,7 +154,7 @@ class HRNet(nn.Module):
         self.num_stages = len(num_modules)
         for stage, modules in enumerate(num_modules):
             current = list(widths[: stage + 2])
-            # The published names count the entrance as stage 1.
+            # Published names count the stem as stage 1.
             self.add_module(f"transition{stage + 1}", _transition(previous, current))
             self.add_module(
                 f"stage{stage + 2}",
@@ -168,7 +168,7 @@ class HRNet(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Kaiming normal, variance 2 / (k * k * outputs): a network this deep does not start to learn with less."""
+        """Draw convolutions with variance 2 / (k * k * outputs); with less, a network this deep does not learn."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -186,18 +186,18 @@ class HRNet(nn.Module):
 
     @staticmethod
     def _enter_stage(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
-        """One branch more than before: the new one, half as large, starts from the smallest there was."""
+        """Add a branch, half as large, that starts from the smallest one so far."""
         return [path(branches[min(i, len(branches) - 1)]) for i, path in enumerate(transition)]
 
     def mix(self, branches: list[Tensor]) -> Tensor:
-        """Bring all branches to the first one's size, concatenate, mix by `last_layer`: (N, E, h_0, w_0)."""
+        """Bring all branches to the first one's size, concatenate and mix them by `last_layer`: (N, E, h_0, w_0)."""
         size = branches[0].shape[-2:]
         maps = torch.cat([resize_aligned(branch, size) for branch in branches], dim=1)
         return self.last_layer(maps)
 
 
 def _transition(previous: Sequence[int], current: Sequence[int]) -> nn.ModuleList:
-    """Paths from the branches of one stage to those of the next, which has one more."""
+    """Return the layers between the branches of one stage and those of the next, which has one more."""
     paths: list[nn.Module] = []
     for i, width in enumerate(current):
         if i >= len(previous):

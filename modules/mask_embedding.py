@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LEAK = 0.1
-# The mask is repeated to this many channels before the first convolution, which fixes that weight's published shape.
+# Channels that the mask is repeated to before the first convolution; the published weight has this shape.
 MASK_COPIES = 8
 
 
@@ -77,7 +77,7 @@ class ModulatedStack(nn.ModuleList):
 class MaskEmbedding(nn.Module):
     """Modulates features with the refined mask: c = condnet(r); g = conv0(features); back(g + sft(g, c)).
 
-    `channels` are those of the features, `stride` is the pixels of the mask for each cell of the features.
+    `channels` are those of the features; `stride` is how many pixels of the mask a cell of the features covers.
     """
 
     # Sums over many residual blocks start from the output of these.

@@ -1,4 +1,4 @@
-"""Mask refinement: sharpen the text mask by how much each pixel resembles what lies under it (BINet).
+"""Mask refinement: sharpen the text mask by how similar each pixel's feature is to those under the mask (BINet).
 
 Legend: N images, E features, S side channels, H x W pixels, h x w cells.
 """
@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from modules.functional import resize, without_autocast
 
 EPSILON = 1e-8
-# A map whose range is below this share of its largest value varies by rounding only; stretching it would show noise.
+# A map whose range is less than this fraction of its largest value is constant up to rounding; stretched, it would be
+# noise.
 ROUNDING = 2e-6
 NORMALIZATIONS = ("sample", "batch")
 
@@ -25,7 +26,8 @@ class MaskRefinement(nn.Module):
         channels: those of the side features S.
         cells: (h, w) of both feature maps.
         image_size: (H, W) of the mask.
-        normalize: over what e' and M' take their extremes: "sample" (one image) or "batch" (as published).
+        normalize: whether the extremes in e' and M' are those of each image ("sample") or of the batch ("batch", as
+            published).
     """
 
     float32_layers = ("similarity", "rf", "rf2")
@@ -59,14 +61,14 @@ class MaskRefinement(nn.Module):
         evidence = self.exit_layer(self.classifier_6(side * similarity.to(side.dtype)))  # e (N, 1, H, W)
         evidence = stretch(evidence.float(), self.normalize)
         mask = scale_to_one(mask.float(), self.normalize)
-        with without_autocast(mask.device):  # the refined mask has float32's digits
+        with without_autocast(mask.device):  # the refined mask is float32
             return self.rf2(self.rf(torch.cat((evidence + mask, mask), dim=1)) + mask)
 
     def _start_from_mask(self) -> None:
-        """Let the refined mask be about the mask itself at first.
+        """Initialise the last two convolutions so that the refined mask starts close to the mask itself.
 
-        A random start lies below the loss's threshold nearly everywhere, and the loss then drives all of it to 0: the
-        features would be modulated by a black mask for good.
+        With random values it starts below the loss's threshold nearly everywhere; the loss then drives it to 0, and the
+        features are modulated by a black mask from then on.
         """
         nn.init.constant_(self.rf.weight, 0.1)
         nn.init.ones_(self.rf2.weight)
@@ -77,14 +79,14 @@ class MaskRefinement(nn.Module):
 class PrototypeSimilarity(nn.Module):
     """Cosine similarity of each pixel's feature to the prototype of the text.
 
-    The paper's equations, with F (H x W pixels) the features X (h x w cells) resized and M the mask:
+    In the paper, with M the mask and F the features X (h x w cells) resized to H x W pixels:
 
         p = sum_yx M F;   s = F . p / (|F| |p|)
 
-    This computes the same numbers without ever making F, which saves three quarters of the memory. Resizing is linear
-    and separable: F = A X B^T for each channel, with A (H, h) and B (W, w), hence
+    This computes the same numbers without F, which saves three quarters of the memory. Resizing is linear and
+    separable, F = A X B^T for each channel with A (H, h) and B (W, w), hence
 
-        p     = sum_ij (A^T M B)_ij X_ij     the mask is brought to the cells by the adjoint
+        p     = sum_ij (A^T M B)_ij X_ij     the mask is brought to the cells
         F . p = A (X . p) B^T                one channel is resized instead of E
         |F|^2                                from inner products of neighbouring cells: a pixel mixes at most 2 x 2
     """
@@ -103,44 +105,43 @@ class PrototypeSimilarity(nn.Module):
     def forward(self, feature: Tensor, mask: Tensor) -> Tensor:
         """feature (N, E, h, w) and mask (N, 1, H, W) -> similarity (N, 1, H, W) in [-1, 1].
 
-        0 where the mask is black or the feature is 0. Always float32, under autocast too: squares of features lose too
-        much in 16 bits.
+        It is 0 where the mask is black or the feature is 0, and always float32: squares of features lose too much in 16
+        bits.
         """
         with without_autocast(feature.device):
             feature = feature.float()
             rows, columns = self.rows.float(), self.columns.float()  # A (H, h), B (W, w)
             cell_mask = rows.T @ mask.float() @ columns  # (N, 1, h, w)
-            # Sums of products, not einsum: its backward pass has a batched matrix multiplication of inner size 1, which
-            # torch 2.14 hands to a Triton kernel on a GPU, and so to a C compiler.
+            # Not einsum: on a GPU its backward pass is a Triton kernel in torch 2.14, which needs a C compiler.
             prototype = (feature * cell_mask).sum(dim=(2, 3), keepdim=True)  # p (N, E, 1, 1)
             product = rows @ (feature * prototype).sum(dim=1) @ columns.T  # F . p (N, H, W)
             squared_norm = self.rows_squared.float() @ neighbour_products(feature) @ self.columns_squared.float().T
-            # Clamped before the root: its slope at 0 is infinite, and rounding may leave a norm of 0 slightly negative.
+            # Clamped before the root, whose slope at 0 is infinite; rounding may also make a squared norm negative.
             norm = squared_norm.clamp(min=EPSILON**2).sqrt()  # (N, H, W)
             prototype_norm = prototype.square().sum(dim=(1, 2, 3)).clamp(min=EPSILON**2).sqrt()  # (N,)
             return (product / (norm * prototype_norm[:, None, None]))[:, None]  # (N, 1, H, W)
 
 
 def bilinear_matrix(size_in: int, size_out: int) -> Tensor:
-    """Matrix (size_out, size_in) of bilinear resizing along one axis, corners not aligned."""
+    """Return the matrix (size_out, size_in) of bilinear resizing along one axis, corners not aligned."""
     cells = torch.eye(size_in)[None]
     return F.interpolate(cells, size=size_out, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def squared_matrix(resize: Tensor) -> Tensor:
-    """(size_out, 2 size_in - 1): takes squares of cells and products of neighbours to squares of what `resize` mixes.
+    """Return the matrix (size_out, 2 size_in - 1) from squares and neighbour products of cells to squares of pixels.
 
-    (u x_i + v x_i+1)^2 = u^2 x_i^2 + v^2 x_i+1^2 + 2 u v x_i x_i+1.
+    (u x_i + v x_i+1)^2 = u^2 x_i^2 + v^2 x_i+1^2 + 2 u v x_i x_i+1, with u and v from the matrix `resize`.
     """
     return torch.cat((resize.square(), 2 * resize[:, :-1] * resize[:, 1:]), dim=1)
 
 
 def neighbour_products(feature: Tensor) -> Tensor:
-    """Inner products of cells with themselves and their neighbours, laid out as `squared_matrix` expects.
+    """Return inner products of cells with themselves and their neighbours, as `squared_matrix` expects them.
 
     feature (N, E, h, w) -> (N, 2h - 1, 2w - 1) in four blocks: with itself (h, w), with the right neighbour (h, w - 1),
-    with the lower one (h - 1, w), and the mean over the two diagonals (h - 1, w - 1); a mean because the two axes'
-    factors of 2 make 4 where 2 is due.
+    with the lower one (h - 1, w), and the mean over both diagonals (h - 1, w - 1). A mean, because each of the two axes
+    brings a factor of 2, but the product occurs only twice.
     """
     upper, lower = feature[:, :, :-1], feature[:, :, 1:]
     itself = feature.square().sum(dim=1)
@@ -151,15 +152,15 @@ def neighbour_products(feature: Tensor) -> Tensor:
 
 
 def stretch(maps: Tensor, normalize: str = "sample") -> Tensor:
-    """(x - min x) / (max x - min x), 0 where that is undefined. maps (N, 1, H, W); extremes as in `extent`."""
+    """Return (x - min x) / (max x - min x), 0 where that is undefined. maps (N, 1, H, W); see `extent`."""
     low, high = extent(maps.amin(dim=(1, 2, 3), keepdim=True), maps.amax(dim=(1, 2, 3), keepdim=True), normalize)
     defined = high - low > ROUNDING * torch.maximum(high.abs(), low.abs())
-    # The divisor is made safe first: a quotient that is thrown away would still send NaN back.
+    # The divisor is replaced first: an undefined quotient that is not used would still give NaN gradients.
     return torch.where(defined, (maps - low) / torch.where(defined, high - low, 1), 0)
 
 
 def scale_to_one(maps: Tensor, normalize: str = "sample") -> Tensor:
-    """x / max x, 0 where that is undefined. maps (N, 1, H, W), not negative; the maximum as in `extent`."""
+    """Return x / max x, 0 where that is undefined. maps (N, 1, H, W), not negative; see `extent`."""
     high = maps.amax(dim=(1, 2, 3), keepdim=True)
     _, high = extent(high, high, normalize)
     defined = high > 0
@@ -167,5 +168,5 @@ def scale_to_one(maps: Tensor, normalize: str = "sample") -> Tensor:
 
 
 def extent(low: Tensor, high: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
-    """Each image's own extremes for "sample", those of the whole batch (the published behaviour) for "batch"."""
+    """Return each image's own extremes for "sample", and those of the batch for "batch" (as published)."""
     return (low, high) if normalize == "sample" else (low.amin(), high.amax())

@@ -10,7 +10,7 @@ from modules.outputs import AlignmentOutput
 
 
 class AlignmentModel(nn.Module):
-    """gate = sigmoid(w_att(concat(language, vision))); gate * vision + (1 - gate) * language -> classifier."""
+    """Merges features by a gate: g = sigmoid(w_att(concat(language, vision))); cls(g * vision + (1 - g) * language)."""
 
     float32_layers = ("cls",)
 

@@ -13,7 +13,7 @@ from modules.outputs import RecogniserOutput, text_lengths
 
 
 class BINet(nn.Module):
-    """BINet, and ABINet when its vision model has no mask branch. `iter_size` is the number of rounds."""
+    """BINet, or ABINet if its vision model has no mask branch. `iter_size` is the number of rounds."""
 
     def __init__(self, *, vision: VisionModel, language: LanguageModel, alignment: AlignmentModel, iter_size: int = 3):
         super().__init__()
@@ -25,9 +25,9 @@ class BINet(nn.Module):
         self.iter_size = iter_size
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> RecogniserOutput:
-        """image (N, 3, H, W), normalised; mask (N, 1, H, W) in [0, 1], 1 = text, which ABINet does not need.
+        """image (N, 3, H, W), normalised; mask (N, 1, H, W) in [0, 1], 1 = text, not needed by ABINet.
 
-        The first round corrects the vision model's prediction, every later one that of the round before.
+        The first round corrects the vision model's prediction, each later one that of the round before.
         """
         vision = self.vision(image, mask)
         output = RecogniserOutput(vision=vision, language=[], alignment=[])
@@ -42,7 +42,7 @@ class BINet(nn.Module):
 
 
 class VisionRecogniser(nn.Module):
-    """Reads with the vision model alone; its parameters have the names that they have in the vision model."""
+    """Predicts with the vision model alone; parameters have the same names as in the vision model."""
 
     def __init__(self, vision: VisionModel):
         super().__init__()
@@ -50,12 +50,12 @@ class VisionRecogniser(nn.Module):
         leave_out_of_names(self, "vision")
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> RecogniserOutput:
-        """As `VisionModel`."""
+        """Take the inputs of `VisionModel`."""
         return RecogniserOutput(vision=self.vision(image, mask))
 
 
 class LanguageRecogniser(nn.Module):
-    """Corrects spellings with the language model alone, in one round; names as in the language model."""
+    """Corrects spellings with the language model alone, in one round; names are those of the language model."""
 
     def __init__(self, language: LanguageModel):
         super().__init__()
@@ -63,5 +63,5 @@ class LanguageRecogniser(nn.Module):
         leave_out_of_names(self, "language")
 
     def forward(self, probabilities: Tensor, lengths: Tensor) -> RecogniserOutput:
-        """As `LanguageModel`."""
+        """Take the inputs of `LanguageModel`."""
         return RecogniserOutput(language=[self.language(probabilities, lengths)])

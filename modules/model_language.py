@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from modules.outputs import LanguageOutput
 from modules.transformer import PositionalEncoding, TransformerDecoder
 
-# A text shorter than this leaves its only step nothing to attend to.
+# The only step of a shorter text would have nothing to attend to.
 SHORTEST_TEXT = 2
 
 
 class LanguageModel(nn.Module):
     """Predicts every character from the characters on both sides of it.
 
-    Queries are positions alone and memory is the text, so that no step sees its own character, in any layer.
-    `detach` stops gradients into the probabilities; `use_self_attn` adds self-attention among the queries.
+    Queries are positions and the memory is the text, so that no step sees its own character in any layer. `detach`
+    stops gradients into the probabilities; `use_self_attn` adds self-attention among the queries.
     """
 
     float32_layers = ("cls", "proj", "token_encoder", "pos_encoder")
@@ -56,9 +56,9 @@ class LanguageModel(nn.Module):
         self.register_buffer("own_step", torch.eye(num_steps, dtype=torch.bool), persistent=False)  # (T, T)
 
     def forward(self, probabilities: Tensor, lengths: Tensor) -> LanguageOutput:
-        """probabilities (N, T, C), each step summing to 1; lengths (N,) with the end token, clamped to [2, T] here.
+        """probabilities (N, T, C), summing to 1 over C; lengths (N,) with the end token, clamped to [2, T] here.
 
-        Every step attends to all steps but itself and those at or after the length.
+        Every step attends to all other steps before the length.
         """
         if self.detach:
             probabilities = probabilities.detach()

@@ -1,4 +1,4 @@
-"""Vision models: ABINet's, which reads from the image alone, and BINet's, which also uses a text mask.
+"""Vision models: ABINet's, which takes the image alone, and BINet's, which also takes a text mask.
 
 Legend: N images, T steps (end token counted), E features, C classes, H x W pixels, h x w cells.
 """
@@ -14,9 +14,10 @@ from modules.outputs import VisionOutput
 
 
 class VisionModel(nn.Module):
-    """backbone -> attention -> classifier (ABINet, vision model).
+    """ABINet's vision model: backbone -> attention -> classifier.
 
-    `attention.cells` must be the backbone's for `image_size` (H, W), the one size of image that the network takes.
+    `image_size` (H, W) is the only size that the network takes; `attention.cells` must be the backbone's output size
+    for it.
     """
 
     float32_layers = ("cls",)
@@ -52,7 +53,7 @@ class VisionModel(nn.Module):
         return self.read(self.backbone(image).feature)
 
     def read(self, feature: Tensor, refined_mask: Tensor | None = None) -> VisionOutput:
-        """Attend to features (N, E, h, w) and classify every step."""
+        """Attend to features (N, E, h, w) and classify each step."""
         steps, weights = self.attention(feature)  # (N, T, E), (N, T, h, w)
         return VisionOutput(logits=self.cls(steps), feature=steps, attention=weights, refined_mask=refined_mask)
 
@@ -66,9 +67,9 @@ class VisionModel(nn.Module):
 
 
 class MaskedVisionModel(VisionModel):
-    """BINet's vision model: refine the text mask, modulate the features with it, then read.
+    """BINet's vision model: refines the text mask, modulates the features with it, then attends and classifies.
 
-    For `normalize` see `MaskRefinement`, for the other sizes `MaskEmbedding`.
+    `normalize` is explained at `MaskRefinement`, the other sizes at `MaskEmbedding`.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class MaskedVisionModel(VisionModel):
     def forward(self, image: Tensor, mask: Tensor | None = None) -> VisionOutput:
         """image (N, 3, H, W), normalised, and mask (N, 1, H, W) in [0, 1], 1 = text."""
         if mask is None:
-            raise ValueError("this network reads with a text mask: give one, or build it without segmentation")
+            raise ValueError("this network needs a text mask: give one, or build it without segmentation")
         self._check_size("image", image)
         self._check_size("mask", mask)
         features = self.backbone(image)

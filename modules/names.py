@@ -1,4 +1,4 @@
-"""Published names for parameters that stand one module deeper here than in the published networks."""
+"""Published names of parameters that are one module deeper here than in the published networks."""
 
 from functools import partial
 from typing import Any
@@ -7,9 +7,9 @@ from torch import nn
 
 
 def leave_out_of_names(module: nn.Module, *children: str) -> None:
-    """Leave the names of some children out of the `state_dict` of `module`: what is `child.x` here is `x` there.
+    """Leave the names of some children out of a module's `state_dict`: `child.x` becomes `x` there.
 
-    `load_state_dict` takes the same names. Both hold wherever `module` stands inside another one.
+    `load_state_dict` takes the same names. Both also hold where `module` is part of another one.
     """
     module.register_state_dict_post_hook(partial(_shorten, children))
     module.register_load_state_dict_pre_hook(partial(_lengthen, children))

@@ -1,4 +1,4 @@
-"""What the networks return, and how long a predicted text is.
+"""What the recognisers return, and how long a predicted text is.
 
 Legend: N images, T steps (max_length + 1, the end token counted), E features, C classes (charset + 1; class 0 is the
 null and end symbol), H x W pixels, h x w cells of the feature map.
@@ -16,9 +16,9 @@ NULL_CLASS = 0  # as `charset.NULL`
 class VisionOutput:
     """Output of the vision model.
 
-    `logits` (N, T, C); `feature` (N, T, E), one vector per step; `attention` (N, T, h, w), which sums to 1 over the
-    cells; `refined_mask` (N, 1, H, W), about 1 on text and 0 elsewhere but not confined to that range, None without the
-    mask branch.
+    `logits` (N, T, C); `feature` (N, T, E), one vector for each step; `attention` (N, T, h, w), which sums to 1 over
+    the cells; `refined_mask` (N, 1, H, W), about 1 on text and 0 elsewhere but not limited to [0, 1], or None without
+    the mask branch.
     """
 
     logits: Tensor
@@ -45,9 +45,9 @@ class AlignmentOutput:
 
 @dataclass
 class RecogniserOutput:
-    """Outputs of all sub-models; a network without a sub-model has None there.
+    """Outputs of all sub-models, None for those that the network does not have.
 
-    `language` and `alignment` are lists with one entry per round, the last one final.
+    `language` and `alignment` have one entry for each round; the last one is final.
     """
 
     vision: VisionOutput | None = None
@@ -55,13 +55,13 @@ class RecogniserOutput:
     alignment: list[AlignmentOutput] | None = None
 
 
-# As pytrees the outputs pass through torch.compile, torch.export and DistributedDataParallel like tuples of tensors.
+# DistributedDataParallel, torch.compile and torch.export find the tensors of pytrees only.
 for _output in (VisionOutput, LanguageOutput, AlignmentOutput, RecogniserOutput):
     torch.export.register_dataclass(_output, serialized_type_name=f"binet.{_output.__name__}")
 
 
 def text_lengths(logits: Tensor) -> Tensor:
-    """Lengths (N,) int64 of what `logits` (N, T, C) read: index of the first null + 1, T where there is none."""
+    """Return the lengths (N,) int64 of the texts in `logits` (N, T, C): index of the first null + 1, T without one."""
     steps = logits.shape[1]
     nulls_so_far = (logits.argmax(dim=-1) == NULL_CLASS).cumsum(dim=-1)  # (N, T)
     return ((nulls_so_far == 0).sum(dim=-1) + 1).clamp(max=steps)  # (N,)

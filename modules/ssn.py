@@ -13,26 +13,25 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from modules.functional import without_autocast
 from modules.hrnet import HRNet, resize_aligned
 
 NUM_CLASSES = 2
 PUBLISHED_AREAS = (385, 513, 641, 769, 897, 1025, 1153, 1281)
-# Cells of the smallest of four maps are 32 pixels apart, so that a size of 32 k + 1 has cells on both borders.
+# Cells of the smallest of four maps are 32 pixels apart, so a size of 32 k + 1 has cells on both borders.
 _SIZE_STEP = 32
 
 
 @dataclass
 class SegmentationOutput:
-    """What SSN says about a batch of images.
+    """Output of SSN for a batch of images.
 
     Attributes:
-        semantic_logits: (N, 2, h, w), the first opinion.
-        refined_logits: (N, 2, h, w), the second one, which is the result.
-        attention_key: (N, 2, h, w), how much each cell contributes to the key of each class; 0 or more.
-        attention: (N, 2, h, w), how well each cell fits the key of each class; sums to 1 over classes.
+        semantic_logits: (N, 2, h, w), before the refinement head.
+        refined_logits: (N, 2, h, w), after it: the result.
+        attention_key: (N, 2, h, w), weight of each cell in the key of each class, not negative.
+        attention: (N, 2, h, w), how well each cell matches the key of each class; sums to 1 over classes.
     """
 
     semantic_logits: Tensor
@@ -41,16 +40,16 @@ class SegmentationOutput:
     attention: Tensor
 
 
-_pytree.register_dataclass(SegmentationOutput)
+torch.export.register_dataclass(SegmentationOutput, serialized_type_name="binet.SegmentationOutput")
 
 
 class RefinementHead(nn.Module):
-    """First opinion, a key for each class from the cells that are sure of it, second opinion with the keys' help."""
+    """Classifies cells, computes a key of each class from the cells that certainly belong to it, refines with both."""
 
     def __init__(self, *, inputs: int = 720, width: int = 64) -> None:
         super().__init__()
         self.conv_sem = nn.Conv2d(inputs, NUM_CLASSES, 1, bias=False)
-        # The bias belongs to the logits, not to the keys, so it stands beside the convolution.
+        # Outside the convolution, as it is part of the logits but not of the keys.
         self.bias_sem = nn.Parameter(torch.zeros(NUM_CLASSES))
         self.conv_ref = nn.Sequential()
         self.conv_ref.add_module("conv0", nn.Conv2d(3 + inputs + NUM_CLASSES, width, 5, padding=2, bias=False))
@@ -62,7 +61,7 @@ class RefinementHead(nn.Module):
         self.conv_ref_last = nn.Conv2d(width, NUM_CLASSES, 1)
 
     def forward(self, features: Tensor, image: Tensor) -> SegmentationOutput:
-        """features (N, E, h, w), image (N, 3, H, W) -> the output of SSN (TexRNet, section 4)."""
+        """features (N, E, h, w), image (N, 3, H, W) -> output of SSN (TexRNet, section 4)."""
         scores = self.conv_sem(features)  # (N, C, h, w)
         semantic_logits = scores + self.bias_sem[:, None, None]
         key_weights, attention = self._attend(features, scores, semantic_logits)
@@ -73,9 +72,9 @@ class RefinementHead(nn.Module):
 
     @staticmethod
     def _attend(features: Tensor, scores: Tensor, semantic_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of the cells in the class keys and the attention to these keys, both (N, C, h, w) in float32.
+        """Return the weights of the cells in the class keys and the attention to these keys, both (N, C, h, w).
 
-        Sums over all cells and exponentials of inner products lose too much in 16 bits, whatever the rest runs in.
+        Always float32: sums over all cells and exponentials of inner products lose too much in 16 bits.
         """
         with without_autocast(features.device):
             cells = features.flatten(2).float()  # (N, E, P)
@@ -86,7 +85,7 @@ class RefinementHead(nn.Module):
             shifted = scores - scores.amax(dim=1, keepdim=True)  # (N, C, P)
             weights = shifted.exp()
             total = overlap @ weights + 1e-12
-            # weights / sum of weights, which are all 0 where no cell has the class by far: taken from their logarithms.
+            # weights / sum of weights, from logarithms, since all weights underflow where no cell is near the class.
             shares = (shifted - total.log()).softmax(dim=2)
             weights = weights / total
             keys = shares @ cells.transpose(1, 2)  # (N, C, E)
@@ -129,14 +128,14 @@ class SSN(nn.Module):
         return self.semrfnhead(features, image)
 
     def text_probability(self, image: Tensor, *, areas: Sequence[int] = PUBLISHED_AREAS) -> Tensor:
-        """Probability that a pixel belongs to text, (N, H, W) in [0, 1], float32: the mean over several sizes.
+        """Return the probability of text at each pixel, (N, H, W) in [0, 1], float32: the mean over several scales.
 
         Args:
-            image: (N, 3, H, W), normalised, at the images' own size; all of one size.
-            areas: sides of the squares whose areas the resized image has, in pixels, about.
+            image: (N, 3, H, W), normalised, at the images' own size.
+            areas: the scales: the image is resized to about the area of a square with this side, in pixels.
 
         Raises:
-            ValueError: when `areas` is empty.
+            ValueError: `areas` is empty.
         """
         if not areas:
             raise ValueError("areas must name at least one side in pixels, such as 385")
@@ -148,15 +147,15 @@ class SSN(nn.Module):
         return total / len(areas)
 
     def probability(self, image: Tensor) -> Tensor:
-        """Probability of text of a network-sized image, not resized back: (N, 3, H, W) -> (N, 1, h, w), float32."""
+        """Return the probability of text at each cell: (N, 3, H, W) -> (N, 1, h, w), float32."""
         logits = self(image.to(self.hrnet.conv1.weight.dtype)).refined_logits
         return logits.float().softmax(dim=1)[:, 1:]
 
 
 def network_size(size: Sequence[int], area: int) -> tuple[int, int]:
-    """Height and width at which an image of `size` (height, width) enters the network: `area` squared pixels, about.
+    """Return the height and width at which an image of `size` (height, width) enters the network.
 
-    The aspect is kept up to the rounding down to 32 k + 1.
+    It has about `area` squared pixels and keeps its aspect ratio, up to rounding down to 32 k + 1.
     """
     height, width = size
     ratio = math.sqrt(area**2 / (height * width))

@@ -1,4 +1,4 @@
-"""Post-norm transformer layers of torch and sinusoidal positions ("Attention Is All You Need", 2017), batch first.
+"""torch's post-norm transformer layers and sinusoidal positions ("Attention Is All You Need", 2017), batch first.
 
 Legend: N images or texts, L query steps, S memory steps, E features.
 """
@@ -8,12 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-# In eval mode torch's layers would switch to a fused kernel that knows nothing of autocast on a CPU.
-torch.backends.mha.set_fastpath_enabled(False)
-
 
 def sinusoids(length: int, d_model: int) -> Tensor:
-    """Positions (length, d_model): sin(t / 10000^(2i / d_model)) at feature 2i, the cosine of that angle at 2i + 1."""
+    """Return positions (length, d_model): sin(t / 10000^(2i / d_model)) at feature 2i, its cosine at 2i + 1."""
     if d_model % 2:
         raise ValueError(f"sinusoidal positions need an even number of features, got d_model={d_model}")
     position = torch.arange(length, dtype=torch.float32)[:, None]
@@ -39,7 +36,7 @@ class PositionalEncoding(nn.Module):
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """`num_layers` of torch's encoder layers in a row, (N, L, E) -> (N, L, E)."""
+    """A stack of torch's encoder layers, (N, L, E) -> (N, L, E)."""
 
     def __init__(
         self,
@@ -56,7 +53,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             for _ in range(num_layers)
         ]
         super().__init__(layers[0], num_layers, enable_nested_tensor=False)
-        self.layers = nn.ModuleList(layers)  # torch would copy one layer: all would start from the same values
+        self.layers = nn.ModuleList(layers)  # torch copies one layer, so all would start from the same values
         _keep_parameter_order(self.layers)
 
 
@@ -76,13 +73,13 @@ class CrossAttentionLayer(nn.TransformerDecoderLayer):
         memory_key_padding_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """tgt (N, L, E), memory (N, S, E) -> (N, L, E); masks as torch's layer takes them, that of `tgt` unused."""
+        """tgt (N, L, E), memory (N, S, E) -> (N, L, E); masks as in torch's layer, that of `tgt` is not used."""
         tgt = self.norm2(tgt + self._mha_block(tgt, memory, memory_mask, memory_key_padding_mask))
         return self.norm3(tgt + self._ff_block(tgt))
 
 
 class TransformerDecoder(nn.Module):
-    """`num_layers` decoder layers in a row over one memory; self-attention only where `use_self_attn` asks for it."""
+    """A stack of decoder layers over one memory, without self-attention unless `use_self_attn`."""
 
     def __init__(
         self,
@@ -110,7 +107,7 @@ class TransformerDecoder(nn.Module):
 
 
 def _keep_parameter_order(layers: nn.ModuleList) -> None:
-    """Put the parameters of the layers in the order of earlier checkpoints: optimiser states are matched by it."""
+    """Order the parameters of the layers as in earlier checkpoints, whose optimiser states are matched by order."""
     for layer in layers:
         for name in ("self_attn", "norm1", "multihead_attn", "norm2", "norm3"):
             if name in layer._modules:

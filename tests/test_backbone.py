@@ -10,7 +10,7 @@ def small_resnet(**options: object) -> ResNet:
 
 @pytest.mark.parametrize("size", [(32, 128), (33, 127), (7, 5), (1, 1)])
 @pytest.mark.parametrize("strides", [(2, 2, 1), (1, 1, 1), (2, 3, 1), (2, (2, 1), (1, 1))])
-def test_output_size_is_what_comes_out(size, strides):
+def test_output_size_is_that_of_the_output(size, strides):
     resnet = small_resnet(strides=strides, mask_branch=True, side_channels=4).eval()
     features = resnet(torch.randn(1, 3, *size))
     assert features.feature.shape[-2:] == resnet.output_size(size)
@@ -40,7 +40,7 @@ def test_initial_values():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depths": (1, 2)}, "one entry for each stage"),
+        ({"depths": (1, 2)}, "an entry for each stage"),
         ({"mask_branch": True, "strides": (2, 1, 2)}, "last stride of 1"),
         ({"mask_branch": True, "widths": (8,), "depths": (1,), "strides": (1,)}, "two stages"),
     ],
@@ -50,7 +50,7 @@ def test_impossible_stages_are_named(options, message):
         small_resnet(**options)
 
 
-def test_encoder_knows_positions_only_when_asked():
+def test_positions_are_added_only_when_asked_for():
     plain, positional = (
         TransformerBackbone(
             resnet=small_resnet(), image_size=(8, 16), num_layers=1, nhead=2, d_inner=8, positional_encoding=wanted

@@ -23,6 +23,7 @@ from evaluation.evaluator import (
     read_logits,
     score_csv,
     score_table,
+    score_words,
     write_scores,
 )
 from inference.prepare import prepare_for_inference
@@ -284,3 +285,7 @@ def test_segmentation_scores_are_those_of_the_masks_that_users_get(tmp_path, pre
 def test_a_network_that_gives_no_numbers_is_scored_as_sure_of_nothing():
     logits = torch.full((2, STEPS, CHARSET.num_classes), float("nan"))
     assert read_logits(logits, CHARSET)[1] == [0.0, 0.0]
+
+
+def test_no_words_score_nothing():
+    assert set(score_words([], str.lower).values()) == {0.0}

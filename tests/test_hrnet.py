@@ -16,7 +16,7 @@ def small_hrnet(widths=(4, 8, 12, 16), num_modules=(1, 2, 1), **changes) -> HRNe
 @pytest.mark.parametrize(
     ("size", "cells"), [((65, 193), (17, 49)), ((64, 100), (16, 25)), ((1, 33), (1, 9)), ((31, 7), (8, 2))]
 )
-def test_gives_a_quarter_of_the_size_for_any_image(size, cells):
+def test_output_is_a_quarter_of_any_image_size(size, cells):
     maps = small_hrnet().eval()(torch.randn(2, 3, *size))
     assert maps.shape == (2, 40, *cells)
 

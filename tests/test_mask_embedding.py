@@ -38,7 +38,7 @@ def test_stack_depends_on_the_condition_and_reaches_every_parameter():
     assert [name for name, parameter in stack.named_parameters() if parameter.grad is None] == []
 
 
-def test_embedding_adds_what_the_stack_makes_of_the_mask():
+def test_embedding_adds_the_output_of_the_stack():
     block = MaskEmbedding(channels=12, stride=(4, 2), sft_blocks=1, sft_channels=6, hidden_channels=8)
     feature, mask = torch.randn(2, 12, 3, 5), torch.rand(2, 1, 12, 10)
     modulated = block.conv0(feature)

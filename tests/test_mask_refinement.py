@@ -6,7 +6,7 @@ from modules.mask_refinement import MaskRefinement, PrototypeSimilarity, bilinea
 
 
 def similarity_at_full_size(feature, mask):
-    """The published way: resize all channels, pool under the mask, cosine at every pixel."""
+    """Compute the similarity as published: resize all channels, pool under the mask, cosine at every pixel."""
     resized = F.interpolate(feature, size=mask.shape[-2:], mode="bilinear", align_corners=False)
     prototype = (resized * mask).sum(dim=(2, 3))[..., None, None]
     return F.cosine_similarity(resized, prototype.expand_as(resized), dim=1, eps=1e-8)[:, None]
@@ -49,7 +49,7 @@ def test_mask_scale_does_not_matter():
 
 
 @pytest.mark.parametrize("black", ["feature", "mask"])
-def test_nothing_is_like_nothing(black):
+def test_similarity_to_a_black_mask_or_a_zero_feature_is_zero(black):
     feature, mask = torch.randn(1, 8, 4, 6), torch.rand(1, 1, 16, 24)
     (feature if black == "feature" else mask).zero_()
     feature.requires_grad_()

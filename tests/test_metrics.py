@@ -11,19 +11,20 @@ from evaluation.metrics import (
     word_accuracy,
 )
 
-TEXT_METRICS = [word_accuracy, character_accuracy, normalized_edit_distance]
+# Each with its value where everything is right, and where everything is wrong.
+TEXT_METRICS = [(word_accuracy, 1.0, 0.0), (character_accuracy, 1.0, 0.0), (normalized_edit_distance, 0.0, 1.0)]
 
 
-@pytest.mark.parametrize("metric", TEXT_METRICS)
-def test_bounds_and_empty_input(metric):
+@pytest.mark.parametrize(("metric", "best", "worst"), TEXT_METRICS)
+def test_bounds_and_empty_input(metric, best, worst):
     assert metric([], []) == 0.0
-    assert metric(["a", "bc"], ["a", "bc"]) == 1.0
-    assert metric(["x", "y"], ["a", "bc"]) == 0.0
+    assert metric(["a", "bc"], ["a", "bc"]) == best
+    assert metric(["x", "y"], ["a", "bc"]) == worst
     with pytest.raises(ValueError, match="1 predictions for 2 targets"):
         metric(["a"], ["a", "b"])
 
 
-@pytest.mark.parametrize("metric", TEXT_METRICS)
+@pytest.mark.parametrize("metric", [metric for metric, *_ in TEXT_METRICS])
 def test_order_of_words_does_not_matter(metric):
     predictions, targets = ["cat", "dgo", "", "bird"], ["cat", "dog", "a", "birds"]
     assert metric(predictions[::-1], targets[::-1]) == pytest.approx(metric(predictions, targets))
@@ -40,9 +41,9 @@ def test_character_accuracy_counts_positions_over_all_targets():
 
 
 def test_normalized_edit_distance():
-    assert normalized_edit_distance(["og", "cat", ""], ["dog", "cut", "ab"]) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert normalized_edit_distance(["og", "cat", ""], ["dog", "cut", "ab"]) == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
     assert normalized_edit_distance(["abcd"], ["ab"]) == 0.5  # over the longer of the two
-    assert normalized_edit_distance([""], [""]) == 1.0
+    assert normalized_edit_distance([""], [""]) == 0.0
 
 
 def test_segmentation_scores():

@@ -93,7 +93,7 @@ def test_rounds_train_every_parameter(iter_size):
         assert parameter.grad.isfinite().all(), name
 
 
-def test_a_round_reads_the_round_before():
+def test_a_round_corrects_the_round_before():
     three, one = small_recogniser(iter_size=3).eval(), small_recogniser(iter_size=1).eval()
     one.load_state_dict(three.state_dict())
     image, mask, *_ = known_inputs(5, 2)
@@ -143,7 +143,7 @@ def test_no_rounds_are_refused():
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Records the inner sizes of the batched matrix multiplications that run within it."""
+    """Records the inner sizes of the batched matrix multiplications inside its context."""
 
     def __init__(self):
         super().__init__()
@@ -157,7 +157,7 @@ class MatrixProducts(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_batched_matrix_multiplication_of_inner_size_1_in_the_backward_pass(kind):
-    """torch 2.14 hands those to a Triton kernel, so that training on a GPU would need a C compiler."""
+    """With torch 2.14 they are Triton kernels on a GPU, which need a C compiler."""
     model = small_recogniser(**kind, iter_size=2)
     image, mask, *_ = known_inputs(5, 3)
     output = model(image, mask)
@@ -168,7 +168,7 @@ def test_no_batched_matrix_multiplication_of_inner_size_1_in_the_backward_pass(k
     assert 1 not in products.inner_sizes
 
 
-def test_parts_that_read_alone_keep_their_names_and_give_the_output_of_a_recogniser():
+def test_sub_models_alone_keep_their_names_and_return_the_output_of_a_recogniser():
     image, mask, *_ = known_inputs(5, 2)
     vision, language = small_vision().eval(), small_language().eval()
     alone = VisionRecogniser(vision)

@@ -30,7 +30,7 @@ def test_a_batch_reads_as_single_images_do(kind):
         )
 
 
-def test_batch_normalisation_of_masks_sees_the_batch():
+def test_batch_normalisation_of_masks_depends_on_the_batch():
     models = [small_vision(normalize=normalize).eval() for normalize in ("sample", "batch")]
     models[1].load_state_dict(models[0].state_dict())
     image, mask = images(2)
@@ -82,7 +82,7 @@ def test_odd_sizes_work_without_a_mask_and_are_refused_with_one():
 
 def test_mask_is_needed_and_must_fit():
     image, mask = images(2)
-    with pytest.raises(ValueError, match="reads with a text mask"):
+    with pytest.raises(ValueError, match="needs a text mask"):
         small_vision()(image)
     with pytest.raises(ValueError, match="mask is 16 x 128"):
         small_vision()(image, mask[:, :, :16])
@@ -96,7 +96,7 @@ def test_inputs_are_not_edited():
     assert torch.equal(mask, before[1])
 
 
-def test_misfit_parts_are_named():
+def test_parts_that_do_not_fit_are_named():
     backbone = small_vision(masked=False).backbone
     with pytest.raises(ValueError, match=r"attention is built for\s+\(4, 4\)"):
         VisionModel(backbone=backbone, attention=ReadingOrderAttention(cells=(4, 4), d_model=32))
@@ -110,7 +110,7 @@ def test_misfit_parts_are_named():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_gives_a_finite_reading(kind):
+def test_autocast_gives_finite_outputs(kind):
     model = small_vision(**kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(*images(2)).logits

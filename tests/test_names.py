@@ -1,4 +1,4 @@
-"""Published names: a child that is left out of them, both ways, at any depth and in copies."""
+"""Published names: children that are left out of them, in both directions, at any depth and in copies."""
 
 import copy
 
@@ -29,7 +29,7 @@ def test_names_are_short_in_both_directions_and_in_the_order_of_the_parameters()
     assert list(state) == list(other.state_dict())
 
 
-def test_names_that_nothing_has_are_still_told():
+def test_unknown_names_are_still_reported():
     state = nested().state_dict()
     state["inner.2.weight"] = state.pop("inner.0.weight")
     keys = nested().load_state_dict(state, strict=False)
@@ -37,7 +37,7 @@ def test_names_that_nothing_has_are_still_told():
     assert len(keys.missing_keys) == 1
 
 
-def test_loading_does_not_edit_what_it_is_given():
+def test_loading_does_not_edit_its_argument():
     network = small_recogniser()
     state = network.state_dict()
     before = list(state)

@@ -19,6 +19,7 @@ from engine.precision import (
     use_tf32,
     without_search,
 )
+from modules.transformer import TransformerEncoder
 from tests.reference import known_inputs, small_recogniser
 
 CPU = torch.device("cpu")
@@ -106,3 +107,13 @@ def test_only_images_change_their_memory_format():
     assert channels_last(image).is_contiguous(memory_format=torch.channels_last)
     assert channels_last(labels) is labels
     assert channels_last(None) is None
+
+
+def test_an_encoder_evaluates_in_the_precision_of_autocast():
+    torch.manual_seed(0)
+    encoder = TransformerEncoder(num_layers=1, d_model=16, nhead=2, d_inner=32).eval()
+    sequence = torch.randn(2, 5, 16)
+    with autocast(CPU, "bf16"):
+        expected = encoder(sequence)
+        with torch.no_grad():  # where torch has a fused kernel
+            torch.testing.assert_close(encoder(sequence), expected, rtol=0, atol=0)

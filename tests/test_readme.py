@@ -328,3 +328,9 @@ def test_promised_flags_are_the_programs():
         takes_none = flag in ("--debug", "--image_only", "--model_strict", "--resume")
         arguments = [flag, *([] if takes_none else value.get(flag, ["x"]))]
         main.parse_arguments(["--config", "configs/train.yaml", *arguments])
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split()
+    assert sorted(phony) == sorted(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))

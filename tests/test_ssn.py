@@ -27,7 +27,7 @@ SCALES = {"hrnet.last_layer.1.weight": 0.02, "hrnet.last_layer.1.bias": 0.02, "s
 
 
 def known_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The value that the tensor `name` had when the stored outputs were made."""
+    """Return the value of the tensor `name` in the network of the stored outputs."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
     value = torch.from_numpy(np.asarray(np.random.RandomState(seed).standard_normal(shape), dtype=np.float32))
     if name.endswith("running_var"):
@@ -112,7 +112,7 @@ def test_every_parameter_gets_a_gradient_and_none_is_nan():
         ((31, 88), 129, (65, 193)),
     ],
 )
-def test_size_at_which_a_image_enters(size, area, expected):
+def test_size_at_which_an_image_enters(size, area, expected):
     assert network_size(size, area) == expected
     assert all(side % 32 == 1 for side in network_size(size, area))
 
@@ -138,12 +138,12 @@ def test_text_probability_refuses_no_areas_and_knows_the_published_ones():
     assert PUBLISHED_AREAS == (385, 513, 641, 769, 897, 1025, 1153, 1281)
 
 
-def test_a_uniform_image_gives_a_finite_answer():
+def test_a_uniform_image_gives_finite_outputs():
     assert small_ssn().eval().text_probability(torch.zeros(1, 3, 9, 9), areas=[33]).isfinite().all()
 
 
-def test_a_class_that_no_cell_has_gives_finite_answers():
-    """Scores so far apart that the weights of a class are 0 everywhere in float32."""
+def test_a_class_without_cells_gives_finite_outputs():
+    """The scores are so far apart that the weights of a class are 0 in float32."""
     network = SSN(**SMALL).eval()
     with torch.no_grad():
         network.semrfnhead.conv_sem.weight.copy_(torch.tensor([1e4, -1e4]).view(2, 1, 1, 1).expand(2, 40, 1, 1))

@@ -81,7 +81,7 @@ def test_words_are_the_same_on_every_background(words):
         assert any((word[kind].image != word["plain"].image).any() for kind in KINDS[1:])
 
 
-def test_masks_are_what_their_names_say(words):
+def test_masks_match_their_names(words):
     chosen = [word["plain"] for word in words]
     by_kind = {kind: study.masks_for(chosen, kind) for kind in study.MASKS}
     assert by_kind["ssn"] == [None] * len(words)

@@ -1,4 +1,4 @@
-"""tools/gpu_check.py: every part has its line, whatever happens in it, and without a GPU those that need one say so."""
+"""tools/gpu_check.py: every part has its line, and without a GPU those that need one are listed as left out."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_without_a_gpu_the_parts_that_need_one_are_named(parts, tmp_path):
     assert ("training", "small", "bf16") in parts
 
 
-def test_a_part_that_fails_costs_its_line_and_the_exit_status(parts, tmp_path, monkeypatch):
+def test_a_part_that_fails_changes_its_line_and_the_exit_status(parts, tmp_path, monkeypatch):
     def fail(self):
         raise ZeroDivisionError("no\nwords")
 
@@ -59,7 +59,7 @@ def test_a_part_that_fails_costs_its_line_and_the_exit_status(parts, tmp_path, m
     assert lines["reading", "fp32"][1] == "ok"
 
 
-def test_no_part_begins_when_the_time_is_over(parts, tmp_path, monkeypatch):
+def test_no_part_starts_when_the_time_is_over(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check.time, "monotonic", iter(range(0, 100_000, 100)).__next__)
     gpu_check.main(["--output", str(tmp_path / "check.md"), "--seconds", "450"])
     verdicts = lines_of(tmp_path / "check.md")
@@ -68,7 +68,7 @@ def test_no_part_begins_when_the_time_is_over(parts, tmp_path, monkeypatch):
     assert verdicts["full size", "fp32"] == ("needs a GPU", "left out")
 
 
-def test_a_loss_that_is_not_fp32s_fails(tmp_path, monkeypatch):
+def test_a_loss_far_from_fp32s_fails(tmp_path, monkeypatch):
     check = gpu_check.GpuCheck(device=torch.device("cpu"), scale=gpu_check.ON_CPU, folder=tmp_path, seconds=60)
     losses = {"fp32": 2.0, "bf16": 2.03, "fp16": 2.1}
 
@@ -81,7 +81,7 @@ def test_a_loss_that_is_not_fp32s_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(check, "_trainer", lambda _, key, **__: (Trainer(losses[key.partition("=")[2]]), [[0] * 4]))
     monkeypatch.setattr(check, "_flops_of_a_word", lambda network: 1e9)
-    monkeypatch.setattr(check, "_matrix_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(gpu_check, "matrix_rate", lambda device, dtype: 1e12)
     verdicts = {form: check.training("small", form) for form in losses}
     assert verdicts["fp32"][1] == "measured"
     assert verdicts["bf16"][1] == "ok"

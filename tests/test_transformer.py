@@ -12,7 +12,7 @@ def test_encoder_layers_start_from_different_values():
     assert not torch.equal(first.linear1.weight, second.linear1.weight)
 
 
-def test_decoder_layer_is_that_of_torch_without_self_attention():
+def test_decoder_layer_equals_torchs_without_self_attention():
     ours = CrossAttentionLayer(WIDTH, 4, 24, dropout=0.0, batch_first=True)
     theirs = nn.TransformerDecoderLayer(WIDTH, 4, 24, dropout=0.0, batch_first=True)
     missing = theirs.load_state_dict(ours.state_dict(), strict=False).missing_keys

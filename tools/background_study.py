@@ -1,18 +1,18 @@
-"""Measure how much the background costs: the same rendered words on every kind of background, read by checkpoints.
+"""Measure how much accuracy depends on the background: checkpoints read the same rendered words on every kind of it.
 
-Letters, their place, colours' draws and degradation of a word are the same on every background, so that accuracies are
-compared on equal words. Checkpoints that share a NAME are trainings of one network with other seeds; their mean is
-reported with a 95 % interval of a bootstrap over words and seeds, each checkpoint by itself with Wilson's interval.
-Differences (to plain, and to the first NAME) are taken within each bootstrap sample, on the same words.
+A word has the same letters, colours and degradation on every background. Checkpoints with the same NAME count as
+trainings of one network with different seeds. Their mean is reported with a 95 % interval from a bootstrap over words
+and seeds, and each checkpoint also with Wilson's interval. Differences (from plain, and from the first NAME) are taken
+within each bootstrap sample, so they compare the same words.
 
-Networks that read with masks are scored with each kind of --masks:
-  ssn    the masks that the checkpoint's SSN (or --ssn) makes of the image, as in use
-  exact  the renderer's: what a perfect SSN would give
-  none   empty masks: the network is told of no text
-  full   masks that call everything text
-  other  the exact mask of another word: the network is told wrong
+Networks that take masks are scored with each kind of --masks:
+  ssn    masks predicted by the checkpoint's SSN (or by --ssn), as in use
+  exact  the renderer's masks, which a perfect SSN would predict
+  none   empty masks
+  full   masks that call every pixel text
+  other  the exact mask of another word
 
-Output folder: table.md, scores.csv (each checkpoint), results.json (all numbers), plot.png.
+The output folder receives table.md, scores.csv (each checkpoint), results.json (all numbers) and plot.png.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ sys.path.insert(
 import cv2
 import matplotlib
 import numpy as np
+from scipy.stats import binomtest
 
 from bundle import load_ssn
 from inference.segmenter import Segmenter
@@ -50,23 +50,22 @@ from matplotlib import pyplot
 EXAMPLE = """  python tools/background_study.py --checkpoint binet=a/best-a.pth --checkpoint binet=b/best-b.pth \\
       --checkpoint abinet=c/best-c.pth --ssn ssn/best-ssn.pth --count 2000 --seed 7 --output workdir/background-study"""
 
-MASKS = {  # kind -> name in the plot
+MASKS = {  # kind -> name in table and plot
     "ssn": "SSN's masks",
     "exact": "exact masks",
     "none": "empty masks",
     "full": "all-text masks",
     "other": "another word's masks",
 }
-NO_MASKS = "-"  # of a network that takes none
+NO_MASKS = "-"  # for a network that takes none
 PLAIN = "plain"
 RESAMPLES = 2000
-LEVEL = 0.95
-Z = 1.959964  # of a standard normal, for LEVEL
+LEVEL = 0.95  # of the intervals
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one checkpoint read right, with one kind of masks: `right` is bool (kinds, words)."""
+    """Words that one checkpoint predicted correctly with one kind of masks: `right` is bool (kinds, words)."""
 
     name: str
     checkpoint: str
@@ -93,16 +92,16 @@ def _renderer(settings: str) -> WordRenderer:
 
 
 def render_word(index: int, *, settings: str, seed: int, kinds: tuple[str, ...]) -> dict[str, RenderedWord]:
-    """Word `index` of `seed` on every kind of background; runs in a worker."""
+    """Return word `index` of `seed` on every kind of background; runs in a worker."""
     return _renderer(settings).render_on_backgrounds(seed, index, kinds)
 
 
 def render_words(
     config: RenderConfig, count: int, *, seed: int, kinds: Sequence[str], protocol: int, max_length: int, workers: int
 ) -> list[dict[str, RenderedWord]]:
-    """The first `count` words of `seed` that can be scored, each on every kind of background."""
+    """Return the first `count` words of `seed` that can be scored, each on every kind of background."""
     settings = config.model_dump_json()
-    _renderer(settings)  # errors of the settings come from here, once
+    _renderer(settings)  # reports mistakes in the settings before any worker starts
     normalize = protocol_normalizer(protocol)
     render = functools.partial(render_word, settings=settings, seed=seed, kinds=tuple(kinds))
     rendered = map_in_processes(render, range(4 * count + 100), workers=workers, chunk_size=16)
@@ -115,7 +114,7 @@ def render_words(
 
 
 def masks_for(words: Sequence[RenderedWord], kind: str) -> list[np.ndarray | None]:
-    """A mask, uint8 of the image's size, for each word; None where the reader is to make it."""
+    """Return a mask for each word, uint8 of its image's size, or None where the reader is to predict it."""
     if kind == "ssn":
         return [None] * len(words)
     if kind == "exact":
@@ -132,7 +131,7 @@ def masks_for(words: Sequence[RenderedWord], kind: str) -> list[np.ndarray | Non
 def segment_words(
     words: Sequence[dict[str, RenderedWord]], kinds: Sequence[str], ssn: str, device: str | None
 ) -> dict[str, list[np.ndarray]]:
-    """The masks that one SSN makes of all words, for each kind of background: made once for all checkpoints."""
+    """Return the masks that one SSN predicts for all words, by kind of background; all checkpoints share them."""
     network, areas = load_ssn(ssn)
     segmenter = Segmenter(network, areas, device=pick_device(device))
     return {kind: segmenter([word[kind].image for word in words]) for kind in kinds}
@@ -149,9 +148,9 @@ def score_checkpoint(
     segmented: dict[str, list[np.ndarray]] | None = None,
     device: str | None = None,
 ) -> Iterator[Run]:
-    """Read all words on all backgrounds, once for each kind of masks where the network takes some.
+    """Predict all words on all backgrounds, once for each kind of masks if the network takes masks.
 
-    `segmented` are the masks of the kind ssn, by background; None takes those of the SSN in the checkpoint.
+    `segmented` are the masks of the kind ssn, by background; with None, the checkpoint's own SSN predicts them.
     """
     normalize = protocol_normalizer(protocol)
     reader = Reader(checkpoint, device=device, masks="none")
@@ -177,29 +176,26 @@ def score_checkpoint(
 
 
 def wilson(right: int, count: int) -> Estimate:
-    """A share with Wilson's 95 % interval; nothing is known of 0 words."""
+    """Return a share with Wilson's 95 % interval, which is all of [0, 1] for 0 words."""
     if not count:
         return Estimate(0.0, 0.0, 1.0)
-    share = right / count
-    centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    # Rounding must not put a bound on the wrong side of the share itself.
-    return Estimate(share, min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share))
+    interval = binomtest(right, count).proportion_ci(LEVEL, method="wilson")
+    return Estimate(right / count, float(interval.low), float(interval.high))
 
 
 def resampled_accuracies(
     groups: Sequence[np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[np.ndarray]:
-    """Bootstrap of the mean accuracies of groups of runs on the same words.
+    """Bootstrap the mean accuracies of groups of runs on the same words.
 
-    Words and seeds are drawn anew with replacement; the words of a sample are the same for all groups and kinds, so
-    that differences between the results, sample by sample, are paired.
+    Words and seeds are resampled with replacement. All groups and kinds share the words of a sample, so their
+    differences within a sample are paired.
 
     Args:
-        groups: for each group what its runs read right, bool (seeds, kinds, words).
+        groups: bool (seeds, kinds, words) for each group: the words that its runs predicted correctly.
 
     Returns:
-        for each group float (resamples, kinds).
+        float (resamples, kinds) for each group.
     """
     random = np.random.default_rng(seed)
     count = groups[0].shape[2]
@@ -214,16 +210,16 @@ def resampled_accuracies(
 
 
 def estimate(value: float, samples: np.ndarray) -> Estimate:
-    """A value with the percentile interval of its bootstrap samples."""
+    """Return a value with the percentile interval of its bootstrap samples."""
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(value), float(low), float(high))
 
 
 def summarise(runs: Sequence[Run], kinds: Sequence[str]) -> list[dict]:
-    """For each network and kind of masks: accuracy by background, its change from plain, its lead over the first.
+    """Return for each network and kind of masks the accuracy, its change from plain and its lead over the first row.
 
-    Each is a list of estimates in the order of `kinds`, followed by that of the mean over the backgrounds (of accuracy
-    and lead: all of them; of the change: all but plain).
+    Each is a list of estimates in the order of `kinds`, followed by that of the mean over the backgrounds; the mean of
+    the change leaves plain out.
     """
     members: dict[tuple[str, str], list[np.ndarray]] = {}
     for run in runs:
@@ -257,7 +253,7 @@ def summarise(runs: Sequence[Run], kinds: Sequence[str]) -> list[dict]:
 
 
 def markdown(rows: Sequence[dict], kinds: Sequence[str], *, words: int) -> str:
-    """Three tables: accuracy, change from plain, lead over the first network."""
+    """Return three tables: accuracy, change from plain, lead over the first network."""
     first = label_of(rows[0])
     parts = [
         ("accuracy", f"Word accuracy, %, with 95 % intervals ({words:,} words on each background)", "mean"),
@@ -278,12 +274,12 @@ def markdown(rows: Sequence[dict], kinds: Sequence[str], *, words: int) -> str:
 
 
 def label_of(row: dict) -> str:
-    """Name of a network and its masks."""
+    """Return the name of a network together with its masks."""
     return row["name"] if row["masks"] == NO_MASKS else f"{row['name']} ({MASKS[row['masks']]})"
 
 
 def scores_csv(runs: Sequence[Run], kinds: Sequence[str]) -> str:
-    """One line for each checkpoint, kind of masks and background, with Wilson's interval; fractions."""
+    """Return a line for each checkpoint, kind of masks and background, with Wilson's interval; fractions."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["name", "checkpoint", "masks", "background", "words", "right", "accuracy", "low", "high"])
@@ -296,7 +292,7 @@ def scores_csv(runs: Sequence[Run], kinds: Sequence[str]) -> str:
 
 
 def draw_plot(rows: Sequence[dict], kinds: Sequence[str]) -> bytes:
-    """Accuracy against background, a line with bars of its interval for each network; PNG."""
+    """Draw accuracy against background with error bars, one line for each network; returns a PNG."""
     figure, axes = pyplot.subplots(figsize=(1.5 * len(kinds) + 3, 4.5), layout="constrained")
     for number, row in enumerate(rows):
         estimates = row["accuracy"][: len(kinds)]
@@ -317,7 +313,7 @@ def draw_plot(rows: Sequence[dict], kinds: Sequence[str]) -> bytes:
 
 
 def as_json(rows: Sequence[dict], kinds: Sequence[str], facts: dict) -> str:
-    """All numbers, with what they were measured on."""
+    """Return all numbers together with the settings that they were measured with."""
     fields = ("accuracy", "change", "lead")
     networks = [
         {key: [vars(each) for each in value] if key in fields else value for key, value in row.items()} for row in rows
@@ -371,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def named_checkpoint(text: str) -> tuple[str, str]:
-    """NAME=FILE, or FILE, which is then its own name."""
+    """Split NAME=FILE; a FILE without a name gets its own."""
     name, equals, path = text.partition("=")
     path = path if equals else text
     if not Path(path).is_file():
@@ -386,19 +382,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--checkpoint", required=True, action="append", metavar="NAME=FILE", help="recogniser; repeatable"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to")
-    parser.add_argument("--ssn", metavar="FILE", help="SSN that makes masks (default: the one in each checkpoint)")
-    parser.add_argument("--masks", nargs="+", choices=MASKS, default=["exact"], help="(default: exact)")
-    parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUND_KINDS, help="(default: all there are)")
-    parser.add_argument("--photos", metavar="FOLDER", help="photographs, for the background photo")
-    parser.add_argument("--count", type=positive, default=1000, help="words (default: %(default)s)")
+    parser.add_argument("--ssn", metavar="FILE", help="predicts the masks (default: the SSN in each checkpoint)")
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=["exact"], help="kinds of masks (default: exact)")
+    parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUND_KINDS, help="kinds of background (default: all)")
+    parser.add_argument("--photos", metavar="FOLDER", help="photographs for the background `photo`")
+    parser.add_argument("--count", type=positive, default=1000, help="number of words (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=seed_number, default=1_000_003, help="of the words; not one of the training data's"
+        "--seed", type=seed_number, default=1_000_003, help="seed of the words; use none of the training data's"
     )
-    parser.add_argument("--config", metavar="YAML", help="how words look (configs/render.yaml)")
-    parser.add_argument("--protocol", type=int, choices=PROTOCOLS, default=36, help="(default: %(default)s)")
+    parser.add_argument("--config", metavar="YAML", help="render settings (default: the renderer's own)")
+    parser.add_argument(
+        "--protocol", type=int, choices=PROTOCOLS, default=36, help="characters compared (default: %(default)s)"
+    )
     parser.add_argument("--max-length", type=positive, default=25, help="longest word (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda (default: a GPU where there is one)")
-    parser.add_argument("--workers", type=positive, default=usable_cores(), help="processes that render")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument(
+        "--workers", type=positive, default=usable_cores(), help="rendering processes (default: all cores)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the render settings")
     return parser.parse_intermixed_args(arguments)
 

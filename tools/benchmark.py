@@ -1,18 +1,30 @@
-"""Measure speed: reading, training, loading, rendering and mask making, with resnet50 beside the networks.
+"""Measure speed: reading, training, loading, rendering and masks, with resnet50 beside the networks.
 
-How cost grows is measured by the tasks growth-batch (reading), growth-words (opening a word list) and growth-workers
-(loading).
+Tasks:
+  reading    predict words with a recogniser: a batch, and one word (latency)
+  training   take a training step: forward, backward, clipping, update
+  loading    decode, augment and collate the config's training data
+  rendering  render words in one process
+  masks      predict masks with an SSN at the config's scales
+
+Forms of reading and training:
+  eager     float32
+  autocast  --precision under autocast
+  prepared  for reading: the form that prepare_for_inference returns
+  compiled  for training: autocast, compiled
+
+Training of words needs no data, as words are rendered; so does loading if the config names no training data.
 """
 
 import argparse
-import copy
 import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,381 +39,160 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from builders import (
-    build_charset,
-    build_criterion,
-    build_label_rule,
-    build_model,
-    build_optimizer,
-    build_ssn,
-    build_training_data,
-)
-from builders import image_size as image_size_of
-from config import Config, load_config
+from builders import build_model, build_ssn, build_trainer, build_training_data, image_size
+from config import Config, TrainDataConfig, load_config
 from engine.distributed import Process
-from engine.precision import PRECISIONS
+from engine.precision import PRECISIONS, autocast
+from engine.trainer import Trainer
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
-from loading.batches import normalize_images, stack_images
-from modules.mask_refinement import EPSILON
-from tools.growth import (
-    Point,
-    growth_table,
-    largest_steps,
-    make_curve,
-    plot_growth,
-    time_openings,
-    time_workers,
-    write_rendered_words,
-)
-from tools.measuring import (
-    BlockClock,
-    Measurement,
-    Timing,
-    count_flops,
-    matrix_rate,
-    peak_memory,
-    shares,
-    time_interleaved,
-)
+from tools.measuring import Call, count_flops, matrix_rate, peak_memory, time_in_turns
 from tools.support import make_parser, positive
 from utils import UserError, run_command_line, seed_everything, write_atomically
 
 EXAMPLE = """  python tools/benchmark.py reading training --config configs/train.yaml --threads 2 --json speed.json
-  python tools/benchmark.py growth-batch --config configs/small.yaml --precision fp32 --no-compile --plot plots
-  python tools/benchmark.py growth-words growth-workers --plot plots
+  python tools/benchmark.py reading --config configs/small.yaml --precision fp32 --no-compile
   python tools/benchmark.py loading --config configs/small.yaml dataset.num_workers=1
   python tools/benchmark.py rendering --render-config configs/render.yaml
   python tools/benchmark.py masks --config configs/small_ssn.yaml"""
 
-GROWTH_TASKS = ("growth-batch", "growth-words", "growth-workers")
-TASKS = ("reading", "training", "loading", "rendering", "masks", *GROWTH_TASKS)
-WITHOUT_CONFIG = {"rendering", "growth-words", "growth-workers"}  # tasks that need none
 YARDSTICK = "resnet50 224x224 fp32"
 YARDSTICK_SIZE = 224
-BATCH_SIZES = tuple(2**power for power in range(9))  # 1 to 256
-LIST_SIZES = (1_000, 10_000, 100_000, 1_000_000)
-WORKERS = (0, 1, 2, 3, 4)
-MADE_WORDS = 1000  # rendered for growth-workers where the config names no data
-TEXT_LENGTH = 8  # characters and end of the texts that training learns: the mean of the real training words is near
+RENDERED_WORDS = 100  # of a call of the task rendering
+MADE_WORDS = 1000  # rendered where the config names no training data
 WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the images that masks are made of
-
-
-@dataclass
-class Row(Measurement):
-    """One form of one task. `words` are what one call works on; memory in MiB; `flops` of one call."""
-
-    memory: float | None = None
-    flops: int | None = None
-    matrix_share: float | None = None  # of the measured rate of the form's own precision
-    ratio: float | None = None  # words a second over the yardstick's images a second
+# Blocks of a recogniser in the table of FLOPs.
+BLOCKS = ("resnet", "transformer", "mask_refinement", "mask_embedding", "attention", "language", "alignment")
 
 
 @dataclass
 class Form:
-    """A way to do a task: `call` works on `words` words, its products are in `dtype`."""
+    """A way to do a task: `call` works on `words` words with matrix multiplications in `dtype`."""
 
-    call: Callable[[], object]
+    call: Call
     words: int
     dtype: torch.dtype = torch.float32
-    flops: int | None = None
-
-
-@dataclass
-class Report:
-    """Everything that one run of the tool found out."""
-
-    machine: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    blocks: dict[str, dict[str, float]] = field(default_factory=dict)
-    growth: list[Point] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report for a file."""
-        rows = {name: [asdict(row) | {"rate": row.rate} for row in getattr(self, name)] for name in ("rows", "growth")}
-        return {"machine": self.machine, **rows, "blocks": self.blocks, "largest_steps": largest_steps(self.growth)}
-
-
-class FullResolutionSimilarity(nn.Module):
-    """Cosine to the text prototype as it is written down: with features resized to every pixel. The slow way.
-
-    Args:
-        image_size: height and width, pixels.
-    """
-
-    def __init__(self, *, image_size: tuple[int, int]) -> None:
-        super().__init__()
-        self.image_size = image_size
-
-    def forward(self, feature: Tensor, mask: Tensor) -> Tensor:
-        """feature (N, E, h, w), mask (N, 1, H, W) -> (N, 1, H, W)."""
-        pixels = F.interpolate(feature.float(), size=self.image_size, mode="bilinear", align_corners=False)
-        prototype = (pixels * mask).sum(dim=(2, 3), keepdim=True)  # (N, E, 1, 1)
-        return F.cosine_similarity(pixels, prototype, dim=1, eps=EPSILON)[:, None]
-
-
-def straightforward(model: nn.Module) -> nn.Module:
-    """Copy a network and take the shortcut out of its mask refinement, so that it computes as the paper writes it."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if hasattr(module, "similarity"):
-            module.similarity = FullResolutionSimilarity(image_size=module.image_size)
-    return model
-
-
-def one_by_one(ssn: nn.Module, areas: Sequence[int], images: Sequence[np.ndarray]) -> list[Tensor]:
-    """Masks (H, W) as the published procedure is written down: float32, one word and one area after another."""
-    device = next(ssn.parameters()).device
-    ssn.eval()
-    with torch.no_grad():
-        tensors = (normalize_images(stack_images([each]).to(device)) for each in images)  # (1, 3, H, W)
-        return [ssn.text_probability(each, areas=areas)[0] for each in tensors]
+    flops: int | None = None  # of a call
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-class Bench:
-    """Measures the tasks for one config on one device; every task adds its rows to `report`."""
+class Benchmark:
+    """Measures tasks with one config on one device; `rows` and `blocks` collect what was found."""
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
         self.options = options
         self.config = config
         self.device = torch.device(options.device)
         self.dtype = PRECISIONS[options.precision]
-        self.report = Report(machine=describe_machine(self.device))
-        self.matrix_rates: dict[torch.dtype, float] = {}
-
-    def run(self) -> Report:
-        """All tasks that were asked for."""
-        for task in self.options.tasks:
-            getattr(self, task.replace("-", "_"))()
-        return self.report
+        self.rows: list[dict[str, Any]] = []
+        self.blocks: dict[str, int] = {}  # FLOPs for a word
 
     def reading(self) -> None:
-        """Eager float32, eager under autocast, prepared; a batch and one word; the straightforward way beside them."""
-        model = self._network().eval().requires_grad_(False)
-        batch = self.options.batch_size
-        for words in dict.fromkeys((batch, 1)):
-            forms = self._reading_forms(model, words)
-            if words == batch:
-                forms[YARDSTICK] = Form(self._yardstick(words), words)
-            with torch.no_grad():
-                self._measure("reading" if words == batch else "latency", forms)
-        with torch.no_grad():
-            clock, call = BlockClock(model, self.device), self._reading_forms(model, batch, ("autocast",))["autocast"]
-            self.report.blocks["reading"] = shares(clock, call.call, self.device, runs=self.options.runs)
-
-    def _reading_forms(self, model: nn.Module, words: int, names: Sequence[str] | None = None) -> dict[str, Form]:
-        options = self.options
-        inputs = self._inputs(words)
-        with torch.no_grad():
-            flops = count_flops(lambda: model(*inputs))
-        slow = straightforward(model)
-        makers: dict[str, Callable[[], Form]] = {
-            "straightforward": lambda: Form(lambda: slow(*inputs), words, torch.float32, flops),
-            "eager": lambda: Form(lambda: model(*inputs), words, torch.float32, flops),
-            "autocast": lambda: Form(lambda: self._with_autocast(model, inputs), words, self.dtype, flops),
-            "prepared": lambda: Form(lambda: self._prepared(model)(*inputs), words, self.dtype, flops),
-        }
-        return {name: makers[name]() for name in names or options.forms}
-
-    def _prepared(self, model: nn.Module) -> nn.Module:
-        """The fast form, made once: compiling takes minutes."""
-        if not hasattr(self, "_fast"):
-            self._fast = prepare_for_inference(model, precision=self.options.precision, compile=self.options.compile)
-        return self._fast
+        """Read a batch and one word."""
+        if self.config.model.kind != "recogniser":
+            raise UserError(f"{self.options.config}: is of kind {self.config.model.kind}; name a recogniser's config")
+        model = build_model(self.config).to(self.device).eval().requires_grad_(False)
+        prepared = prepare_for_inference(model, precision=self.options.precision, compile=self.options.compile)
+        networks = {"eager": (model, torch.float32), "autocast": (self._autocast(model), self.dtype)}
+        networks["prepared"] = prepared, self.dtype
+        for task, words in (("reading", self.options.batch_size), ("latency", 1)):
+            inputs = self._inputs(words)
+            flops = count_flops(partial(model, *inputs))
+            forms = {
+                name: Form(partial(network, *inputs), words, dtype, flops["Global"])
+                for name, (network, dtype) in networks.items()
+            }
+            if task == "reading":
+                forms[YARDSTICK] = self._yardstick(words)
+            self._measure(task, forms)
+        self.blocks = {name: number for name, number in flops.items() if name.split(".")[-1] in BLOCKS}
 
     def training(self) -> None:
-        """One optimisation step: forward, loss, backward, clipping, Adam."""
-        words = self.options.training_batch_size
-        model = self._network().train()
-        forms = {
-            "eager": Form(self._training_step(model, words, torch.float32), words),
-            "autocast": Form(self._training_step(model, words, self.dtype), words, self.dtype),
-        }
-        if self.options.straightforward:
-            forms["straightforward"] = Form(self._training_step(straightforward(model), words, torch.float32), words)
-        if self.options.compile:
-            compiled = self._training_step(torch.compile(model), words, self.dtype)
-            forms["compiled"] = Form(compiled, words, self.dtype)
-        flops = count_flops(forms["eager"].call)
+        """Take training steps, always with the same batch of rendered words."""
+        precision = self.options.precision
+        settings = {"eager": ("fp32", False), "autocast": (precision, False), "compiled": (precision, True)}
+        if not self.options.compile:
+            del settings["compiled"]
+        forms: dict[str, Form] = {}
+        with TemporaryDirectory() as folder:
+            config = with_data(self.config, Path(folder), self.options.render_config, always=True)
+            config.dataset.train.batch_size, config.dataset.num_workers = self.options.batch_size, 0
+            for name, (precision, compiled) in settings.items():
+                config.training.precision, config.training.compile = precision, compiled
+                trainer, (batch,) = make_trainer(config, device=self.device, batches=1)
+                step = partial(trainer._step, batch, 0.0)
+                forms[name] = Form(step, len(batch), PRECISIONS[precision])
+        flops = count_flops(forms["eager"].call)["Global"]
         for form in forms.values():
             form.flops = flops
-        forms[YARDSTICK] = Form(self._yardstick_step(words), words)
+        forms[YARDSTICK] = self._yardstick_step(self.options.batch_size)
         self._measure("training", forms)
-        clock = BlockClock(model, self.device)
-        self.report.blocks["training"] = shares(clock, forms["autocast"].call, self.device, runs=self.options.runs)
-
-    def _training_step(self, model: nn.Module, words: int, dtype: torch.dtype) -> Callable[[], object]:
-        criterion = build_criterion(self.config)
-        optimizer = build_optimizer(self.config, model)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        inputs, targets = self._inputs(words), self._targets(words)
-
-        def step() -> None:
-            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = criterion(model(*inputs), *targets)["total"]
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip_grad or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step
 
     def loading(self) -> None:
-        """The training data of the config: decoded, augmented, collated; rendered words where it names none."""
+        """Load batches with the config's number of workers."""
         with TemporaryDirectory() as folder:
-            config = self._with_data(self.config, Path(folder))
-            workers = max(1, config.dataset.num_workers)
-            words, timing = self._time_workers(config, [workers])[workers]
-        self._add("loading", "1 worker" if workers == 1 else f"{workers} workers", Form(list, words), timing)
+            config = with_data(self.config, Path(folder), self.options.render_config)
+            loader = build_training_data(config, device=self.device, process=Process())
+            workers = config.dataset.num_workers
+            each = max(1, workers)
+            call = loading_call(loader, -(-self.options.batches // each) * each)  # equally many for all workers
+            self._measure("loading", {f"workers: {workers}": Form(call, call())})
 
     def rendering(self) -> None:
-        """The renderer in one process; on several cores that many times as much."""
+        """Render words."""
         from rendering.endless import RenderedWords  # the engine is only needed here
 
-        words = RenderedWords(self.options.render_config, length=1 << 30)
-        count = self.options.rendered
-        words[0]
-        runs = []
-        for run in range(self.options.runs):
-            start = time.perf_counter()
-            for index in range(count):
-                words[1 + run * count + index]
-            runs.append(time.perf_counter() - start)
-        self._add("rendering", "one process", Form(list, count), Timing(runs))
+        words, numbers = RenderedWords(self.options.render_config, length=1 << 30), count()
+        call = lambda: [words[number] for number in islice(numbers, RENDERED_WORDS)]  # noqa: E731
+        self._measure("rendering", {"one process": Form(call, RENDERED_WORDS)})
 
     def masks(self) -> None:
-        """SSN at the config's areas on images of the sizes that words have."""
+        """Predict the masks of images of the sizes that words have."""
         areas = self.config.model.ssn.areas
         ssn = build_ssn(self.config).to(self.device)
         segmenter = Segmenter(ssn, areas, device=self.device, precision=self.options.precision)
         images = word_images(self.options.batch_size)
-        name = f"areas {', '.join(map(str, areas))}"
-        forms = {name: Form(lambda: segmenter(images), len(images), self.dtype)}
-        if self.options.straightforward:
-            slow = straightforward(ssn)
-            forms["straightforward"] = Form(lambda: one_by_one(slow, areas, images), len(images))
-        forms[YARDSTICK] = Form(self._yardstick(len(images)), len(images))
+        name = f"scales {', '.join(map(str, areas))}"
+        forms = {name: Form(lambda: segmenter(images), len(images)), YARDSTICK: self._yardstick(len(images))}
         self._measure("masks", forms)
-
-    def growth_batch(self) -> None:
-        """Reading with the prepared network against the size of the batch."""
-        network = self._prepared(self._network().eval().requires_grad_(False))
-        inputs = {words: self._inputs(words) for words in BATCH_SIZES}
-        calls = {str(words): lambda words=words: network(*inputs[words]) for words in BATCH_SIZES}
-        timings = time_interleaved(calls, device=self.device, runs=self.options.runs)
-        measured = {words: (words, timings[str(words)]) for words in BATCH_SIZES}
-        self._add_growth("growth-batch", {"prepared": measured})
-
-    def growth_words(self) -> None:
-        """Opening a word list, filtered and then from the cache, against the number of its words."""
-        config = self.config or Config()
-        labels = build_label_rule(config, case_sensitive=config.dataset.case_sensitive)
-        with TemporaryDirectory() as folder:
-            openings = time_openings(Path(folder), LIST_SIZES, labels=labels, runs=self.options.runs)
-        self._add_growth("growth-words", openings)
-
-    def growth_workers(self) -> None:
-        """Loading against the number of workers: the training data of the config, rendered words where it has none."""
-        with TemporaryDirectory() as folder:
-            config = self._with_data(self.config or Config(), Path(folder))
-            measured = self._time_workers(config, WORKERS)
-        self._add_growth("growth-workers", {"loading": measured})
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
-    def _with_data(self, config: Config, folder: Path) -> Config:
-        """A config that names training data: words rendered into `folder` where it names none."""
-        config = config.model_copy(deep=True)
-        if not config.dataset.train.roots and config.model.kind in ("vision", "recogniser"):
-            write_rendered_words(folder, MADE_WORDS, self.options.render_config)
-            config.dataset.train.roots = [str(folder / "images")]
-            config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
-            config.dataset.cache_index = False
-        return config
-
-    def _time_workers(self, config: Config, workers: Sequence[int]) -> dict[int, tuple[int, Timing]]:
-        """Load the training data of a config with each number of workers: number -> (words, timing)."""
-
-        def make_loader(number: int) -> DataLoader:
-            changed = config.model_copy(deep=True)
-            changed.dataset.num_workers = number
-            return build_training_data(changed, device=self.device, process=Process())
-
-        return time_workers(make_loader, workers, batches=self.options.batches, runs=self.options.runs)
-
-    def _add_growth(self, task: str, forms: dict[str, dict[int, tuple[int, Timing]]]) -> None:
-        """Report the curves of a task, and draw them if asked."""
-        points = [point for form, measured in forms.items() for point in make_curve(task, form, measured)]
-        self.report.growth += points
-        if self.options.plot:
-            plot_growth(points, Path(self.options.plot) / f"{task}.png")
-
     def _measure(self, task: str, forms: dict[str, Form]) -> None:
-        """Time the forms of a task side by side, then the memory of each."""
-        calls = {name: form.call for name, form in forms.items()}
-        timings = time_interleaved(calls, device=self.device, runs=self.options.runs)
-        yardstick = timings.get(YARDSTICK)
+        """Time the forms of a task in turns, measure the memory of each, and note a row for each."""
+        timings = time_in_turns({name: form.call for name, form in forms.items()}, runs=self.options.runs)
+        rates = {name: form.words / timings[name].median for name, form in forms.items()}
         for name, form in forms.items():
-            memory = peak_memory(form.call, self.device) if self.options.memory else None
-            self._add(task, name, form, timings[name], memory, yardstick and forms[YARDSTICK].words / yardstick.median)
-
-    def _add(
-        self,
-        task: str,
-        name: str,
-        form: Form,
-        timing: Timing,
-        memory: float | None = None,
-        yardstick_rate: float | None = None,
-    ) -> None:
-        row = Row(task, name, form.words, timing.median, timing.spread, memory, form.flops)
-        if form.flops:
-            if form.dtype not in self.matrix_rates:
-                self.matrix_rates[form.dtype] = matrix_rate(self.device, form.dtype)
-            row.matrix_share = form.flops / timing.median / self.matrix_rates[form.dtype]
-        if yardstick_rate:
-            row.ratio = row.rate / yardstick_rate
-        self.report.rows.append(row)
-
-    def _network(self) -> nn.Module:
-        if self.config.model.kind != "recogniser":
-            raise UserError(f"{self.options.config}: is of kind {self.config.model.kind}; name a recogniser's config")
-        return build_model(self.config).to(self.device)
+            seconds = timings[name].median
+            share = form.flops / seconds / matrix_rate(self.device, form.dtype) if form.flops else None
+            row = {"task": task, "form": name, "words": form.words, "seconds": seconds, "rate": rates[name]}
+            row |= {"spread": timings[name].iqr / seconds, "flops": form.flops, "matrix_share": share}
+            row |= {"ratio": rates[name] / rates[YARDSTICK] if YARDSTICK in rates else None}
+            self.rows.append(row | {"memory": peak_memory(form.call, self.device)})
 
     def _inputs(self, words: int) -> tuple[Tensor, Tensor | None]:
-        height, width = image_size_of(self.config)
+        height, width = image_size(self.config)
         image = torch.randn(words, 3, height, width, device=self.device)
         mask = torch.rand(words, 1, height, width, device=self.device) if self.config.model.takes_masks else None
         return image, mask
 
-    def _targets(self, words: int) -> tuple[Tensor, Tensor]:
-        steps, classes = self.config.dataset.max_length + 1, build_charset(self.config).num_classes
-        lengths = torch.full((words,), min(TEXT_LENGTH, steps), device=self.device)
-        labels = torch.randint(1, classes, (words, steps), device=self.device)
-        labels[torch.arange(steps, device=self.device) >= lengths[:, None] - 1] = 0
-        return labels, lengths
+    def _autocast(self, model: nn.Module) -> Callable:
+        def call(*inputs: Tensor | None) -> object:
+            with autocast(self.device, self.options.precision):
+                return model(*inputs)
 
-    def _with_autocast(self, model: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> object:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return model(*inputs)
+        return call
 
-    def _yardstick_network(self) -> nn.Module:
-        from torchvision.models import resnet50
+    def _yardstick(self, images: int) -> Form:
+        network, image = self._resnet50(images)
+        network.eval().requires_grad_(False)
+        return Form(lambda: network(image), images)
 
-        return resnet50().to(self.device)
-
-    def _yardstick(self, images: int) -> Callable[[], object]:
-        network = self._yardstick_network().eval().requires_grad_(False)
-        image = torch.randn(images, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
-        return lambda: network(image)
-
-    def _yardstick_step(self, images: int) -> Callable[[], object]:
-        network = self._yardstick_network().train()
+    def _yardstick_step(self, images: int) -> Form:
+        network, image = self._resnet50(images)
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
-        image = torch.randn(images, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
         target = torch.zeros(images, dtype=torch.int64, device=self.device)
 
         def step() -> None:
@@ -409,19 +200,66 @@ class Bench:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return step
+        return Form(step, images)
+
+    def _resnet50(self, images: int) -> tuple[nn.Module, Tensor]:
+        from torchvision.models import resnet50
+
+        image = torch.randn(images, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
+        return resnet50().to(self.device), image
 
 
-def word_images(count: int) -> list[np.ndarray]:
-    """Images (H, W, 3) uint8 of noise, of a few sizes that words have."""
+# --- what tools/gpu_check.py shares -----------------------------------------------------------------------------------
+
+
+def with_data(config: Config, folder: Path, render_config: str, *, always: bool = False) -> Config:
+    """Return a copy of a config that trains on words rendered into `folder`, `always` or if it names no data."""
+    config = config.model_copy(deep=True)
+    if (always or not config.dataset.train.roots) and config.model.kind in ("vision", "recogniser"):
+        write_rendered_words(folder, MADE_WORDS, render_config)
+        batch_size = config.dataset.train.batch_size
+        config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
+        config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
+        config.dataset.cache_index = False
+    return config
+
+
+def write_rendered_words(folder: Path, words: int, render_config: str) -> None:
+    """Write rendered words: JPEG images to the LMDB folder/images/made, their masks to folder/masks/made."""
+    from rendering import load_render_config  # the engine is only needed here
+    from tools.render_words import render_words, store_words
+
+    rendered = render_words(load_render_config(render_config), words, seed=0, workers=1)
+    store_words(rendered, folder, "made", overwrite=False)
+
+
+def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple[Trainer, list[Any]]:
+    """Return a trainer with fresh weights, the same at each call, and the first batches of its data on the device."""
+    config = config.model_copy(deep=True)
+    config.dataset.test.roots = []
+    config.training.iterations = config.training.iterations or 1000
+    seed_everything(0)
+    trainer = build_trainer(config, device=device, process=Process())
+    trainer.data.batch_sampler.set_position(0, 0)
+    return trainer, [batch.to(device) for batch in islice(trainer.data, batches)]
+
+
+def loading_call(loader: DataLoader, batches: int) -> Callable[[], int]:
+    """Return a call that takes batches from an endless loader, brings them to the network's form and counts words."""
+    iterator = iter(loader)
+    return lambda: sum(len(batch.inputs()[0]) for batch in islice(iterator, batches))
+
+
+def word_images(number: int) -> list[np.ndarray]:
+    """Return images (H, W, 3) uint8 of noise, of a few sizes that words have."""
     random = np.random.default_rng(0)
-    heights = np.linspace(*WORD_HEIGHTS, num=min(count, 8)).astype(int)
+    heights = np.linspace(*WORD_HEIGHTS, num=min(number, 8)).astype(int)
     sizes = [(height, height * WORD_ASPECT) for height in heights]
-    return [random.integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8) for i in range(count)]
+    return [random.integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8) for i in range(number)]
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on beside the code."""
+    """Return what the numbers depend on beside the code."""
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     name = capabilities.get("cpu_name", platform.processor())
     return {
@@ -433,91 +271,79 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-# --- output -----------------------------------------------------------------------------------------------------------
-
-
-def table(report: Report) -> str:
-    """The rows, the growth and the blocks as Markdown."""
-    head = "| task | form | words | ms a word | words/s | spread | x resnet50 | MiB | GFLOP a word | of matrix rate |"
-    lines = [", ".join(f"{key}: {value}" for key, value in report.machine.items())]
-    if report.rows:
-        lines += ["", head, "|---|---|" + "---:|" * 8]
-    for row in report.rows:
-        cells = (
-            row.task,
-            row.form,
-            str(row.words),
-            f"{1000 * row.seconds / row.words:.2f}",
-            f"{row.rate:.1f}",
-            f"{100 * row.spread:.0f} %",
-            _cell(row.ratio, "{:.2f}"),
-            _cell(row.memory, "{:.0f}"),
-            _cell(row.flops and row.flops / row.words / 1e9, "{:.1f}"),
-            _cell(row.matrix_share and 100 * row.matrix_share, "{:.0f} %"),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    if report.growth:
-        lines += ["", *growth_table(report.growth)]
-    for task, blocks in report.blocks.items():
-        lines += ["", f"| {task}: block | share |", "|---|---:|"]
-        lines += [f"| {name} | {100 * share:.1f} % |" for name, share in blocks.items()]
-    return "\n".join(lines)
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def without_checkpoints(config: Config) -> Config:
+    """Return a copy of a config whose networks start from random weights: speed does not depend on them."""
+    config = config.model_copy(deep=True)
+    for part in (config.model, config.model.vision, config.model.language, config.model.ssn):
+        part.checkpoint = None
+    return config
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
+def table(machine: dict[str, Any], rows: Sequence[dict[str, Any]], blocks: dict[str, int]) -> str:
+    """Return all numbers as Markdown."""
+    lines = [", ".join(f"{key}: {value}" for key, value in machine.items()), ""]
+    lines += [
+        "| task | form | words | ms a word | words/s | spread | x resnet50 | MiB | GFLOP a word | of matrix rate |"
+    ]
+    lines += ["|---|---|" + "---:|" * 8]
+    for row in rows:
+        values = (
+            ("{:.2f}", 1000 / row["rate"]),
+            ("{:.1f}", row["rate"]),
+            ("{:.0%}", row["spread"]),
+            ("{:.2f}", row["ratio"]),
+            ("{:.0f}", row["memory"]),
+            ("{:.1f}", row["flops"] and row["flops"] / row["words"] / 1e9),
+            ("{:.0%}", row["matrix_share"]),
+        )
+        cells = ["" if value is None else form.format(value) for form, value in values]
+        lines.append("| " + " | ".join([row["task"], row["form"], str(row["words"]), *cells]) + " |")
+    if blocks:
+        lines += ["", "| block | GFLOP a word |", "|---|---:|"]
+        lines += [f"| {name} | {number / 1e9:.1f} |" for name, number in blocks.items()]
+    return "\n".join(lines)
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Tasks and config overrides share the positional arguments: an override has an equals sign."""
+    """Parse tasks and config overrides from the same positional arguments: an override has an equals sign."""
+    tasks = ("reading", "training", "loading", "rendering", "masks")
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("tasks", nargs="+", metavar="TASK|key=value", help=f"{', '.join(TASKS)}; config overrides")
-    parser.add_argument("--config", metavar="YAML", help="the network and its data")
-    parser.add_argument("--render-config", default="configs/render.yaml", help="how rendered words look (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of autocast and prepared")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("tasks", nargs="+", metavar="TASK|key=value", help="what to measure; config overrides")
+    parser.add_argument("--config", metavar="YAML", help="config of the network and its data")
     parser.add_argument(
-        "--forms",
-        nargs="+",
-        choices=("straightforward", "eager", "autocast", "prepared"),
-        default=("straightforward", "eager", "autocast", "prepared"),
-        help="ways of reading to compare (default: all)",
+        "--render-config", metavar="YAML", default="configs/render.yaml", help="look of words (%(default)s)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of all forms but eager (%(default)s)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure compiled networks (default: yes)",
     )
     parser.add_argument(
-        "--straightforward", action="store_true", help="training, masks: the straightforward way as well"
+        "--batch-size", metavar="N", type=positive, default=32, help="words in a batch (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=positive, default=32, help="words of reading and of masks")
-    parser.add_argument("--training-batch-size", type=positive, default=16)
-    parser.add_argument("--batches", type=positive, default=10, help="of loading and growth-workers, in each run")
-    parser.add_argument("--rendered", type=positive, default=100, help="words of rendering, in each run")
-    parser.add_argument("--runs", type=positive, default=5, help="rounds; medians are reported (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--json", metavar="FILE", help="write everything there as well")
-    parser.add_argument("--plot", metavar="FOLDER", help="draw each growth task there, as FOLDER/TASK.png")
+    parser.add_argument(
+        "--batches", metavar="N", type=positive, default=10, help="batches loaded in a call (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runs", metavar="N", type=positive, default=5, help="rounds; medians are reported (default: %(default)s)"
+    )
+    parser.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: torch's)")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there as well")
     options = parser.parse_intermixed_args(arguments)
     options.overrides = [each for each in options.tasks if "=" in each]
     options.tasks = [each for each in options.tasks if "=" not in each]
-    unknown = [each for each in options.tasks if each not in TASKS]
+    unknown = [each for each in options.tasks if each not in tasks]
     if unknown:
-        raise UserError(f"{unknown[0]}: is no task; choose from {', '.join(TASKS)}")
-    if options.plot and not set(options.tasks) & set(GROWTH_TASKS):
-        raise UserError(f"--plot: draws only {', '.join(GROWTH_TASKS)}; name one of them")
-    if options.config is None and set(options.tasks) - WITHOUT_CONFIG:
+        raise UserError(f"{unknown[0]}: is no task; choose from {', '.join(tasks)}")
+    if options.config is None and set(options.tasks) - {"rendering"}:
         raise UserError("--config: name the YAML of the network to measure, such as configs/train.yaml")
     return options
-
-
-def without_checkpoints(config: Config) -> Config:
-    """The config with random weights: how fast a network is does not depend on them."""
-    config = config.model_copy(deep=True)
-    for part in (config.model, config.model.vision, config.model.language, config.model.ssn):
-        part.checkpoint = None
-    return config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -527,10 +353,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     seed_everything(0)
     config = without_checkpoints(load_config(options.config, options.overrides)) if options.config else None
-    report = Bench(options, config).run()
-    print(table(report))
+    benchmark = Benchmark(options, config)
+    machine = describe_machine(benchmark.device)
+    for task in options.tasks:
+        getattr(benchmark, task)()
+    print(table(machine, benchmark.rows, benchmark.blocks))
     if options.json:
-        content = json.dumps(report.to_dict(), indent=2)
+        content = json.dumps({"machine": machine, "rows": benchmark.rows, "blocks": benchmark.blocks}, indent=2)
         write_atomically(Path(options.json), lambda file: file.write(content.encode()))
     return 0
 

@@ -1,4 +1,4 @@
-"""Put a trained recogniser and the SSN that makes its masks into one file: all that demo.py and Reader need."""
+"""Put a trained recogniser and the SSN that predicts its masks into one file, all that demo.py and Reader need."""
 
 import argparse
 import sys
@@ -33,19 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("--recogniser", required=True, metavar="FILE", help="checkpoint of main.py")
-    parser.add_argument("--ssn", metavar="FILE", help="checkpoint of main.py; leave out for a network without masks")
+    parser.add_argument("--recogniser", required=True, metavar="FILE", help="recogniser's checkpoint")
+    parser.add_argument("--ssn", metavar="FILE", help="SSN's checkpoint; leave it out for a network without masks")
     parser.add_argument(
         "--areas",
         type=positive,
         nargs="+",
         default=(),
         metavar="SIDE",
-        help="those that the recogniser's masks were made with (default: those that the SSN's checkpoint names)",
+        help="scales of the masks that the recogniser was trained with (default: those in the SSN's checkpoint)",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
     parser.add_argument("--half", action="store_true", help="store matrices and kernels in 16 bits: half the size")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args(arguments)
 
 

@@ -1,8 +1,8 @@
-"""Prove the GPU path on this machine: tests, losses in every precision, exact resume, speed. One table at the end.
+"""Check the GPU path on this machine: tests, losses in every precision, exact resume and speed, in one table.
 
-It takes under eight minutes on one GPU and needs no data: words are rendered first. What needs a C compiler (compiled
-training and reading) comes last. Without a GPU the parts that need one are named as left out, and the others run on a
-small network.
+It takes less than eight minutes on one GPU and needs no data, as it renders words first. The parts that need a C
+compiler (compiled training and inference) come last. Without a GPU, the parts that need one are listed as left out, and
+the others use the small network.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -26,8 +27,9 @@ sys.path.insert(
 
 import torch
 import torchvision
+from torch.utils.benchmark import timer
 
-from builders import build_model, build_trainer, build_training_data
+from builders import build_model, build_training_data
 from bundle import load_ssn
 from config import Config, load_config
 from engine.distributed import Process, pick_device
@@ -36,11 +38,17 @@ from engine.trainer import Trainer
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from modules.ssn import PUBLISHED_AREAS, SSN
-from tools.benchmark import describe_machine, without_checkpoints, word_images
-from tools.growth import time_loading, write_rendered_words
-from tools.measuring import count_flops, matrix_rate, seconds_of, synchronize, time_interleaved
+from tools.benchmark import (
+    describe_machine,
+    loading_call,
+    make_trainer,
+    without_checkpoints,
+    word_images,
+    write_rendered_words,
+)
+from tools.measuring import count_flops, count_launches, host_seconds, matrix_rate, time_in_turns
 from tools.support import make_parser, positive, usable_cores
-from utils import run_command_line, seed_everything, write_atomically
+from utils import run_command_line, write_atomically
 
 EXAMPLE = """  python tools/gpu_check.py
   python tools/gpu_check.py --seconds 1800 --output gpu-check.md"""
@@ -49,13 +57,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RENDERING = ROOT / "configs" / "render.yaml"
 TOLERANCE = 0.02  # of the mean loss of the last steps, against fp32's
 LAST_STEPS = 10
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
-KEPT_BATCHES = 8  # that training goes round in, so that loading takes no part in its speed
+KEPT_BATCHES = 8  # training repeats these, so that loading does not count
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is done of each part."""
+    """How much of each part is done."""
 
     words: int  # rendered
     small_steps: int
@@ -82,11 +89,11 @@ class Row:
 
 
 class LeftOutError(Exception):
-    """A part cannot be done here; says what it needs."""
+    """A part cannot be done here; the message says what it needs."""
 
 
 class GpuCheck:
-    """Runs the parts one after another; one that fails costs its own line only."""
+    """Runs the parts one after another; a part that fails does not stop the others."""
 
     def __init__(self, *, device: torch.device, scale: Scale, folder: Path, seconds: float) -> None:
         self.device = device
@@ -95,10 +102,10 @@ class GpuCheck:
         self.deadline = time.monotonic() + seconds
         self.rows: list[Row] = []
         self.losses: dict[str, dict[str, list[float]]] = {"small": {}, "full size": {}}
-        self.matrix_rates: dict[torch.dtype, float] = {}
+        self.flops: dict[str, float] = {}  # of a word in a training step
 
     def run(self) -> list[Row]:
-        """All parts; those that need no compiler first."""
+        """Run all parts, those that need no compiler first."""
         write_rendered_words(self.folder, self.scale.words, str(RENDERING))
         self.part("tests that need a GPU", "pytest -m gpu", self.gpu_tests, gpu=True)
         for form in PRECISIONS:
@@ -112,7 +119,7 @@ class GpuCheck:
             self.part("loading", f"workers: {workers}", lambda workers=workers: self.loading(workers))
         self.part("reading", "fp32", lambda: self.reading("fp32", compiled=False))
         self.part("reading", "bf16", lambda: self.reading("bf16", compiled=False))
-        # From here on a compiler is needed.
+        # The rest needs a compiler.
         self.part("small network", "bf16, compiled", lambda: self.training("small", "bf16", "default"), gpu=True)
         self.part("reading", "bf16, compiled", lambda: self.reading("bf16", compiled=True), gpu=True)
         for mode in ("default", "reduce-overhead"):
@@ -121,7 +128,7 @@ class GpuCheck:
         return self.rows
 
     def part(self, name: str, form: str, work: Callable[[], tuple[str, str]], *, gpu: bool = False) -> None:
-        """Do one part, which may need a GPU, and note its line."""
+        """Do one part, which may need a GPU, and add its line."""
         print(f"{name}, {form} ...", file=sys.stderr, flush=True)
         try:
             if gpu and self.device.type != "cuda":
@@ -131,7 +138,7 @@ class GpuCheck:
             result, verdict = work()
         except LeftOutError as reason:
             result, verdict = str(reason), "left out"
-        except Exception as error:  # whatever it is: the other parts are worth knowing
+        except Exception as error:  # whatever it is, the other parts are worth knowing
             lines = str(error).strip().splitlines() or [""]
             result, verdict = f"{type(error).__name__}: {lines[0][:200]}", "failed"
         finally:
@@ -143,14 +150,14 @@ class GpuCheck:
     # --- parts --------------------------------------------------------------------------------------------------------
 
     def gpu_tests(self) -> tuple[str, str]:
-        """The tests that are marked gpu."""
+        """Run the tests that are marked gpu."""
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=self._seconds_left())
         lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]]
         return lines[-1].strip("= "), "ok" if done.returncode == 0 else "failed"
 
     def training(self, network: str, precision: str, mode: str | None = None) -> tuple[str, str]:
-        """Losses against those of fp32; words a second, share of the matrix rate, launches and host time of a step."""
+        """Train: losses compared with fp32's, words/s, share of the matrix rate, launches and host time of a step."""
         steps = self.scale.small_steps if network == "small" else self.scale.full_steps
         if mode is not None:
             self._need_compiler()
@@ -160,16 +167,16 @@ class GpuCheck:
         warm = steps // 2
         for step in range(steps):
             if step == warm:
-                synchronize(self.device)
-                started = time.perf_counter()
+                started = timer()
             losses.append(trainer._step(batches[step % len(batches)], 0.0).terms["total"])
-        synchronize(self.device)
-        rate = (steps - warm) * len(batches[0]) / (time.perf_counter() - started)
+        rate = (steps - warm) * len(batches[0]) / (timer() - started)
         losses[:] = torch.stack(losses).tolist()
-        flops = self._flops_of_a_word(network)
-        share = rate * flops / self._matrix_rate(PRECISIONS[precision])
+        share = rate * self._flops_of_a_word(network) / matrix_rate(self.device, PRECISIONS[precision])
         result = [f"{rate:.3g} words/s", f"{100 * share:.0f} % of the matrix rate"]
-        result += self._launches(trainer, batches[0])
+        if self.device.type == "cuda":
+            call = partial(trainer._step, batches[0], 0.0)
+            launches, (host, step) = count_launches(call), host_seconds(call)
+            result += [f"{launches} launches", f"host {1000 * host:.1f} of {1000 * step:.1f} ms a step"]
         reference = self.losses[network].get("fp32")
         if reference is None or precision == "fp32":
             return ", ".join(result), "measured"
@@ -179,7 +186,7 @@ class GpuCheck:
         return ", ".join(result), "ok" if difference <= TOLERANCE else "failed"
 
     def two_runs(self) -> tuple[str, str]:
-        """Losses and weights of two runs with `training.deterministic`, bit for bit."""
+        """Compare losses and weights of two runs with `training.deterministic`, bit for bit."""
         choose_algorithms(deterministic=True, search=False)
         try:
             found = []
@@ -194,7 +201,7 @@ class GpuCheck:
         return f"{len(steps)} steps {'are equal' if equal else 'differ'} bit for bit", "ok" if equal else "failed"
 
     def kill_and_resume(self) -> tuple[str, str]:
-        """`main.py`, killed and resumed, against one that was not: every logged loss."""
+        """Kill and resume `main.py`, and compare every logged loss with those of a run that was left alone."""
         half, whole = self.scale.resumed_steps, 2 * self.scale.resumed_steps
         self._main("whole", whole).wait(self._seconds_left())
         cut = self._main("cut", whole)
@@ -212,26 +219,28 @@ class GpuCheck:
         return result, "ok" if equal else "failed"
 
     def masks(self) -> tuple[str, str]:
-        """SSN: W48 at the published eight scales on a GPU, the small one with the shipped weights on a CPU."""
+        """Predict masks: W48 at the published eight scales on a GPU, the shipped weights on a CPU."""
         if self.device.type == "cuda":
             name, ssn, areas = "W48 at eight scales", SSN(), PUBLISHED_AREAS
         else:
             name, (ssn, areas) = "shipped weights", load_ssn(ROOT / "weights" / "binet-small.pth")
         segmenter = Segmenter(ssn, areas, device=self.device)
         images = word_images(self.scale.mask_words)
-        segmenter(images[:2])
-        rate = len(images) / seconds_of(lambda: segmenter(images), self.device)
+        rate = len(images) / time_in_turns({"masks": partial(segmenter, images)}, runs=1)["masks"].median
         return f"{name}: {rate:.1f} words/s in {segmenter.precision}", "measured"
 
     def loading(self, workers: int) -> tuple[str, str]:
-        """Decoded, augmented and collated words of an LMDB."""
+        """Load words of an LMDB: decoding, augmentation, collation."""
         config = self._config("small", f"dataset.num_workers={workers}", "dataset.data_aug=true")
         loader = build_training_data(config, device=self.device, process=Process())
-        seconds, words = time_loading(loader, self.scale.loaded_batches * workers, skip=2 * workers)
-        return f"{words / seconds:.0f} words/s", "measured"
+        call = loading_call(loader, self.scale.loaded_batches * workers)
+        call()  # waits for the workers to start
+        started = timer()
+        words = call()
+        return f"{words / (timer() - started):.0f} words/s", "measured"
 
     def reading(self, precision: str, *, compiled: bool) -> tuple[str, str]:
-        """The prepared form of the full-size network; of the small one on a CPU."""
+        """Read with the prepared form of the full-size network, or of the small one on a CPU."""
         if compiled:
             self._need_compiler()
         network = "full size" if self.device.type == "cuda" else "small"
@@ -241,77 +250,44 @@ class GpuCheck:
         height, width, words = config.dataset.image_height, config.dataset.image_width, self.scale.reading_batch
         images = torch.randn(words, 3, height, width, device=self.device)
         masks = torch.rand(words, 1, height, width, device=self.device)
-        timing = time_interleaved({"reading": lambda: model(images, masks)}, device=self.device, warm_up=2)["reading"]
+        timing = time_in_turns({"reading": lambda: model(images, masks)})["reading"]
         return f"{network}, batch of {words}: {words / timing.median:.0f} words/s", "measured"
 
     # --- what the parts share -----------------------------------------------------------------------------------------
 
     def _config(self, network: str, *overrides: str) -> Config:
         name = {"small": "small", "full size": "train"}[network]
-        config = without_checkpoints(
-            load_config(
-                ROOT / "configs" / f"{name}.yaml",
-                [
-                    f"dataset.train.roots=[{json.dumps(str(self.folder / 'images'))}]",
-                    "dataset.test.roots=[]",
-                    f"dataset.masks.root={json.dumps(str(self.folder / 'masks'))}",
-                    f"dataset.train.batch_size={self.scale.training_batch}",
-                    f"dataset.charset_path={json.dumps(str(ROOT / 'data' / 'charset_36.txt'))}",
-                    "dataset.cache_index=false",
-                    "dataset.num_workers=0",
-                    "dataset.data_aug=false",
-                    f"global.workdir={json.dumps(str(self.folder / 'runs'))}",
-                    "training.iterations=1000",
-                    *overrides,
-                ],
-            )
-        )
-        return config
+        settings = [
+            f"dataset.train.roots=[{json.dumps(str(self.folder / 'images'))}]",
+            "dataset.test.roots=[]",
+            f"dataset.masks.root={json.dumps(str(self.folder / 'masks'))}",
+            f"dataset.train.batch_size={self.scale.training_batch}",
+            f"dataset.charset_path={json.dumps(str(ROOT / 'data' / 'charset_36.txt'))}",
+            "dataset.cache_index=false",
+            "dataset.num_workers=0",
+            "dataset.data_aug=false",
+            f"global.workdir={json.dumps(str(self.folder / 'runs'))}",
+            *overrides,
+        ]
+        return without_checkpoints(load_config(ROOT / "configs" / f"{name}.yaml", settings))
 
     def _trainer(
         self, network: str, *overrides: str, compile_mode: str | None = None, dropout: bool = False
     ) -> tuple[Trainer, list]:
-        """A trainer with fresh weights, the same at each call, and batches on the device."""
+        """Return a trainer with fresh weights, the same at each call, and batches on the device."""
         compiling = [] if compile_mode is None else ["training.compile=true", f"training.compile_mode={compile_mode}"]
         rates = [] if dropout else ["model.vision.dropout=0.0", "model.language.dropout=0.0"]
         config = self._config(network, *overrides, *compiling, *rates)
-        seed_everything(0)
-        trainer = build_trainer(config, device=self.device, process=Process())
-        trainer.data.batch_sampler.set_position(0, 0)
-        batches = [batch.to(self.device) for batch, _ in zip(trainer.data, range(KEPT_BATCHES), strict=False)]
-        return trainer, batches
-
-    def _launches(self, trainer: Trainer, batch: object) -> list[str]:
-        """Kernels and graphs that the host launches in a step, and how long that takes it."""
-        if self.device.type != "cuda":
-            return []
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            trainer._step(batch, 0.0)
-            synchronize(self.device)
-        launches = sum(event.count for event in profile.key_averages() if event.key in LAUNCHES)
-        started = time.perf_counter()
-        trainer._step(batch, 0.0)
-        host = time.perf_counter() - started
-        synchronize(self.device)
-        step = time.perf_counter() - started
-        return [f"{launches} launches", f"host {1000 * host:.1f} of {1000 * step:.1f} ms a step"]
+        return make_trainer(config, device=self.device, batches=KEPT_BATCHES)
 
     def _flops_of_a_word(self, network: str) -> float:
-        if not hasattr(self, "_flops"):
-            self._flops: dict[str, float] = {}
-        if network not in self._flops:
-            trainer, batches = self._trainer(network)
-            self._flops[network] = count_flops(lambda: trainer._step(batches[0], 0.0)) / len(batches[0])
-        return self._flops[network]
-
-    def _matrix_rate(self, dtype: torch.dtype) -> float:
-        if dtype not in self.matrix_rates:
-            self.matrix_rates[dtype] = matrix_rate(self.device, dtype)
-        return self.matrix_rates[dtype]
+        if network not in self.flops:
+            trainer, (batch, *_) = self._trainer(network)
+            self.flops[network] = count_flops(partial(trainer._step, batch, 0.0))["Global"] / len(batch)
+        return self.flops[network]
 
     def _main(self, name: str, steps: int, *arguments: str) -> subprocess.Popen:
-        """`main.py` on the small network, deterministic."""
+        """Start `main.py` with the small network, deterministic."""
         path = self.folder / "resumed.yaml"
         if not path.exists():
             path.write_text(self._config("small").to_yaml(), encoding="utf-8")
@@ -333,7 +309,7 @@ class GpuCheck:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What the numbers depend on beside the code."""
+    """Return what the numbers depend on beside the code."""
     found = describe_machine(device) | {"torchvision": torchvision.__version__, "python": platform.python_version()}
     found |= {"cores": usable_cores(), "compiler": shutil.which("cc") or "none"}
     if device.type == "cuda":
@@ -350,7 +326,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def report(facts: dict[str, str], rows: Sequence[Row], seconds: float) -> Iterator[str]:
-    """The lines of `gpu-check.md`."""
+    """Yield the lines of `gpu-check.md`."""
     yield f"`make gpu-check`, {seconds:.0f} s. " + ", ".join(f"{name}: {value}" for name, value in facts.items())
     yield ""
     yield "| part | form | result | verdict |"
@@ -360,20 +336,24 @@ def report(facts: dict[str, str], rows: Sequence[Row], seconds: float) -> Iterat
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("--output", default="gpu-check.md", metavar="FILE", help="the table (default: %(default)s)")
-    parser.add_argument("--seconds", type=positive, default=480, help="no part begins later (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="gpu-check.md", metavar="FILE", help="where to write the table (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", metavar="N", type=positive, default=480, help="start no part after so long (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; returns 1 where a part failed."""
+    """Run the tool; returns 1 if a part failed."""
     options = parse_arguments(arguments)
     started = time.monotonic()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before the first part
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it before the first part
     device = pick_device()
-    if device.type == "cpu":  # a small network gains nothing by threads
+    if device.type == "cpu":  # threads gain nothing with a small network
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
     use_tf32(False)

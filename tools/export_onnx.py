@@ -1,24 +1,23 @@
-"""Export a recogniser to ONNX and, as a graph of its own, the SSN that makes its masks.
+"""Export a recogniser to ONNX and its SSN, which makes the masks, as a second graph.
 
-Recogniser (--output):
-  image   float32 (N, 3, 32, 128): RGB image, brought to the network's size, divided by 255, minus mean (0.485, 0.456,
-          0.406), divided by deviation (0.229, 0.224, 0.225)
-  mask    float32 (N, 1, 32, 128) in [0, 1], 1 = text, brought to that size likewise; only for a network that reads with
-          masks
-and gives
-  logits     float32 (N, steps, classes): class 0 is the end of the text, class i the i-th character of the charset;
-             read the largest class of every step up to the first 0
-  attention  float32 (N, steps, h, w): where the vision model looked at every step
-An image is brought to the network's size by bilinear interpolation (`fit` of the metadata):
-  stretch  to that size
-  left     scaled until one side fits and filled up with black, mask 0, on the right or below
-  centre   scaled until one side fits, in the middle, its borders replicated
-SSN (--ssn-output):
-  image             float32 (N, 3, H, W): RGB images of any one size, 0 to 255
-and gives
-  text_probability  float32 (N, 1, H, W); a recogniser is given it rounded to 8 bits, as round(255 * p) / 255
-N, H and W are free. Charset, sizes, fit, mean, deviation, areas and opset are in the files' metadata.
-tools/read_with_onnx.py reads images with both graphs.
+Recogniser (--output), inputs:
+  image   float32 (N, 3, 32, 128): RGB image, resized as below, divided by 255, minus mean (0.485, 0.456, 0.406),
+          divided by deviation (0.229, 0.224, 0.225)
+  mask    float32 (N, 1, 32, 128) in [0, 1], 1 = text, resized alike; only for networks that read with masks
+Outputs:
+  logits     float32 (N, steps, classes): class 0 ends the text, class i is the i-th character of the charset; take the
+             largest class of each step up to the first 0
+  attention  float32 (N, steps, h, w): where the vision model looked at each step
+Images and masks are resized bilinearly; `fit` in the metadata says how:
+  stretch  to the network's size
+  left     until one side fits; the rest, on the right or below, is black, mask 0
+  centre   until one side fits, in the middle; the borders are replicated
+SSN (--ssn-output), input:
+  image             float32 (N, 3, H, W): RGB images of one size, 0 to 255
+Output:
+  text_probability  float32 (N, 1, H, W); the recogniser's mask is made of it in 8 bits, as round(255 * p)
+N, H and W are free. Charset, sizes, fit, mean, deviation, areas and opset are in the metadata of the files.
+tools/read_with_onnx.py is an example that reads with both.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Read images of words with the files of tools/export_onnx.py, without torch: an example to copy into other programs.
+"""Read images of words with the files that tools/export_onnx.py writes: an example without torch, to copy.
 
     python tools/read_with_onnx.py binet.onnx ssn.onnx fig/demo/*.png
 

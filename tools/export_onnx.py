@@ -91,9 +91,9 @@ ssn (float[n, 3, height, width] image) => (float[n, 1, height, width] text_proba
     network_shape = Concat <axis = 0> (batch, three, network_size)
     resized = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (image, , , network_shape)
     centred = Sub (resized, mean)
-    normalized = Div (centred, deviation)
-    probability = NETWORK (normalized)
-    in_place = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (probability, , , mask_shape)
+    ssn_image = Div (centred, deviation)
+    ssn_text = NETWORK (ssn_image)
+    in_place = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (ssn_text, , , mask_shape)
     sum_after = Add (sum_before, in_place)
   }>
   number = Cast <to = 1> (count)
@@ -155,7 +155,7 @@ def export_ssn(ssn: SSN, areas: Sequence[int], path: Path) -> None:
     """
     sides = {axis: 32 * torch.export.Dim(name, min=1, max=128) + 1 for axis, name in ((2, "rows"), (3, "columns"))}
     shape = {0: torch.export.Dim("batch", min=1), **sides}
-    network = exported(NetworkSSN(ssn), {"normalized": torch.rand(2, 3, 97, 193)}, ("probability",), [shape])
+    network = exported(NetworkSSN(ssn), {"image": torch.rand(2, 3, 97, 193)}, ("text",), [shape])
     store(around_ssn(network, areas), path, {"areas": list(areas)})
 
 
@@ -185,7 +185,8 @@ def exported(
 
 def around_ssn(network: "onnx.ModelProto", areas: Sequence[int]) -> "onnx.ModelProto":
     """Return SSN_GRAPH with the nodes and weights of the network inside."""
-    import onnx
+    import onnx.compose
+    import onnx.parser
 
     def numbers(values: Sequence[float]) -> str:
         return ", ".join(map(str, values))
@@ -194,6 +195,7 @@ def around_ssn(network: "onnx.ModelProto", areas: Sequence[int]) -> "onnx.ModelP
     text = text.replace("MEAN", numbers(255 * each for each in IMAGENET_MEAN))
     text = text.replace("DEVIATION", numbers(255 * each for each in IMAGENET_STD))
     graph = onnx.parser.parse_graph(text)
+    network = onnx.compose.add_prefix(network, "ssn_")  # names of nodes and weights differ from those above
     body = next(node for node in graph.node if node.op_type == "Loop").attribute[0].g
     nodes = [[node] if node.op_type != "NETWORK" else list(network.graph.node) for node in body.node]
     del body.node[:]

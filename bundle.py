@@ -134,7 +134,7 @@ def portable(config: Config) -> dict[str, Any]:
     config.run.workdir = fresh.run.workdir
     config.dataset.train.roots = []
     config.dataset.train.shares = config.dataset.train.difficulty = None
-    config.dataset.test.roots = []
+    config.dataset.valid.roots = config.dataset.test.roots = []
     config.dataset.masks.root = config.dataset.cache_dir = None
     config.dataset.charset_path = fresh.dataset.charset_path  # the checkpoint carries the characters themselves
     return config.to_dict()

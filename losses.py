@@ -1,12 +1,11 @@
 """Named loss terms and their weighted sum.
 
-A criterion is called with a network's output and the batch's targets; it gives a dict of scalar tensors: its terms,
-each unweighted, and `total`, the sum that is minimised. Terms with weight 0 are not computed. All means are taken over
-the whole (global) batch; the mean of an empty set is 0. Nothing here waits for the device.
+A criterion is called with a network's output and the batch's targets. It returns a dict of scalar tensors: its terms,
+unweighted, and `total`, the sum that is minimised. Terms with weight 0 are not computed. All means are taken over the
+whole (global) batch; the mean of an empty set is 0. Nothing here waits for the device.
 
-A batch that is worked through in parts (`training.accumulation`) is one batch still: `criterion.counts` says of how
-many steps and pixels a part's means are, and with their sums as `whole` the terms and gradients of the parts add up to
-those of the batch.
+For a batch in parts (`training.accumulation`), `criterion.counts` returns how many steps and pixels the means of a part
+are taken over. With the sums of these counts as `whole`, terms and gradients of the parts add up to those of the batch.
 """
 
 import torch
@@ -17,24 +16,24 @@ from engine.distributed import batch_mean, is_distributed, summed_counts
 from modules.outputs import RecogniserOutput
 from modules.ssn import SegmentationOutput
 
-Counts = dict[str, Tensor]  # of how many steps or pixels a mean is taken; scalars
+Counts = dict[str, Tensor]  # how many steps or pixels each mean is taken over; scalars
 
 
 def counted_steps(labels: Tensor, lengths: Tensor) -> Tensor:
-    """1 at the steps before the length, 0 from there on: (N, T) float."""
+    """Return 1 at the steps before the length and 0 from there on, (N, T) float."""
     return (torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]).float()
 
 
 def sequence_cross_entropy(
     logits: list[Tensor], labels: Tensor, lengths: Tensor, whole: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy over all steps before the length, the end token included, of all rounds together.
+    """Return the mean cross-entropy over all steps before the length, end token included, and all rounds.
 
     Args:
         logits: (N, T, C), one for each round.
         labels: (N, T) class ids, 0 at the end token and after it.
         lengths: (N,) number of characters + 1: the end token counts.
-        whole: steps of the whole batch, of which these are a part; None: these are all.
+        whole: number of steps of the whole batch; None: this is the whole batch.
     """
     counted = counted_steps(labels, lengths)
     total = sum(
@@ -44,14 +43,13 @@ def sequence_cross_entropy(
 
 
 def refinement_loss(refined_mask: Tensor, threshold: float, whole: Counts | None = None) -> Tensor:
-    """BINet's mask refinement loss: pull pixels above the threshold to 1 and the others to 0.
+    """Return BINet's mask refinement loss, which pulls pixels above the threshold to 1 and the others to 0.
 
-    Mean of |r - 1| over the pixels with r > threshold plus mean of |r| over the others, over the whole batch.
+    It is the mean of |r - 1| over the pixels with r > threshold plus the mean of |r| over the others.
 
     Args:
         refined_mask: r, (N, 1, H, W), not bounded.
-        whole: pixels of both kinds (`text`, `background`) in the whole batch, of which these are a part; None: these
-            are all.
+        whole: number of pixels of both kinds (`text`, `background`) in the whole batch; None: this is the whole batch.
     """
     refined_mask = refined_mask.float()
     text = (refined_mask > threshold).float()
@@ -66,8 +64,8 @@ class RecogniserCriterion(nn.Module):
     """Loss of a recogniser or of one of its stages (BINet, training objective; ABINet, section 3.4).
 
     Args:
-        weights: weight of each term; `vision`, `language`, `alignment`, `refinement`. A term whose sub-model the output
-            does not have is left out.
+        weights: weight of each term: `vision`, `language`, `alignment`, `refinement`. Terms of sub-models that the
+            output does not have are left out.
         refinement_threshold: pixels of the refined mask above it should be 1.
     """
 
@@ -79,12 +77,12 @@ class RecogniserCriterion(nn.Module):
     def forward(
         self, output: RecogniserOutput, labels: Tensor, lengths: Tensor, whole: Counts | None = None
     ) -> dict[str, Tensor]:
-        """Terms of one batch: `output` of the network, labels (N, T), lengths (N,) with the end token counted.
+        """Return the terms of one batch; labels (N, T), lengths (N,) with the end token counted.
 
         Args:
-            whole: sums of `counts` over the parts of the batch, of which this is one; None: this is all of it.
+            whole: sums of `counts` over all parts of the batch; None: this is the whole batch.
         """
-        if whole is None:  # several processes tell each other all counts in one message
+        if whole is None:  # several processes exchange all counts in one message
             whole = summed_counts([self.counts(output, labels, lengths)]) if is_distributed() else {}
         terms = {}
         for name, logits in self._logits(output).items():
@@ -97,14 +95,14 @@ class RecogniserCriterion(nn.Module):
 
     @property
     def counts_outputs(self) -> bool:
-        """Whether `counts` needs the network's output: the refinement loss counts pixels of the refined mask."""
+        """Return whether `counts` needs the network's output: the refinement loss counts pixels of the refined mask."""
         return self.weights.get("refinement", 0) != 0
 
     def counts(self, output: RecogniserOutput | None, labels: Tensor, lengths: Tensor) -> Counts:
-        """Of how many steps, and text and background pixels, the means of these samples are.
+        """Return how many steps, text pixels and background pixels the means of these samples are taken over.
 
         Args:
-            output: None where `counts_outputs` is False.
+            output: may be None if `counts_outputs` is False.
         """
         counts = {"steps": counted_steps(labels, lengths).sum()}
         refined_mask = None if output is None else self._refined_mask(output)
@@ -114,7 +112,7 @@ class RecogniserCriterion(nn.Module):
         return counts
 
     def _refined_mask(self, output: RecogniserOutput) -> Tensor | None:
-        """The mask whose loss counts, if there is one."""
+        """Return the refined mask if its loss is computed."""
         if output.vision is None or self.weights.get("refinement", 0) == 0:
             return None
         return output.vision.refined_mask
@@ -129,7 +127,7 @@ class RecogniserCriterion(nn.Module):
 
 
 def with_total(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
-    """The terms and, as `total`, their weighted sum."""
+    """Return the terms and, as `total`, their weighted sum."""
     if not terms:
         raise ValueError(f"no loss term is left: every weight of {weights} is 0 or its sub-model is missing")
     return terms | {"total": sum(weights[name] * term for name, term in terms.items())}
@@ -139,7 +137,7 @@ def with_total(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str,
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels (N, H, W) at another size (N, h, w): the nearest pixel of each cell, corners aligned; ties to even."""
+    """Resize labels (N, H, W) to (N, h, w): nearest pixel, corners aligned, ties to even."""
     rows, columns = (
         _nearest_aligned(old, new, labels.device) for old, new in zip(labels.shape[-2:], size, strict=True)
     )
@@ -152,9 +150,9 @@ def _nearest_aligned(old: int, new: int, device: torch.device) -> Tensor:
 
 
 def trimap(labels: Tensor, ignore_index: int) -> Tensor:
-    """Pixels at the rim of a class, bool (N, H, W): one of the 4 neighbours has another class, all of them are known.
+    """Return the pixels at class boundaries, bool (N, H, W): at least one of the 4 neighbours has another class.
 
-    A pixel beside an ignored one or at the border of the image is none.
+    Pixels at the border of the image, and those that are ignored or have an ignored neighbour, do not count.
     """
     padded = F.pad(labels, (1, 1, 1, 1), value=ignore_index)
     neighbours = torch.stack(
@@ -165,10 +163,10 @@ def trimap(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 class SegmentationCriterion(nn.Module):
-    """Loss of SSN: both opinions everywhere, and the second one once more at the rims of the letters.
+    """Loss of SSN: semantic and refined logits everywhere, and the refined ones once more at class boundaries.
 
     Args:
-        weights: weight of each term; `semantic`, `refined`, `trimap`.
+        weights: weight of each term: `semantic`, `refined`, `trimap`.
         ignore_index: label of the pixels that do not count.
     """
 
@@ -178,12 +176,12 @@ class SegmentationCriterion(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, output: SegmentationOutput, labels: Tensor, whole: Counts | None = None) -> dict[str, Tensor]:
-        """Terms of one batch: `output` of SSN, labels (N, H, W) of any size: 0, 1 or `ignore_index`.
+        """Return the terms of one batch; labels (N, H, W) of any size are 0, 1 or `ignore_index`.
 
         Args:
-            whole: sums of `counts` over the parts of the batch, of which this is one; None: this is all of it.
+            whole: sums of `counts` over all parts of the batch; None: this is the whole batch.
         """
-        if whole is None:  # several processes tell each other all counts in one message
+        if whole is None:  # several processes exchange all counts in one message
             whole = summed_counts([self.counts(output, labels)]) if is_distributed() else {}
         labels = resize_labels(labels, output.refined_logits.shape[-2:])  # (N, h, w)
         terms = {}
@@ -198,12 +196,12 @@ class SegmentationCriterion(nn.Module):
     counts_outputs = True  # labels are counted at the output's size
 
     def counts(self, output: SegmentationOutput, labels: Tensor) -> Counts:
-        """Of how many pixels each term of these samples is the mean."""
+        """Return how many pixels each term of these samples is a mean over."""
         labels = resize_labels(labels, output.refined_logits.shape[-2:])
         return {name: where.sum() for name, where in self._where(labels).items()}
 
     def _where(self, labels: Tensor) -> dict[str, Tensor]:
-        """The pixels that each term of a weight is the mean over, bool (N, h, w)."""
+        """Return the pixels that each term with a weight is a mean over, bool (N, h, w)."""
         counted = labels != self.ignore_index
         where = {"semantic": counted, "refined": counted, "trimap": trimap(labels, self.ignore_index)}
         return {name: pixels for name, pixels in where.items() if self.weights.get(name, 0) != 0}

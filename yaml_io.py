@@ -1,4 +1,4 @@
-"""YAML files as plain data: nothing in them can run code, and whatever is wrong is named by file and line."""
+"""YAML files as plain data: nothing in them can run code, and errors name file and line."""
 
 import re
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from yaml.constructor import ConstructorError
 
 from utils import UserError
 
-MOST_BYTES = 256 << 10  # of a file: PyYAML takes seconds for a megabyte
+MAX_BYTES = 256 << 10  # of a file: PyYAML takes seconds for a megabyte
 
 
 class Document(NamedTuple):
-    """What a YAML file holds, its name, and the line of each dotted key (counted from 1)."""
+    """The content of a YAML file, its name, and the line of each dotted key (counted from 1)."""
 
     data: Any
     source: str
@@ -22,13 +22,13 @@ class Document(NamedTuple):
 
 
 class Loader(yaml.SafeLoader):
-    """Plain data only: of the tags beyond YAML's own, `!!python/tuple` alone is known, and gives a list."""
+    """Loads plain data only; the one tag besides YAML's own is `!!python/tuple`, which gives a list."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except (ValueError, KeyError, IndexError, AttributeError) as error:
-            # PyYAML's constructors meet a malformed scalar (`!!int x`, a 13th month) with whatever Python raises.
+            # PyYAML's constructors raise whatever Python does for a malformed scalar (`!!int x`, a 13th month).
             raise ConstructorError(None, None, f"not a value of its type: {node.value!r}", node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -55,7 +55,7 @@ Loader.add_constructor(
     "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
 )
 for _resolver in (Loader, Dumper):
-    # YAML 1.1 takes 1e-4 for a string, for want of a point.
+    # YAML 1.1 takes 1e-4 for a string, as it has no point.
     _resolver.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
@@ -65,15 +65,15 @@ def read_yaml(path: Path) -> Document:
     """Read a YAML file.
 
     Raises:
-        UserError: it cannot be read, is no YAML, is empty or holds no mapping; names file and line.
+        UserError: the file cannot be read, is no YAML, is empty or is no mapping; names file and line.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise UserError(f"{path}: cannot read the file ({getattr(error, 'strerror', error)})") from error
-    if len(content) > MOST_BYTES:
-        raise UserError(f"{path}: more than {MOST_BYTES >> 10} KiB, which no settings are; name a YAML file")
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES >> 10} KiB, which no config is; name a YAML file")
     document = parse_yaml(content, str(path))
     if document.data is None:
         raise UserError(f"{path}:1: the file is empty; it must hold `key: value` lines")
@@ -83,7 +83,7 @@ def read_yaml(path: Path) -> Document:
 
 
 def parse_yaml(text: str | bytes, source: str) -> Document:
-    """Read YAML text; `source` names it in errors (an override of the command line has no lines worth naming)."""
+    """Read YAML text; `source` names it in errors, with the line unless it is an override."""
     try:
         loader = Loader(text)
         node = loader.get_single_node()
@@ -94,7 +94,7 @@ def parse_yaml(text: str | bytes, source: str) -> Document:
         raise UserError(f"{place}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:  # not text at all
         raise UserError(f"{source}:1: not YAML: {' '.join(str(error).split())}") from error
-    except (TypeError, ValueError) as error:  # a collection of another kind than its tag says
+    except (TypeError, ValueError) as error:  # a collection that is not what its tag says
         raise UserError(f"{source}:1: not YAML: {error}") from error
     except RecursionError as error:
         raise UserError(f"{source}:1: nested too deeply") from error
@@ -102,7 +102,7 @@ def parse_yaml(text: str | bytes, source: str) -> Document:
 
 
 def _key_lines(node: yaml.Node | None, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, int]]:
-    """(dotted key, its line); a node that aliases share is walked once."""
+    """Yield (dotted key, its line); a node that aliases share is visited once."""
     seen = set() if seen is None else seen
     if not isinstance(node, yaml.MappingNode) or id(node) in seen:
         return
@@ -114,5 +114,5 @@ def _key_lines(node: yaml.Node | None, prefix: str = "", seen: set[int] | None =
 
 
 def dump_yaml(data: Any, **options: Any) -> str:
-    """Plain data as YAML that `parse_yaml` reads back equal; keys keep their order."""
+    """Return plain data as YAML that `parse_yaml` reads back equal; keys keep their order."""
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, **options)

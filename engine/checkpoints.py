@@ -278,3 +278,21 @@ def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
             f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {reason}); resume with the "
             "model and the optimizer.type that it was trained with, or start from its weights with --checkpoint"
         ) from error
+
+
+def weights_to_test(folder: Path, name: str, start: str | None) -> str:
+    """Return the best weights of run `name`; if nothing was trained, `start`, the file that a training starts from.
+
+    Raises:
+        UserError: there are none, or a run has checkpoints but no best one.
+    """
+    best = folder / f"best-{name}.pth"
+    if best.is_file():
+        logger.info("testing %s", best)
+        return str(best)
+    if saved := listed_checkpoints(folder, name):
+        raise UserError(f"{best} does not exist: give the weights to test, such as --checkpoint {folder / saved[-1]}")
+    if start is None:
+        raise UserError(f"there are no weights to test: give --checkpoint, or train first ({best} does not exist)")
+    logger.info("nothing was trained in %s: testing model.checkpoint, %s", folder, start)
+    return start

@@ -1,44 +1,72 @@
-"""Optimisers and learning rate schedules: what a step is made of, apart from the loop that takes it."""
+"""Optimisers, parameter groups, frozen parts and learning rate schedules."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from utils import UserError
+
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
-HEAD_PREFIX = "semrfnhead."  # SSN's head, which learns at a multiple of the backbone's rate
+SSN_HEAD = "semrfnhead"  # it has parameter groups of its own whatever its rate, as in every checkpoint so far
 
 Schedule = Callable[[int], float]  # iteration (from 0) -> factor of the configured learning rate
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, decay_norms: bool = False, head_lr_factor: float = 1.0
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    decay_norms: bool = False,
+    lr_factors: Mapping[str, float] | None = None,
 ) -> list[dict]:
-    """Parameters in groups of equal rate and decay.
+    """Return the parameters that are trained, in groups of equal rate and decay.
 
-    The groups depend on the network alone, so that a run may be resumed with other rates and decays.
+    The groups depend on the network and the prefixes alone, so a run can be resumed with other rates and decays.
 
     Args:
         decay_norms: decay normalisation parameters and biases as well.
-        head_lr_factor: factor of the rate of SSN's head.
+        lr_factors: prefix of names in the `state_dict` -> factor on the rate; the longest prefix counts.
+
+    Raises:
+        UserError: a prefix fits no parameter that is trained.
     """
+    factors = {SSN_HEAD: 1.0, **(lr_factors or {})}
     norms = {id(p) for module in model.modules() if isinstance(module, NORMALISATIONS) for p in module.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            norm_or_bias = id(parameter) in norms or name.endswith("bias")
-            groups.setdefault((name.startswith(HEAD_PREFIX), norm_or_bias), []).append(parameter)
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}  # as published
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    used = set()
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+        name = names[id(parameter)]
+        prefixes = [prefix for prefix in factors if f"{name}.".startswith(f"{prefix}.")]
+        used.update(prefixes)
+        norm_or_bias = id(parameter) in norms or name.endswith("bias")
+        groups.setdefault((max(prefixes, key=len, default=""), norm_or_bias), []).append(parameter)
+    for prefix in factors.keys() - used - {SSN_HEAD}:
+        parts = ", ".join(sorted({name.split(".")[0] for name in names.values()}))
+        raise UserError(
+            f"optimizer.lr_groups: no parameter that is trained is below {prefix!r}; the network has {parts}"
+        )
     return [
         {
             "params": group,
-            "lr": lr * (head_lr_factor if in_head else 1.0),
+            "lr": lr * factors.get(prefix, 1.0),
             "weight_decay": 0.0 if norm_or_bias and not decay_norms else weight_decay,
         }
-        for (in_head, norm_or_bias), group in groups.items()
+        for (prefix, norm_or_bias), group in groups.items()
     ]
+
+
+def frozen_parts(network: nn.Module) -> list[nn.Module]:
+    """Return the largest parts of a network that have parameters of which none is trained."""
+    trained = [parameter.requires_grad for parameter in network.parameters()]
+    if trained and not any(trained):
+        return [network]
+    return [part for child in network.children() for part in frozen_parts(child)]
 
 
 def make_optimizer(
@@ -50,7 +78,7 @@ def make_optimizer(
     eps: float = 1e-8,
     momentum: float = 0.9,
 ) -> Optimizer:
-    """Adam, AdamW or SGD in torch's fused form: one kernel, and a step that can be called off on the device."""
+    """Return Adam, AdamW or SGD in torch's fused form, whose step can be cancelled on the device."""
     if kind == "SGD":
         return _with_velocities(torch.optim.SGD(groups, momentum=momentum, fused=True))
     family = torch.optim.AdamW if kind == "AdamW" or decoupled_decay else torch.optim.Adam
@@ -58,9 +86,9 @@ def make_optimizer(
 
 
 def _with_velocities(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """The optimiser with all momenta at 0, where torch's first step would start them, too.
+    """Set all momenta to 0, as torch's first step does.
 
-    torch makes them at that step without values; where it is called off they stay so, and the next step would use them.
+    That step leaves them uninitialised when it is cancelled, and the next step would use them.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -69,7 +97,7 @@ def _with_velocities(optimizer: torch.optim.SGD) -> torch.optim.SGD:
 
 
 def with_warmup(schedule: Schedule, iterations: int) -> Schedule:
-    """Rise linearly to the schedule's start over `iterations`, then follow it."""
+    """Return a schedule that rises linearly to the start of another one over `iterations`, then follows it."""
 
     def factor(iteration: int) -> float:
         if iteration < iterations:
@@ -80,17 +108,22 @@ def with_warmup(schedule: Schedule, iterations: int) -> Schedule:
 
 
 def step_schedule(milestones: Sequence[int], gamma: float) -> Schedule:
-    """x gamma at every milestone (iterations)."""
+    """Return a schedule that is multiplied by gamma at every milestone (iterations)."""
     return lambda iteration: gamma ** sum(iteration >= milestone for milestone in milestones)
 
 
 def poly_schedule(iterations: int, power: float) -> Schedule:
-    """(1 - i / iterations) ^ power."""
+    """Return the schedule (1 - i / iterations) ^ power."""
     return lambda iteration: max(0.0, 1 - iteration / iterations) ** power
 
 
+def cosine_schedule(iterations: int) -> Schedule:
+    """Return a schedule that falls from 1 to 0 over `iterations` along half a cosine (Loshchilov and Hutter, 2017)."""
+    return lambda iteration: _cosine(1.0, 0.0, min(1.0, iteration / iterations))
+
+
 def one_cycle_schedule(iterations: int, pct_start: float, *, start: float = 1 / 25, end: float = 1e-4) -> Schedule:
-    """Cosine rise from `start` to 1 over `pct_start` of the iterations, then cosine fall to `end` (Smith, 2018)."""
+    """Return a schedule with a cosine rise from `start` to 1 over `pct_start`, then a fall to `end` (Smith, 2018)."""
     peak = max(1, round(pct_start * iterations))
 
     def factor(iteration: int) -> float:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from engine import distributed
 from engine.distributed import Process
+from engine.optimization import frozen_parts
 from engine.precision import channels_last, prefers_channels_last, sum_few_channels, training_arithmetic
 from utils import UserError, first_line
 
@@ -148,6 +149,7 @@ class Trainer:
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(model)
+        self._frozen = frozen_parts(model)
         self._network = self._wrap(find_unused_parameters)
         self._compiled = None if compile_mode is None else torch.compile(self._network, mode=compile_mode)
 
@@ -230,6 +232,8 @@ class Trainer:
     def _step(self, batch: Any, waited: float) -> Step:
         """Forward, backward and update; the update is left out on the device where anything is not finite."""
         self.model.train()
+        for part in self._frozen:
+            part.eval()
         rate = self._set_learning_rate()
         statistics = distributed.flattened(self._statistics) if self._statistics else None
         terms = self._forward_backward(batch.to(self.device))

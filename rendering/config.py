@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 from rapidfuzz import fuzz, process
 
-from config import Section, key, walk_schema
+from schema import Section, key, walk_schema
 from utils import UserError
 from yaml_io import dump_yaml, parse_yaml, read_yaml
 

@@ -1,4 +1,4 @@
-"""What holds for all tests: one thread for each process, as the networks are tiny and cores are few; a browser."""
+"""What holds for all tests: one thread per process (tiny networks, few cores), a cache folder, a browser."""
 
 import os
 import shutil
@@ -14,6 +14,12 @@ cv2.setNumThreads(0)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep the indices of test data out of the user's cache folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -76,13 +76,15 @@ def small_config(name: str = "binet", **dataset: Any) -> Config:
     model["language"] = {"num_layers": 1, "d_model": 32, "nhead": 2, "d_inner": 32}
     model["alignment"] = {"d_model": 32}
     root = Path(__file__).resolve().parents[1]
-    data = {"charset_path": str(root / "data" / "charset_36.txt"), "num_workers": 0, "cache_index": False, **dataset}
+    data = {"charset_path": str(root / "data" / "charset_36.txt"), "num_workers": 0, **dataset}
     return Config.from_dict({"model": model, "dataset": data})
 
 
-def trainer(kind: str, *, parts: int = 1, process: Process | None = None) -> Trainer:
-    """A trainer of a tiny network of any name, without data; its batches go through it in `parts`."""
-    config = small_config(kind)
+def trainer(
+    kind: str | Config, *, parts: int = 1, process: Process | None = None, ema_decay: float | None = None
+) -> Trainer:
+    """A trainer of a tiny network of any name or config, without data; its batches go through it in `parts`."""
+    config = small_config(kind) if isinstance(kind, str) else kind
     torch.manual_seed(0)
     model = build_model(config)
     return Trainer(
@@ -96,6 +98,7 @@ def trainer(kind: str, *, parts: int = 1, process: Process | None = None) -> Tra
         device=torch.device("cpu"),
         process=process or Process(),
         accumulation=parts,
+        ema_decay=ema_decay,
     )
 
 

@@ -1,18 +1,11 @@
 """builders.py: which weights and settings a network is built with. That each kind builds and trains: test_main.py."""
 
-import itertools
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
-from builders import build_evaluator, build_model, build_schedule, build_segmenter, build_training_data
+from builders import build_model, build_optimizer, build_schedule, build_segmenter
 from bundle import load_bundle
 from config import Config
-from engine.distributed import Process
-from loading.augmentation import AugmentWord, RandAugmentWord
-from loading.transforms import ResizeWord
 from modules.ssn import SSN
 from tests import small_networks
 from utils import UserError
@@ -52,91 +45,6 @@ def test_an_ssn_is_loaded_from_beside_a_recogniser(beside_a_recogniser, ssn):
     assert all(torch.equal(tensor, built[name]) for name, tensor in ssn.state_dict().items())
 
 
-def test_training_and_test_roots_and_two_files_of_a_run_render_no_word_twice(tmp_path):
-    for name in ("one.yaml", "two.yaml"):
-        (tmp_path / name).write_text("length: 50\nbackground: plain\nletters: {height_spread: 0.0}\n")
-    config = small_networks.small_config("abinet", data_aug=False)
-    config.dataset.train.roots = [f"render://{tmp_path / name}" for name in ("one.yaml", "two.yaml")]
-    config.dataset.test.roots = config.dataset.train.roots[:1]
-    parts = {"device": torch.device("cpu"), "process": Process()}
-    training = build_training_data(config, **parts).dataset.datasets
-    tested = build_evaluator(config, model_eval="vision", **parts).loaders["one"].dataset
-    words = [
-        {(word.text, word.image.tobytes()) for word in map(each.__getitem__, range(50))} for each in (*training, tested)
-    ]
-    assert [len(each) for each in words] == [50, 50, 50]
-    assert not words[0] & words[1]
-    assert not (words[0] | words[1]) & words[2]
-
-
-def test_difficulty_is_of_training_words_and_changes_over_the_run(tmp_path):
-    (tmp_path / "render.yaml").write_text("length: 8\n")
-    config = small_networks.small_config("abinet", data_aug=False)
-    config.dataset.train.roots = config.dataset.test.roots = [f"render://{tmp_path / 'render.yaml'}"]
-    config.dataset.train.difficulty = [0.1, 0.9]
-    config.dataset.train.batch_size, config.training.epochs = 4, 3  # 6 batches
-    parts = {"device": torch.device("cpu"), "process": Process()}
-    loader = build_training_data(config, **parts)
-    source, drawn = loader.dataset.datasets[0].source, []
-    word = source.renderer.render(0, 0)
-    source.renderer.render = lambda *_, difficulty: drawn.append(difficulty) or word
-    assert len(list(itertools.islice(loader, 6))) == 6
-    assert drawn == pytest.approx(np.repeat(0.1 + 0.8 * np.arange(6) / 6, 4))
-    assert build_evaluator(config, model_eval="vision", **parts).loaders["render"].dataset.source.difficulty is None
-
-
-def test_a_mixture_goes_on_exactly_whatever_the_workers(tmp_path):
-    """Rendered words that get harder and words of a file, augmented: the second half is the whole's second half."""
-    small_networks.write_words(tmp_path / "words", 7)
-    (tmp_path / "render.yaml").write_text("length: 5\nbackground: plain\n")
-    config = small_networks.small_config("abinet", data_aug="rand")
-    config.dataset.train.roots = [f"render://{tmp_path / 'render.yaml'}", str(tmp_path / "words")]
-    config.dataset.train.shares, config.dataset.train.difficulty = [[0.9, 0.2], [0.1, 0.8]], [0.1, 0.7]
-    config.dataset.train.batch_size, config.dataset.train.length, config.training.epochs = 6, 12, 4
-
-    def batches(epoch, batch, count, workers):
-        config.dataset.num_workers = workers
-        loader = build_training_data(config, device=torch.device("cpu"), process=Process())
-        loader.batch_sampler.set_position(epoch, batch)
-        return list(itertools.islice(loader, count))
-
-    whole = batches(0, 0, 8, 0)
-    for one, other in zip(whole[3:], batches(1, 1, 5, 2), strict=True):
-        assert one.texts == other.texts
-        assert torch.equal(one.images, other.images)
-    assert len({image.numpy().tobytes() for batch in whole for image in batch.images}) == sum(map(len, whole))
-
-
-@pytest.mark.parametrize(
-    ("augmentation", "kind"), [(True, AugmentWord), ("rand", RandAugmentWord), (False, ResizeWord)]
-)
-def test_training_words_are_augmented_as_asked_for(tmp_path, augmentation, kind):
-    small_networks.write_words(tmp_path / "words", 3)
-    config = small_networks.small_config("abinet", data_aug=augmentation, multiscales=True)
-    config.dataset.train.roots = [str(tmp_path / "words")]
-    words = build_training_data(config, device=torch.device("cpu"), process=Process()).dataset.datasets[0]
-    assert type(words.transform) is kind
-    resize = getattr(words.transform, "resize", words.transform)
-    assert (resize.fit, resize.random_aspect, words.min_side) == ("centre", True, 7)
-    with pytest.raises(UserError, match="data_aug: must be true, false or rand"):
-        small_networks.small_config("abinet", data_aug="much")
-
-
-def test_roots_have_their_shares_of_every_batch(tmp_path):
-    """A folder of two LMDBs is one root: one share, one order."""
-    for name, words in (("one/a", 3), ("one/b", 5), ("two", 4)):
-        small_networks.write_words(tmp_path / name, words)
-    config = small_networks.small_config("abinet", data_aug=False)
-    config.dataset.train.roots = [str(tmp_path / "one"), str(tmp_path / "two")]
-    config.dataset.train.shares = [[3, 0], [1, 4]]
-    config.dataset.train.batch_size = config.dataset.train.length = 4
-    config.training.epochs = 4
-    batches = itertools.islice(build_training_data(config, device=torch.device("cpu"), process=Process()), 5)
-    counts = [int((batch.indices < 8).sum()) for batch in batches]
-    assert [len(counts), counts[-1]] == [5, 0]
-    assert sum(counts[:4]) in (7, 8)  # 3, 2.25, 1.5, 0.75
-
-
 def test_a_checkpoint_whose_config_has_a_key_that_has_gone_is_of_use(beside_a_recogniser, tmp_path, caplog):
     state = torch.load(beside_a_recogniser, weights_only=True)
     state["ssn"]["config"]["model"]["ssn"]["gone"] = 1
@@ -167,13 +75,61 @@ def test_periods_that_do_not_fill_the_epochs_are_told(caplog, periods, epochs, w
     assert not caplog.text
 
 
-@pytest.mark.parametrize(
-    ("charset", "case_sensitive", "warned"), [(94, False, True), (94, True, False), (36, False, False)]
-)
-def test_a_charset_whose_upper_case_is_never_taught_is_told(tmp_path, caplog, charset, case_sensitive, warned):
-    small_networks.write_words(tmp_path / "words", 3)
-    path = str(Path(__file__).resolve().parents[1] / "data" / f"charset_{charset}.txt")
-    config = small_networks.small_config("abinet", charset_path=path, case_sensitive=case_sensitive)
-    config.dataset.train.roots = [str(tmp_path / "words")]
-    build_training_data(config, device=torch.device("cpu"), process=Process())
-    assert ("dataset.case_sensitive=true" in caplog.text) == warned
+def frozen_trainer(**changes):
+    config = small_networks.small_config("binet").to_dict()
+    for part, settings in changes.items():
+        config["model"][part] |= settings
+    return small_networks.trainer(Config.from_dict(config), ema_decay=0.5)
+
+
+def test_a_frozen_sub_model_stays_as_it_is_in_every_respect():
+    trainer = frozen_trainer(vision={"freeze": True, "dropout": 0.5}, alignment={"freeze": True})
+    model = trainer.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in model.language.parameters()}
+    for _ in range(2):
+        trainer._step(small_networks.uneven_batch("binet"), waited=0.0)
+    assert model.language.training
+    assert not any(module.training for part in (model.vision, model.alignment) for module in part.modules())
+    for state in (model.state_dict(), trainer.ema.module.state_dict()):
+        for name, tensor in state.items():
+            changes = name.startswith("language.") and not name.endswith(".pe")  # sinusoidal positions
+            assert torch.equal(tensor, before[name]) != changes, name
+    assert any("running_mean" in name for name in before)
+
+
+def test_groups_of_the_learning_rate_go_by_the_names_in_a_checkpoint():
+    """The refinement's parameters stand deeper in the network than their published names say."""
+    config = small_networks.small_config("binet")
+    config.optimizer.lr, config.optimizer.lr_groups = (
+        0.1,
+        {"vision": 0.5, "vision.rf": 3, "vision.backbone.resnet": 0.01},
+    )
+    model = build_model(config)
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    factors = {"vision.rf.": 0.3, "vision.backbone.resnet.": 0.001, "vision.": 0.05, "": 0.1}
+    seen = set()
+    for group in build_optimizer(config, model).param_groups:
+        for parameter in group["params"]:
+            prefix = next(prefix for prefix in factors if names[id(parameter)].startswith(prefix))
+            assert group["lr"] == pytest.approx(factors[prefix]), names[id(parameter)]
+            seen.add(prefix)
+    assert seen == set(factors)
+
+
+def test_a_prefix_that_fits_nothing_is_named():
+    config = small_networks.small_config("binet")
+    config.optimizer.lr_groups = {"vison": 2}
+    with pytest.raises(UserError, match=r"optimizer\.lr_groups: no parameter .* 'vison'; the network has .*vision"):
+        build_optimizer(config, build_model(config))
+    config.optimizer.lr_groups, config.model.alignment.freeze = {"alignment": 2}, True
+    with pytest.raises(UserError, match="no parameter that is trained is below 'alignment'"):
+        build_optimizer(config, build_model(config))
+
+
+def test_a_cosine_starts_after_its_warm_up_and_ends_with_the_run():
+    config = Config.from_dict({"optimizer": {"scheduler": {"type": "cosine", "warmup_iters": 4}}})
+    factor = build_schedule(config, batches_per_epoch=3, iterations=24)
+    assert [factor(i) for i in (0, 3, 4, 14, 24)] == pytest.approx([0.25, 1, 1, 0.5, 0])
+    assert all(factor(i) > factor(i + 1) for i in range(4, 24))

@@ -5,9 +5,10 @@ import logging
 from pathlib import Path
 
 import pytest
+import yaml
 
-import config as config_module
-from config import ABINET, BINET, LANGUAGE, SSN, VISION, Config, load_config, save_config, template, walk_schema
+from config import Config, load_config, save_config, template
+from schema import walk_schema
 from utils import UserError
 from yaml_io import read_yaml
 
@@ -111,21 +112,21 @@ def test_published_yaml_loads_and_dead_keys_are_named_once(write, caplog):
 
 
 @pytest.mark.parametrize(
-    ("alias", "name", "kind"),
+    ("published", "name", "kind"),
     [
-        ("vision", VISION, "vision"),
-        ("language", LANGUAGE, "language"),
-        ("abinet", ABINET, "recogniser"),
-        ("binet", BINET, "recogniser"),
-        ("ssn", SSN, "ssn"),
+        ("modules.model_vision.BaseVision", "vision", "vision"),
+        ("modules.model_language.BCNLanguage", "language", "language"),
+        ("modules.model_abinet_iter.ABINetIterModel", "abinet", "recogniser"),
+        ("modules.model_binet_iter.BINetIterModel", "binet", "recogniser"),
+        ("modules.ssn.SSN", "ssn", "ssn"),
     ],
 )
-def test_names_and_aliases_mean_the_same(write, alias, name, kind):
-    config = load_config(write(f"model: {{name: {alias}}}"))
+def test_published_names_mean_ours(write, published, name, kind):
+    config = load_config(write(f"model: {{name: {published}}}"))
     assert config.model.name == name
     assert config.model.kind == kind
     assert config == load_config(write(f"model: {{name: {name}}}"))
-    assert config.dataset.masks.source == ("lmdb" if alias in ("vision", "binet") else "none")
+    assert config.dataset.masks.source == ("lmdb" if name in ("vision", "binet") else "none")
 
 
 def test_abinet_defaults_yield_to_what_is_given(write):
@@ -138,6 +139,28 @@ def test_abinet_defaults_yield_to_what_is_given(write):
     assert config.dataset.masks.source == "lmdb"
     config = load_config(write("model: {name: abinet, vision: }"), ["model.vision.attention=attention"])
     assert (config.model.vision.attention, config.model.vision.positional_encoding) == ("attention", True)
+
+
+def test_later_files_override_earlier_ones(tmp_path):
+    """Sections are merged, lists and values replaced, and a mistake is named with the file that it stands in."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("dataset: {test: {roots: [a, b], batch_size: 3}, valid: {roots: c}}\ntraining: {epochs: 2}\n")
+    second.write_text("dataset:\n  test: {roots: [d]}\n  valid: {roots: []}\ntraining:\nmodel: {name: abinet}\n")
+    config = load_config([first, second], ["training.show_iters=1"])
+    assert (config.dataset.test.roots, config.dataset.test.batch_size) == (["d"], 3)
+    assert (config.dataset.valid.roots, config.model.name) == ([], "abinet")
+    assert (config.training.epochs, config.training.show_iters) == (2, 1)
+    assert load_config([second, first]).dataset.test.roots == ["a", "b"]
+
+    second.write_text("training:\n  epoch: 1\nmodel: {vision: {nhead: 7}}\ndataset: {test: {batch_size: 0}}\n")
+    with pytest.raises(UserError) as error:
+        load_config([first, second])
+    assert f"{second}:2: training.epoch: unknown key" in str(error.value)
+    assert f"{second}:4: dataset.test.batch_size: must be" in str(error.value)
+    first.write_text("a: &a {a: *a}")
+    second.write_text("a: &a {a: *a}")
+    with pytest.raises(UserError, match=r"second\.yaml: nested too deeply"):
+        load_config([first, second])
 
 
 def test_overrides_take_yaml_values(write):
@@ -225,6 +248,28 @@ def test_from_dict_reads_tuples_leaves_its_argument_and_names_its_source():
         Config.from_dict({"training": {"epoch": 1}}, source="weights.pth")
 
 
+def test_keys_that_have_gone_are_named_in_a_yaml_and_dropped_silently_from_a_checkpoint(write, caplog):
+    gone = {"dataset": {"cache_index": True}, "training": {"max_skipped_steps": 10, "log_images": 8}}
+    gone["optimizer"] = {"head_lr_factor": 10}
+    config = Config.from_dict(gone, drop_unknown=True)
+    assert config.optimizer.lr_groups == {"semrfnhead": 10}
+    assert not caplog.records
+    text = yaml.safe_dump(gone)
+    path = write(text)
+    assert load_config(path) == config
+    for section, keys in gone.items():
+        for key in keys:
+            assert sum(f"{section}.{key}: " in message for message in caplog.messages) == 1
+    assert f"{path}:{text.split('head_lr_factor')[0].count(chr(10)) + 1}: optimizer.head_lr_factor: " in caplog.text
+    assert load_config(path, ["optimizer.head_lr_factor=1"]).optimizer.lr_groups == {}  # the old default
+
+
+def test_a_seed_is_a_number_and_the_published_null_is_0(write):
+    assert load_config(write("global: {seed: ~}")) == load_config(write("global: {}"))
+    assert Config().run.seed == 0
+    assert load_config(write("{}"), ["global.seed=null"]).run.seed == 0
+
+
 def test_keys_of_a_checkpoint_that_have_gone_are_dropped_and_named(caplog):
     mapping = Config().to_dict()
     mapping["training"]["gone"] = 1
@@ -257,6 +302,12 @@ def test_keys_of_a_checkpoint_that_have_gone_are_dropped_and_named(caplog):
             "model.vision.strides[2]: must be 1, 2 or [rows, columns] of these, not 3",
         ),
         ("training: 3", "training: must be a section of `key: value` lines, not 3"),
+        ("training: {eval_iters: 0}", "training.eval_iters: must be a whole number from 1 on, or epoch, not 0"),
+        ("training: {save_iters: day}", "training.save_iters: must be a whole number from 1 on, or epoch, not 'day'"),
+        ("optimizer: {lr_groups: {vision: 0}}", "optimizer.lr_groups.vision: must be greater than 0, not 0"),
+        ("optimizer: {head_lr_factor: x}", "optimizer.lr_groups.semrfnhead: must be a valid number, not 'x'"),
+        ("optimizer: {scheduler: {type: cos}}", "optimizer.scheduler.type: must be step, poly, one_cycle or cosine"),
+        ("dataset: {valid: {root: a}}", "dataset.valid.root: unknown key; nearest known key: dataset.valid.roots"),
         ("optimizer: {lr: true}", "optimizer.lr: must be a valid number, not True"),
         ("optimizer: {lr: .nan}", "optimizer.lr: must be a finite number, not nan"),
         ("optimizer: {lr: [1, 2]}", "optimizer.lr: must be a valid number, not [1, 2]"),
@@ -305,6 +356,16 @@ def test_override_cannot_run_code(write):
             "dataset.image_height",
             "not a multiple of 8",
         ),
+        (
+            "model: {name: vision, vision: {freeze: true}}",
+            "model.vision.freeze",
+            "no part that is not frozen has a loss",
+        ),
+        (
+            "model: {vision: {freeze: true}, language: {freeze: true}, alignment: {loss_weight: 0}}",
+            "model.vision.freeze",
+            "no part that is not frozen has a loss",
+        ),
         ("dataset: {segmentation: {scale_range: [2, 1]}}", "dataset.segmentation.scale_range", "larger"),
         ("dataset: {train: {roots: [a]}}", "dataset.masks.root", "tools/create_masks.py"),
         ("dataset: {train: {roots: [a]}, masks: {source: online}}", "model.ssn.checkpoint", "weights"),
@@ -320,6 +381,8 @@ def test_keys_that_do_not_fit_together(write, text, key, message):
     "text",
     [
         "model: {name: binet}",
+        "model: {vision: {freeze: true}, language: {freeze: true}}",
+        "{global: {phase: test}, model: {name: vision, vision: {freeze: true}}}",
         "dataset: {train: {roots: ['render://configs/render.yaml']}}",
         "{global: {phase: test}, dataset: {train: {roots: [a]}}}",
         "{dataset: {train: {roots: [a]}}, model: {vision: {segmentation: {enabled: false}}}}",
@@ -334,19 +397,11 @@ def test_masks_and_widths_are_asked_for_only_where_needed(write, text):
 # Schema, template and recipes
 
 
-def test_every_key_has_a_description_and_a_default():
-    for dotted, field in walk_schema():
-        text = field.annotation.__doc__ if config_module._is_section(field) else field.description
-        assert text, dotted
-        assert text.endswith("."), dotted
-        assert not field.is_required(), dotted
-
-
 def test_template_names_every_key_with_its_default_and_a_comment():
     text = (FOLDER / "template.yaml").read_text()
     assert text == template(), "print it anew: python config.py > configs/template.yaml"
     document = read_yaml(FOLDER / "template.yaml")
-    assert list(document.lines) == [dotted for dotted, _ in walk_schema()]
+    assert list(document.lines) == [dotted for dotted, _ in walk_schema(Config)]
     assert Config.from_dict(document.data) == Config()
     assert all("#" in text.split("\n")[line - 1] for line in document.lines.values())
 
@@ -383,12 +438,8 @@ def test_recipes_as_published():
     train = load_config(FOLDER / "train.yaml")
     assert (train.model.vision.attention, train.model.iter_size, train.training.epochs) == ("attention", 3, 10)
     ssn = load_config(FOLDER / "train_ssn.yaml")
-    assert (ssn.optimizer.type, ssn.optimizer.lr, ssn.optimizer.wd, ssn.optimizer.head_lr_factor) == (
-        "SGD",
-        0.01,
-        5e-4,
-        10,
-    )
+    optimizer = ssn.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.wd, optimizer.lr_groups) == ("SGD", 0.01, 5e-4, {"semrfnhead": 10})
     assert (ssn.training.iterations, ssn.optimizer.scheduler.type) == (20500, "poly")
     assert ssn.model.ssn.widths == [48, 96, 192, 384]
     language = load_config(FOLDER / "pretrain_language_model.yaml")
@@ -405,12 +456,6 @@ def test_small_recipes_fit_each_other():
     assert load_config(FOLDER / "small.yaml").optimizer == abinet.optimizer
 
 
-def test_wrong_assignment_is_refused():
-    config = Config()
-    with pytest.raises(ValueError, match="valid integer"):
-        config.training.epochs = "ten"
-
-
 def test_graphs_of_a_step_and_parts_of_a_batch_exclude_each_other():
     overrides = ["training.compile_mode=reduce-overhead", "training.accumulation=2"]
     load_config(FOLDER / "small.yaml", overrides)
@@ -423,7 +468,7 @@ def test_a_message_names_no_more_problems_than_can_be_read(tmp_path):
     with pytest.raises(UserError, match="501 problems") as caught:
         load_config(tmp_path / "a.yaml")
     assert len(str(caught.value).splitlines()) == 32
-    assert str(caught.value).endswith("and 471 more: mend these first")
+    assert str(caught.value).endswith("and 471 more: fix these first")
 
 
 @pytest.mark.parametrize("override", ["training.epochs=a\nb", "training.epoch=\n1", "a\nb", "training.epochs=[\n"])

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from builders import build_charset, build_criterion, build_model, build_optimizer, build_training_data
+from builders import build_charset, build_criterion, build_model, build_optimizer
 from config import Config, load_config
 from engine import distributed
 from engine.distributed import Process
@@ -32,6 +32,7 @@ from loading import batches
 from loading.batches import Batch, LanguageBatch, SegmentationBatch
 from loading.charset import Charset
 from reader import Reader
+from run_builders import build_training_data
 from tests import small_networks
 
 CUDA = torch.device("cuda", 0)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import main
-from builders import build_evaluator, build_model
+from builders import build_model
 from engine.distributed import Process
 from evaluation.evaluator import (
     EMPTY_IN_PROTOCOL,
@@ -33,6 +33,7 @@ from loading.charset import PROTOCOLS, Charset
 from loading.lmdb_io import LmdbWriter
 from modules.outputs import RecogniserOutput, VisionOutput
 from reader import Reader
+from run_builders import build_evaluator
 from tests.small_networks import ReadsUprightWords, save_network, small_config, write_words
 
 REPOSITORY = Path(__file__).resolve().parents[1]

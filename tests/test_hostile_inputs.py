@@ -513,9 +513,10 @@ def config_file(rng: Rng, folder: Path, material: Path) -> Run:
 
 
 def override(rng: Rng, folder: Path, material: Path) -> Run:
-    from config import walk_schema
+    from config import Config
+    from schema import walk_schema
 
-    keys = [name for name, _ in walk_schema()]
+    keys = [name for name, _ in walk_schema(Config)]
     chosen = [keys[int(rng.integers(len(keys)))] for _ in range(int(rng.integers(1, 4)))]
     values = [str(ODD_VALUES[int(rng.integers(len(ODD_VALUES)))]()) for _ in chosen]
     texts = [f"{name}={value}" for name, value in zip(chosen, values, strict=True)]

@@ -17,7 +17,7 @@ from engine.checkpoints import resume_state
 from engine.distributed import Process
 from engine.trainer import Trainer
 from loading.lmdb_io import LmdbWriter
-from main import build_criterion, build_model, main, overrides_of, parse_arguments
+from main import build_criterion, build_model, main
 from tests.reference import expected_tensors, known_inputs, tensor_shapes
 from utils import UserError
 
@@ -95,7 +95,6 @@ def tiny_config(folder, kind):
             "test": {"roots": roots[1:], "batch_size": 4},
             "masks": {"root": str(folder / "masks"), "source": "none" if kind == "abinet" else "lmdb"},
             "num_workers": 0,
-            "cache_index": False,
             "segmentation": {"crop_size": [33, 65], "ignore_level": None},
         },
         "training": {"iterations": 4, "show_iters": 1, "eval_iters": 4, "save_iters": 2},
@@ -314,7 +313,7 @@ def test_image_only_leaves_attention_out_and_a_folder_gives_all_its_sets(data):
     ("arguments", "message"),
     [
         (["--model_eval=vision"], "--model_eval vision: training scores alignment"),
-        (["--phase=test", "--resume"], "--resume goes on with a training"),
+        (["--phase=test", "--resume"], "--resume continues a training"),
         (["global.stage=train-semi-super"], "global.stage: train-semi-super is not built"),
     ],
 )
@@ -326,6 +325,32 @@ def test_what_would_be_ignored_is_refused_and_no_run_is_moved_for_it(data, argum
         main([*run, *arguments])
     assert message in str(error.value)
     assert not (data / "workdir" / "ignored.1").exists()
+
+
+def test_print_config_prints_what_the_files_and_overrides_say_and_stops(data, tmp_path, capsys):
+    (tmp_path / "sets.yaml").write_text("dataset: {test: {roots: [one, two]}}\n")
+    files = [f"--config={data / 'vision.yaml'}", f"--config={tmp_path / 'sets.yaml'}"]
+    assert main([*files, "--print_config", "--name=printed", "training.epochs=7"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    config = load_config(tmp_path / "printed.yaml")
+    assert config == load_config(
+        [data / "vision.yaml", tmp_path / "sets.yaml"], ["global.name=printed", "training.epochs=7"]
+    )
+    assert config.dataset.test.roots == ["one", "two"]
+    assert not (data / "workdir" / "printed").exists()
+
+
+def test_valid_sets_choose_the_best_weights_and_test_sets_are_tested(data):
+    run = [f"--config={data / 'vision.yaml'}", "--name=valid", "training.iterations=1"]
+    valid = f"dataset.valid.roots=[{data / 'images/set-b'}]"
+    folder = data / "workdir" / "valid"
+    for arguments, scored in (([valid], "set-b"), ([], "set-a")):
+        assert main([*run, *arguments]) == 0
+        best = torch.load(folder / "best-valid.pth", weights_only=True)
+        assert list(best["scores"]["datasets"]) == [scored]
+        assert ("dataset.valid.roots is empty" in (folder / "log.txt").read_text()) == (not arguments)
+    assert main([*run, valid, "--phase=test"]) == 0
+    assert list(json.loads((folder / "metrics.json").read_text())["datasets"]) == ["set-a"]
 
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(data, capsys):
@@ -353,36 +378,6 @@ def test_an_older_checkpoint_becomes_the_newest_and_a_file_of_another_name_is_re
     (tmp_path / "history.jsonl").write_text('{"iteration": 6}\n')
     with pytest.raises(UserError, match=r"--resume .*backup\.pth: no checkpoint of the run"):
         resume_state(tmp_path, "toy", str(tmp_path / "backup.pth"), Process())
-
-
-def test_flags_become_overrides_and_overrides_win():
-    line = "--config c.yaml --phase test --name n --checkpoint w.pth --test_root a --test_root b --local_rank 1 "
-    line += "--image_only --model_strict --model_eval vision global.name=m"
-    options = parse_arguments(line.split())
-    assert overrides_of(options) == [
-        'global.phase="test"',
-        'global.name="n"',
-        'dataset.test.roots=["a", "b"]',
-        'model.checkpoint="w.pth"',
-        "model.strict=false",
-        "global.name=m",
-    ]
-    assert (options.local_rank, options.image_only, options.model_eval) == (1, True, "vision")
-
-
-def test_resume_takes_a_path_or_nothing_before_an_override():
-    assert parse_arguments(["--config", "c", "--resume"]).resume == ""
-    assert parse_arguments(["--config", "c", "--resume", "x.pth"]).resume == "x.pth"
-    options = parse_arguments(["--config", "c", "--resume", "training.epochs=3"])
-    assert (options.resume, options.overrides) == ("", ["training.epochs=3"])
-
-
-def test_an_override_behind_a_flag_without_value_is_an_override():
-    options = parse_arguments(["--config", "c.yaml", "--model_strict", "training.epochs=3"])
-    assert (options.model_strict, options.overrides) == ("false", ["training.epochs=3"])
-    assert parse_arguments(["--config=c", "--model_strict", "true"]).model_strict == "true"
-    with pytest.raises(SystemExit):
-        parse_arguments(["--config=c", "--model_strict", "maybe"])
 
 
 # --- user errors ------------------------------------------------------------------------------------------------------

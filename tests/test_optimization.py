@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from engine.optimization import (
+    cosine_schedule,
+    frozen_parts,
     make_optimizer,
     one_cycle_schedule,
     parameter_groups,
@@ -48,7 +50,7 @@ def test_norms_and_biases_are_spared_and_the_head_learns_faster():
     network = nn.ModuleDict(
         {"body": nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)), "semrfnhead": nn.Linear(2, 2)}
     )
-    groups = parameter_groups(network, lr=0.1, weight_decay=0.5, head_lr_factor=10)
+    groups = parameter_groups(network, lr=0.1, weight_decay=0.5, lr_factors={"semrfnhead": 10})
     settings = {
         name: (g["lr"], g["weight_decay"])
         for name, p in network.named_parameters()
@@ -92,3 +94,26 @@ def test_a_first_step_that_is_called_off_leaves_sgd_as_it_was():
             optimizer.step()
     for ours, theirs in zip(spared.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_cosine_is_torchs_own():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
+    ours = cosine_schedule(50)
+    for iteration in range(51):
+        assert ours(iteration) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+    assert ours(60) == 0
+
+
+def test_the_largest_frozen_parts_are_found():
+    network = nn.Sequential(
+        nn.Sequential(nn.Linear(2, 2), nn.Dropout()), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    )
+    assert frozen_parts(network) == []
+    network[0].requires_grad_(False)
+    network[1][1].requires_grad_(False)
+    assert frozen_parts(network) == [network[0], network[1][1]]
+    assert [len(group["params"]) for group in parameter_groups(network, lr=1, weight_decay=0)] == [1, 1]
+    assert frozen_parts(network.requires_grad_(False)) == [network]

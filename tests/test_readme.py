@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import main
+from command_line import overrides_of, parse_arguments
 from config import load_config
 from rendering import load_render_config
 
@@ -126,9 +126,9 @@ def test_programs_understand_their_command_lines(program, arguments, stop_after_
 def test_keys_and_values_of_overrides_are_known(program, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     if program == "main.py":
-        options = main.parse_arguments(arguments)
-        of_a_run = options.config.startswith("workdir/")  # which is not there; it has every key
-        load_config("configs/template.yaml" if of_a_run else options.config, main.overrides_of(options))
+        options = parse_arguments(arguments)
+        of_a_run = options.config[0].startswith("workdir/")  # which is not there; it has every key
+        load_config("configs/template.yaml" if of_a_run else options.config, overrides_of(options))
         return
     overrides = [each for each in arguments if re.match(r"[\w.]+\.\w+=", each)]
     if program == "tools/render_words.py":
@@ -325,9 +325,9 @@ def test_promised_flags_are_the_programs():
     flags = CONTRACTS.split("**Flags of `main.py`**", 1)[1].split("\n\n", 1)[0]
     for flag in re.findall(r"`(--\w+)", flags):
         value = {"--phase": ["test"], "--model_eval": ["vision"], "--local_rank": ["0"]}
-        takes_none = flag in ("--debug", "--image_only", "--model_strict", "--resume")
+        takes_none = flag in ("--debug", "--image_only", "--model_strict", "--resume", "--print_config")
         arguments = [flag, *([] if takes_none else value.get(flag, ["x"]))]
-        main.parse_arguments(["--config", "configs/train.yaml", *arguments])
+        parse_arguments(["--config", "configs/train.yaml", *arguments])
 
 
 def test_make_help_lists_every_target():

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from config import Section, walk_schema
 from loading.sampling import SampleKey
 from rendering import RenderConfig, RenderedWords, Stream, WordRenderer, load_render_config
 from rendering.backgrounds import find_photos, read_photo
@@ -21,6 +20,7 @@ from rendering.fonts import FontBook, FontFamily, find_families, in_split
 from rendering.geometry import Bend
 from rendering.letters import Layout, draw_layout, set_letters
 from rendering.words import WordSource, draw_number, read_words
+from schema import Section, walk_schema
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -57,6 +57,16 @@ def test_killed_and_resumed_equals_uninterrupted(config):
     assert_same_runs(config, "whole", "cut")
 
 
+def test_a_cosine_run_of_named_groups_with_a_frozen_part_goes_on_exactly(config):
+    arguments = ("optimizer.scheduler.type=cosine", "optimizer.scheduler.warmup_iters=3", "model.vision.freeze=true")
+    arguments += ("optimizer.lr_groups={language: 3, alignment.cls: 0.5}", "training.eval_iters=epoch")
+    run(config, "--name=whole", *arguments)
+    kill_at(start(config, "--name=cut", *arguments), config, "cut", 5)
+    run(config, "--name=cut", "--resume", *arguments)
+    assert_same_runs(config, "whole", "cut")
+    assert history_text(config, "whole").count("\n") == ITERATIONS
+
+
 def test_a_finished_run_resumed_does_nothing_more(config):
     run(config, "training.iterations=6")
     before = history_text(config)
@@ -118,6 +128,8 @@ def test_the_saved_config_keeps_the_weights_that_the_run_started_from(config, bu
     [
         (["dataset.train.batch_size=4"], "dataset.train.batch_size: the run to resume has 8, not 4"),
         (["global.seed=6"], "global.seed: the run to resume has 5, not 6"),
+        (["model.language.freeze=true"], "model.language.freeze: the run to resume has False, not True"),
+        (["optimizer.lr_groups={{vision: 2}}"], "optimizer.lr_groups: the run to resume has groups for no prefix"),
         (["--checkpoint=other.pth"], "model.checkpoint: the run to resume started from None, not other.pth"),
         (["dataset.train.roots=[{images}]"], "dataset.train.roots: an epoch of the run to resume has 5 batches, not 6"),
     ],

@@ -531,8 +531,8 @@ def test_a_batch_with_a_sample_that_could_not_be_read_is_not_compiled_anew(tmp_p
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, precision):
-    from builders import build_trainer
     from config import load_config
+    from run_builders import build_trainer
 
     path = tiny_run.write_config(tmp_path)
     config = load_config(path, [f"training.precision={precision}", "training.ema=0.9"])

@@ -88,7 +88,7 @@ def write_config(folder: Path, *, train: int = 40, test: int = 11) -> Path:
             "num_workers": 0,
             "cache_dir": str(folder / "cache"),
         },
-        "training": {"iterations": ITERATIONS, "show_iters": 1, "eval_iters": 7, "save_iters": 3, "log_images": 1},
+        "training": {"iterations": ITERATIONS, "show_iters": 1, "eval_iters": 7, "save_iters": 3},
         "optimizer": {"lr": 0.01, "scheduler": {"type": "poly"}},
         "model": NETWORK,
     }

@@ -39,13 +39,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from builders import build_model, build_ssn, build_trainer, build_training_data, image_size
-from config import Config, TrainDataConfig, load_config
+from builders import build_model, build_ssn, image_size
+from config import Config, load_config
 from engine.distributed import Process
 from engine.precision import PRECISIONS, autocast
 from engine.trainer import Trainer
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
+from run_builders import build_trainer, build_training_data
+from schema import TrainDataConfig
 from tools.measuring import Call, count_flops, matrix_rate, peak_memory, time_in_turns
 from tools.support import make_parser, positive
 from utils import UserError, run_command_line, seed_everything, write_atomically
@@ -220,7 +222,7 @@ def with_data(config: Config, folder: Path, render_config: str, *, always: bool 
         batch_size = config.dataset.train.batch_size
         config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
         config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
-        config.dataset.cache_index = False
+        config.dataset.cache_dir = str(folder / "cache")
     return config
 
 

@@ -29,7 +29,7 @@ import torch
 import torchvision
 from torch.utils.benchmark import timer
 
-from builders import build_model, build_training_data
+from builders import build_model
 from bundle import load_ssn
 from config import Config, load_config
 from engine.distributed import Process, pick_device
@@ -38,6 +38,7 @@ from engine.trainer import Trainer
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from modules.ssn import PUBLISHED_AREAS, SSN
+from run_builders import build_training_data
 from tools.benchmark import (
     describe_machine,
     loading_call,
@@ -263,7 +264,7 @@ class GpuCheck:
             f"dataset.masks.root={json.dumps(str(self.folder / 'masks'))}",
             f"dataset.train.batch_size={self.scale.training_batch}",
             f"dataset.charset_path={json.dumps(str(ROOT / 'data' / 'charset_36.txt'))}",
-            "dataset.cache_index=false",
+            f"dataset.cache_dir={json.dumps(str(self.folder / 'cache'))}",
             "dataset.num_workers=0",
             "dataset.data_aug=false",
             f"global.workdir={json.dumps(str(self.folder / 'runs'))}",

@@ -12,11 +12,11 @@ sys.path.insert(
 
 import torch
 
-from builders import build_training_data
 from config import Config, load_config
 from engine.distributed import Process
 from evaluation.contact_sheet import Cell, save_contact_sheet
 from evaluation.drawing import to_images
+from run_builders import build_training_data
 from tools.support import make_parser, positive, print_summary, seed_number
 from utils import UserError, run_command_line
 

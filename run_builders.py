@@ -1,0 +1,378 @@
+"""Build what a run needs from a config: data, evaluators, callbacks and the trainer.
+
+With `builders.py`, which builds the networks, this is the only place that sees both a config and the parts.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from builders import (
+    build_charset,
+    build_criterion,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    build_segmenter,
+    checked_model_eval,
+    image_size,
+    segmenter_checkpoint,
+    with_checkpoint,
+)
+from callbacks import (
+    Callback,
+    Checkpoints,
+    Evaluation,
+    History,
+    NotFiniteBatches,
+    Progress,
+    TensorBoard,
+    UnreadableSamples,
+)
+from config import Config
+from dataset import (
+    JoinedDataset,
+    LanguageDataset,
+    SkipLog,
+    WordDataset,
+    make_loader,
+    open_segmentation_datasets,
+    open_word_datasets,
+)
+from engine import distributed
+from engine.distributed import Process
+from engine.trainer import Trainer
+from evaluation.dumps import AttentionImages, PredictionFiles
+from evaluation.evaluator import Evaluator, SegmentationEvaluator, WordEvaluator
+from evaluation.report import Report
+from inference.segmenter import Segmenter
+from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
+from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
+from loading.charset import PROTOCOLS, protocol_normalizer
+from loading.masks import OnlineMasks
+from loading.sampling import EqualSizeBatchSampler, MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
+from loading.transforms import ResizeWord
+from loading.word_index import default_cache_dir
+from utils import RENDER_SCHEME, UserError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = TRAIN, TEST, VALID = (
+    "train",
+    "test",
+    "valid",
+)  # sections of `dataset`; a render:// root has other words in each
+AUGMENTATIONS = {True: AugmentWord, "rand": RandAugmentWord}  # by dataset.data_aug
+MIN_TRAINING_SIDE = 7  # pixels; words of smaller images are left out of training, as published
+
+# --- training data ----------------------------------------------------------------------------------------------------
+
+
+def build_training_data(config: Config, *, device: torch.device, process: Process) -> DataLoader:
+    """Return endless, resumable batches of the training roots.
+
+    Raises:
+        UserError: there are no roots, a root is missing, or images and masks do not belong together.
+    """
+    roots = config.dataset.train.roots
+    if not roots:
+        raise UserError("dataset.train.roots is empty; name the LMDBs to train on")
+    open_sets = {"language": _open_language, "ssn": _open_segmentation}.get(config.model.kind, _open_words)
+    datasets, collate = open_sets(config, roots, split=TRAIN, device=device)
+    dataset = JoinedDataset(datasets)
+    if not len(dataset):
+        raise UserError(f"dataset.train.roots {roots} hold no usable sample; see the counts above")
+    sampler = build_training_sampler(config, datasets, process=process)
+    return make_loader(dataset, collate, batch_sampler=sampler, **_loading(config))
+
+
+def build_training_sampler(config: Config, datasets: Sequence[Any], *, process: Process) -> ResumableBatchSampler:
+    """Return the order of training samples: over all data sets alike, or by the shares of their roots."""
+    train = config.dataset.train
+    options = {"seed": config.run.seed, "rank": process.rank, "world_size": process.world_size}
+    if train.shares is None:
+        sampler = ResumableBatchSampler(sum(map(len, datasets)), train.batch_size, **options)
+    else:
+        lengths = [sum(len(each) for each in datasets if each.root == place) for place in range(len(train.roots))]
+        sampler = MixtureBatchSampler(lengths, train.shares, train.batch_size, length=train.length, **options)
+    sampler.run_batches = config.training.iterations or config.training.epochs * len(sampler)
+    return sampler
+
+
+def build_label_rule(config: Config, *, case_sensitive: bool) -> LabelRule:
+    """Return how a label becomes what the network is taught."""
+    return LabelRule(build_charset(config), max_length=config.dataset.max_length, case_sensitive=case_sensitive)
+
+
+def _open_words(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
+    data, size, training = config.dataset, image_size(config), split == TRAIN
+    labels = build_label_rule(config, case_sensitive=data.case_sensitive if training else data.eval_case_sensitive)
+    if training and not data.case_sensitive and any(map(str.isupper, labels.charset.characters)):
+        logger.warning(
+            "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
+            data.charset_path,
+        )
+    resize = ResizeWord(size=size, fit=data.fit, random_aspect=training and data.multiscales)
+    datasets = open_word_datasets(
+        roots,
+        labels=labels,
+        transform=AUGMENTATIONS[data.data_aug](resize) if training and data.data_aug else resize,
+        masks=_mask_source(config, device=device),
+        seed=config.run.seed,
+        cache_dir=data.cache_dir or default_cache_dir(),
+        min_side=MIN_TRAINING_SIDE if training else 1,
+        length=data.train.length if training and data.train.shares is None else None,
+        split=SPLITS.index(split),
+        difficulty=data.train.difficulty if training else None,
+        turn_tall=None if training else data.turn_tall,
+    )
+    return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
+
+
+def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks | None:
+    """Return the source of the masks; None for a network that takes none."""
+    masks = config.dataset.masks
+    if not config.model.takes_masks:
+        return None
+    if masks.source == "online":
+        # Worker processes cannot use the GPU: with workers, SSN runs on their cores.
+        segmenter = build_segmenter(config, device="cpu" if config.dataset.num_workers else device)
+        if not masks.cache:
+            return OnlineMasks(segmenter)
+        folder = Path(config.dataset.cache_dir or default_cache_dir()) / "masks"
+        return OnlineMasks(segmenter, cache_dir=folder, fingerprint=_mask_fingerprint(config, segmenter))
+    only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
+    if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.run.phase == "train"):
+        raise UserError(
+            "the network takes masks and dataset.masks.root is not set; name the folder of mask LMDBs "
+            "(tools/create_masks.py), or set dataset.masks.source=online and model.ssn.checkpoint"
+        )
+    if masks.source == "none":
+        raise UserError("dataset.masks.source is none, but the network takes masks; set lmdb or online")
+    return masks.root or ""
+
+
+def _mask_fingerprint(config: Config, segmenter: Segmenter) -> str:
+    """Return a hash of what online masks depend on besides the image: weights, areas and precision."""
+    weights = Path(segmenter_checkpoint(config)).read_bytes()
+    settings = f"{segmenter.areas} {segmenter.precision}"
+    return hashlib.sha256(weights + settings.encode()).hexdigest()[:16]
+
+
+def _open_language(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
+    data = config.dataset
+    labels = build_label_rule(config, case_sensitive=data.case_sensitive)
+    datasets = [
+        LanguageDataset(
+            root,
+            labels=labels,
+            use_sm=data.use_sm and split == TRAIN,
+            smooth_label=data.smooth_label and split == TRAIN,
+            smooth_factor=data.smooth_factor,
+            seed=config.run.seed,
+            stream=stream,
+        )
+        for stream, root in enumerate(roots)
+    ]
+    for number, dataset in enumerate(datasets):
+        dataset.root = number
+    return datasets, LanguageCollate(labels)
+
+
+def _open_segmentation(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
+    settings = config.dataset.segmentation
+    crop = CropSegmentation(
+        size=tuple(settings.crop_size), scale_range=tuple(settings.scale_range), ignore_index=settings.ignore_index
+    )
+    datasets = open_segmentation_datasets(
+        roots,
+        transform=crop if split == TRAIN else None,
+        mask_root=config.dataset.masks.root,
+        ignore_index=settings.ignore_index,
+        ignore_level=settings.ignore_level,
+        seed=config.run.seed,
+    )
+    return datasets, SegmentationCollate(size=tuple(settings.crop_size))
+
+
+def _loading(config: Config) -> dict:
+    data = config.dataset
+    return {
+        "num_workers": data.num_workers,
+        "multiprocessing_context": data.multiprocessing_context,
+        "pin_memory": data.pin_memory,
+    }
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def build_evaluator(
+    config: Config,
+    *,
+    device: torch.device,
+    process: Process,
+    model_eval: str,
+    precision: str = "fp32",
+    split: str = TEST,
+) -> Evaluator:
+    """Return the evaluator of the roots of `dataset.test` or `dataset.valid`; each word counts once over all processes.
+
+    Raises:
+        UserError: there are no roots, or one is missing.
+    """
+    settings = getattr(config.dataset, split)
+    if not settings.roots:
+        raise UserError(f"dataset.{split}.roots is empty; name the LMDBs to test on, or give --test_root")
+    open_sets = {"language": _open_language, "ssn": _open_segmentation}.get(config.model.kind, _open_words)
+    datasets, collate = open_sets(config, settings.roots, split=split, device=device)
+    shard = {"rank": process.rank, "world_size": process.world_size}
+    common = {"filtered": {dataset.name: dataset.filtered for dataset in datasets}, "device": device}
+    if config.model.kind == "ssn":
+        batches = {
+            each.name: EqualSizeBatchSampler(len(each), each.size, settings.batch_size, **shard) for each in datasets
+        }
+        return SegmentationEvaluator(
+            loaders={
+                each.name: make_loader(each, collate, batch_sampler=batches[each.name], **_loading(config))
+                for each in datasets
+            },
+            areas=config.model.ssn.areas,
+            ignore_index=config.dataset.segmentation.ignore_index,
+            **common,
+        )
+    loaders = {}
+    for dataset in datasets:
+        options = {"sampler": ShardedSampler(len(dataset), **shard), "batch_size": settings.batch_size}
+        loaders[dataset.name] = make_loader(dataset, collate, **options, **_loading(config))
+    return WordEvaluator(
+        loaders=loaders,
+        charset=build_charset(config),
+        protocol=evaluation_protocol(config),
+        model_eval=model_eval,
+        precision=precision,
+        numbers={dataset.name: dataset.number for dataset in datasets if isinstance(dataset, WordDataset)},
+        **common,
+    )
+
+
+def evaluation_protocol(config: Config) -> int:
+    """Return the number of characters that are compared: `dataset.eval_protocol`, else all if case counts, else 36."""
+    if config.dataset.eval_protocol is not None:
+        return config.dataset.eval_protocol
+    size = len(build_charset(config))
+    return size if config.dataset.eval_case_sensitive and size in PROTOCOLS else 36
+
+
+def build_observers(
+    config: Config, *, process: Process, model_eval: str, image_only: bool, weights: str
+) -> list[PredictionFiles | Report | AttentionImages]:
+    """Return what a test writes besides scores: prediction files, report and, unless `image_only`, attention images.
+
+    Args:
+        weights: the tested file, which the report names.
+    """
+    if config.model.kind == "ssn":
+        return []
+    folder, normalize = config.work_folder, protocol_normalizer(evaluation_protocol(config))
+    report = Report(
+        folder=folder / "report",
+        title=config.run.name,
+        details={"network": config.model.name, "weights": weights},
+        charset=build_charset(config),
+        normalize=normalize,
+        with_attention=not image_only,
+        rank=process.rank,
+    )
+    files = PredictionFiles(folder=folder, model_eval=model_eval, normalize=normalize)
+    return [files, report] if image_only else [files, report, AttentionImages(folder=folder, model_eval=model_eval)]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(config: Config, *, device: torch.device, process: Process, resumed: bool = False) -> Trainer:
+    """Return the trainer with all that it needs, from data to callbacks.
+
+    Args:
+        resumed: the weights come from a checkpoint of the run itself: those that the config names are not loaded.
+    """
+    with distributed.main_first():  # it stores the indices of large LMDBs
+        data = build_training_data(config, device=device, process=process)
+        callbacks = build_callbacks(config, data=data, device=device, process=process)
+    model = build_model(with_checkpoint(config, None) if resumed else config)
+    model = distributed.synchronized(model, config.training.sync_batchnorm)
+    # The layout that a GPU's convolutions are fastest in; before the optimiser makes momenta in the same one.
+    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    criterion = build_criterion(config)
+    batches = len(data.batch_sampler)
+    iterations = config.training.iterations or config.training.epochs * batches
+    training = config.training
+    return Trainer(
+        model=model,
+        criterion=criterion,
+        optimizer=build_optimizer(config, model),
+        learning_rate_factor=build_schedule(config, batches_per_epoch=batches, iterations=iterations),
+        data=data,
+        batches_per_epoch=batches,
+        iterations=iterations,
+        device=device,
+        process=process,
+        callbacks=callbacks,
+        precision=training.precision,
+        accumulation=training.accumulation,
+        clip_grad=config.optimizer.clip_grad,
+        ema_decay=training.ema,
+        compile_mode=training.compile_mode if training.compile else None,
+        find_unused_parameters=0 in criterion.weights.values(),
+        extra_state={"config": config.to_dict(), "charset": build_charset(config).characters},
+    )
+
+
+def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, process: Process) -> list[Callback]:
+    """Return the callbacks of training, in the order in which they run."""
+    folder, name, training = config.work_folder, config.run.name, config.training
+    tensorboard = TensorBoard(folder=folder / "tensorboard", interval=training.show_iters)
+
+    def interval(iterations: int | str) -> int:
+        return len(data.batch_sampler) if iterations == "epoch" else iterations
+
+    callbacks = [
+        Progress(interval=training.show_iters),
+        History(path=folder / "history.jsonl", interval=training.show_iters),
+        NotFiniteBatches(folder=folder),
+        UnreadableSamples(log=SkipLog(data.dataset)),
+        tensorboard,
+    ]
+    split = VALID if config.dataset.valid.roots else TEST
+    if split == TEST and config.dataset.test.roots and process.is_main:
+        logger.warning(
+            "dataset.valid.roots is empty: dataset.test.roots choose the best weights, as in the published code; name "
+            "other words there to keep the test sets unseen"
+        )
+    if getattr(config.dataset, split).roots:
+        evaluator = build_evaluator(
+            config,
+            device=device,
+            process=process,
+            model_eval=checked_model_eval(config, None),
+            precision=training.precision,
+            split=split,
+        )
+        callbacks.append(
+            Evaluation(
+                evaluator=evaluator,
+                interval=interval(training.eval_iters),
+                start=training.start_iters,
+                folder=folder,
+                name=name,
+                observers=[tensorboard],
+            )
+        )
+    kept = {"start": training.start_iters, "keep": training.keep_checkpoints}
+    return [*callbacks, Checkpoints(folder=folder, name=name, interval=interval(training.save_iters), **kept)]

@@ -17,7 +17,7 @@ import sys
 import types
 import zlib
 
-dependencies = [
+dependencies = ["cv2", "numpy", "PIL", "pydantic", "rapidfuzz", "torch", "yaml"]
     "cv2",
     "lmdb",
     "numpy",

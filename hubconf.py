@@ -18,18 +18,6 @@ import types
 import zlib
 
 dependencies = ["cv2", "numpy", "PIL", "pydantic", "rapidfuzz", "torch", "yaml"]
-    "cv2",
-    "lmdb",
-    "numpy",
-    "PIL",
-    "pydantic",
-    "rapidfuzz",
-    "tensorboard",
-    "torch",
-    "tqdm",
-    "wordfreq",
-    "yaml",
-]
 
 _ROOT = pathlib.Path(__file__).resolve().parent
 _PACKAGE = f"binet_hub_{zlib.crc32(os.fsencode(_ROOT)):08x}"  # two clones are two packages

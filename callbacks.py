@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine.checkpoints import list_as_newest, save_atomically
-from evaluation.drawing import evaluation_images, grid
+from evaluation.drawing import draw_words, grid
 from utils import FILE_ONLY, explain_full_disk, write_atomically
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ class TensorBoard(Callback):
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
         if self._writer is not None and output.vision is not None:
             missing = self.most_images - len(self._images)
-            self._images.extend(itertools.islice(evaluation_images(batch, output, predictions), missing))
+            self._images.extend(itertools.islice(draw_words(batch, output, predictions), missing))
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
         """Images are written with the scores."""

@@ -7,9 +7,8 @@ Examples:
 
 Prints one line for each image: path, prediction, confidence (tab separated), or JSON objects with --json. With
 --overlay each image is drawn with its mask and the attention of each character, with --html one page shows them all. An
-image that cannot be read has no
-prediction and confidence 0, and a line on stderr (with --json: its object) says why. Exit status: 0, also when some of
-the images are broken; 2 when all are, or for a mistake in the command.
+image that cannot be read has no prediction and confidence 0, and a line on stderr (with --json: its object) says why.
+Exit status: 0, also when some of the images are broken; 2 when all are, or for a mistake in the command.
 """
 
 import argparse
@@ -21,10 +20,12 @@ from pathlib import Path
 
 import cv2
 
-from evaluation.drawing import on_image, reading_image
+from engine.precision import PRECISIONS
+from evaluation.drawing import draw_prediction, on_image
+from evaluation.lexicon import Word, read_words
 from evaluation.prediction_page import page_entry, prediction_page
 from loading.transforms import resize, turn
-from reader import MASK_SOURCES, Prediction, Reader, to_image
+from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
 from utils import ArgumentParser, UserError, run_command_line, write_atomically
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
@@ -43,10 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ssn=options.ssn,
         masks=options.masks,
         model_eval=options.model_eval,
+        precision=options.precision,
+        details=bool(options.overlay or options.html),
     )
     overlays = overlay_paths(paths, Path(options.overlay)) if options.overlay else [None] * len(paths)
     read_any, entries = False, []
-    for path, prediction, overlay in zip(paths, reader.stream(paths), overlays, strict=True):
+    lexicon = None if options.lexicon is None else read_words(options.lexicon)
+    predictions = reader.stream(paths, topk=options.topk, lexicon=lexicon)
+    for path, prediction, overlay in zip(paths, predictions, overlays, strict=True):
         if overlay is not None and prediction.error is None:
             draw_overlay(path, prediction, overlay)
         if options.html:
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
+    """Parse the flags that `--help` lists."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", required=True, action="append", metavar="PATH", help="image, folder or pattern; repeatable"
@@ -73,6 +78,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--ssn", metavar="FILE", help="SSN that makes the masks (default: the one in the checkpoint)")
     parser.add_argument("--masks", choices=MASK_SOURCES, default="auto", help="none: give the network empty masks")
     parser.add_argument("--model_eval", metavar="NAME", help="sub-model to read with: alignment, vision or language")
+    parser.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: 16 bits where the device has them"
+    )
+    parser.add_argument("--topk", type=int, default=0, metavar="K", help="--json: the K most probable words as well")
+    parser.add_argument(
+        "--lexicon", metavar="FILE", help="--json: the closest word of a file with a word a line as well"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--overlay", metavar="FOLDER", help="draw mask and attention of each image there, as PNG")
@@ -81,10 +93,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """The images of some inputs in order: files as named, those of folders (not below them) and patterns by name.
+    """Return the images of the inputs in order: files as named, those of folders (not below) and patterns by name.
 
     Raises:
-        UserError: an input is not there, or holds no image.
+        UserError: an input does not exist, or holds no image.
     """
     found: list[Path] = []
     for name in inputs:
@@ -102,33 +114,41 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether this is a file with the name of an image."""
+    """Return whether this is a file with the name of an image."""
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def as_line(path: Path, prediction: Prediction) -> str:
-    """A row of the table that a person reads: three columns, whatever the path is."""
+    """Return a row of the table: three columns, whatever the path is."""
     return f"{str(path).translate(ESCAPES)}\t{prediction.text}\t{prediction.confidence:.4f}"
 
 
 def as_json(path: Path, prediction: Prediction, overlay: Path | None) -> str:
-    """What a program reads."""
+    """Return a JSON object on one line."""
     if prediction.error:
         return json.dumps({"path": str(path), "error": prediction.error}, ensure_ascii=False)
     fields = {
         "path": str(path),
-        "text": prediction.text,
-        "confidence": round(prediction.confidence, 6),
+        **as_fields(prediction),
         "turned": prediction.turned,
-        "characters": [{"text": each.text, "confidence": round(each.confidence, 6)} for each in prediction.characters],
+        "characters": [as_fields(each) for each in prediction.characters],
     }
+    if prediction.candidates:
+        fields["candidates"] = [as_fields(each) for each in prediction.candidates]
+    if prediction.match is not None:
+        fields["match"] = as_fields(prediction.match)
     if overlay is not None:
         fields["overlay"] = str(overlay)
     return json.dumps(fields, ensure_ascii=False)
 
 
+def as_fields(each: Prediction | Character | Word) -> dict[str, object]:
+    """Return a text and its confidence for JSON."""
+    return {"text": each.text, "confidence": round(each.confidence, 6)}
+
+
 def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """A PNG in `folder` for each image; images of equal names get numbers."""
+    """Return the path of a PNG in `folder` for each image; images of equal names get numbers."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -146,12 +166,12 @@ def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def draw_overlay(path: Path, prediction: Prediction, output: Path) -> None:
-    """The image as it was read, the image under its mask, the refined mask and the attention of each character."""
+    """Draw the image as it was read, with its mask, the refined mask and the attention of each character."""
     image = turn(to_image(path), prediction.turned)
     scale = min(OVERLAY_HEIGHT / image.shape[0], OVERLAY_WIDTH / image.shape[1])
     size = tuple(max(round(side * scale), 1) for side in image.shape[:2])
     refined, mask = prediction.refined_mask, prediction.mask_levels
-    drawing = reading_image(
+    drawing = draw_prediction(
         resize(image, size),
         caption=f"{prediction.text} {prediction.confidence:.2f}",
         characters=prediction.text,

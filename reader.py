@@ -6,7 +6,8 @@
     for prediction in reader.read(["a.png", pil_image, array]):
         print(prediction.text, prediction.confidence)
 
-Predictions are those of `main.py --phase test` on the same images: both use the same transforms, views and masks.
+`main.py --phase test` uses the same transforms, views and masks, in float32: `Reader(precision="fp32")` gives its
+predictions.
 """
 
 import functools
@@ -23,13 +24,17 @@ from torch import Tensor
 from builders import checked_model_eval
 from bundle import Bundle, load_bundle, load_ssn
 from config import Config, load_config
-from engine.precision import use_tf32
-from evaluation.evaluator import chosen_logits, most_confident, read_logits, take_rows
+from engine.distributed import pick_device
+from engine.precision import PRECISIONS, fastest_precision, use_tf32
+from evaluation.evaluator import chosen_logits, most_confident, read_logits
+from evaluation.lexicon import Lexicon, Word, log_probabilities, most_probable
+from inference.pipeline import in_order, single_threads
 from inference.prepare import prepare_for_inference
 from inference.segmenter import IMAGE_PIXELS, Segmenter
 from loading.batches import normalize_images, stack_images
 from loading.decoding import IMAGE_ERRORS, MAX_PIXELS, BrokenImageError, convert, decode_image, decode_mask
 from loading.transforms import ResizeWord, views
+from modules.outputs import RecogniserOutput
 from utils import UserError, first_line
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "weights" / "binet-small.pth"
@@ -37,6 +42,7 @@ MASK_SOURCES = ("auto", "none")
 
 CHANNELS = (1, 3, 4)  # of an array: grey, RGB, RGBA
 FLOAT_TOLERANCE = 1e-3  # of floats that should lie in [0, 1], for arithmetic that rounds
+GPU_THREADS = 2  # one prepares a batch while the other waits for the network
 
 Source = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 
@@ -51,16 +57,24 @@ class Character:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was read of one image. Compared, and hashed, by all but its arrays.
+    """The result for one image. Compared, and hashed, by all but its arrays.
 
     Attributes:
         text: the word; empty where there is an `error`.
         confidence: product of the probabilities of its characters and of its end, in [0, 1].
         characters: each character with its own confidence.
-        mask_levels: the mask that the network was given, uint8 (H, W) of the image's size, 255 = text; None without.
-        attention: float32 (len(text), h, w) over the network's input, where the vision model looked for each character;
-            each sums to 1.
-        refined_mask: float32 over the network's input, at its size, about 1 on text; None for a network without masks.
+        candidates: with `topk`, the most probable words, best first, each with its probability; the first need not be
+            `text`, which has the most probable character at each step.
+        steps: with `topk`, the most probable characters of each step of `text` and of its end, best first; "" is the
+            end.
+        match: with `lexicon`, the word of the list that the network most probably read, and its share of the
+            probability of all words of the list.
+        mask_levels: with `details`, the mask that the network was given, uint8 (H, W) of the image's size, 255 = text;
+            None for a network without masks.
+        attention: with `details`, float32 (len(text), h, w) over the network's input, where the vision model looked for
+            each character; each sums to 1.
+        refined_mask: with `details`, float32 over the network's input, at its size, about 1 on text; None for a network
+            without masks.
         extent: where the image lies in the network's input: top, left, height, width as parts of the input's sides;
             (0, 0, 1, 1) where it was stretched, else less (`dataset.multiscales`, `dataset.align_left`).
         turned: degrees counterclockwise, 0, 90 or 270, by which the image was turned before it went into the network's
@@ -71,6 +85,9 @@ class Prediction:
     text: str
     confidence: float
     characters: tuple[Character, ...] = ()
+    candidates: tuple[Word, ...] = ()
+    steps: tuple[tuple[Character, ...], ...] = ()
+    match: Word | None = None
     mask_levels: np.ndarray | None = field(default=None, compare=False, repr=False)
     attention: np.ndarray | None = field(default=None, compare=False, repr=False)
     refined_mask: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -80,8 +97,11 @@ class Prediction:
 
     @property
     def mask(self) -> np.ndarray | None:
-        """The mask as float32 (H, W) in [0, 1], 1 = text; made anew at each call."""
+        """Return `mask_levels` as float32 (H, W) in [0, 1], 1 = text; made anew at each call."""
         return None if self.mask_levels is None else self.mask_levels.astype(np.float32) / 255
+
+
+Decoded = tuple[np.ndarray, np.ndarray | None] | Prediction  # image and given mask, or why there is none
 
 
 class Reader:
@@ -95,10 +115,14 @@ class Reader:
         masks: "auto" makes masks for a network that needs them; "none" gives it empty ones.
         batch_size: most images that are read together; large ones are read in smaller batches.
         model_eval: sub-model to read with, alignment, vision or language; None takes the last one that it has.
+        precision: of the networks: "fp32", "bf16", "fp16", or "auto", 16 bits where the device multiplies them
+            natively, else "fp32". Masks are made in bf16 or float32; those of training and test are float32.
+        compile: let torch.compile fuse the network; the reader then takes minutes to make.
+        details: keep what shows how a word was read: mask, attention and refined mask of each prediction.
 
     Raises:
-        UserError: the checkpoint is missing or damaged, the network needs masks and there is no SSN, or an option is
-            none of these.
+        UserError: the checkpoint is missing or damaged, the network needs masks and there is no SSN, or an option
+            has an unknown value.
     """
 
     def __init__(
@@ -111,7 +135,12 @@ class Reader:
         masks: str = "auto",
         batch_size: int = 64,
         model_eval: str | None = None,
+        precision: str = "auto",
+        compile: bool = False,
+        details: bool = False,
     ) -> None:
+        if precision not in ("auto", *PRECISIONS):
+            raise UserError(f"precision {precision!r} is unknown; give auto, {', '.join(PRECISIONS)}")
         if masks not in MASK_SOURCES:
             raise UserError(f"masks {masks!r} is unknown; give {' or '.join(MASK_SOURCES)}")
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -119,25 +148,38 @@ class Reader:
         self.checkpoint = checkpoint_or_default(checkpoint)
         config = load_config(config) if isinstance(config, str | os.PathLike) else config
         bundle = load_bundle(self.checkpoint, config)
-        self.device = pick_device(device)
+        self.device = pick_device(name=device)
         self.charset = bundle.charset
         self.takes_masks = bundle.config.model.takes_masks
         self.batch_size = batch_size
         self.model_eval = checked_model_eval(bundle.config, model_eval)
-        use_tf32(bundle.config.training.tf32)  # predictions are those of the test
-        self._model = prepare_for_inference(bundle.model.to(self.device), precision="fp32", compile=False)
+        self.precision = fastest_precision(self.device) if precision == "auto" else precision
+        self.details = details
+        use_tf32(bundle.config.training.tf32)  # as in the test
+        self._model = prepare_for_inference(bundle.model.to(self.device), precision=self.precision, compile=compile)
+        self._steps = bundle.config.dataset.max_length + 1
         self._resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
         self._turn_tall = bundle.config.dataset.turn_tall
         self._segmenter = self._make_segmenter(bundle, ssn) if self.takes_masks and masks == "auto" else None
+        self._always_on_one_thread = compile  # a compiled network is made for one number of threads
+        if compile:
+            self.read([np.zeros((*self._resize.size, 3), np.uint8)] * 2)  # before two threads compile at once
 
     @classmethod
     def from_checkpoint(
         cls, path: str | os.PathLike, device: torch.device | str | None = None, **options: object
     ) -> "Reader":
-        """A reader of one file of weights; the options are those of the class."""
+        """Load a reader from one file of weights; the options are those of the class."""
         return cls(path, device=device, **options)
 
-    def read(self, images: Sequence[Source], masks: Sequence[Source | None] | None = None) -> list[Prediction]:
+    def read(
+        self,
+        images: Sequence[Source],
+        masks: Sequence[Source | None] | None = None,
+        *,
+        topk: int = 0,
+        lexicon: Sequence[str] | None = None,
+    ) -> list[Prediction]:
         """Read images of one word each.
 
         Args:
@@ -147,26 +189,59 @@ class Reader:
                 transparent is white.
             masks: text masks of the images, of their sizes, 255 (or 1.0) = text, in the same forms; None, as a whole or
                 for an image, lets SSN make them.
+            topk: how many words, and characters at each step, a prediction gives (`candidates`, `steps`).
+            lexicon: words of which a prediction gives the most probable one (`match`), as `lexicon.Lexicon` chooses.
 
         Returns:
             One prediction for each image, in order; of an image that cannot be read, with its `error`.
 
         Raises:
             TypeError, ValueError: an image is none of these, or `images` is a single one.
+            UserError: `topk` is no whole number from 0, or the network can spell no word of `lexicon`.
         """
-        return list(self.stream(images, masks))
+        return list(self.stream(images, masks, topk=topk, lexicon=lexicon))
 
-    def stream(self, images: Sequence[Source], masks: Sequence[Source | None] | None = None) -> Iterator[Prediction]:
-        """As `read`, but a batch is only read when it is asked for: any number of images fits into memory."""
+    def stream(
+        self,
+        images: Sequence[Source],
+        masks: Sequence[Source | None] | None = None,
+        *,
+        topk: int = 0,
+        lexicon: Sequence[str] | None = None,
+    ) -> Iterator[Prediction]:
+        """Do as `read`, but work only a few batches ahead of what is asked for: any number of images fits into memory.
+
+        Images are decoded while batches before them are read; on a CPU as many batches as it has threads are read side
+        by side.
+        """
         if isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 4) != 4:
             raise TypeError("images must be a list of images, or an array (N, H, W, 3); put a single one into a list")
         masks = [None] * len(images) if masks is None else masks
         if len(masks) != len(images):
             raise ValueError(f"{len(masks)} masks for {len(images)} images")
-        return self._stream(images, masks)
+        if not isinstance(topk, int) or topk < 0:
+            raise UserError(f"topk {topk!r} must be a whole number from 0")
+        if isinstance(lexicon, str):
+            raise TypeError("lexicon must be a list of words")
+        chosen = None if lexicon is None else Lexicon(lexicon, self.charset, steps=self._steps)
+        return self._stream(images, masks, functools.partial(self._read_batch, topk=topk, lexicon=chosen))
 
-    def _stream(self, images: Sequence[Source], masks: Sequence[Source | None]) -> Iterator[Prediction]:
-        batch: list[tuple[np.ndarray, np.ndarray | None] | Prediction] = []
+    def _stream(
+        self,
+        images: Sequence[Source],
+        masks: Sequence[Source | None],
+        read: Callable[[Sequence[Decoded]], list[Prediction]],
+    ) -> Iterator[Prediction]:
+        threads = torch.get_num_threads() if self.device.type == "cpu" else GPU_THREADS
+        rounds = -(-len(images) // (self.batch_size * threads))
+        size = -(-len(images) // max(rounds * threads, 1))  # so that all threads have as much to do
+        pool = None if len(images) < 2 and not self._always_on_one_thread else single_threads(threads)
+        for predictions in in_order(read, self._decoded(images, masks, size), pool, ahead=threads):
+            yield from predictions
+
+    def _decoded(self, images: Sequence[Source], masks: Sequence[Source | None], size: int) -> Iterator[list[Decoded]]:
+        """Yield batches of at most `size` images with their given masks."""
+        batch: list[Decoded] = []
         pixels = 0
         for source, mask_source in zip(images, masks, strict=True):
             try:
@@ -176,18 +251,27 @@ class Reader:
                 pixels += image.shape[0] * image.shape[1]
             except BrokenImageError as error:
                 batch.append(Prediction("", 0.0, error=" ".join(str(error).splitlines())))
-            if len(batch) == self.batch_size or pixels >= IMAGE_PIXELS:
-                yield from self._read_batch(batch)
+            if len(batch) >= size or pixels >= IMAGE_PIXELS:
+                yield batch
                 batch, pixels = [], 0
-        yield from self._read_batch(batch)
+        if batch:
+            yield batch
 
-    def _read_batch(self, batch: Sequence[tuple[np.ndarray, np.ndarray | None] | Prediction]) -> list[Prediction]:
-        """Predictions of images with their given masks; what is a prediction already stays."""
+    def _read_batch(self, batch: Sequence[Decoded], *, topk: int, lexicon: Lexicon | None) -> list[Prediction]:
+        """Return predictions for images with their given masks; a prediction of an image that cannot be read stays."""
         images = [each for each in batch if not isinstance(each, Prediction)]
-        read = iter(self._read_images(*zip(*images, strict=True)) if images else ())
+        read = iter(self._read_images(*zip(*images, strict=True), topk=topk, lexicon=lexicon) if images else ())
         return [each if isinstance(each, Prediction) else next(read) for each in batch]
 
-    def _read_images(self, images: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[Prediction]:
+    @torch.inference_mode()
+    def _read_images(
+        self,
+        images: Sequence[np.ndarray],
+        given: Sequence[np.ndarray | None],
+        *,
+        topk: int,
+        lexicon: Lexicon | None,
+    ) -> list[Prediction]:
         masks = self._complete(images, given) if self.takes_masks else [None] * len(images)
         pairs = enumerate(zip(images, masks, strict=True))
         seen = [(word, view) for word, pair in pairs for view in views(*pair, turn_tall=self._turn_tall)]
@@ -196,40 +280,57 @@ class Reader:
         inputs = None
         if self.takes_masks:
             inputs = torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).to(self.device) / 255.0
-        with torch.inference_mode():
-            output = self._model(tensors, inputs)
-            texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
-            rows = most_confident(confidences, [word for word, _ in seen])
-            output = take_rows(output, rows)
-            chosen = chosen_logits(output, self.model_eval).float()  # (N, T, C)
-            probabilities = chosen.softmax(-1).amax(-1).nan_to_num(0.0)
-        attention, refined = _array(output.vision.attention), output.vision.refined_mask
-        refined = [None] * len(images) if refined is None else _array(refined)[:, 0]
+        output = self._model(tensors, inputs)
+        logits = chosen_logits(output, self.model_eval)  # (M, T, C)
+        texts, confidences = read_logits(logits, self.charset)
+        rows = most_confident(confidences, [word for word, _ in seen])
+        logits = logits[rows].float()  # (N, T, C)
+        probabilities = logits.softmax(-1).amax(-1).nan_to_num(0.0)
+        logs = log_probabilities(logits) if topk or lexicon else [None] * len(rows)
+        details = self._details(output, rows, masks) if self.details else [{}] * len(rows)
         return [
             Prediction(
                 text=texts[row],
                 confidence=confidences[row],
                 characters=tuple(map(Character, texts[row], each)),
-                mask_levels=mask,
-                attention=looked[: len(texts[row])],
-                refined_mask=sharp,
+                candidates=tuple(most_probable(log, self.charset, topk)) if topk else (),
+                steps=self._ranked(log[: len(texts[row]) + 1], topk) if topk else (),
+                match=lexicon(log, texts[row]) if lexicon else None,
                 extent=self._extent(seen[row][1].image),
                 turned=seen[row][1].turned,
+                **{name: each[: len(texts[row])] if name == "attention" else each for name, each in detail.items()},
             )
-            for row, each, mask, looked, sharp in zip(
-                rows, probabilities.tolist(), masks, attention, refined, strict=True
-            )
+            for row, each, log, detail in zip(rows, probabilities.tolist(), logs, details, strict=True)
         ]
 
+    def _ranked(self, logs: np.ndarray, count: int) -> tuple[tuple[Character, ...], ...]:
+        """Return the most probable characters of each step of log-probabilities (steps, C)."""
+        names = ("", *self.charset.characters)
+        ranked = np.argsort(-logs, axis=1, kind="stable")[:, :count].tolist()
+        return tuple(
+            tuple(Character(names[each], float(np.exp(step[each]))) for each in order)
+            for step, order in zip(logs, ranked, strict=True)
+        )
+
+    @staticmethod
+    def _details(
+        output: RecogniserOutput, rows: Sequence[int], masks: Sequence[np.ndarray | None]
+    ) -> list[dict[str, np.ndarray | None]]:
+        """Return the arrays of each prediction, by name."""
+        attention, refined = _array(output.vision.attention[rows]), output.vision.refined_mask
+        refined = [None] * len(rows) if refined is None else _array(refined[rows])[:, 0]
+        arrays = zip(masks, attention, refined, strict=True)
+        return [dict(zip(("mask_levels", "attention", "refined_mask"), each, strict=True)) for each in arrays]
+
     def _extent(self, image: np.ndarray) -> tuple[float, float, float, float]:
-        """Top, left, height and width of an image in the network's input, as parts of its sides."""
+        """Return top, left, height and width of an image in the network's input, as parts of its sides."""
         size = self._resize.fitted(image.shape[:2])
         height, width = self._resize.size
         top, left = self._resize.corner(size)
         return top / height, left / width, size[0] / height, size[1] / width
 
     def _complete(self, images: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """A mask, uint8 (H, W), for each image: the one that was given, else SSN's, else an empty one."""
+        """Return a mask, uint8 (H, W), for each image: the given one, else SSN's, else an empty one."""
         missing = [place for place, mask in enumerate(given) if mask is None]
         masks = list(given)
         if self._segmenter is not None:
@@ -247,47 +348,32 @@ class Reader:
                 f"checkpoint {self.checkpoint} reads with text masks and carries no SSN to make them: name one "
                 "(--ssn FILE), bundle one with tools/bundle_weights.py, or do without (--masks none)"
             )
-        return Segmenter(network, areas, device=self.device)
+        return Segmenter(network, areas, device=self.device, precision="bf16" if self.precision == "bf16" else "fp32")
 
 
 def checkpoint_or_default(checkpoint: str | os.PathLike | None) -> Path:
-    """The file to read with.
+    """Return the file to read with.
 
     Raises:
-        UserError: none is named and the one that comes with the project is not there.
+        UserError: no file is named, and the one that comes with the project does not exist.
     """
     if checkpoint is None and not DEFAULT_CHECKPOINT.is_file():
         raise UserError(f"no checkpoint is named and {DEFAULT_CHECKPOINT} does not exist; give --checkpoint FILE")
     return DEFAULT_CHECKPOINT if checkpoint is None else Path(checkpoint)
 
 
-def pick_device(device: torch.device | str | None) -> torch.device:
-    """The device that is named, else a GPU where there is one, else the CPU.
-
-    Raises:
-        UserError: the name is none, or there is no such device.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).item()  # a meta device has nothing to read
-        return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: not usable ({str(error).splitlines()[0]}); give cpu or cuda") from error
-
-
 def to_image(source: Source) -> np.ndarray:
-    """RGB, uint8, (H, W, 3) of any of the forms that a reader takes.
+    """Convert any form of image that a reader takes to RGB, uint8, (H, W, 3).
 
     Raises:
-        BrokenImageError: it cannot be decoded, or has no pixel; says why.
+        BrokenImageError: it cannot be decoded, or is empty; the message says why.
         TypeError, ValueError: it is of another type, shape or range.
     """
     return _decoded(source, decode_image, "RGB")
 
 
 def to_mask(mask: Source, image: np.ndarray) -> np.ndarray:
-    """Grey, uint8, (H, W), of the image's size; raises as `to_image`, and BrokenImageError for another size."""
+    """Convert a mask to grey, uint8, (H, W); raises as `to_image`, or BrokenImageError for another size."""
     decoded = _decoded(mask, decode_mask, "L")
     if decoded.shape != image.shape[:2]:
         height, width = image.shape[:2]
@@ -336,7 +422,7 @@ def _from_pillow(image: Image.Image, mode: str) -> np.ndarray:
 
 
 def _from_tensor(tensor: Tensor) -> np.ndarray:
-    """An array of a tensor, whose channels may come first."""
+    """Convert a tensor, whose channels may come first, to an array."""
     tensor = tensor.detach().cpu()
     if tensor.ndim == 3 and tensor.shape[0] in CHANNELS:
         tensor = tensor.permute(1, 2, 0)

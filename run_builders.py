@@ -3,6 +3,7 @@
 With `builders.py`, which builds the networks, this is the only place that sees both a config and the parts.
 """
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ from engine.distributed import Process
 from engine.trainer import Trainer
 from evaluation.dumps import AttentionImages, PredictionFiles
 from evaluation.evaluator import Evaluator, SegmentationEvaluator, WordEvaluator
+from evaluation.lexicon import Lexicon, StoredLexicons, read_words
 from evaluation.report import Report
 from inference.segmenter import Segmenter
 from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
@@ -257,8 +259,28 @@ def build_evaluator(
         model_eval=model_eval,
         precision=precision,
         numbers={dataset.name: dataset.number for dataset in datasets if isinstance(dataset, WordDataset)},
+        lexicons=_build_lexicons(config, datasets, split=split),
         **common,
     )
+
+
+def _build_lexicons(config: Config, datasets: Sequence[Any], *, split: str) -> dict[str, Callable[[int], Lexicon]]:
+    """Return name of a test set -> number of a word -> the list that its prediction is chosen from."""
+    settings = getattr(config.dataset, split)
+    if settings.lexicon is None:
+        return {}
+    make = functools.partial(
+        Lexicon, charset=build_charset(config), steps=config.dataset.max_length + 1, match=settings.lexicon_match
+    )
+    if Path(settings.lexicon).is_file():
+        lexicon = make(read_words(settings.lexicon))
+        return {dataset.name: lambda number: lexicon for dataset in datasets}
+    for dataset in datasets:
+        if not isinstance(dataset, WordDataset):
+            raise UserError(
+                f"dataset.{split}.lexicon {settings.lexicon}: is no file, and {dataset.name} is no LMDB of words"
+            )
+    return {dataset.name: StoredLexicons(dataset.reader, settings.lexicon, make) for dataset in datasets}
 
 
 def evaluation_protocol(config: Config) -> int:

@@ -158,6 +158,15 @@ class TestDataConfig(Section):
 
     roots: Roots = key([], "As train.roots; each LMDB found is one set with its own row.")
     batch_size: PositiveInt = key(384, "Samples read at once; does not change results.")
+    lexicon: str | None = key(
+        None,
+        "Word list that predictions are chosen from: a text file with a word a line, or NAME of the lists that the "
+        "LMDBs hold under NAME-%09d, words separated by commas or spaces. null: predictions are free.",
+    )
+    lexicon_match: Literal["probability", "distance"] = key(
+        "probability",
+        "The word that is chosen: the most probable one, or the one at the smallest edit distance from the prediction.",
+    )
 
 
 class ValidDataConfig(TestDataConfig):

@@ -36,22 +36,32 @@ class Process:
         return self.rank == 0
 
 
-def pick_device(local_rank: int | None = None) -> torch.device:
-    """This process's GPU where there is one that torch can use, else the CPU; a GPU left unused is warned of.
+def pick_device(local_rank: int | None = None, *, name: torch.device | str | None = None) -> torch.device:
+    """Return the device that is named, else this process's GPU where torch can use one, else the CPU.
+
+    A GPU left unused is warned of.
 
     Args:
-        local_rank: number of this process on its machine, where the launcher does not tell it (`LOCAL_RANK`).
+        local_rank: number of this process on its machine, where the launcher does not tell it (`LOCAL_RANK`); without
+            both, torch's current GPU is taken.
 
     Raises:
-        UserError: this machine has more processes than GPUs.
+        UserError: this machine has more processes than GPUs, or the named device cannot be used.
     """
+    if name is not None:
+        try:
+            torch.zeros(1, device=name).item()  # a meta device has nothing to read
+            return torch.device(name)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {name}: not usable ({first_line(error)}); give cpu or cuda") from error
     if not torch.cuda.is_available():
         if (reason := _why_no_gpu()) is not None:
             logger.warning(
                 "on the CPU: this machine has a GPU, but torch %s cannot use it (%s)", torch.__version__, reason
             )
         return torch.device("cpu")
-    rank, gpus = int(os.environ.get("LOCAL_RANK", local_rank or 0)), torch.cuda.device_count()
+    number, gpus = os.environ.get("LOCAL_RANK", local_rank), torch.cuda.device_count()
+    rank = torch.cuda.current_device() if number is None else int(number)
     if rank >= gpus:
         raise UserError(f"process {rank + 1} of this machine has no GPU, there are {gpus}; lower --nproc_per_node")
     torch.cuda.set_device(rank)

@@ -20,24 +20,24 @@ BACKGROUND = 245
 
 
 def to_images(images: Tensor) -> np.ndarray:
-    """Images of a batch (N, 3, H, W) uint8 -> images (N, H, W, 3)."""
+    """Convert images of a batch (N, 3, H, W) uint8 to (N, H, W, 3)."""
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grey(mask: np.ndarray) -> np.ndarray:
-    """A map in [0, 1] (H, W) as a grey image; values outside are cut off."""
+    """Convert a map in [0, 1] (H, W) to a grey image; values outside are clipped."""
     return np.repeat((np.clip(mask, 0, 1) * 255).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = TEXT_COLOUR) -> np.ndarray:
-    """The image with `colour` laid over it where the mask is 1."""
+    """Return the image with `colour` laid over it where the mask is 1."""
     height, width = image.shape[:2]
     weight = 0.65 * cv2.resize(np.clip(mask, 0, 1).astype(np.float32), (width, height))[..., None]
     return (image * (1 - weight) + np.array(colour, dtype=np.float32) * weight).round().astype(np.uint8)
 
 
 def heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """The image dimmed, with an attention map (h, w) of any scale shining through it."""
+    """Return the image dimmed, with an attention map (h, w) of any scale shining through it."""
     height, width = image.shape[:2]
     weight = cv2.resize(attention.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     weight = np.clip(weight / max(float(weight.max()), 1e-9), 0, 1)
@@ -46,7 +46,7 @@ def heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
 
 
 def captioned(image: np.ndarray, text: str) -> np.ndarray:
-    """The image with a line of text under it; characters that OpenCV's font lacks show as question marks."""
+    """Return the image with a line of text under it; characters that OpenCV's font lacks show as question marks."""
     strip = np.full((CAPTION_HEIGHT, image.shape[1], 3), BACKGROUND, np.uint8)
     shown = text.encode("ascii", "replace").decode()
     cv2.putText(strip, shown, (1, CAPTION_HEIGHT - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (20, 20, 20), 1, cv2.LINE_AA)
@@ -54,7 +54,7 @@ def captioned(image: np.ndarray, text: str) -> np.ndarray:
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Images row by row; each cell is as large as the largest image."""
+    """Arrange images row by row; each cell is as large as the largest image."""
     height = max(image.shape[0] for image in images) + MARGIN
     width = max(image.shape[1] for image in images) + MARGIN
     rows = -(-len(images) // columns)
@@ -66,11 +66,11 @@ def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def on_image(values: np.ndarray, size: tuple[int, int], extent: Sequence[float]) -> np.ndarray:
-    """The part of a map (h, w) over a network's input that lies on the image, at the image's size.
+    """Return the part of a map (h, w) over a network's input that lies on the image, at the image's size.
 
     Args:
         size: height and width of the image.
-        extent: top, left, height and width of the image in the input, as in `reader.Prediction`.
+        extent: top, left, height and width of the image in the input, as `reader.Prediction` has it.
     """
     whole = tuple(max(round(side / part), side) for side, part in zip(size, extent[2:], strict=True))
     first = [min(round(start * full), full - side) for start, full, side in zip(extent[:2], whole, size, strict=True)]
@@ -78,7 +78,7 @@ def on_image(values: np.ndarray, size: tuple[int, int], extent: Sequence[float])
     return values[first[0] : first[0] + size[0], first[1] : first[1] + size[1]]
 
 
-def reading_image(
+def draw_prediction(
     image: np.ndarray,
     *,
     caption: str,
@@ -88,7 +88,7 @@ def reading_image(
     refined_mask: np.ndarray | None = None,
     over_image: bool = False,
 ) -> np.ndarray:
-    """One word with its mask, refined mask and the attention of each character that was read.
+    """Draw one word with its mask, refined mask and the attention of each predicted character.
 
     Args:
         image: (H, W, 3) uint8.
@@ -107,14 +107,14 @@ def reading_image(
     return grid(cells, columns=4)
 
 
-def evaluation_images(batch: Any, output: RecogniserOutput, predictions: Sequence[Any]) -> Iterator[np.ndarray]:
-    """One image for each word of a batch: word, masks, attention and prediction; `predictions` are `ScoredWord`s."""
+def draw_words(batch: Any, output: RecogniserOutput, predictions: Sequence[Any]) -> Iterator[np.ndarray]:
+    """Draw each word of a batch with its masks, attention and prediction; `predictions` are `ScoredWord`s."""
     attention = output.vision.attention.float().cpu().numpy()
     refined = output.vision.refined_mask
     masks = None if batch.masks is None else (batch.masks[:, 0] / 255.0).cpu().numpy()
     refined = None if refined is None else refined[:, 0].float().cpu().numpy()
     for row, (prediction, image) in enumerate(zip(predictions, to_images(batch.images), strict=True)):
-        yield reading_image(
+        yield draw_prediction(
             image,
             caption=f"{prediction.label} > {prediction.text}",
             characters=[*prediction.text, "end"],

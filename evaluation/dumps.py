@@ -1,4 +1,4 @@
-"""What a test writes of each word: prediction files and attention images. Observers that an evaluator calls."""
+"""Observers of an evaluation that write prediction files and attention images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 
 from engine import distributed
-from evaluation.drawing import evaluation_images
+from evaluation.drawing import draw_words
 from evaluation.evaluator import ScoredWord
 from modules.outputs import RecogniserOutput
 
@@ -15,7 +15,7 @@ ONE_FIELD = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # keeps a la
 
 
 class PredictionFiles:
-    """`<dataset>-<model_eval>/<model_eval>.txt` with every `gt<TAB>prediction`, and `-false.txt` with the wrong ones.
+    """Writes every `gt<TAB>prediction` to `<dataset>-<model_eval>/<model_eval>.txt`, the wrong ones to `-false.txt`.
 
     Args:
         normalize: what the evaluation's protocol compares of a text.
@@ -47,7 +47,7 @@ class PredictionFiles:
 
 
 class AttentionImages:
-    """`<dataset>-<model_eval>/attn/<number>.jpg`: each word with its masks and the attention of each character.
+    """Writes `<dataset>-<model_eval>/attn/<number>.jpg`: each word with its masks and the attention of each character.
 
     The number is that of the word in its LMDB.
     """
@@ -61,8 +61,8 @@ class AttentionImages:
             return
         folder = self.folder / f"{dataset}-{self.model_eval}" / "attn"
         folder.mkdir(parents=True, exist_ok=True)
-        for prediction, image in zip(predictions, evaluation_images(batch, output, predictions), strict=True):
+        for prediction, image in zip(predictions, draw_words(batch, output, predictions), strict=True):
             cv2.imwrite(str(folder / f"{prediction.number:09d}.jpg"), image[..., ::-1])
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
-        """Every image is written already."""
+        """Do nothing: every image is written already."""

@@ -1,4 +1,4 @@
-"""Evaluation: run a network over test sets, read its outputs, score them. It serves training, test and the reader.
+"""Evaluation: run a network on test sets, decode its outputs and score them, for training, test and the reader.
 
 An evaluator gives the mapping that `metrics.json` holds: one entry per data set, their mean weighted by words, their
 plain mean. Words are sharded over the processes and every word counts once: batch size, workers and processes change no
@@ -6,11 +6,12 @@ score.
 """
 
 import csv
+import functools
 import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,9 @@ from engine import distributed
 from engine.precision import autocast, without_search
 from evaluation import metrics
 from evaluation.drawing import to_images
-from inference.prepare import PreparedSSN
+from evaluation.lexicon import Lexicon, log_probabilities
+from inference.pipeline import in_order, single_threads
+from inference.prepare import PreparedNetwork, PreparedSSN
 from inference.segmenter import Segmenter
 from loading.batches import Batch
 from loading.charset import NULL, Charset, protocol_normalizer
@@ -42,7 +45,7 @@ ECE_DIGITS = 5
 
 @dataclass(frozen=True)
 class ScoredWord:
-    """One word as it was read."""
+    """One word with its label and prediction."""
 
     index: int  # position in its data set: sample `index` of the LMDB's filtered list
     label: str  # as stored
@@ -52,31 +55,31 @@ class ScoredWord:
 
 
 class Observer(Protocol):
-    """Something that looks at every evaluated batch: prediction files, attention images, a report."""
+    """An object that receives every evaluated batch: prediction files, attention images, a report."""
 
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
-        """One batch of one data set."""
+        """Receive one batch of one data set."""
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
-        """All data sets are done."""
+        """Receive the scores after the last data set."""
 
 
 class Evaluator(Protocol):
-    """What training and test ask of an evaluator."""
+    """The interface that training and test use."""
 
     headline: str  # the score that decides which weights are best
     columns: Sequence[str]  # the scores of each data set
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
-        """Scores of the network in the form of `metrics.json`."""
+        """Return the scores of the network in the form of `metrics.json`."""
 
     def table(self, scores: Mapping[str, Any]) -> str:
-        """The scores as a table for people."""
+        """Return the scores as a table for people."""
 
 
 @torch.no_grad()
 def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float]]:
-    """Greedy reading of logits (N, T, C): texts up to the first end token, and their confidences, 0 where they are NaN.
+    """Decode logits (N, T, C) greedily: texts up to the first end token, and their confidences, 0 where they are NaN.
 
     Everything is computed on the device; the host gets two small tensors for the whole batch.
     """
@@ -88,7 +91,7 @@ def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float
 
 
 def most_confident(confidences: Sequence[float], owners: Sequence[int]) -> list[int]:
-    """The row of the most confident view of each word; the first of equal ones.
+    """Return the row of the most confident view of each word; the first of equal ones.
 
     Args:
         confidences: of M views.
@@ -102,12 +105,12 @@ def most_confident(confidences: Sequence[float], owners: Sequence[int]) -> list[
 
 
 def take_rows(output: Any, rows: Sequence[int]) -> Any:
-    """Some rows of all tensors of a network's output."""
+    """Return some rows of all tensors of a network's output."""
     return _pytree.tree_map(lambda leaf: None if leaf is None else leaf[rows], output)
 
 
 def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
-    """Logits (N, T, C) of the sub-model to score: vision, or the last round of language or alignment."""
+    """Return logits (N, T, C) of the sub-model to score: vision, or the last round of language or alignment."""
     part = getattr(output, model_eval)
     if part is None:
         raise ValueError(f"the network has no {model_eval} model")
@@ -115,7 +118,7 @@ def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
 
 
 def score_words(predictions: Sequence[ScoredWord], normalize: Callable[[str], str]) -> dict[str, float]:
-    """Word accuracy, character accuracy, 1 - normalised edit distance and calibration error of some predictions.
+    """Return word accuracy, character accuracy, 1 - normalised edit distance and calibration error of predictions.
 
     Args:
         normalize: what the protocol compares of a text (36: case and punctuation do not count).
@@ -144,6 +147,8 @@ class WordEvaluator:
         filtered: name -> reason -> words that are not read at all.
         precision: fp32, bf16 or fp16 (autocast).
         numbers: name -> index of a sample -> number of its entry in the LMDB; without, samples are counted from 1.
+        lexicons: name -> number of a sample -> the word list that its prediction is chosen from; without, predictions
+            are free.
     """
 
     loaders: Mapping[str, DataLoader]
@@ -154,6 +159,7 @@ class WordEvaluator:
     device: torch.device
     precision: str = "fp32"
     numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
+    lexicons: Mapping[str, Callable[[int], Lexicon]] = field(default_factory=dict)
     headline: str = field(default="accuracy", init=False)
     columns: Sequence[str] = field(default=("accuracy", "ccr", "ned", "ece"), init=False)
 
@@ -176,37 +182,54 @@ class WordEvaluator:
             observer.on_end(scores)
         return scores
 
-    @torch.inference_mode()
     def _read(
         self, model: nn.Module, name: str, loader: DataLoader, observers: Sequence[Observer]
     ) -> tuple[list[ScoredWord], Counter]:
-        """All predictions of one data set in the order of its samples, and what could not be read."""
+        """Return the predictions of one data set in the order of its samples, and counts of what could not be read."""
         predictions: list[ScoredWord] = []
         unreadable: Counter = Counter()
-        for batch in loader:
-            unreadable.update(batch.skipped.values())
-            if not len(batch):
-                continue
-            batch = batch.to(self.device)
-            with autocast(self.device, self.precision):
-                output = model(*batch.inputs())
-            texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
-            if isinstance(batch, Batch) and batch.owners is not None:
-                rows = most_confident(confidences, batch.owners.tolist())
-                batch, output = batch.with_images(rows), take_rows(output, rows)
-                texts, confidences = [texts[row] for row in rows], [confidences[row] for row in rows]
-            indices = batch.indices.tolist()
-            numbers = map(self.numbers.get(name, lambda index: index + 1), indices)
-            rows = zip(indices, batch.texts, texts, confidences, numbers, strict=True)
-            read = [ScoredWord(*row) for row in rows]
+
+        def filled() -> Iterator[Any]:
+            for batch in loader:
+                unreadable.update(batch.skipped.values())
+                if len(batch):
+                    yield batch
+
+        # The fast form on a CPU reads batches side by side while others are loaded and observed.
+        threads = torch.get_num_threads()
+        side_by_side = self.device.type == "cpu" and isinstance(model, PreparedNetwork) and not model.frozen
+        pool = single_threads(threads) if side_by_side else None
+        read_batch = functools.partial(self._read_batch, model, name)
+        for batch, output, read in in_order(read_batch, filled(), pool, ahead=threads):
             predictions += read
             for observer in observers:
                 observer.on_batch(name, batch, output, read)
         predictions = sorted(distributed.gather(predictions), key=lambda prediction: prediction.index)
         return predictions, sum((Counter(each) for each in distributed.gather([dict(unreadable)])), Counter())
 
+    @torch.inference_mode()
+    def _read_batch(self, model: nn.Module, name: str, batch: Any) -> tuple[Any, RecogniserOutput, list[ScoredWord]]:
+        """Return the batch on the device, the network's output and the scored words; one view of each word."""
+        batch = batch.to(self.device)
+        with autocast(self.device, self.precision):
+            output = model(*batch.inputs())
+        texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
+        if isinstance(batch, Batch) and batch.owners is not None:
+            rows = most_confident(confidences, batch.owners.tolist())
+            batch, output = batch.with_images(rows), take_rows(output, rows)
+            texts, confidences = [texts[row] for row in rows], [confidences[row] for row in rows]
+        indices = batch.indices.tolist()
+        numbers = [*map(self.numbers.get(name, lambda index: index + 1), indices)]
+        if name in self.lexicons:
+            logs = log_probabilities(chosen_logits(output, self.model_eval))
+            rows = zip(numbers, logs, texts, strict=True)
+            words = [self.lexicons[name](number)(log, text) for number, log, text in rows]
+            texts, confidences = [word.text for word in words], [word.confidence for word in words]
+        rows = zip(indices, batch.texts, texts, confidences, numbers, strict=True)
+        return batch, output, [ScoredWord(*row) for row in rows]
+
     def table(self, scores: Mapping[str, Any]) -> str:
-        """One row per data set, weighted and mean; in per cent."""
+        """Return one row per data set, weighted and mean; in per cent."""
         return score_table(scores, self.columns)
 
 
@@ -244,7 +267,7 @@ class SegmentationEvaluator:
         return {"model_eval": "ssn", **summarise(datasets)}
 
     def _count(self, segmenter: Segmenter, loader: DataLoader) -> tuple[list[int], int, Counter]:
-        """True positives, false positives, false negatives; images; what could not be read."""
+        """Return true positives, false positives and false negatives; images; counts of what could not be read."""
         counts = np.zeros(3, np.int64)
         samples, unreadable = 0, Counter()
         for batch in loader:
@@ -261,12 +284,12 @@ class SegmentationEvaluator:
         return totals, sum(share[1] for share in shares), skipped
 
     def table(self, scores: Mapping[str, Any]) -> str:
-        """One row per data set, weighted and mean; in per cent."""
+        """Return one row per data set, weighted and mean; in per cent."""
         return score_table(scores, self.columns)
 
 
 def summarise(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The data sets' scores with their mean weighted by samples and their plain mean; empty sets do not count."""
+    """Return the data sets' scores with their mean weighted by samples and their plain mean, without empty sets."""
     read = [entry for entry in datasets.values() if entry["samples"]]
     names = [name for name in next(iter(datasets.values()), {}) if name not in ("samples", "skipped")]
     total = sum(entry["samples"] for entry in read)
@@ -276,7 +299,7 @@ def summarise(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def score_table(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """Scores as a Markdown table: one row per data set, then weighted and mean."""
+    """Format scores as a Markdown table: one row per data set, then weighted and mean."""
     header = ["data set", "samples", "skipped", *(f"{column} %" for column in columns)]
     rows = [
         [name, str(entry["samples"]), str(sum(entry["skipped"].values())), *_per_cent(entry, columns)]
@@ -294,7 +317,7 @@ def score_table(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
 
 
 def score_csv(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """Scores as comma separated values, fractions in full: one row per data set, then weighted and mean."""
+    """Format scores as comma-separated values, fractions in full: one row per data set, then weighted and mean."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["dataset", "samples", "skipped", *columns])

@@ -24,7 +24,7 @@ WEIGHT = re.compile(r"\._(parameters|buffers)\[")
 
 
 def prepare_for_inference(model: nn.Module, precision: str = "bf16", compile: bool = True) -> nn.Module:
-    """The fast form of a network, for reading only; `model` itself stays as it is and shares nothing with it.
+    """Return the fast form of a network, for inference only; `model` itself stays as it is and shares nothing with it.
 
     Args:
         model: a recogniser, one of its stages, or SSN, on the device that it shall run on.
@@ -51,7 +51,7 @@ def prepare_for_inference(model: nn.Module, precision: str = "bf16", compile: bo
 
 
 def _checks_of_a_private_copy(guards: Sequence[Any]) -> list[bool]:
-    """Which of the compiler's checks each call makes: those of its inputs, and that one weight is the network's own.
+    """Choose the checks that each call of the compiled network makes: those of its inputs, and one of its weights.
 
     Nothing can change inside the copy; to check all its parts takes 2 ms, a tenth of the time of one word. The weight
     tells networks of one class apart, which share a compiler's cache; it is known where weights are frozen (on a CPU).
@@ -82,7 +82,7 @@ class PreparedNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor | None, **named: Tensor | None) -> Any:
-        """What the network gives for its inputs, by position or name as there; float32."""
+        """Call the network with its inputs, by position or name; the outputs are float32."""
         if named:
             inputs = self._signature.bind(*inputs, **named).args
         with self._compiler_settings():
@@ -98,17 +98,17 @@ class PreparedNetwork(nn.Module):
 
 
 class PreparedSSN(PreparedNetwork):
-    """SSN, which also makes whole masks."""
+    """A prepared SSN, which also makes whole masks."""
 
     @torch.no_grad()
     def text_probability(self, image: Tensor, *, areas: Sequence[int] = PUBLISHED_AREAS) -> Tensor:
-        """As of `SSN`: (N, 3, H, W) -> (N, H, W) in [0, 1]."""
+        """Do as `SSN.text_probability`: (N, 3, H, W) -> (N, H, W) in [0, 1]."""
         with self._compiler_settings():
             return self.network.text_probability(image, areas=areas)
 
 
 def _parts(inputs: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
-    """The inputs, cut along the batch into parts of at most CPU_BATCH and of nearly one size where a CPU reads them."""
+    """Cut the inputs along the batch into parts of nearly one size, at most CPU_BATCH, where a CPU reads them."""
     first = next(value for value in inputs if value is not None)
     parts = -(-len(first) // CPU_BATCH)
     if first.device.type != "cpu" or parts <= 1:
@@ -118,12 +118,12 @@ def _parts(inputs: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
 
 
 def _concatenated(*leaves: Tensor | None) -> Tensor | None:
-    """The outputs of the parts of a batch as that of the batch."""
+    """Join the outputs of the parts of a batch."""
     return None if leaves[0] is None else torch.cat(leaves)
 
 
 def float32_layers(network: nn.Module) -> set[nn.Module]:
-    """Layers that compute in float32 whatever the rest runs in: layer norms and what `float32_layers` of a class names.
+    """Return the layers that always compute in float32: layer norms and what `float32_layers` of a class names.
 
     Layer norms, so that the sums that run past a transformer's layers are not rounded at each of them; the classes name
     what decides about a character, a cell or a pixel, what takes probabilities or positions, and the first stages on
@@ -134,13 +134,13 @@ def float32_layers(network: nn.Module) -> set[nn.Module]:
 
 
 def float32_names(network: nn.Module) -> set[str]:
-    """Names in the network's `state_dict` of what its `float32_layers` hold."""
+    """Return the names in the network's `state_dict` of what its `float32_layers` hold."""
     kept = {id(each) for layer in float32_layers(network) for each in (*layer.parameters(), *layer.buffers())}
     return {name for name, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in kept}
 
 
 def _named_by_classes(network: nn.Module, attribute: str) -> list[nn.Module]:
-    """The children that the classes of a network's modules name in an attribute; of a list, its entries."""
+    """Return the children that the classes of a network's modules name in an attribute; of a list, its entries."""
     found: list[nn.Module] = []
     for module in network.modules():
         for name in getattr(module, attribute, ()):
@@ -150,7 +150,7 @@ def _named_by_classes(network: nn.Module, attribute: str) -> list[nn.Module]:
 
 
 def _lower_precision(network: nn.Module, dtype: torch.dtype) -> None:
-    """Bring the network to `dtype`, in place, but for its `float32_layers`; every layer converts what it is given."""
+    """Convert the network to `dtype`, in place, except its `float32_layers`; every layer converts what it is given."""
     kept = float32_layers(network)
     for module in network.modules():
         if module not in kept:
@@ -166,7 +166,7 @@ def _lower_precision(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _Convert:
-    """Pre-hook: brings the floating-point tensors among a layer's arguments to the precision of its weights."""
+    """Pre-hook that converts the floating-point tensors among a layer's arguments to the precision of its weights."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -176,7 +176,7 @@ class _Convert:
 
 
 def _to_float32(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-    """Hook: the output in float32."""
+    """Forward hook that converts the output to float32."""
     return _pytree.tree_map(lambda leaf: _converted(leaf, torch.float32), output)
 
 

@@ -6,12 +6,8 @@ Whatever is of an image's own size stays in 8 bits, but for a strip of it at a t
 """
 
 import copy
-import functools
-import os
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from engine.precision import PRECISIONS, fastest_precision
+from inference.pipeline import single_threads
 from loading.batches import normalize_images
 from modules.hrnet import resize_aligned
 from modules.ssn import PUBLISHED_AREAS, SSN, network_size
@@ -43,9 +40,9 @@ class Segmenter:
         ssn: the network; a copy of it is used, so that it may go on learning.
         areas: sides of the squares whose areas the resized images have, in pixels; the mean over them is the mask.
         device: where the copy runs.
-        precision: of weights and maps: `fp32`, `bf16`, `fp16`, or `auto`, the fastest on the device. Masks made while
-            reading (by reader, training, its workers or the test) are made in `fp32` on any device, so that all are the
-            same. Softmaxes, attention and everything at the images' own size stay in float32.
+        precision: of weights and maps: `fp32`, `bf16`, `fp16`, or `auto`, the fastest on the device. Training and test
+            make masks in `fp32` on any device, so that all are the same. Softmaxes, attention and everything at the
+            images' own size stay in float32.
         batch_pixels: network input pixels in one forward pass, more for a single image that is larger; None chooses.
 
     Raises:
@@ -74,13 +71,13 @@ class Segmenter:
         self._ssn: SSN = network.to(self.device, self._dtype, memory_format=torch.channels_last)
 
         if self.device.type == "cpu":
-            _one_thread_each(torch.get_num_threads())  # here, where no other thread is likely to start its work
+            single_threads(torch.get_num_threads())  # here, where no other thread is likely to start its work
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Masks, uint8 (H, W), 255 = text, of RGB images, uint8 (H, W, 3).
+        """Return masks, uint8 (H, W), 255 = text, of RGB images, uint8 (H, W, 3).
 
         Raises:
-            ValueError: an image has another type or shape, or no pixel.
+            ValueError: an image has another type or shape, or is empty.
             UserError: the network overflowed, as fp16 or weights of a training that diverged make it.
         """
         for i, image in enumerate(images):
@@ -113,7 +110,7 @@ class Segmenter:
         return [mean_mask(*each) for each in zip(maps, sizes, strict=True)]
 
     def _batches(self, sizes: Sequence[Sequence[int]], area: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
-        """(network size, indices of images) of each forward pass at this area."""
+        """Yield (network size, indices of images) of each forward pass at this area."""
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, size in enumerate(sizes):
             groups[network_size(size, area)].append(i)
@@ -123,7 +120,7 @@ class Segmenter:
                 yield (height, width), members[start : start + step]
 
     def _map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
-        """`map`; on a CPU the items run side by side, one thread each.
+        """Do as `map`; on a CPU the items run side by side, one thread each.
 
         A batch of words is made of small maps: threads that share each operation wait for one another more than they
         work.
@@ -131,17 +128,17 @@ class Segmenter:
         threads = torch.get_num_threads()
         if self.device.type != "cpu" or min(threads, len(items)) < 2:
             return map(function, items)
-        return _one_thread_each(threads).map(function, items)
+        return single_threads(threads).map(function, items)
 
     @torch.inference_mode()
     def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Probability of text (N, 1, h, w) float32 of N images (1, 3, H, W) uint8 that enter the network at `size`."""
+        """Return probabilities of text (N, 1, h, w), float32, of N images (1, 3, H, W) uint8, resized to `size`."""
         batch = torch.cat([_resized(image, size) for image in images])
         return self._ssn.probability(normalize_images(batch).to(self._dtype, memory_format=torch.channels_last))
 
 
 def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:
-    """round(255 * mean of the maps), uint8 (H, W): maps (1, 1, h, w) of any sizes, each brought to `size` first."""
+    """Return round(255 * mean of the maps), uint8 (H, W); the maps (1, 1, h, w) are resized to `size` first."""
     height, width = size
     step = max(STRIP_PIXELS // width, 1)
     strips = []
@@ -153,9 +150,9 @@ def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:
 
 
 def _resized(image: Tensor, size: Sequence[int], rows: range | None = None) -> Tensor:
-    """Some rows, all by default, of what `resize_aligned` makes of an image: (1, C, H, W) -> (1, C, rows, size[1]).
+    """Return some rows, by default all, of `resize_aligned(image, size)`: (1, C, H, W) -> (1, C, rows, size[1]).
 
-    A large image is brought to the rows first, so that no more of it than those depend on becomes floats.
+    A large image is interpolated to these rows first, so that only what they depend on becomes floats.
     """
     rows = range(size[0]) if rows is None else rows
     height, width = image.shape[-2:]
@@ -169,34 +166,9 @@ def _resized(image: Tensor, size: Sequence[int], rows: range | None = None) -> T
 
 
 def _within(images: Sequence[np.ndarray], pixels: int) -> Sequence[np.ndarray]:
-    """The first of some images: as many as have that many pixels together, and one at least."""
+    """Return the first images: as many as have at most that many pixels together, but at least one."""
     ends = np.cumsum([image.shape[0] * image.shape[1] for image in images])
     return images[: max(int(np.searchsorted(ends, pixels, side="right")), 1)]
-
-
-@functools.cache
-def _one_thread_each(count: int) -> ThreadPoolExecutor | None:
-    """The process's threads for work side by side: each computes alone. None for a count of one.
-
-    torch lets a thread have a number of its own only by `set_num_threads`, which is the number of threads to come, too.
-    So it is called once for each of these threads, as they start together, and set back at once.
-    """
-    if count < 2:
-        return None
-    started = threading.Barrier(count)
-
-    def compute_alone() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(count, thread_name_prefix="segmentation", initializer=compute_alone)
-    for each in [pool.submit(int) for _ in range(count)]:
-        each.result()
-    torch.set_num_threads(count)
-    return pool
-
-
-os.register_at_fork(after_in_child=_one_thread_each.cache_clear)  # threads do not survive a fork
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:

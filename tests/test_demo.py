@@ -60,7 +60,7 @@ def test_predictions_are_those_of_the_evaluation(capsys, setup, tmp_path):
     assert main.main(arguments) == 0
     capsys.readouterr()
     lines = (tmp_path / "run" / "words-alignment" / "alignment.txt").read_text().splitlines()
-    _, printed = run(capsys, setup, "--input", str(setup / "images"), "--json")
+    _, printed = run(capsys, setup, "--input", str(setup / "images"), "--json", "--precision", "fp32")
     assert [json.loads(line)["text"] for line in printed] == [line.split("\t")[1] for line in lines]
 
 
@@ -73,6 +73,21 @@ def test_json_lines_hold_characters_and_errors(capsys, setup, tmp_path):
     assert "a.png" in broken["error"]
     assert "".join(each["text"] for each in whole["characters"]) == whole["text"]
     assert run(capsys, setup, "--input", str(tmp_path / "a.png"))[0] == 2
+
+
+def test_json_lines_hold_candidates_and_the_closest_word(capsys, setup, tmp_path):
+    (tmp_path / "words.txt").write_text("hello\nworld\n")
+    arguments = ["--input", str(setup / "images" / "01.png"), "--json"]
+    _, lines = run(capsys, setup, *arguments, "--topk", "2", "--lexicon", str(tmp_path / "words.txt"))
+    fields = json.loads(lines[0])
+    assert len(fields["candidates"]) == 2
+    assert fields["candidates"][0]["confidence"] >= fields["candidates"][1]["confidence"]
+    assert fields["match"]["text"] in ("hello", "world")
+    assert not {"candidates", "match"} & set(json.loads(run(capsys, setup, *arguments)[1][0]))
+    with pytest.raises(UserError, match="gone"):
+        run(capsys, setup, *arguments, "--lexicon", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="topk"):
+        run(capsys, setup, *arguments, "--topk", "-1")
 
 
 def test_the_table_keeps_its_columns_whatever_is_read(capsys, setup, tmp_path):
@@ -89,7 +104,7 @@ def test_the_table_keeps_its_columns_whatever_is_read(capsys, setup, tmp_path):
     assert printed.err.count("\n") == 1
 
 
-def test_a_image_of_any_shape_is_drawn(capsys, setup, tmp_path):
+def test_an_image_of_any_shape_is_drawn(capsys, setup, tmp_path):
     """Very wide and very tall ones would be drawn at 64 pixels' height: gigabytes."""
     for name, size in (("a", (1, 20_000)), ("b", (20_000, 1)), ("c", (3000, 4000))):
         cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((*size, 3), 200, np.uint8))

@@ -388,6 +388,17 @@ def test_nothing_is_said_without_a_gpu_or_of_a_hidden_one(no_cuda, monkeypatch, 
     assert not caplog.records
 
 
+def test_without_a_launcher_the_current_gpu_stays(monkeypatch):
+    chosen = []
+    for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert distributed.pick_device() == torch.device("cuda", 1)
+    assert distributed.pick_device(0) == torch.device("cuda", 0)
+    assert chosen == [1, 0]
+
+
 def test_more_processes_than_gpus_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

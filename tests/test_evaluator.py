@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,7 @@ from modules.outputs import RecogniserOutput, VisionOutput
 from reader import Reader
 from run_builders import build_evaluator
 from tests.small_networks import ReadsUprightWords, save_network, small_config, write_words
+from utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHARSET = Charset(PROTOCOLS[94])
@@ -252,6 +255,55 @@ def test_tall_words_are_read_turned_both_ways(tmp_path, network, workers):
     assert all(
         each.mask is None or each.mask.shape == image.shape for each, image in zip(predictions, TURNED, strict=True)
     )
+
+
+def test_predictions_are_chosen_from_the_word_lists_of_the_set(tmp_path):
+    """Of lists in the LMDB under any name, and of one file; scores are of the chosen words."""
+    with LmdbWriter(tmp_path / "set") as writer:
+        for number, image in enumerate([RAMP, RAMP[:, ::-1]]):
+            writer.append(cv2.imencode(".png", image)[1].tobytes(), ("Up!", "nor")[number])
+    with lmdb.open(str(tmp_path / "set")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"lexicon-000000001", b"Up!,no")
+        transaction.put(b"lexicon-000000002", b"up nor")
+        transaction.put(b"lexicon1k-000000001", b"down,use")
+        transaction.put(b"lexicon1k-000000002", b"nor")
+    (tmp_path / "list.txt").write_text("nor\nupper\n")
+    expected = {None: ["up", "no"], "lexicon": ["Up!", "nor"], "lexicon1k": ["use", "nor"]}
+    expected[str(tmp_path / "list.txt")] = ["upper", "nor"]
+    for lexicon, texts in expected.items():
+        data = {"roots": [str(tmp_path / "set")], "batch_size": 1, "lexicon": lexicon, "lexicon_match": "distance"}
+        config = small_config("abinet", test=data)
+        judge = build_evaluator(config, device=torch.device("cpu"), process=Process(), model_eval="alignment")
+        seen = Seen()
+        scores = judge.evaluate(ReadsUprightWords(config), [seen])
+        assert [text for _, text, _ in seen.words] == texts
+        right = sum(label.lower().strip("!") == text.lower().strip("!") for label, text, _ in seen.words)
+        assert scores["datasets"]["set"]["accuracy"] == right / 2
+    for lexicon in ("nothing", str(tmp_path / "gone.txt")):
+        config.dataset.test.lexicon = lexicon
+        judge = build_evaluator(config, device=torch.device("cpu"), process=Process(), model_eval="alignment")
+        with pytest.raises(UserError, match=r"dataset\.test\.lexicon"):
+            judge.evaluate(ReadsUprightWords(config))
+
+
+def test_batches_are_scored_side_by_side_as_one_after_the_other(run, monkeypatch):
+    """The fast form on several threads of a CPU gives the scores of one thread, and observers every batch in order."""
+    folder, _ = run
+    data = {"roots": [str(folder / "words")], "batch_size": 3}
+    config = small_config("abinet", test=data)
+    model = prepare_for_inference(build_model(config), precision="fp32", compile=False)
+    judge = build_evaluator(config, device=torch.device("cpu"), process=Process(), model_eval="vision")
+    before, results = torch.get_num_threads(), {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        seen, names = Seen(), set()
+        hook = model.register_forward_pre_hook(lambda *_, names=names: names.add(threading.current_thread().name))
+        results[threads] = judge.evaluate(model, [seen]), seen.words
+        hook.remove()
+        assert all(name.startswith("side-by-side") == (threads == 2) for name in names)
+    torch.set_num_threads(before)
+    assert results[1][0] == results[2][0]
+    assert [word[:2] for word in results[1][1]] == [word[:2] for word in results[2][1]]
 
 
 def test_the_most_confident_view_is_kept_and_the_first_of_equal_ones():

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reader(files):
-    return Reader.from_checkpoint(files / "both.pth", device="cpu", batch_size=4)
+    return Reader.from_checkpoint(files / "both.pth", device="cpu", batch_size=4, precision="fp32", details=True)
 
 
 def image(seed: int = 0, height: int = 30, width: int = 90) -> np.ndarray:
@@ -47,7 +48,7 @@ def texts(predictions) -> list[str]:
     return [prediction.text for prediction in predictions]
 
 
-def test_the_extent_says_what_of_the_input_a_image_fills(reader, files):
+def test_the_extent_says_what_of_the_input_an_image_fills(reader, files):
     assert reader.read([image(height=40, width=40)])[0].extent == (0, 0, 1, 1)
     expected = {
         "align_left": [(0, 0, 1, 0.25), (0, 0, 0.5, 1)],
@@ -65,7 +66,7 @@ def test_importing_a_reader_imports_no_compiler():
     assert done.stdout == "set()\n"
 
 
-def test_every_form_of_a_image_gives_the_same_reading(reader, tmp_path):
+def test_every_form_of_an_image_gives_the_same_prediction(reader, tmp_path):
     array = image()
     (tmp_path / "word.png").write_bytes(png(array))
     opaque = np.dstack([array, np.full(array.shape[:2], 255, np.uint8)])
@@ -101,7 +102,7 @@ def test_grey_images_are_repeated_and_deep_ones_scaled(reader):
     assert not any(prediction.error for prediction in predictions)
 
 
-def test_a_reading_has_what_it_promises(reader):
+def test_a_prediction_has_what_it_promises(reader):
     prediction = reader.read([image(3, 41, 77)])[0]
     assert prediction.error is None
     assert prediction.mask.shape == (41, 77)
@@ -118,8 +119,8 @@ def test_a_reading_has_what_it_promises(reader):
 
 def test_batches_change_nothing(files):
     images = [image(seed, 20 + seed, 60 + 3 * seed) for seed in range(9)]
-    one = Reader(files / "both.pth", device="cpu", batch_size=1).read(images)
-    many = Reader(files / "both.pth", device="cpu", batch_size=64).read(images)
+    one = Reader(files / "both.pth", device="cpu", batch_size=1, precision="fp32").read(images)
+    many = Reader(files / "both.pth", device="cpu", batch_size=64, precision="fp32").read(images)
     assert texts(one) == texts(many)
     assert [each.confidence for each in one] == pytest.approx([each.confidence for each in many], abs=1e-5)
     assert len(set(texts(one))) > 1
@@ -252,8 +253,11 @@ def test_batches_of_no_size_are_refused(files, size):
 def test_large_images_are_read_in_small_batches(reader, monkeypatch):
     sizes = []
     read = reader._read_images
+    monkeypatch.setattr(reader_module, "single_threads", lambda count: None)
     monkeypatch.setattr(reader_module, "IMAGE_PIXELS", 3 * 30 * 90)
-    monkeypatch.setattr(reader, "_read_images", lambda *some: sizes.append(len(some[0])) or read(*some))
+    monkeypatch.setattr(
+        reader, "_read_images", lambda *some, **options: sizes.append(len(some[0])) or read(*some, **options)
+    )
     images = [image(), image(1, 300, 90), b"", *map(image, range(2, 7))]
     predictions = reader.stream(images)
     assert sizes == []
@@ -261,6 +265,109 @@ def test_large_images_are_read_in_small_batches(reader, monkeypatch):
     assert sizes == [2]
     assert len(list(predictions)) == 7
     assert sizes == [2, 3, 2]
+
+
+def test_details_are_kept_only_when_asked_for(files, reader):
+    images = [image(seed) for seed in range(3)]
+    detailed = reader.read(images)
+    plain = Reader(files / "both.pth", device="cpu", batch_size=4, precision="fp32").read(images)
+    assert plain == detailed
+    for prediction in plain:
+        assert (prediction.mask_levels, prediction.attention, prediction.refined_mask) == (None, None, None)
+        assert prediction.mask is None
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_batches_are_read_side_by_side_as_one_after_the_other(reader, two_threads, monkeypatch):
+    images = [image(seed, 20 + seed, 60 + 3 * seed) for seed in range(9)]
+    readers, read = set(), reader._read_images
+
+    def noted(*some, **options):
+        readers.add((threading.current_thread().name, torch.get_num_threads()))
+        return read(*some, **options)
+
+    monkeypatch.setattr(reader, "_read_images", noted)
+    together = reader.read(images)
+    assert all(name.startswith("side-by-side") and threads == 1 for name, threads in readers)
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(reader_module, "single_threads", lambda count: None)
+    alone = reader.read(images)
+    assert texts(together) == texts(alone)
+    assert [each.confidence for each in together] == pytest.approx([each.confidence for each in alone], abs=1e-5)
+
+
+def test_a_stream_decodes_only_a_few_batches_ahead(reader, two_threads, monkeypatch):
+    decoded, decode = [], reader_module.to_image
+    monkeypatch.setattr(reader_module, "to_image", lambda source: decoded.append(1) or decode(source))
+    predictions = reader.stream([image()] * 60)
+    assert not decoded
+    next(predictions)
+    assert 4 <= len(decoded) <= 4 * 3  # batches of 4: two are read, one waits
+    predictions.close()
+    assert len(decoded) <= 4 * 3
+
+
+def test_a_reader_takes_16_bits_where_the_device_has_them(files, monkeypatch):
+    for fastest, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        monkeypatch.setattr(reader_module, "fastest_precision", lambda device, fastest=fastest: fastest)
+        reader = Reader(files / "both.pth", device="cpu")
+        assert reader.precision == fastest
+        assert {each.dtype for each in reader._model.parameters()} == {torch.float32, dtype}
+        assert reader._segmenter.precision == fastest
+        assert reader.read([image()])[0].text
+    half = Reader(files / "both.pth", device="cpu", precision="fp16")
+    assert (half.precision, half._segmenter.precision) == ("fp16", "fp32")  # masks might overflow
+    with pytest.raises(UserError, match="precision 'int3' is unknown; give auto, fp32, bf16, fp16"):
+        Reader(files / "both.pth", precision="int3")
+
+
+@pytest.mark.slow
+def test_a_compiled_reader_reads_the_same(files, reader, two_threads):
+    images = [image(seed) for seed in range(5)]
+    compiled = Reader(files / "both.pth", device="cpu", batch_size=4, precision="fp32", compile=True, details=True)
+    for count in (5, 1):
+        expected = reader.read(images[:count])
+        read = compiled.read(images[:count])
+        assert texts(read) == texts(expected)
+        assert [each.confidence for each in read] == pytest.approx([each.confidence for each in expected], abs=1e-4)
+
+
+def test_the_most_probable_words_and_characters_are_given(reader):
+    for prediction in reader.read([image(seed) for seed in range(4)], topk=3):
+        confidences = [each.confidence for each in prediction.candidates]
+        assert len({each.text for each in prediction.candidates}) == 3
+        assert confidences == sorted(confidences, reverse=True)
+        assert confidences[0] >= prediction.confidence * 0.999
+        ends = [] if len(prediction.text) == 26 else [""]  # the last step may read a character, too
+        assert [step[0].text for step in prediction.steps[: len(prediction.text) + 1]] == [*prediction.text, *ends]
+        assert [len(step) for step in prediction.steps] == [3] * len(prediction.steps)
+        for character, step in zip(prediction.characters, prediction.steps, strict=False):
+            assert step[0].confidence == pytest.approx(character.confidence, rel=1e-4)
+    assert reader.read([image()])[0].candidates == reader.read([image()])[0].steps == ()
+    for mistake in (-1, 1.5):
+        with pytest.raises(UserError, match="topk"):
+            reader.read([image()], topk=mistake)
+
+
+def test_the_closest_word_of_a_list_is_given(reader):
+    best, second = [word for word in reader.read([image()], topk=3)[0].candidates if word.text][:2]
+    prediction = reader.read([image()], lexicon=["zzzzzz", second.text, "the"])[0]
+    assert prediction.match.text == second.text
+    both = reader.read([image()], lexicon=[second.text, best.text])[0].match
+    assert both.text == best.text
+    assert both.confidence == pytest.approx(best.confidence / (best.confidence + second.confidence), rel=1e-3)
+    assert reader.read([image()])[0].match is None
+    with pytest.raises(UserError, match="lexicon"):
+        reader.read([image()], lexicon=["---"])
+    with pytest.raises(TypeError, match="lexicon"):
+        reader.read([image()], lexicon="word")
 
 
 def test_masks_stay_in_8_bits(reader):
@@ -288,8 +395,9 @@ def test_given_masks_replace_ssn(reader):
 
 
 def test_a_network_without_masks_needs_no_ssn(files):
-    prediction = Reader(files / "abinet.pth", device="cpu").read([image()])[0]
+    prediction = Reader(files / "abinet.pth", device="cpu", details=True).read([image()])[0]
     assert prediction.text
+    assert prediction.attention is not None
     assert prediction.mask is None
     assert prediction.refined_mask is None
 
@@ -297,7 +405,8 @@ def test_a_network_without_masks_needs_no_ssn(files):
 def test_masks_without_ssn_are_refused_unless_they_are_empty(files):
     with pytest.raises(UserError, match="carries no SSN"):
         Reader(files / "binet.pth", device="cpu")
-    assert Reader(files / "binet.pth", device="cpu", masks="none").read([image()])[0].mask.max() == 0
+    blind = Reader(files / "binet.pth", device="cpu", masks="none", details=True)
+    assert blind.read([image()])[0].mask.max() == 0
     separate = Reader(files / "binet.pth", device="cpu", ssn=files / "ssn.pth")
     bundled = Reader(files / "both.pth", device="cpu", ssn=files / "both.pth")
     assert separate.read([image()])[0].text == bundled.read([image()])[0].text

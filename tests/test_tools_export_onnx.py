@@ -130,7 +130,7 @@ def test_the_example_reads_as_a_reader(files, graphs, images, tmp_path, capsys):
 
     read_with_onnx.main([str(graphs / "binet.onnx"), str(graphs / "ssn.onnx"), *paths])
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    predictions = Reader(files / "both.pth", device="cpu").read(paths)
+    predictions = Reader(files / "both.pth", device="cpu", precision="fp32").read(paths)
     assert [(path, text) for path, text, _ in lines] == [
         (path, prediction.text) for path, prediction in zip(paths, predictions, strict=True)
     ]

@@ -36,9 +36,10 @@ import numpy as np
 from scipy.stats import binomtest
 
 from bundle import load_ssn
+from engine.distributed import pick_device
 from inference.segmenter import Segmenter
 from loading.charset import PROTOCOLS, protocol_normalizer
-from reader import Reader, pick_device
+from reader import Reader
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS
 from tools.support import make_parser, map_in_processes, positive, progress, seed_number, usable_cores
@@ -133,7 +134,7 @@ def segment_words(
 ) -> dict[str, list[np.ndarray]]:
     """Return the masks that one SSN predicts for all words, by kind of background; all checkpoints share them."""
     network, areas = load_ssn(ssn)
-    segmenter = Segmenter(network, areas, device=pick_device(device))
+    segmenter = Segmenter(network, areas, device=pick_device(name=device))
     return {kind: segmenter([word[kind].image for word in words]) for kind in kinds}
 
 
@@ -153,9 +154,9 @@ def score_checkpoint(
     `segmented` are the masks of the kind ssn, by background; with None, the checkpoint's own SSN predicts them.
     """
     normalize = protocol_normalizer(protocol)
-    reader = Reader(checkpoint, device=device, masks="none")
+    reader = Reader(checkpoint, device=device, masks="none", precision="fp32")
     if reader.takes_masks and "ssn" in masks and segmented is None:
-        reader = Reader(checkpoint, device=device)
+        reader = Reader(checkpoint, device=device, precision="fp32")
     for mask_kind in masks if reader.takes_masks else (NO_MASKS,):
         right = np.zeros((len(kinds), len(words)), bool)
         for row, kind in enumerate(kinds):

@@ -1,0 +1,156 @@
+"""Words that a network may have meant: the most probable ones, and the closest one of a list.
+
+A word's probability is the product over its steps, the end token included; what follows the end counts nothing. So no
+two words share a probability, those of all words sum to 1, and words of different lengths compare without a norm.
+
+Legend: N images, T steps (end token counted), C classes (0 is the end), L words of a list.
+"""
+
+import heapq
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+
+from loading.charset import NULL, Charset
+from loading.lmdb_io import LmdbReader
+from utils import UserError
+
+Match = Literal["probability", "distance"]  # how a word of a list is chosen: see Lexicon
+
+LOWEST = -1e4  # log-probability of what is impossible, or no number
+SAME = 1e-6  # log-probabilities that differ by less are equal
+
+
+@dataclass(frozen=True)
+class Word:
+    """A whole word and its probability."""
+
+    text: str
+    confidence: float
+
+
+def log_probabilities(logits: Tensor) -> np.ndarray:
+    """Return the log-probabilities of logits (N, T, C), float64, none below LOWEST; LOWEST where they are NaN."""
+    logs = logits.float().log_softmax(-1).cpu().numpy().astype(np.float64)
+    return np.nan_to_num(logs, nan=LOWEST).clip(LOWEST)
+
+
+def most_probable(logs: np.ndarray, charset: Charset, count: int) -> list[Word]:
+    """Return the most probable words under log-probabilities (T, C), best first; fewer where there are no more.
+
+    Best-first search: steps are independent, so that the best continuation of every start is known, and words are found
+    in the order of their probabilities.
+    """
+    steps = len(logs)
+    # A word with a character that comes after `count` others at its step has as many better words beside it.
+    ranked = [{NULL, *order} for order in np.argsort(-logs, axis=1, kind="stable")[:, :count].tolist()]
+    best = [0.0] * (steps + 1)  # best[t]: log-probability of the most probable continuation after t steps
+    for step in reversed(range(steps)):
+        best[step] = max(logs[step, NULL], logs[step, NULL + 1 :].max() + best[step + 1])
+    logs = logs.tolist()
+    found: list[Word] = []
+    queue: list[tuple[float, bool, tuple[int, ...], float]] = [(-best[0], False, (), 0.0)]
+    while queue and len(found) < count:
+        _, is_word, classes, total = heapq.heappop(queue)
+        if is_word:
+            found.append(Word(charset.decode(classes), math.exp(total)))
+            continue
+        step = len(classes)
+        for each in ranked[step]:
+            sum_so_far = total + logs[step][each]
+            ended = each == NULL or step + 1 == steps
+            longer = classes if each == NULL else (*classes, each)
+            rest = 0.0 if ended else best[step + 1]
+            heapq.heappush(queue, (-(sum_so_far + rest), ended, longer, sum_so_far))
+    return found
+
+
+class Lexicon:
+    """Chooses the word of a list that a network most probably read.
+
+    Args:
+        words: the list; what the network has no character for does not count, and of words that are then the same the
+            first one stays.
+        charset: the network's characters.
+        steps: T; longer words cannot be read.
+        match: "probability": the most probable word, of equal ones that which is closest to the greedy prediction;
+            "distance": the one at the smallest edit distance from the greedy prediction, as in the field's protocol, of
+            equal ones the most probable.
+
+    Raises:
+        UserError: the network can read no word of the list.
+    """
+
+    def __init__(self, words: Sequence[str], charset: Charset, *, steps: int, match: Match = "probability") -> None:
+        self.match = match
+        shown: dict[str, str] = {}  # what the network can read of a word -> the word
+        for word in words:
+            shown.setdefault(charset.normalize(word), word)
+        self.readable = [each for each in shown if 0 < len(each) < steps]
+        self.words = [shown[each] for each in self.readable]
+        if not self.words:
+            raise UserError(f"lexicon: the network's characters and steps can spell none of its {len(words)} words")
+        # (L, T): classes up to the end, then C, which stands for "anything": it adds nothing.
+        self._classes = np.full((len(self.words), steps), charset.num_classes)
+        for row, text in zip(self._classes, self.readable, strict=True):
+            row[: len(text) + 1] = [*charset.encode(text), NULL]
+
+    def __call__(self, logs: np.ndarray, greedy: str) -> Word:
+        """Return the word of the list for log-probabilities (T, C), and its share of the list's probability.
+
+        Args:
+            greedy: the prediction without a list.
+        """
+        padded = np.pad(logs, ((0, 0), (0, 1)))
+        scores = padded[np.arange(len(logs)), self._classes].sum(1)  # (L,)
+        shares = np.exp(scores - scores.max())
+        is_rival = scores >= (-np.inf if self.match == "distance" else scores.max() - SAME)
+        rivals = np.flatnonzero(is_rival).tolist()
+        if len(rivals) > 1:
+            rivals = sorted(rivals, key=lambda each: (Levenshtein.distance(self.readable[each], greedy), -scores[each]))
+        return Word(self.words[rivals[0]], float(shares[rivals[0]] / shares.sum()))
+
+
+def read_words(path: str | Path) -> list[str]:
+    """Return the words of a text file with one a line; empty lines do not count.
+
+    Raises:
+        UserError: the file is missing, or not UTF-8 text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"lexicon {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"lexicon {path}: is not UTF-8 text") from error
+
+
+class StoredLexicons:
+    """The word lists of an LMDB: number of a word -> its list, stored as `<name>-%09d`.
+
+    Args:
+        name: "lexicon" in the LMDBs of IIIT5K and SVT that go around; other names tell lists of 50 from those of 1,000.
+        make: words -> their Lexicon.
+    """
+
+    def __init__(self, reader: LmdbReader, name: str, make: Callable[[Sequence[str]], Lexicon]) -> None:
+        self.reader = reader
+        self.name = name
+        self.make = make
+
+    def __call__(self, number: int) -> Lexicon:
+        """Raise UserError where the LMDB has no list for the word, or none that the network can spell."""
+        key = f"{self.name}-{number:09d}"
+        data = self.reader.get(key)
+        if data is None:
+            raise UserError(
+                f"{self.reader.path} has no {key}: store the lists of its words, or name a file (dataset.test.lexicon)"
+            )
+        return self.make(re.split(r"[,\s]+", data.decode()))

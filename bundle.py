@@ -1,7 +1,8 @@
-"""Checkpoints that are enough by themselves: a recogniser with its config and characters, and the SSN beside it.
+"""Checkpoints that need no other file: a recogniser with its config and characters, and the SSN for its masks.
 
 Keys of such a file: `model` (weights), `config` (plain data, as `Config.to_dict`), `charset` (the characters in order
-of their classes) and, for masks of images that come without, `ssn`: {`model`, `config`} in the same forms.
+of their classes), `provenance` if the checkpoint had it (engine/provenance.py), and for images without masks `ssn`:
+{`model`, `config`, `provenance`} in the same forms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from builders import build_carried_ssn, build_charset, build_model, ssn_part, with_checkpoint
 from config import Config
 from engine.checkpoints import checkpoint_weights, load_weights, read_checkpoint, save_atomically
+from engine.provenance import without_folders
 from inference.prepare import float32_names
 from loading.charset import Charset
 from modules.ssn import SSN
@@ -23,10 +25,9 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a checkpoint file holds, built: networks in eval mode, on the CPU.
+    """The networks of a checkpoint file, in eval mode and on the CPU.
 
-    `ssn` and `areas` (sides of the square areas at which it looks at an image, pixels) are None and empty where the
-    file has no SSN.
+    Without an SSN in the file, `ssn` is None and `areas` (its scales: sides of square areas, pixels) is empty.
     """
 
     model: torch.nn.Module
@@ -42,10 +43,10 @@ class Bundle:
 
 
 def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
-    """Build what a checkpoint holds.
+    """Build the networks of a checkpoint.
 
     Args:
-        config: how to build the network; None takes what the checkpoint carries.
+        config: describes the network; None: the config that the checkpoint carries.
 
     Raises:
         UserError: the file is missing or damaged, carries no config and none is given, or holds no network that reads
@@ -55,7 +56,7 @@ def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
 
 
 def _built(state: Mapping[str, Any], path: Path | str, config: Config | None = None) -> Bundle:
-    """The networks of a checkpoint's content; `path` names it in messages."""
+    """Build the networks of a checkpoint's content; `path` names it in messages."""
     config = with_checkpoint(config or _carried_config(state, path), None)
     if config.model.kind not in ("vision", "recogniser"):
         raise UserError(f"checkpoint {path} holds {config.model.name}, which reads no images; give a recogniser's")
@@ -73,7 +74,7 @@ def _built(state: Mapping[str, Any], path: Path | str, config: Config | None = N
 
 
 def load_ssn(path: Path | str) -> tuple[SSN, tuple[int, ...]]:
-    """The SSN of a checkpoint of its own, or of one that carries it beside a recogniser, and its areas.
+    """Return the SSN of its own checkpoint, or of one that bundles it with a recogniser, and its areas.
 
     Raises:
         UserError: the file is missing, damaged, or holds no SSN with its config.
@@ -95,12 +96,12 @@ def save_bundle(
 ) -> dict[str, Any]:
     """Write the recogniser of one checkpoint and the SSN of another to one file, without the state of their training.
 
-    Paths of the machines they were trained on are left out of the configs.
+    Paths of the machines that trained them are removed from configs and provenance.
 
     Args:
-        areas: those that the recogniser's masks were made with; none: those that the SSN's checkpoint names.
-        half: store matrices and kernels as 16-bit numbers, which about halves the file; those that decide about a
-            character or see the image first keep 32 bits, as vectors do.
+        areas: those that the recogniser's masks were made with; empty: those in the SSN's checkpoint.
+        half: store matrices and kernels in 16 bits, which about halves the file. Vectors, and the layers that the fast
+            form computes in float32, keep 32 bits.
 
     Returns:
         what was written.
@@ -113,13 +114,14 @@ def save_bundle(
     charset = state["charset"] if "charset" in state else build_charset(config).characters
     weights = _stored(state, config, Charset(charset), half)
     content = {"model": weights, "config": portable(config), "charset": charset}
-    content |= {name: state[name] for name in ("iteration", "scores") if name in state}
+    content |= {name: state[name] for name in ("iteration", "scores") if name in state} | _provenance(state)
     if ssn is not None:
         state = ssn_part(read_checkpoint(ssn))
         config = _carried_config(state, ssn)
         config.model.ssn.areas = list(areas) or config.model.ssn.areas
         content["ssn"] = {"model": _stored(state, config, None, half), "config": portable(config)}
-    # What cannot be read is found here, not by who receives the file.
+        content["ssn"] |= _provenance(state)
+    # A file that cannot be read is found here, not by its receiver.
     if _built(content, recogniser).ssn is None and ssn is not None:
         raise UserError(f"--ssn {ssn}: holds no SSN; give a checkpoint that main.py trained with model.name=ssn")
     save_atomically(content, Path(output))
@@ -127,7 +129,7 @@ def save_bundle(
 
 
 def portable(config: Config) -> dict[str, Any]:
-    """A config as plain data without anything that holds on one machine only: paths and other checkpoints."""
+    """Return a config as plain data without what is valid on one machine only: paths and other checkpoints."""
     config = with_checkpoint(config, None)
     fresh = Config()
     config.model.ssn.checkpoint = None
@@ -146,10 +148,15 @@ def _carried_config(state: Mapping[str, Any], path: Path | str) -> Config:
     return Config.from_dict(state["config"], source=f"{path} (config)", drop_unknown=True)
 
 
-def _stored(state: Mapping[str, Any], config: Config, charset: Charset | None, half: bool) -> dict[str, Tensor]:
-    """Weights as they are written: 16 bits for what the fast form computes in 16 bits (all but `float32_layers`).
+def _provenance(state: Mapping[str, Any]) -> dict[str, Any]:
+    carried = state.get("provenance")
+    return {"provenance": without_folders(carried)} if isinstance(carried, Mapping) else {}
 
-    Vectors (norms, biases) stay as they are: they cost nothing and need their range.
+
+def _stored(state: Mapping[str, Any], config: Config, charset: Charset | None, half: bool) -> dict[str, Tensor]:
+    """Return weights as they are written: if `half`, in 16 bits what the fast form computes in 16 bits.
+
+    Vectors (norms, biases) stay as they are: they are small and need their range.
     """
     weights = checkpoint_weights(state)
     kept = float32_names(build_model(with_checkpoint(config, None), charset)) if half else set(weights)

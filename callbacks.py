@@ -1,29 +1,25 @@
-"""Callbacks: what happens beside the training loop, one concern each.
+"""Callbacks: logging, evaluation and checkpoints beside the training loop, one concern each.
 
-`Callback` names the hooks; a callback fills the few that it needs. Hooks run on every process in the same order, so a
+`Callback` has all hooks; a callback overrides the few that it needs. Hooks run on every process in the same order, so a
 callback that writes checks `trainer.process.is_main` itself.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from engine.checkpoints import list_as_newest, save_atomically
+from engine.checkpoints import iteration_of, save_atomically, saved_checkpoints, set_aside_later, write_list
+from engine.writers import Record, Scores, Writer
 from evaluation.drawing import draw_words, grid
-from utils import FILE_ONLY, explain_full_disk, write_atomically
+from evaluation.evaluator import score_table
 
 if TYPE_CHECKING:
     from dataset import SkipLog
@@ -35,13 +31,16 @@ logger = logging.getLogger(__name__)
 
 
 class Callback:
-    """Base of all callbacks. Each hook is given the trainer; the ones here do nothing."""
+    """Base of all callbacks. Each hook gets the trainer; the ones here do nothing."""
+
+    def on_resume(self, trainer: Trainer) -> None:
+        """After the state of a checkpoint was restored."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Before the first step, after a resume."""
 
     def on_batch_loaded(self, trainer: Trainer, batch: Any) -> None:
-        """A batch came from the loader; its step is next."""
+        """After a batch came from the loader, before its step."""
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         """After step number `trainer.iteration` (counted from 1)."""
@@ -62,34 +61,80 @@ class Callback:
         """After the last step, or after a stop signal."""
 
     def on_fit_failed(self, trainer: Trainer) -> None:
-        """An exception ends the run: release what is open."""
+        """After an exception that ends the run: release what is open."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State that a resume needs, of tensors and plain values."""
+        """Return the state that a resume needs, as tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; an empty dict where the checkpoint has none."""
+        """Restore what `state_dict` returned; the dict is empty if the checkpoint has none."""
 
 
-class LossMeans:
-    """Mean of each loss term over the steps since it was last taken.
+class MetricLog(Callback):
+    """Collects losses, speed and scores, and gives them to the writers each `interval` iterations and at the last one.
 
-    A step with a term that is not finite does not count. The tensors of a step are read when the means are taken, not
-    before: a GPU need not be waited for at every step.
+    A loss is its mean over the steps since the record before; a step with a term that is not finite does not count. The
+    tensors of the steps are read only when a record is due, so that no other step waits for a GPU. It observes
+    evaluations as well, to show some words of each.
     """
 
-    def __init__(self) -> None:
+    WORDS = 8  # shown of each evaluation
+
+    def __init__(self, *, writers: Sequence[Writer], interval: int):
+        self.writers = list(writers)
+        self.interval = interval
         self._names: list[str] = []
         self._rows: list[list[float]] = []  # the terms of each step
         self._unread: list[torch.Tensor] = []
+        self._images: list[np.ndarray] = []
+        self._reset_speed()
 
-    def add(self, step: Step) -> None:
+    def _reset_speed(self) -> None:
+        self._samples = 0
+        self._seconds = self._waited = 0.0
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if not trainer.process.is_main:
+            self.writers = []
+        for writer in self.writers:
+            writer.open(trainer.iteration, trainer.iterations)
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        if not self.writers:
+            return
+        is_due = trainer.iteration % self.interval == 0 or trainer.iteration == trainer.iterations
+        if is_due:
+            step.wait()
         self._names = list(step.terms)
         self._unread.extend(step.terms.values())
+        self._samples += step.samples
+        self._seconds += step.duration
+        self._waited += step.data_wait
+        for writer in self.writers:
+            writer.count_step()
+        if is_due:
+            self._write(trainer, step)
 
-    def take(self) -> dict[str, float]:
-        """The means, NaN where no step counts, and a new start."""
+    def _write(self, trainer: Trainer, step: Step) -> None:
+        seconds = max(self._seconds, 1e-9)
+        rate = self._samples / seconds
+        record = Record(
+            iteration=trainer.iteration,
+            epoch=trainer.epoch,
+            losses=self._take_means(),
+            learning_rate=step.learning_rate,
+            gradient_norm=float(step.gradient_norm),
+            samples_per_second=rate,
+            data_wait_share=self._waited / seconds,
+            seconds_left=(trainer.iterations - trainer.iteration) * step.samples / max(rate, 1e-9),
+        )
+        self._reset_speed()
+        for writer in self.writers:
+            writer.write(record)
+
+    def _take_means(self) -> dict[str, float]:
+        """Return the mean of each term, NaN if no step counts, and start anew."""
         self._read()
         finite = [row for row in self._rows if all(map(math.isfinite, row))] or [[math.nan] * len(self._names)]
         self._rows = []
@@ -100,6 +145,29 @@ class LossMeans:
             self._rows += torch.stack(self._unread).view(-1, len(self._names)).tolist()
             self._unread = []
 
+    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
+        if self.writers and output.vision is not None:
+            missing = self.WORDS - len(self._images)
+            self._images.extend(itertools.islice(draw_words(batch, output, predictions), missing))
+
+    def on_end(self, scores: Mapping[str, Any]) -> None:
+        """Do nothing: scores are written when the evaluation ends."""
+
+    def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
+        words = grid(self._images, columns=2) if self._images else None
+        self._images = []
+        table = score_table(scores, list(scores["mean"]))
+        for writer in self.writers:
+            writer.write_scores(Scores(trainer.iteration, scores, table, words))
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        for writer in self.writers:
+            writer.close()
+
+    def on_fit_failed(self, trainer: Trainer) -> None:
+        for writer in self.writers:
+            writer.close(failed=True)
+
     def state_dict(self) -> dict[str, Any]:
         self._read()
         return {"names": list(self._names), "rows": [list(row) for row in self._rows]}
@@ -108,213 +176,12 @@ class LossMeans:
         self._names, self._rows, self._unread = list(state.get("names", [])), list(state.get("rows", [])), []
 
 
-class Progress(Callback):
-    """A line each `interval` iterations; on a terminal a tqdm bar in its place, and the line in the log's file alone.
-
-    A loss is the mean over the steps since the line before.
-    """
-
-    def __init__(self, *, interval: int):
-        self.interval = interval
-        self._means = LossMeans()
-        self._bar: tqdm | None = None
-        self._samples = 0
-        self._since = 0.0
-
-    def on_fit_start(self, trainer: Trainer) -> None:
-        self._since, self._samples = time.perf_counter(), 0
-        if trainer.process.is_main and sys.stderr.isatty():
-            self._bar = tqdm(total=trainer.iterations, initial=trainer.iteration, unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        if not trainer.process.is_main:
-            return
-        self._samples += step.samples
-        self._means.add(step)
-        if self._bar is not None:
-            self._bar.update()
-        if trainer.iteration % self.interval == 0 or trainer.iteration == trainer.iterations:
-            self._show(trainer, step)
-
-    def _show(self, trainer: Trainer, step: Step) -> None:
-        step.wait()
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        rate = self._samples / seconds
-        terms = self._means.take()
-        loss = terms.pop("total")
-        left = (trainer.iterations - trainer.iteration) * step.samples / max(rate, 1e-9)
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{loss:.4f}", rate=f"{rate:.0f}/s", epoch=trainer.epoch)
-        logger.info(
-            "epoch %d  iteration %d/%d  loss %.4f  %s  lr %.2e  %.0f samples/s  %s left",
-            trainer.epoch,
-            trainer.iteration,
-            trainer.iterations,
-            loss,
-            "  ".join(f"{name} {term:.4f}" for name, term in terms.items()),
-            step.learning_rate,
-            rate,
-            tqdm.format_interval(left),
-            extra={FILE_ONLY: self._bar is not None},
-        )
-        self._since, self._samples = time.perf_counter(), 0
-
-    def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
-        self._since, self._samples = time.perf_counter(), 0  # evaluation time is no training time
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    on_fit_failed = on_fit_end
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._means.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._means.load_state_dict(state)
-
-
-class History(Callback):
-    """`history.jsonl`: one JSON object per logged iteration, each iteration once, also after a resume.
-
-    Its losses are the means over the steps since the one before.
-    """
-
-    def __init__(self, *, path: Path, interval: int):
-        self.path = path
-        self.interval = interval
-        self._means = LossMeans()
-        self._file: Any = None
-
-    def on_fit_start(self, trainer: Trainer) -> None:
-        if not trainer.process.is_main:
-            return
-        kept = self._lines_up_to(trainer.iteration)
-        write_atomically(self.path, lambda file: file.writelines(kept))
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
-
-    def _lines_up_to(self, iteration: int) -> list[bytes]:
-        """Whole lines of iterations that a resumed run does not repeat."""
-        kept = []
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            try:
-                if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                logger.warning("%s: a line that is damaged, as by a kill, is dropped", self.path)
-        return kept
-
-    def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        if self._file is None:
-            return
-        self._means.add(step)
-        if trainer.iteration % self.interval and trainer.iteration != trainer.iterations:
-            return
-        terms = {name: mean if math.isfinite(mean) else None for name, mean in self._means.take().items()}
-        entry = {"iteration": trainer.iteration, "epoch": trainer.epoch, "loss": terms.pop("total"), **terms}
-        with explain_full_disk(self.path):
-            self._file.write(json.dumps(entry | {"lr": step.learning_rate}) + "\n")
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    on_fit_failed = on_fit_end
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._means.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._means.load_state_dict(state)
-
-
-class TensorBoard(Callback):
-    """Events: loss terms, learning rate, gradient norm, speed, share of time spent waiting for data, scores, images.
-
-    Losses and speed are means since the events before. It is an observer of evaluations as well: the first
-    `most_images` words of each are shown.
-    """
-
-    def __init__(self, *, folder: Path, interval: int, most_images: int = 8):
-        self.folder = folder
-        self.interval = interval
-        self.most_images = most_images
-        self._images: list[np.ndarray] = []
-        self._writer: SummaryWriter | None = None
-        self._means = LossMeans()
-        self._waited = self._seconds = 0.0
-        self._samples = 0
-
-    def on_fit_start(self, trainer: Trainer) -> None:
-        if trainer.process.is_main:
-            purge = trainer.iteration + 1 if trainer.iteration else None
-            self._writer = SummaryWriter(str(self.folder), purge_step=purge)
-
-    def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        if self._writer is None:
-            return
-        self._means.add(step)
-        due = trainer.iteration % self.interval == 0
-        if due:
-            step.wait()
-        self._waited += step.data_wait
-        self._seconds += step.duration
-        self._samples += step.samples
-        if not due:
-            return
-        scalars = {f"loss/{name}": mean for name, mean in self._means.take().items()}
-        scalars |= {
-            "optimizer/learning_rate": step.learning_rate,
-            "optimizer/gradient_norm": float(step.gradient_norm),
-            "speed/samples_per_second": self._samples / max(self._seconds, 1e-9),
-            "speed/data_wait_share": self._waited / max(self._seconds, 1e-9),
-        }
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, trainer.iteration)
-        self._waited = self._seconds = 0.0
-        self._samples = 0
-
-    def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
-        if self._writer is not None and output.vision is not None:
-            missing = self.most_images - len(self._images)
-            self._images.extend(itertools.islice(draw_words(batch, output, predictions), missing))
-
-    def on_end(self, scores: Mapping[str, Any]) -> None:
-        """Images are written with the scores."""
-
-    def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
-        if self._writer is None:
-            return
-        for name, entry in {**scores["datasets"], "weighted": scores["weighted"], "mean": scores["mean"]}.items():
-            for metric, value in entry.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(f"{name}/{metric}", value, trainer.iteration)
-        if self._images:
-            self._writer.add_image("words", grid(self._images, columns=2), trainer.iteration, dataformats="HWC")
-        self._images = []
-        self._writer.flush()
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    on_fit_failed = on_fit_end
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._means.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._means.load_state_dict(state)
-
-
 class Evaluation(Callback):
-    """Evaluate each `interval` iterations and at the end; keep the best weights as `best-<name>.pth`.
+    """Evaluates every `interval` iterations and after the last one, and saves the best weights as `best-<name>.pth`.
 
     Args:
         start: first iteration that is evaluated.
-        observers: what looks at every evaluated batch.
+        observers: see every evaluated batch.
     """
 
     def __init__(
@@ -336,20 +203,16 @@ class Evaluation(Callback):
         self.last_iteration = -1
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        if trainer.iteration and self._is_due(trainer):  # a kill came between the checkpoint and its evaluation
+        if trainer.iteration and self._is_due(trainer):  # the run was killed between the checkpoint and its evaluation
             self._evaluate(trainer)
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         if self._is_due(trainer):
             self._evaluate(trainer)
 
-    def on_fit_end(self, trainer: Trainer) -> None:
-        if trainer.iteration >= trainer.iterations and self.last_iteration != trainer.iteration:
-            self._evaluate(trainer)
-
     def _is_due(self, trainer: Trainer) -> bool:
         reached = trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
-        return reached and self.last_iteration != trainer.iteration
+        return (reached or trainer.iteration >= trainer.iterations) and self.last_iteration != trainer.iteration
 
     def _evaluate(self, trainer: Trainer) -> None:
         trainer.call("on_evaluation_start")
@@ -357,12 +220,11 @@ class Evaluation(Callback):
         trainer.share_statistics()
         scores = self.evaluator.evaluate(trainer.evaluation_model, self.observers)
         value = scores["weighted"][self.evaluator.headline]
-        logger.info("iteration %d\n%s", trainer.iteration, self.evaluator.table(scores))
         if value > self.best:
             self.best = value
             if trainer.process.is_main:
-                weights = {"model": trainer.evaluation_model.state_dict(), **trainer.extra_state}
-                save_atomically(weights | {"iteration": trainer.iteration, "scores": scores}, self.best_path)
+                content = trainer.weights() | {"iteration": trainer.iteration, "scores": scores}
+                save_atomically(content, self.best_path)
         trainer.call("on_evaluation_end", scores)
 
     def state_dict(self) -> dict[str, Any]:
@@ -374,11 +236,12 @@ class Evaluation(Callback):
 
 
 class Checkpoints(Callback):
-    """`<name>_<epoch>_<iteration>.pth` each `interval` iterations, at a stop signal, at the end; the last `keep` stay.
+    """Saves `<name>_<epoch>_<iteration>.pth` every `interval` iterations, at a stop signal and at the end.
 
-    The epoch in a name is the number of whole epochs done. `checkpoint.yaml` lists them, newest last. Put this callback
-    last, so that what it saves is what the others did.
-    Where an evaluation falls on the same step, it saves before that, too: an evaluation that fails costs no step.
+    The epoch in a name is the number of finished epochs. The last `keep` checkpoints stay, and `checkpoint.yaml` lists
+    them, newest last. Put this callback last, so that a checkpoint holds what the others did.
+    If an evaluation is due at the same step, the checkpoint is saved before it: an evaluation that fails costs no step.
+    `provenance.json` says how the run came to be, as every checkpoint does.
     """
 
     def __init__(self, *, folder: Path, name: str, interval: int, keep: int, start: int = 0):
@@ -389,10 +252,15 @@ class Checkpoints(Callback):
         self.start = start
         self._saved: int | None = None  # the iteration after which nothing has changed since it was saved
 
+    def on_resume(self, trainer: Trainer) -> None:
+        if trainer.process.is_main:
+            set_aside_later(self.folder, self.name, trainer.iteration)
+
     def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.process.is_main:
-            for left in self.folder.glob(".*.tmp"):  # of a run that was killed while it saved
-                left.unlink(missing_ok=True)
+            for temporary in self.folder.glob(".*.tmp"):  # of a run that was killed while it saved
+                temporary.unlink(missing_ok=True)
+            trainer.provenance.write(self.folder / "provenance.json")
 
     def on_evaluation_start(self, trainer: Trainer) -> None:
         if self._is_due(trainer) or trainer.iteration == trainer.iterations:
@@ -417,10 +285,13 @@ class Checkpoints(Callback):
         state = trainer.state_dict()  # on every process: it gathers
         if not trainer.process.is_main:
             return
-        path = self.folder / f"{self.name}_{trainer.epochs_done}_{trainer.iteration}.pth"
-        save_atomically(state, path)
-        for old in list_as_newest(self.folder, self.name, path.name, keep=self.keep):
+        save_atomically(state, self.folder / f"{self.name}_{trainer.epochs_done}_{trainer.iteration}.pth")
+        saved = saved_checkpoints(self.folder, self.name)
+        names = [each for each in saved if iteration_of(each) <= trainer.iteration]
+        for old in names[: -self.keep]:
             (self.folder / old).unlink(missing_ok=True)
+        write_list(self.folder, names[-self.keep :])
+        trainer.provenance.write(self.folder / "provenance.json")
 
 
 class NotFiniteBatches(Callback):

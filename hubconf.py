@@ -17,7 +17,7 @@ import sys
 import types
 import zlib
 
-dependencies = ["cv2", "numpy", "PIL", "pydantic", "rapidfuzz", "torch", "yaml"]
+dependencies = ["cv2", "lmdb", "numpy", "PIL", "pydantic", "rapidfuzz", "torch", "yaml"]
 
 _ROOT = pathlib.Path(__file__).resolve().parent
 _PACKAGE = f"binet_hub_{zlib.crc32(os.fsencode(_ROOT)):08x}"  # two clones are two packages

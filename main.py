@@ -78,7 +78,7 @@ def train(
     log_to(folder, process, debug=debug)
     seed_everything(config.run.seed)
     torch.autograd.set_detect_anomaly(debug)
-    state = resume_state(folder, config.run.name, resume, process) if resume is not None else None
+    state = resume_state(folder, config.run.name, resume) if resume is not None else None
     if state is not None:
         config = continued(config, state.get("config"))
     trainer = build_trainer(config, device=device, process=process, resumed=state is not None)

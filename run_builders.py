@@ -29,10 +29,8 @@ from callbacks import (
     Callback,
     Checkpoints,
     Evaluation,
-    History,
+    MetricLog,
     NotFiniteBatches,
-    Progress,
-    TensorBoard,
     UnreadableSamples,
 )
 from config import Config
@@ -48,6 +46,7 @@ from dataset import (
 from engine import distributed
 from engine.distributed import Process
 from engine.trainer import Trainer
+from engine.writers import Console, History, TensorBoard, WeightsAndBiases, Writer
 from evaluation.dumps import AttentionImages, PredictionFiles
 from evaluation.evaluator import Evaluator, SegmentationEvaluator, WordEvaluator
 from evaluation.lexicon import Lexicon, StoredLexicons, read_words
@@ -359,18 +358,12 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
 def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, process: Process) -> list[Callback]:
     """Return the callbacks of training, in the order in which they run."""
     folder, name, training = config.work_folder, config.run.name, config.training
-    tensorboard = TensorBoard(folder=folder / "tensorboard", interval=training.show_iters)
+    metric_log = MetricLog(writers=build_writers(config), interval=training.show_iters)
 
     def interval(iterations: int | str) -> int:
         return len(data.batch_sampler) if iterations == "epoch" else iterations
 
-    callbacks = [
-        Progress(interval=training.show_iters),
-        History(path=folder / "history.jsonl", interval=training.show_iters),
-        NotFiniteBatches(folder=folder),
-        UnreadableSamples(log=SkipLog(data.dataset)),
-        tensorboard,
-    ]
+    callbacks = [metric_log, NotFiniteBatches(folder=folder), UnreadableSamples(log=SkipLog(data.dataset))]
     split = VALID if config.dataset.valid.roots else TEST
     if split == TEST and config.dataset.test.roots and process.is_main:
         logger.warning(
@@ -393,8 +386,22 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
                 start=training.start_iters,
                 folder=folder,
                 name=name,
-                observers=[tensorboard],
+                observers=[metric_log],
             )
         )
     kept = {"start": training.start_iters, "keep": training.keep_checkpoints}
     return [*callbacks, Checkpoints(folder=folder, name=name, interval=interval(training.save_iters), **kept)]
+
+
+def build_writers(config: Config) -> list[Writer]:
+    """Return where losses and scores are written.
+
+    Raises:
+        UserError: `training.wandb` is set and wandb is not installed.
+    """
+    folder, project = config.work_folder, config.training.wandb
+    writers = [Console(), History(folder / "history.jsonl"), TensorBoard(folder / "tensorboard")]
+    if project is None:
+        return writers
+    about = {"name": config.run.name, "config": config.to_dict()}
+    return [*writers, WeightsAndBiases(project=project, folder=folder, **about)]

@@ -299,6 +299,9 @@ class TrainingConfig(Section):
     )
     sync_batchnorm: bool = key(False, "Batch statistics over all processes instead of each one's own.")
     keep_checkpoints: PositiveInt = key(3, "Newest checkpoints that stay on disk, beside the best one.")
+    wandb: str | None = key(
+        None, "Project of Weights & Biases that the run is logged to (pip install wandb); null: none.", min_length=1
+    )
 
 
 class OptimizerArgsConfig(Section):

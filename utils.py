@@ -1,4 +1,4 @@
-"""Command lines, errors, logging, seeds and whole files: what every part needs and no part owns."""
+"""Command lines, errors, logging, seeds and files written all or nothing: shared by every part."""
 
 import argparse
 import contextlib
@@ -24,28 +24,29 @@ RENDER_SCHEME = "render://"  # begins a data root that is no file but a renderer
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message names the key or file at fault and the remedy, in one or two lines.
+    """A mistake of the user: the message names the key or file at fault and the remedy, in one or two lines.
 
-    What it quotes of a file may be anything: long lines show their ends, and signs that cannot be printed are escaped.
+    It may quote anything that a file holds: long lines are shortened, and unprintable characters are escaped.
     """
 
     def __str__(self) -> str:
-        return "\n".join(map(_printable, super().__str__().split("\n")))
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
+    """Return a line with characters that cannot be printed escaped and, if it is long, its middle left out."""
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE * 2 // 3]} ... {line[-LONGEST_LINE // 3 :]}"
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def is_folder_name(text: str) -> bool:
-    """Whether a text names one folder, which stays inside the one that it is joined to."""
+    """Return whether a text is the name of one folder, without any path."""
     return text not in ("", ".", "..") and "/" not in text and "\\" not in text
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's own, but a mistake on the command line is told in one line, as all others are."""
+    """argparse's parser, except that an error on the command line is one line, as all others are."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
@@ -54,8 +55,8 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_command_line(main: Callable[[], int | None]) -> None:
     """Run a program's `main`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C status 130.
 
-    One process of several that fails ends at once: to leave the group in order it would wait for the others, which wait
-    for its share of the step, and nobody would read why (NCCL).
+    If one of several processes fails, it exits at once: leaving the group in order would wait for the others, which
+    wait for its share of the step (NCCL).
     """
     try:
         status = main()
@@ -65,7 +66,7 @@ def run_command_line(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         status = 130
-    except BrokenPipeError:  # the reader of our output (head, less) has gone; nothing is wrong
+    except BrokenPipeError:  # the reader of our output (head, less) is gone; that is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception:
@@ -81,9 +82,9 @@ def run_command_line(main: Callable[[], int | None]) -> None:
 
 
 def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> None:
-    """Log to stderr and, where `path` is given, append the same lines with their dates to that file.
+    """Log to stderr and, if `path` is given, append the same lines with dates to that file.
 
-    A line logged with `extra={FILE_ONLY: True}` goes to the file alone: the terminal shows a bar in its place.
+    A line logged with `extra={FILE_ONLY: True}` goes to the file only; the terminal shows a progress bar instead.
     """
     terminal = logging.StreamHandler()
     terminal.addFilter(lambda record: not getattr(record, FILE_ONLY, False))
@@ -96,7 +97,7 @@ def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> Non
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch on every device. Data draws from generators of its own, one per sample (dataset.py)."""
+    """Seed torch on every device. Data sets use their own generators, one per sample (dataset.py)."""
     torch.manual_seed(seed)
 
 
@@ -113,12 +114,12 @@ def explain_full_disk(path: Path):
         code = getattr(error, "errno", None)
         lost_errno = isinstance(error, RuntimeError) and re.search(r"file write failed|unexpected pos", str(error))
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or lost_errno:
-            raise UserError(f"{path}: no space left to write it; free some disk, older files are whole") from error
+            raise UserError(f"{path}: no space left to write it; free some disk; older files are intact") from error
         raise
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """Give `write` a temporary binary file beside `path`, flush it to the disk and rename it: all or nothing."""
+    """Let `write` fill a temporary binary file beside `path`, flush it to disk and rename it: all or nothing."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -137,12 +138,12 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut to a length that fits into one of ours."""
+    """Return the first line of an error's message, at most 120 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def __getattr__(name: str) -> Any:
-    """`utils.load_checkpoint`, which others rely on, lives in `engine.checkpoints`; imported when it is asked for."""
+    """Return `utils.load_checkpoint`, a public name that is defined in `engine.checkpoints`; imported on first use."""
     if name != "load_checkpoint":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from engine.checkpoints import load_checkpoint

@@ -1,7 +1,7 @@
-"""Checkpoint files: reading and loading weights, saving, a run's list of them, resuming.
+"""Checkpoint files: reading, loading weights, saving, the checkpoints of a run, resuming.
 
-Nothing in a file is executed. Ours hold `model`, `training`, `config` and `charset`; a plain `state_dict` and the
-published form `{"model": ..., "opt": ...}` are read as well.
+Nothing in a file is executed. Ours hold `model`, `training`, `config`, `charset` and `provenance`; a plain `state_dict`
+and the published form `{"model": ..., "opt": ...}` are read as well.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from engine.distributed import Process
 from utils import UserError, first_line, write_atomically
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tensors that the published networks carry and never use (they are in no forward pass, so ours do not have them).
+# Tensors of the published networks that no forward pass uses; our networks do not have them.
 UNUSED_PUBLISHED = re.compile(
     r"(^|\.)(backbone\.resnet\.side4_1\.0\.(weight|bias)|backbone\.pos_encoder\.pe|project\.(weight|bias))$"
 )
-# Prefixes that wrappers put before every name: DistributedDataParallel / DataParallel, torch.compile.
+# Prefixes of DistributedDataParallel and DataParallel, and of torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-# What torch's unpickler raises on bytes that are no pickle, or one of hostile make.
+# What torch's unpickler raises on bytes that are no pickle or a hostile one.
 UNPICKLING_ERRORS = (
     RuntimeError,
     EOFError,
@@ -48,16 +48,16 @@ UNPICKLING_ERRORS = (
     struct.error,
     zipfile.BadZipFile,
 )
-LARGEST_EXPANSION = 16  # times a file's size that its tensors may take; they may share memory in it
+LARGEST_EXPANSION = 16  # largest size of the tensors over that of their file, in which they may share memory
 NAMES_SHOWN = 5
 CHECKPOINT_LIST = "checkpoint.yaml"
 
 
 def save_atomically(state: Mapping[str, Any], path: Path) -> None:
-    """`torch.save(state)` to `path`, all or nothing.
+    """Save `state` to `path` with torch, all or nothing.
 
     Raises:
-        UserError: the disk is full; what stood at `path` before is untouched.
+        UserError: the disk is full; an older file at `path` is untouched.
     """
     write_atomically(path, lambda file: torch.save(state, file))
 
@@ -92,7 +92,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
 
 
 def _bytes_declared(state: Any) -> int:
-    """Bytes that the tensors of nested containers would take if each were copied: a view may claim any size."""
+    """Return the bytes that the tensors in nested containers would take as copies: a view may claim any size."""
     total, seen, left = 0, set(), [state]
     while left:
         value = left.pop()
@@ -105,7 +105,7 @@ def _bytes_declared(state: Any) -> int:
 
 
 def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: ours and the published form keep them under `model`, a plain one at the top."""
+    """Return the tensors of a checkpoint: under `model` in ours and the published form, else at the top."""
     weights = state.get("model", state)
     weights = weights if isinstance(weights, Mapping) else {}
     tensors = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, Tensor)}
@@ -113,14 +113,15 @@ def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> dict[str, Any]:
-    """Load the weights of `path` into `model`; returns the whole checkpoint (config, charset, ... where it has them).
+    """Load the weights of `path` into `model` and return all that the checkpoint holds (config, charset, ...).
 
     Accepts our checkpoints, a plain `state_dict` and the published form `{"model": ..., "opt": ...}`, each with or
     without a `module.` prefix. Tensors of the published networks that no forward pass uses are dropped.
 
     Args:
-        strict: every tensor of the model must be in the file with its shape, and no other. Where False, what fits is
+        strict: the file must have every tensor of the model with its shape, and no other. If False, what fits is
             loaded and the rest is logged.
+
     Raises:
         UserError: as `read_checkpoint`; or the tensors differ and `strict` is set: the message names them.
     """
@@ -130,7 +131,7 @@ def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> 
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Any], path: Path | str, *, strict: bool = True) -> None:
-    """Load what a checkpoint holds, as read from `path`, into `model`; all else as `load_checkpoint`."""
+    """Load a checkpoint that was read from `path` into `model`; otherwise like `load_checkpoint`."""
     weights = checkpoint_weights(state)
     expected = model.state_dict()
     weights = {k: v for k, v in weights.items() if k in expected or not UNUSED_PUBLISHED.search(k)}
@@ -147,7 +148,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], path: Path | str, *
 
 
 def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `weights` from being `expected`, one phrase per kind."""
+    """Return how `weights` differ from `expected`, one phrase per kind of difference."""
     missing = [name for name in expected if name not in weights]
     extra = [name for name in weights if name not in expected]
     reshaped = [
@@ -160,13 +161,13 @@ def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 
 
 def _fits(tensor: Tensor, expected: Tensor) -> bool:
-    """Whether a tensor of a file can become one of the network; floats may have any precision."""
+    """Return whether a tensor of a file fits one of the network; floats may have any precision."""
     kinds = [(each.shape, each.is_floating_point(), each.layout, each.is_meta) for each in (tensor, expected)]
     return kinds[0] == kinds[1]
 
 
 def _form(tensor: Tensor, other: Tensor) -> str:
-    """What tells a tensor from another: its shape, else its type."""
+    """Return what distinguishes a tensor from another one: its shape, else its type."""
     return (
         f"{tuple(tensor.shape)}" if tensor.shape != other.shape else f"{tensor.dtype} {tensor.layout} {tensor.device}"
     )
@@ -186,42 +187,30 @@ def _strip_wrappers(name: str) -> str:
 # --- a run's checkpoints ----------------------------------------------------------------------------------------------
 
 
-def listed_checkpoints(folder: Path, name: str) -> list[str]:
-    """Names of run `name` in `checkpoint.yaml` whose files exist, oldest first; behind them files it does not list."""
-    listing = folder / CHECKPOINT_LIST
-    present = {path.name for path in folder.glob("*")}
-    names: list[str] = []
-    if listing.exists():
-        try:
-            listed = yaml.safe_load(listing.read_text(encoding="utf-8"))["checkpoints"]
-            names = [each for each in listed if isinstance(each, str) and each in present]
-        except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
-            logger.warning("%s is damaged; looking at the files themselves", listing)
+def saved_checkpoints(folder: Path, name: str) -> list[str]:
+    """Return the names of the checkpoints of run `name` in its folder, in the order of their iterations."""
     form = re.compile(rf"{re.escape(name)}_\d+_\d+\.pth")
-    found = sorted(
-        (path for path in folder.glob("*.pth") if form.fullmatch(path.name)),
-        key=lambda path: (path.stat().st_mtime_ns, path.name),
-    )
-    newer = [path.name for path in found if path.name not in names]  # written, but killed before it was listed
-    return names + newer
+    return sorted((path.name for path in folder.glob("*.pth") if form.fullmatch(path.name)), key=iteration_of)
 
 
-def list_as_newest(folder: Path, name: str, file: str, *, keep: int | None = None) -> list[str]:
-    """Put `file` last in the list of run `name`'s checkpoints; returns those that `keep` leaves out of it."""
-    names = [each for each in listed_checkpoints(folder, name) if each != file] + [file]
-    kept = names[-keep:] if keep else names
-    content = yaml.safe_dump({"latest": file, "checkpoints": kept})
+def iteration_of(file: str) -> int:
+    """Return the iteration in the name of a checkpoint."""
+    return int(file.removesuffix(".pth").rpartition("_")[2])
+
+
+def write_list(folder: Path, names: list[str]) -> None:
+    """Write `checkpoint.yaml`, for people and scripts; nothing here reads it."""
+    content = yaml.safe_dump({"latest": names[-1], "checkpoints": names})
     write_atomically(folder / CHECKPOINT_LIST, lambda listing: listing.write(content.encode()))
-    return names[: len(names) - len(kept)]
 
 
-def newest_whole_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of run `name` in its work folder; a damaged one is named and the one before it is used.
+def newest_valid_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """Return path and content of the newest checkpoint of run `name`; one that is damaged is named and passed over.
 
     Raises:
         UserError: there is none.
     """
-    for each in reversed(listed_checkpoints(folder, name)):
+    for each in reversed(saved_checkpoints(folder, name)):
         try:
             state = read_checkpoint(folder / each)
         except UserError as error:
@@ -229,47 +218,54 @@ def newest_whole_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, An
             continue
         if "training" in state:
             return folder / each, state
-    raise UserError(f"{folder} has no whole checkpoint to resume from; start without --resume")
+    raise UserError(f"{folder} has no valid checkpoint to resume from; start without --resume")
 
 
-def resume_state(folder: Path, name: str, resume: str, process: Process) -> dict[str, Any] | None:
-    """Training state to go on from: of a file, or of the folder's newest whole checkpoint; None where it has none.
-
-    A file of the folder itself becomes its newest checkpoint: those after it belong to steps that are taken anew.
+def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
+    """Return the state to resume from, of a file or of the newest valid checkpoint; None if there is no checkpoint.
 
     Raises:
         UserError: the file cannot be resumed from, or is no checkpoint of the run that the folder holds.
     """
-    if resume:
-        state = read_checkpoint(resume)
-        if "training" not in state:
-            raise UserError(f"--resume {resume}: holds weights only; start from them with --checkpoint")
-        path, history = Path(resume), folder / "history.jsonl"
-        if path.resolve().parent == folder.resolve() and path.name in listed_checkpoints(folder, name):
-            if process.is_main:
-                list_as_newest(folder, name, path.name)
-        elif history.is_file() and history.stat().st_size:
-            raise UserError(
-                f"--resume {resume}: no checkpoint of the run in {folder}, whose history it would cut; give this run "
-                "another --name, or go on with that one by --resume alone"
-            )
-        return state
-    if not listed_checkpoints(folder, name):
+    if not resume and not saved_checkpoints(folder, name):
         logger.warning("%s has no checkpoint to resume from: starting from the beginning", folder)
         return None
-    path, state = newest_whole_checkpoint(folder, name)
+    path, state = (Path(resume), read_checkpoint(resume)) if resume else newest_valid_checkpoint(folder, name)
+    if "training" not in state:
+        raise UserError(f"--resume {resume}: holds weights only; start from them with --checkpoint")
+    is_of_run = path.resolve().parent == folder.resolve() and path.name in saved_checkpoints(folder, name)
+    history = folder / "history.jsonl"
+    if not is_of_run and history.is_file() and history.stat().st_size:
+        raise UserError(
+            f"--resume {resume}: no checkpoint of the run in {folder}, whose history it would cut; give this run "
+            "another --name, or resume that one with --resume alone"
+        )
     logger.info("resuming from %s", path)
     return state
 
 
+def set_aside_later(folder: Path, name: str, iteration: int) -> None:
+    """Rename the checkpoints of run `name` after an iteration to `superseded-*`: a resumed run takes their steps anew.
+
+    They may be damaged, or the user went back to an older one.
+    """
+    for later in saved_checkpoints(folder, name):
+        if iteration_of(later) > iteration:
+            (folder / later).replace(folder / f"superseded-{later}")
+            logger.warning("%s is now superseded-%s: the run takes its steps anew", later, later)
+
+
 def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Let a run go on from a checkpoint.
+    """Restore a run from a checkpoint.
 
     Raises:
         UserError: it is of another network or optimiser, or of other data.
     """
     try:
+        callbacks = state["training"]["callbacks"]
+        callbacks.setdefault("MetricLog", callbacks.get("History", {}))  # its name in older checkpoints
         trainer.load_state_dict(state)
+        trainer.call("on_resume")
     except UserError:
         raise
     except UNPICKLING_ERRORS as error:
@@ -278,6 +274,38 @@ def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
             f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {reason}); resume with the "
             "model and the optimizer.type that it was trained with, or start from its weights with --checkpoint"
         ) from error
+
+
+def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Restore momenta and step counts; learning rate, decay and the like stay those of the config.
+
+    Raises:
+        ValueError: the state is damaged, or of another type of optimiser or another grouping of the parameters.
+    """
+    ours, theirs = optimizer.state_dict()["param_groups"], state["param_groups"]
+    taken, own = ({"betas", "momentum"} & groups[0].keys() for groups in (theirs, ours))
+    if taken != own:
+        raise ValueError("it holds the state of another optimizer.type")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = state["state"]
+    if len(theirs) == 1 < len(ours):  # an older version put all in one group, in the network's order, without decay
+        trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+        entries = {place: entries.get(trained.index(id(each)), {}) for place, each in enumerate(parameters)}
+    elif [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
+        raise ValueError("it groups the parameters in another way")
+    names = {"exp_avg", "exp_avg_sq"} if "betas" in own else {"momentum_buffer"}
+    restored = {}
+    for place, parameter in enumerate(parameters):
+        momenta = {name: value for name, value in entries.get(place, {}).items() if value is not None}
+        if not momenta:
+            continue
+        if not all(isinstance(value, Tensor | int | float) for value in momenta.values()):
+            raise ValueError("the state of the optimizer is damaged")  # torch would walk through whatever it holds
+        found = {name: torch.as_tensor(value).shape for name, value in momenta.items()}
+        if found.pop("step", torch.Size()).numel() != 1 or found != dict.fromkeys(names, parameter.shape):
+            raise ValueError("the state of the optimizer is damaged")
+        restored[place] = momenta
+    optimizer.load_state_dict({"state": restored, "param_groups": ours})
 
 
 def weights_to_test(folder: Path, name: str, start: str | None) -> str:
@@ -290,7 +318,7 @@ def weights_to_test(folder: Path, name: str, start: str | None) -> str:
     if best.is_file():
         logger.info("testing %s", best)
         return str(best)
-    if saved := listed_checkpoints(folder, name):
+    if saved := saved_checkpoints(folder, name):
         raise UserError(f"{best} does not exist: give the weights to test, such as --checkpoint {folder / saved[-1]}")
     if start is None:
         raise UserError(f"there are no weights to test: give --checkpoint, or train first ({best} does not exist)")

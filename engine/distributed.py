@@ -1,8 +1,10 @@
-"""What differs between one process and many: who am I, means over the global batch, gathering of results."""
+"""One process or many: the process group, means over the global batch, gathering of results."""
 
 import contextlib
+import inspect
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,17 +16,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # the first evaluation of a large set may keep the other ranks waiting
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # other ranks may wait for the first evaluation of a large set
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among `world_size`; one process of a plain `python main.py` is rank 0 of 1."""
+    """The place of this process among `world_size`; a plain `python main.py` is rank 0 of 1."""
 
     rank: int = 0
     local_rank: int = 0
@@ -32,7 +35,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Only this one writes files."""
+        """Whether this is the one process that writes files."""
         return self.rank == 0
 
 
@@ -69,7 +72,7 @@ def pick_device(local_rank: int | None = None, *, name: torch.device | str | Non
 
 
 def _why_no_gpu() -> str | None:
-    """What keeps torch from the GPU of this machine; None where it has none, or where the user hides it."""
+    """Return why torch cannot use this machine's GPU; None if there is none or the user hides it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not _has_gpu():
         return None
     if not torch.backends.cuda.is_built():
@@ -82,7 +85,7 @@ def _why_no_gpu() -> str | None:
 
 
 def _has_gpu() -> bool:
-    """Whether the system shows an NVIDIA GPU, usable or not."""
+    """Return whether the system has an NVIDIA GPU, usable or not."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
@@ -90,7 +93,7 @@ def start(device_type: str, *, timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Pr
     """Join the process group that `torchrun` describes in the environment: NCCL on GPUs, Gloo on CPUs.
 
     Args:
-        timeout: how long a process waits for the others before it gives up.
+        timeout: how long a process waits for the others before it fails.
     """
     if "RANK" not in os.environ or (int(os.environ.get("WORLD_SIZE", "1")) == 1 and "MASTER_ADDR" not in os.environ):
         return Process()
@@ -102,23 +105,43 @@ def start(device_type: str, *, timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Pr
 
 
 def stop() -> None:
-    """Leave the process group, where there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def is_distributed() -> bool:
-    """Whether this process belongs to a group, if only to one of its own: torchrun's single process does as many do."""
+    """Return whether this process belongs to a group; under torchrun a single process has one, too."""
     return dist.is_available() and dist.is_initialized()
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files."""
+    """Return whether this process is the one that writes files."""
     return not is_distributed() or dist.get_rank() == 0
 
 
+def parallel(network: nn.Module, device: torch.device, *, find_unused_parameters: bool) -> nn.Module:
+    """Return the network in parallel with those of the other processes, if this one belongs to a group.
+
+    Running statistics are not synchronised, since no training step uses them.
+    """
+    if not is_distributed():
+        return network
+    # A 1x1 kernel's gradient may have other strides than its weight, of the same order in memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed a parameter
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=find_unused_parameters,
+        gradient_as_bucket_view=True,
+        **{sync_buffers: False},
+    )
+
+
 def synchronized(model: nn.Module, wanted: bool) -> nn.Module:
-    """The network with batch norms that take their statistics over all processes, where that is wanted."""
+    """Return the network; if `wanted`, its batch norms use the statistics of all processes."""
     if not wanted or not is_distributed():
         return model
     for name, child in model.named_children():
@@ -127,17 +150,17 @@ def synchronized(model: nn.Module, wanted: bool) -> nn.Module:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm with the statistics of the global batch, in training.
+    """Batch norm that trains with the statistics of the global batch.
 
-    torch's own refuses a CPU and makes a GPU wait three times, to leave out processes without samples; here every
-    process has some. One message forward, one backward.
+    torch's own rejects CPUs, and makes a GPU wait three times to leave out processes without samples; here every
+    process has samples. It takes one message forward and one backward.
     """
 
     def _check_input_dim(self, values: Tensor) -> None:
         """Any number of dimensions."""
 
     def forward(self, values: Tensor) -> Tensor:
-        """`values` (N, C, ...) of this process -> the same, normalised with statistics over the global batch."""
+        """Normalise this process's `values` (N, C, ...) with the statistics of the global batch."""
         if not self.training:
             return super().forward(values)
         normalised, mean, variance, count = _Normalised.apply(values, self.weight, self.bias, self.eps)
@@ -155,7 +178,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def _synchronized(norm: _BatchNorm) -> SyncBatchNorm:
-    """The same batch norm, its parameters and buffers under their names."""
+    """Return a synchronised twin with the same parameters and buffers, under the same names."""
     twin = SyncBatchNorm(
         norm.num_features, norm.eps, norm.momentum, norm.affine, track_running_stats=norm.track_running_stats
     )
@@ -164,9 +187,9 @@ def _synchronized(norm: _BatchNorm) -> SyncBatchNorm:
 
 
 class _Normalised(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) * weight + bias, mean and variance over the global batch.
+    """Computes (x - mean) / sqrt(variance + eps) * weight + bias with mean and variance of the global batch.
 
-    Also gives mean, variance (C,) and the number of values that they are of (1,), without gradients.
+    Also returns mean, variance (C,) and the number of values behind them (1,), without gradients.
     """
 
     @staticmethod
@@ -211,19 +234,19 @@ def _all_but_channels(values: Tensor) -> list[int]:
 
 
 def _along_channels(vector: Tensor, values: Tensor) -> Tensor:
-    """(C,) in a shape that multiplies `values` (N, C, ...)."""
+    """Return a vector (C,) in a shape that broadcasts to `values` (N, C, ...)."""
     return vector.view(1, -1, *[1] * (values.dim() - 2))
 
 
 def batch_mean(total: Tensor, count: Tensor, whole: Tensor | None = None) -> Tensor:
-    """Mean over the global batch, 0 where nothing counts: `total` and `count` are this process's sum and number.
+    """Return the mean over the global batch, 0 if it is empty, from this process's sum `total` and number `count`.
 
-    With several processes the result is scaled so that its average over the processes is the mean over the global batch
-    (distributed data parallelism averages gradients): the number of processes changes neither loss nor gradient.
+    With several processes the result is scaled so that its average over them is the mean over the global batch, because
+    data parallelism averages gradients: the number of processes changes neither loss nor gradient.
 
     Args:
-        whole: the number in the whole global batch, of which this is a part that is accumulated; None: `count` is all
-            of this process's, and is summed over the processes here.
+        whole: number in the whole global batch, if this is an accumulated part of it; None: `count` is summed over the
+            processes here.
     """
     if whole is None:
         whole = counted(count)
@@ -233,7 +256,7 @@ def batch_mean(total: Tensor, count: Tensor, whole: Tensor | None = None) -> Ten
 
 
 def counted(count: Tensor) -> Tensor:
-    """Sum of a number, or of a vector of them, over the processes; no gradient."""
+    """Return the sum of a tensor over the processes, without gradient."""
     if is_distributed():
         count = count.detach().clone()
         dist.all_reduce(count)
@@ -241,14 +264,14 @@ def counted(count: Tensor) -> Tensor:
 
 
 def summed_counts(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Sums of the numbers of each name, float32, over the parts of a batch and the processes: one message for all."""
+    """Return the float32 sum of each name over the parts of a batch and the processes, with one message for all."""
     names = list(parts[0])
     sums = torch.stack([torch.stack([each[name].float() for name in names]) for each in parts]).sum(0)
     return dict(zip(names, counted(sums).unbind(), strict=True))
 
 
 def average(values: Tensor) -> Tensor:
-    """Average of a tensor over the processes."""
+    """Return the average of a tensor over the processes."""
     if is_distributed():
         values = values.clone()
         dist.all_reduce(values)
@@ -257,25 +280,25 @@ def average(values: Tensor) -> Tensor:
 
 
 def average_buffers(buffers: list[Tensor]) -> None:
-    """Put the average over the processes into each of some tensors, in one message."""
+    """Replace each tensor by its average over the processes, with one message for all."""
     if is_distributed() and buffers:
         put_back(average(flattened(buffers)), buffers)
 
 
 def flattened(tensors: list[Tensor]) -> Tensor:
-    """The numbers of some float tensors in one vector: one kernel of a GPU, one message, where each had its own."""
+    """Return the numbers of float tensors in one vector, so that one kernel or message handles all."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 @torch.no_grad()
 def put_back(values: Tensor, tensors: list[Tensor]) -> None:
-    """Fill the tensors from a vector of the form that `flattened` gives."""
+    """Fill the tensors from a vector that `flattened` returned."""
     parts = values.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def largest(number: int) -> int:
-    """The largest of the processes' numbers; every process must call it."""
+    """Return the largest of the processes' numbers; every process must call it."""
     if not is_distributed():
         return number
     value = torch.tensor(int(number))
@@ -284,7 +307,7 @@ def largest(number: int) -> int:
 
 
 def gather(items: list[Any]) -> list[Any]:
-    """The items of all processes in order of rank, on every process."""
+    """Return the items of all processes in order of rank, on every process."""
     if not is_distributed():
         return items
     parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
@@ -294,7 +317,7 @@ def gather(items: list[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Let the main process go through the block before the others do, which then find its files (indices)."""
+    """Let the main process run the block before the others, which then find its files (indices)."""
     if not is_main():
         barrier()
     yield

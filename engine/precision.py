@@ -1,4 +1,4 @@
-"""Arithmetic of the networks: the three precisions, autocast, and what a device multiplies natively."""
+"""Arithmetic of the networks: fp32, bf16, fp16, autocast, TF32, and what a device supports natively."""
 
 import contextlib
 import os
@@ -15,37 +15,37 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Context in which networks on `device` compute in fp32 (as they are), bf16 or fp16."""
+    """Return a context in which networks on `device` compute in fp32 (unchanged), bf16 or fp16."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def use_tf32(allowed: bool) -> None:
-    """Let a GPU round the inputs of float32 convolutions and matrix products to 10 bits (TF32) in this program, or not.
+    """Allow a GPU to round inputs of float32 convolutions and matrix multiplications to 10 bits (TF32), or not.
 
-    torch by itself rounds those of convolutions alone.
+    By default torch rounds those of convolutions only.
     """
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def choose_algorithms(*, deterministic: bool, search: bool) -> None:
-    """Which of several algorithms a GPU uses in this program; to be called before it is used.
+    """Choose which algorithms a GPU uses in this program; call this before the GPU is used.
 
     Args:
-        deterministic: only those that give the same bits every time; torch raises RuntimeError where it has none.
-        search: let cuDNN time them for each new size of a convolution, and take the fastest.
+        deterministic: only those that give the same bits every time; torch raises RuntimeError if it has none.
+        search: let cuDNN time them for each new size of a convolution and use the fastest.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in the search for faults, at a cost
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it helps to find bugs only, and costs time
     torch.backends.cudnn.benchmark = search and not deterministic
 
 
 @contextlib.contextmanager
 def without_search() -> Iterator[None]:
-    """Let cuDNN take algorithms by rule of thumb, for images that each have a size of their own."""
+    """Let cuDNN choose algorithms by heuristics, for images that differ in size."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -55,9 +55,9 @@ def without_search() -> Iterator[None]:
 
 
 def fastest_precision(device: torch.device) -> str:
-    """`bf16` where the device has instructions for products of it, else `fp32`.
+    """Return bf16 if the device multiplies it natively, else fp16 on a GPU and fp32 on a CPU.
 
-    A processor without them computes bfloat16 at half the speed of float32.
+    A CPU without such instructions computes bfloat16 at half the speed of float32.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -67,10 +67,10 @@ def fastest_precision(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def training_arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """`autocast` for training.
+    """Apply `autocast` for training.
 
-    A CPU in 16 bits also computes attention as matrix multiplications and softmax: the backward pass of torch's fused
-    kernel for it takes several times as long.
+    A CPU in 16 bits also computes attention as matrix multiplications and softmax, because the backward pass of torch's
+    fused kernel takes several times as long.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(autocast(device, precision))
@@ -93,9 +93,9 @@ class ChannelSum(nn.Conv2d):
 
 
 def sum_few_channels(network: nn.Module) -> None:
-    """Let a CPU compute the 1x1 convolutions of one or two channels to one as sums, in place.
+    """Make a CPU compute 1x1 convolutions of one or two channels to one as sums; changes the network in place.
 
-    oneDNN takes fifteen times as long for them from batches of 16 on, a tenth of a small network's training step.
+    oneDNN takes fifteen times as long for batches of 16 or more: a tenth of a small network's training step.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d and module.weight.shape in ((1, 1, 1, 1), (1, 2, 1, 1)):
@@ -103,14 +103,14 @@ def sum_few_channels(network: nn.Module) -> None:
 
 
 def prefers_channels_last(device: torch.device, precision: str) -> bool:
-    """Whether training is faster with the channels of a pixel side by side, as convolutions want them.
+    """Return whether training uses channels-last memory, in which convolutions are faster.
 
-    Not where a CPU trains in float32: its sums over a batch then depend more on how many processes share it.
+    A CPU in float32 does not: its sums over a batch would depend more on the number of processes that share it.
     """
     return device.type != "cpu" or precision != "fp32"
 
 
 def channels_last(value: Tensor | None) -> Tensor | None:
-    """Images or masks (N, C, H, W) with the channels of a pixel side by side; all else as it is."""
+    """Return images or masks (N, C, H, W) in channels-last memory, and any other tensor as it is."""
     is_image = value is not None and value.dim() == 4
     return value.contiguous(memory_format=torch.channels_last) if is_image else value

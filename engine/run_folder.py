@@ -1,4 +1,4 @@
-"""A run's work folder: one run at a time holds it, an earlier run's is moved aside, the log is in it."""
+"""The folder of a run: its lock, renaming that of an earlier run, the log file."""
 
 import contextlib
 import errno
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
-    """Hold the work folder for this run; unless it is to be kept, an earlier run's folder is moved out of the way.
+    """Lock the work folder for this run; unless `keep` is set, rename the folder of an earlier run first.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run has locked it.
     """
     if not process.is_main:
         distributed.barrier()
@@ -27,14 +27,14 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
         return
     with _open_lock(folder) as lock:
         try:
-            # Not flock: forked loader workers would inherit it and hold it for seconds after a kill.
+            # Not flock: forked loader workers would inherit it and keep it for seconds after a kill.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{folder} is in use by another run; give this one another --name") from error
             logger.warning(
-                "%s: its file system has no locks (%s), so nothing keeps a second run out of this folder; see to that "
-                "yourself, or set global.workdir to another disk",
+                "%s: its file system has no locks (%s), so nothing stops a second run in this folder; start none, "
+                "or set global.workdir to another disk",
                 folder,
                 error.strerror,
             )
@@ -46,7 +46,7 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
 
 
 def _open_lock(folder: Path):
-    """The lock stands beside the folder, so that it stays when the folder moves."""
+    """Open the lock file beside the folder, where it stays when the folder is renamed."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return open(folder.parent / f".{folder.name}.lock", "w")

@@ -20,15 +20,14 @@ from callbacks import (
     Callback,
     Checkpoints,
     Evaluation,
-    History,
+    MetricLog,
     NotFiniteBatches,
-    Progress,
-    TensorBoard,
     UnreadableSamples,
 )
-from engine.checkpoints import listed_checkpoints
 from engine.distributed import Process
+from engine.provenance import Provenance
 from engine.trainer import Step
+from engine.writers import Console, History, TensorBoard
 from evaluation.dumps import PredictionFiles
 from evaluation.evaluator import ScoredWord
 from utils import UserError, setup_logging
@@ -71,7 +70,7 @@ class FakeTrainer:
         self.iteration, self.epoch, self.iterations = 0, 0, iterations
         self.process = Process(rank, rank, rank + 1)
         self.evaluation_model = nn.Linear(1, 1)
-        self.extra_state = {"charset": "abc"}
+        self.provenance = Provenance(torch.device("cpu"), rank + 1)
         self.called = []
 
     @property
@@ -84,8 +83,15 @@ class FakeTrainer:
     def share_statistics(self):
         self.called.append("share_statistics")
 
+    def weights(self):
+        return {"model": self.evaluation_model.state_dict(), "charset": "abc"}
+
     def state_dict(self):
-        return {"model": self.evaluation_model.state_dict(), "training": {"iteration": self.iteration}}
+        return self.weights() | {"training": {"iteration": self.iteration}}
+
+
+def metric_log(*writers, interval=1):
+    return MetricLog(writers=writers, interval=interval)
 
 
 def step(loss=1.0):
@@ -95,9 +101,7 @@ def step(loss=1.0):
 
 def every_callback(folder):
     return [
-        Progress(interval=2),
-        History(path=folder / "history.jsonl", interval=2),
-        TensorBoard(folder=folder / "tensorboard", interval=2),
+        metric_log(Console(), History(folder / "history.jsonl"), TensorBoard(folder / "tensorboard"), interval=2),
         NotFiniteBatches(folder=folder),
         UnreadableSamples(log=Log()),
         Evaluation(evaluator=Evaluator(), interval=4, folder=folder, name="run"),
@@ -106,6 +110,7 @@ def every_callback(folder):
 
 
 def walk(each, trainer, steps):
+    each.on_resume(trainer)
     each.on_fit_start(trainer)
     for _ in range(steps):
         each.on_batch_loaded(trainer, Batch())
@@ -123,12 +128,12 @@ def walk(each, trainer, steps):
     each.on_fit_failed(trainer)
 
 
-def test_the_walk_below_knows_every_callback(tmp_path):
+def test_the_list_of_callbacks_is_complete(tmp_path):
     kinds = {kind for _, kind in inspect.getmembers(callbacks, inspect.isclass) if issubclass(kind, Callback)}
     assert kinds - {Callback} == {type(each) for each in every_callback(tmp_path)}
 
 
-@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize("place", range(5))
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_callback_goes_through_a_run_and_only_the_main_process_writes(tmp_path, place, rank):
     each = every_callback(tmp_path)[place]
@@ -138,7 +143,7 @@ def test_every_callback_goes_through_a_run_and_only_the_main_process_writes(tmp_
 
 
 def test_history_has_every_interval_and_the_last_iteration(tmp_path):
-    walk(History(path=tmp_path / "history.jsonl", interval=4), FakeTrainer(), 10)
+    walk(metric_log(History(tmp_path / "history.jsonl"), interval=4), FakeTrainer(), 10)
     entries = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [entry["iteration"] for entry in entries] == [4, 8, 10]
     assert entries[0] == {"iteration": 4, "epoch": 0, "loss": 1.0, "vision": 0.5, "lr": 0.1}
@@ -156,30 +161,30 @@ def walk_losses(each, trainer, losses=LOSSES):
     each.on_fit_end(trainer)
 
 
-def test_a_loss_is_the_mean_since_the_line_before(tmp_path, caplog):
+def test_a_loss_is_the_mean_since_the_previous_line(tmp_path, caplog):
     caplog.set_level("INFO")
-    walk_losses(History(path=tmp_path / "history.jsonl", interval=4), FakeTrainer())
+    walk_losses(metric_log(History(tmp_path / "history.jsonl"), interval=4), FakeTrainer())
     entries = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert {entry["iteration"]: entry["loss"] for entry in entries} == MEANS
     assert [entry["vision"] for entry in entries] == [mean / 2 for mean in MEANS.values()]
-    walk_losses(Progress(interval=4), FakeTrainer())
+    walk_losses(metric_log(Console(), interval=4), FakeTrainer())
     assert [record.getMessage().split("  ")[2] for record in caplog.records] == [
         f"loss {mean:.4f}" for mean in MEANS.values()
     ]
 
 
 def test_a_line_without_any_finite_step_has_no_loss(tmp_path):
-    walk_losses(History(path=tmp_path / "history.jsonl", interval=2), FakeTrainer(2), [float("nan")] * 2)
+    walk_losses(metric_log(History(tmp_path / "history.jsonl"), interval=2), FakeTrainer(2), [float("nan")] * 2)
     assert json.loads((tmp_path / "history.jsonl").read_text())["loss"] is None
 
 
 def test_tensorboard_has_the_means_too(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    walk_losses(TensorBoard(folder=tmp_path, interval=4), FakeTrainer())
+    walk_losses(metric_log(TensorBoard(tmp_path), interval=4), FakeTrainer())
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [event.value for event in events.Scalars("loss/total")] == [MEANS[4], MEANS[8]]
+    assert {event.step: event.value for event in events.Scalars("loss/total")} == MEANS
 
 
 class BusyNorm:
@@ -191,21 +196,18 @@ class BusyNorm:
         return 3.0
 
 
-def test_speed_counts_the_wait_for_a_gpu(tmp_path, monkeypatch, caplog):
+def test_throughput_includes_waiting_for_the_gpu(tmp_path, monkeypatch, caplog):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     caplog.set_level("INFO")
     work = [0.5]
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(work.pop() if work else 0))
-    trainer, board = FakeTrainer(iterations=1), TensorBoard(folder=tmp_path, interval=1)
-    callbacks = [Progress(interval=1), board]
-    for each in callbacks:
-        each.on_fit_start(trainer)
+    trainer, each = FakeTrainer(iterations=1), metric_log(Console(), TensorBoard(tmp_path))
+    each.on_fit_start(trainer)
     trainer.iteration = 1
     done = Step({"total": torch.tensor(1.0)}, BusyNorm(), torch.tensor(True), 0.1, 8, data_wait=0.0, duration=0.0)
-    for each in callbacks:
-        each.on_step_end(trainer, done)
-    board.on_fit_end(trainer)
+    each.on_step_end(trainer, done)
+    each.on_fit_end(trainer)
     assert 0.5 <= done.duration < 5
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -222,7 +224,7 @@ def test_the_log_of_a_terminal_run_has_losses_and_dates(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(logging.root, "handlers", [])
     setup_logging(tmp_path / "log.txt")
-    walk(Progress(interval=5), FakeTrainer(), 10)
+    walk(metric_log(Console(), interval=5), FakeTrainer(), 10)
     shown, lines = sys.stderr.getvalue(), (tmp_path / "log.txt").read_text().splitlines()
     dated = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I .*loss 1\.0000  vision 0\.5000")
     assert sum(bool(dated.match(line)) for line in lines) == 2
@@ -236,7 +238,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    walk(Progress(interval=1), FakeTrainer(), 10)
+    walk(metric_log(Console(), interval=1), FakeTrainer(), 10)
     shown = sys.stderr.getvalue()
     assert "10/10" in shown
     assert "loss=1.0000" in shown
@@ -245,16 +247,17 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
 
 def test_progress_gives_lines_elsewhere(tmp_path, caplog):
     caplog.set_level("INFO")
-    walk(Progress(interval=4), FakeTrainer(), 10)
-    assert [record.getMessage().split("  ")[1] for record in caplog.records] == [
-        f"iteration {n}/10" for n in (4, 8, 10)
-    ]
+    walk(metric_log(Console(), interval=4), FakeTrainer(), 10)
+    *lines, table = [record.getMessage() for record in caplog.records]
+    assert [line.split("  ")[1] for line in lines] == [f"iteration {n}/10" for n in (4, 8, 10)]
+    assert table.startswith("iteration 10\n| data set")
+    assert re.search(r"\| set +\| +4 \| +0 \| +50\.00 \|", table)
 
 
 def test_tensorboard_has_losses_rate_gradient_speed_wait_and_scores(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    walk(TensorBoard(folder=tmp_path, interval=2), FakeTrainer(), 4)
+    walk(metric_log(TensorBoard(tmp_path), interval=2), FakeTrainer(), 4)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     expected = {"loss/vision", "loss/total", "optimizer/learning_rate", "optimizer/gradient_norm"}
@@ -264,7 +267,7 @@ def test_tensorboard_has_losses_rate_gradient_speed_wait_and_scores(tmp_path):
     assert events.Scalars("speed/data_wait_share")[0].value == pytest.approx(0.25)
 
 
-def test_the_best_weights_are_kept_and_statistics_shared_before_they_are_judged(tmp_path):
+def test_the_best_weights_are_kept_and_statistics_shared_before_evaluation(tmp_path):
     each = Evaluation(evaluator=Evaluator(), interval=1, folder=tmp_path, name="run")
     trainer = FakeTrainer()
     for value in (0.5, 0.5, 0.75):
@@ -293,15 +296,6 @@ def test_predictions_are_one_line_each_whatever_the_label_holds(tmp_path):
     assert (folder / "vision-false.txt").read_text() == "a\\tb\\nc\tabc\n"
 
 
-def test_checkpoints_of_a_run_are_told_from_other_files(tmp_path):
-    """Names with underscores: neither the best weights nor another run's files are taken for checkpoints."""
-    for name in ("best-a_1_2.pth", "a_1_2_0_7.pth", "other_0_9.pth", "a_1_2.pth"):
-        (tmp_path / name).write_bytes(b"x")
-    assert listed_checkpoints(tmp_path, "a_1_2") == ["a_1_2_0_7.pth"]
-    (tmp_path / "checkpoint.yaml").write_text("{damaged")
-    assert listed_checkpoints(tmp_path, "a_1_2") == ["a_1_2_0_7.pth"]
-
-
 def test_the_list_names_the_newest_checkpoint_last(tmp_path):
     walk(Checkpoints(folder=tmp_path, name="run", interval=2, keep=2), FakeTrainer(), 7)
     listing = yaml.safe_load((tmp_path / "checkpoint.yaml").read_text())
@@ -309,33 +303,25 @@ def test_the_list_names_the_newest_checkpoint_last(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["run_0_6.pth", "run_0_7.pth"]
 
 
-def test_a_full_disk_is_told_by_the_history(tmp_path):
-    each = History(path=tmp_path / "history.jsonl", interval=1)
+def test_a_full_disk_is_an_error_that_names_the_history(tmp_path):
+    history = History(tmp_path / "history.jsonl")
+    each = metric_log(history)
     each.on_fit_start(FakeTrainer())
-    each._file.close()
-    each._file = SimpleNamespace(write=lambda text: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    history.close()
+    history._file = SimpleNamespace(write=lambda text: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"history\.jsonl: no space left"):
         each.on_step_end(FakeTrainer(), step())
 
 
-def test_a_history_that_is_damaged_keeps_its_whole_lines(tmp_path, caplog):
+def test_a_damaged_history_keeps_its_valid_lines(tmp_path, caplog):
     path = tmp_path / "history.jsonl"
     path.write_bytes(
         b'{"iteration": 1}\n{"iteration": \xff}\n[1]\n{"iteration": "x"}\n{"iteration": 2}\n{"iteration": 9}\n'
     )
     trainer = FakeTrainer()
     trainer.iteration = 2
-    each = History(path=path, interval=1)
+    each = metric_log(History(path), interval=1)
     each.on_fit_start(trainer)
     each.on_fit_end(trainer)
     assert path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
-    assert caplog.text.count("is damaged") == 3
-
-
-@pytest.mark.parametrize(
-    "listed", ["[7, a_0_1.pth, [b]]", f"[{'x' * 300}, a_0_1.pth]", "[../a_0_1.pth]", "7", "2001-13-01"]
-)
-def test_a_list_of_checkpoints_that_is_damaged_is_made_good_by_the_files(tmp_path, listed):
-    (tmp_path / "a_0_1.pth").touch()
-    (tmp_path / "checkpoint.yaml").write_text(f"checkpoints: {listed}\n")
-    assert listed_checkpoints(tmp_path, "a") == ["a_0_1.pth"]
+    assert caplog.text.count("a damaged line is dropped") == 3

@@ -170,7 +170,7 @@ EACH_PRECISION = [
 
 
 @pytest.mark.parametrize(("name", "precision"), EACH_PRECISION)
-def test_a_training_step_needs_nothing_of_the_host(name, precision):
+def test_a_training_step_never_waits_for_the_gpu(name, precision):
     with fake_cuda():
         trainer, step = train_one_step(load(name, f"training.precision={precision}"))
         tensors = [*step.terms.values(), step.gradient_norm, step.finite]
@@ -209,7 +209,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_would_wait_for_the_host_is_seen(fault):
+def test_operations_that_wait_for_the_gpu_are_detected(fault):
     cause, error = FAULTS[fault]
     config = small_networks.small_config("language")
     if fault == "tensor of the CPU":
@@ -289,7 +289,7 @@ def test_no_backward_pass_has_an_outer_product(name):
     assert outer_products(lambda: loss(model).backward()) == []
 
 
-def test_an_outer_product_is_seen():
+def test_an_outer_product_is_detected():
     maps, weights = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     assert outer_products(lambda: torch.einsum("nehw,ne->nhw", maps, weights).sum().backward())
 
@@ -442,7 +442,7 @@ def test_evaluation(precision):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_prepared_form_needs_nothing_of_the_host(name, precision):
+def test_the_prepared_form_never_waits_for_the_gpu(name, precision):
     config = small_networks.small_config(name)
     network = prepare_for_inference(build_model(config), precision=precision, compile=False)
     with fake_cuda(made_before=True):

@@ -79,7 +79,7 @@ def test_two_processes_read_every_test_word_once_and_write_once(config):
     assert len(files[0].splitlines()) == 11
 
 
-def test_another_number_of_processes_goes_on(config):
+def test_a_run_resumes_with_another_number_of_processes(config):
     constant = (*EQUAL[1:], "optimizer.scheduler.type=step")
     run(config, "--name=whole", *constant, "training.iterations=7")
     run_processes(config, 2, "--name=changed", *constant, "training.iterations=4")
@@ -104,7 +104,7 @@ def torchrun(*arguments, **options):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_every_process_ends_with_the_status_of_a_signal_that_one_got(config, number):
+def test_all_processes_exit_with_the_status_of_a_signal_to_one(config, number):
     ranks = start_processes(config, 2, "training.iterations=2000", "training.save_iters=1000")
     ranks[0].wait_until(lambda: len(history(config)) >= 3)
     os.kill(ranks[1].pid, number)
@@ -158,7 +158,7 @@ if [ $1 = show ]; then echo 127.0.0.1; else echo "$@" > requeued.txt; fi
 
 
 @pytest.mark.slow
-def test_a_slurm_job_whose_time_is_over_saves_and_is_put_back(config, tmp_path):
+def test_a_slurm_job_saves_at_its_time_limit_and_is_requeued(config, tmp_path):
     for name, text in {
         "srun": SRUN,
         "scontrol": SCONTROL,
@@ -294,7 +294,7 @@ def test_one_process_needs_no_group():
     assert type(distributed.synchronized(network, True)[0]) is nn.BatchNorm2d
 
 
-def test_a_group_of_one_process_computes_what_no_group_does(config):
+def test_a_group_of_one_process_equals_no_group(config):
     run(config, "--name=plain", "training.iterations=4")
     run_processes(config, 1, "--name=group", "training.iterations=4", "training.sync_batchnorm=true")
     assert losses(config, "group") == pytest.approx(losses(config, "plain"), rel=1e-5)
@@ -320,7 +320,7 @@ def join_group_of_one(port, monkeypatch):
     distributed.start("cpu")
 
 
-def test_synchronized_batch_norm_compiles_whole(free_port, monkeypatch):
+def test_synchronized_batch_norm_compiles_to_one_graph(free_port, monkeypatch):
     join_group_of_one(free_port, monkeypatch)
     try:
         network = distributed.synchronized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), True)
@@ -364,7 +364,7 @@ def no_cuda(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def test_a_gpu_with_too_old_a_driver_is_warned_of(no_cuda, monkeypatch, caplog):
+def test_a_gpu_with_an_old_driver_causes_a_warning(no_cuda, monkeypatch, caplog):
     def too_old():
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
 

@@ -127,7 +127,7 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, monkeypatc
     assert all(np.isfinite(entry["loss"]) for entry in entries if entry["iteration"] != 3)
 
 
-def test_the_newest_checkpoint_truncated(config):
+def test_a_truncated_newest_checkpoint_is_passed_over(config):
     run(config, "--name=whole", "training.iterations=9")
     run(config, "training.iterations=9", "training.eval_iters=7")
     newest = next(folder_of(config).glob(f"{NAME}_*_9.pth"))
@@ -139,7 +139,7 @@ def test_the_newest_checkpoint_truncated(config):
     assert history_text(config) == history_text(config, "whole")
 
 
-def test_a_full_disk_while_saving_ends_the_run_with_older_files_whole(config):
+def test_a_full_disk_while_saving_leaves_older_files_intact(config):
     run(config, "training.iterations=3")
     folder = folder_of(config)
     before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}
@@ -156,7 +156,7 @@ def test_a_full_disk_while_saving_ends_the_run_with_older_files_whole(config):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs rights")
-def test_a_disk_that_is_really_full(config, tmp_path):
+def test_a_full_file_system(config, tmp_path):
     disk = tmp_path / "runs"
     disk.mkdir()
     if os.system(f"mount -t tmpfs -o size=1m tmpfs {disk}"):
@@ -179,17 +179,21 @@ def children(pid):
         return [int(each) for each in file.read().split()]
 
 
-def test_a_killed_loader_worker_is_replaced_and_nothing_changes(config):
+def test_a_killed_loader_worker_is_a_user_error_and_a_resume_changes_nothing(config):
     run(config, "--name=whole")
     cut = start(config, "--name=cut", "dataset.num_workers=2", "training.eval_iters=100")
-    cut.wait_until(lambda: history_text(config, "cut").count("\n") >= 2 and len(children(cut.pid)) >= 2)
+    cut.wait_until(lambda: history_text(config, "cut").count("\n") >= 4 and len(children(cut.pid)) >= 2)
     os.kill(children(cut.pid)[0], signal.SIGKILL)
-    assert cut.wait() == 0, cut.text()
+    assert cut.wait() == 2, cut.text()
+    (line,) = [line for line in cut.text().splitlines() if line.startswith("error: ")]
+    assert "a loader worker died" in line
+    assert "lower dataset.num_workers, then continue with --resume" in line
     assert "Traceback" not in cut.text()
+    run(config, "--name=cut", "--resume", "training.eval_iters=100")
     assert history_text(config, "cut") == history_text(config, "whole")
 
 
-def test_workers_end_with_a_run_that_is_killed(config):
+def test_workers_exit_when_their_run_is_killed(config):
     running = start(config, "dataset.num_workers=2", "training.eval_iters=100")
     running.wait_until(lambda: history_text(config).count("\n") >= 2)
     workers = children(running.pid)
@@ -221,7 +225,7 @@ def test_a_second_run_in_one_work_folder_is_refused(config):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
-def test_a_file_system_without_locks_is_told_and_trained_on(config, monkeypatch, caplog, code):
+def test_a_file_system_without_locks_causes_a_warning(config, monkeypatch, caplog, code):
     from engine import run_folder
 
     def refuse(*arguments):
@@ -235,7 +239,7 @@ def test_a_file_system_without_locks_is_told_and_trained_on(config, monkeypatch,
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN])
-def test_a_lock_that_another_run_holds_is_called_so(config, monkeypatch, code):
+def test_a_lock_of_another_run_is_a_user_error(config, monkeypatch, code):
     from engine import run_folder
 
     def refuse(*arguments):

@@ -14,7 +14,6 @@ import yaml
 
 from config import load_config
 from engine.checkpoints import resume_state
-from engine.distributed import Process
 from engine.trainer import Trainer
 from loading.lmdb_io import LmdbWriter
 from main import build_criterion, build_model, main
@@ -369,15 +368,15 @@ def test_training_twice_gives_the_same_losses(data):
     assert one == two
 
 
-def test_an_older_checkpoint_becomes_the_newest_and_a_file_of_another_name_is_refused(tmp_path):
+def test_a_checkpoint_is_resumed_from_by_name_and_a_file_of_another_name_is_refused(tmp_path):
     for iteration in (3, 6):
         torch.save({"training": {"iteration": iteration}}, tmp_path / f"toy_0_{iteration}.pth")
     torch.save({"training": {"iteration": 4}}, tmp_path / "backup.pth")
-    resumed = [resume_state(tmp_path, "toy", each, Process()) for each in ("", str(tmp_path / "toy_0_3.pth"), "")]
-    assert [state["training"]["iteration"] for state in resumed] == [6, 3, 3]
+    resumed = [resume_state(tmp_path, "toy", each) for each in ("", str(tmp_path / "toy_0_3.pth"))]
+    assert [state["training"]["iteration"] for state in resumed] == [6, 3]
     (tmp_path / "history.jsonl").write_text('{"iteration": 6}\n')
     with pytest.raises(UserError, match=r"--resume .*backup\.pth: no checkpoint of the run"):
-        resume_state(tmp_path, "toy", str(tmp_path / "backup.pth"), Process())
+        resume_state(tmp_path, "toy", str(tmp_path / "backup.pth"))
 
 
 # --- user errors ------------------------------------------------------------------------------------------------------

@@ -26,13 +26,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_matrix_products_are_computed_in_the_precision(name):
+def test_matrix_multiplications_use_the_precision(name):
     with autocast(CPU, name):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == PRECISIONS[name]
 
 
-def test_a_cpu_takes_sixteen_bits_only_where_it_multiplies_them_natively(monkeypatch):
+def test_a_cpu_uses_16_bits_only_if_it_multiplies_them_natively(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": False})
     assert fastest_precision(CPU) == "fp32"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
@@ -40,7 +40,7 @@ def test_a_cpu_takes_sixteen_bits_only_where_it_multiplies_them_natively(monkeyp
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_tf32_is_one_setting_for_convolutions_and_matrix_products(allowed):
+def test_tf32_is_one_setting_for_convolutions_and_matrix_multiplications(allowed):
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         use_tf32(allowed)
@@ -58,7 +58,7 @@ def algorithms(monkeypatch):
 
 
 @pytest.mark.parametrize(("deterministic", "search"), [(True, True), (False, True), (False, False)])
-def test_deterministic_algorithms_are_not_searched_for_by_time(algorithms, deterministic, search):
+def test_deterministic_algorithms_are_not_chosen_by_timing(algorithms, deterministic, search):
     choose_algorithms(deterministic=deterministic, search=search)
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert (
@@ -68,7 +68,7 @@ def test_deterministic_algorithms_are_not_searched_for_by_time(algorithms, deter
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
 
 
-def test_the_search_pauses_for_images_of_many_sizes(algorithms):
+def test_algorithms_are_not_timed_for_images_of_many_sizes(algorithms):
     choose_algorithms(deterministic=False, search=True)
     with without_search():
         assert not torch.backends.cudnn.benchmark
@@ -76,7 +76,7 @@ def test_the_search_pauses_for_images_of_many_sizes(algorithms):
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_attention_of_16_bit_training_is_written_out_on_a_cpu(name):
+def test_16_bit_training_on_a_cpu_uses_unfused_attention(name):
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     query = torch.randn(2, 2, 8, 16, requires_grad=True)
     with training_arithmetic(CPU, name):

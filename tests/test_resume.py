@@ -16,7 +16,7 @@ from builders import build_charset, build_model
 from bundle import save_bundle
 from config import load_config
 from dataset import initialize_worker
-from engine.checkpoints import newest_whole_checkpoint
+from engine.checkpoints import newest_valid_checkpoint
 from tests import small_networks
 
 OPTIONS = ("training.ema=0.9", "training.accumulation=2")
@@ -42,7 +42,7 @@ def kill_at(run, config, name, iteration, pause=0.0):
 def assert_same_runs(config, first, second):
     assert history_text(config, first) == history_text(config, second)
     assert [entry["iteration"] for entry in history(config, second)] == list(range(1, ITERATIONS + 1))
-    states = [newest_whole_checkpoint(folder_of(config, name), name)[1] for name in (first, second)]
+    states = [newest_valid_checkpoint(folder_of(config, name), name)[1] for name in (first, second)]
     assert states[0]["training"]["callbacks"] == states[1]["training"]["callbacks"]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
@@ -81,7 +81,7 @@ def test_resume_before_the_first_checkpoint_starts_again(config):
     assert [entry["iteration"] for entry in history(config)] == list(range(1, 7))
 
 
-def test_a_run_goes_on_longer_and_in_another_precision(config):
+def test_a_run_resumes_for_longer_and_in_another_precision(config):
     run(config, "training.iterations=6")
     run(config, "--resume", "training.iterations=8", "training.precision=fp16")
     run(config, "--resume", "training.iterations=10")
@@ -106,7 +106,7 @@ def bundle(config, tmp_path):
     return tmp_path / "bundle.pth"
 
 
-def test_masks_of_an_ssn_that_came_with_the_checkpoint_are_made_after_a_resume_too(config, bundle):
+def test_a_resumed_run_makes_masks_with_the_bundled_ssn(config, bundle):
     options = (f"--checkpoint={bundle}", "dataset.masks.source=online", "optimizer.scheduler.type=step")
     run(config, "--name=cut", *options, "training.iterations=7")
     run(config, "--name=whole", *options, "training.iterations=9")
@@ -146,7 +146,7 @@ def test_what_must_not_change_within_a_run_is_refused_by_its_key(config, tmp_pat
     assert history_text(config) == before
 
 
-def test_a_run_goes_on_with_another_decay(config):
+def test_a_run_resumes_with_another_weight_decay(config):
     run(config, "training.iterations=3", "optimizer.wd=0.0")
     run(config, "--resume", "training.iterations=5", "optimizer.wd=0.1")
     run(config, "--resume", "training.iterations=7", "optimizer.wd=0.1", "optimizer.bn_wd=true")
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_run_does_not_cut_the_history_of_this_one(config
     assert [entry["iteration"] for entry in history(config, "new")] == [4, 5]
 
 
-def test_a_run_that_goes_back_to_an_older_checkpoint_goes_on_from_there(config):
+def test_a_run_that_went_back_to_an_older_checkpoint_resumes_from_it(config):
     """Also where it is killed before it saves anew: the newer ones are of steps that its history has lost."""
     run(config, "training.iterations=9")
     older = next(folder_of(config).glob(f"{NAME}_*_6.pth"))
@@ -174,6 +174,7 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_goes_on_from_there(config):
     back.wait_until(lambda: "resumed after iteration 6" in back.text())
     os.kill(back.pid, signal.SIGKILL)
     back.wait()
+    assert [path.name for path in folder_of(config).glob("superseded-*")] == [f"superseded-{NAME}_1_9.pth"]
     resumed = run(config, "--resume")
     assert "resumed after iteration 6" in resumed.text()
     assert [entry["iteration"] for entry in history(config)] == list(range(1, ITERATIONS + 1))
@@ -205,14 +206,14 @@ def _send_usr1_to_itself():
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def test_a_schedulers_notice_to_all_processes_of_a_job_ends_no_loader_worker():
+def test_sigusr1_to_all_processes_ends_no_loader_worker():
     worker = multiprocessing.get_context("fork").Process(target=_send_usr1_to_itself)
     worker.start()
     worker.join(30)
     assert worker.exitcode == 0
 
 
-def test_left_overs_of_a_kill_while_saving_are_removed(config):
+def test_temporary_files_of_a_killed_run_are_removed(config):
     folder = folder_of(config)
     folder.mkdir(parents=True)
     (folder / ".tiny_0_3.pth.4711.tmp").write_bytes(b"half a checkpoint")

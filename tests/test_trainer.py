@@ -21,14 +21,15 @@ from callbacks import (
     Callback,
     Checkpoints,
     Evaluation,
-    History,
+    MetricLog,
     NotFiniteBatches,
-    Progress,
 )
-from engine.checkpoints import load_training_state, newest_whole_checkpoint
+from engine.averaging import AveragedWeights
+from engine.checkpoints import load_training_state, newest_valid_checkpoint
 from engine.distributed import Process
 from engine.optimization import make_optimizer, parameter_groups, poly_schedule
-from engine.trainer import AveragedWeights, FiniteWatch, Trainer
+from engine.trainer import Trainer
+from engine.writers import Console, History
 from loading.sampling import ResumableBatchSampler, SampleKey
 from tests import small_networks
 from utils import UserError
@@ -130,7 +131,7 @@ def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIO
         process=Process(),
         callbacks=[
             *callbacks,
-            History(path=folder / "history.jsonl", interval=every),
+            MetricLog(writers=[History(folder / "history.jsonl")], interval=every),
             Checkpoints(folder=folder, name="toy", interval=5, keep=2),
         ],
         **options,
@@ -152,7 +153,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, workers, stop_at, op
     make_trainer(tmp_path / "cut", callbacks=[Recorder(stop_at)], workers=workers, **options).fit()
     assert len(history(tmp_path / "cut")) == stop_at
     resumed = make_trainer(tmp_path / "cut", workers=workers, **options)
-    path, state = newest_whole_checkpoint(tmp_path / "cut", "toy")
+    path, state = newest_valid_checkpoint(tmp_path / "cut", "toy")
     assert path.name == f"toy_{stop_at // 5}_{stop_at}.pth"
     resumed.load_state_dict(state)
     resumed.fit()
@@ -168,15 +169,15 @@ def test_a_mean_over_several_steps_survives_a_resume(tmp_path, stop_at):
         (tmp_path / name).mkdir()
         make_trainer(tmp_path / name, callbacks=[observer], every=4).fit()
     resumed = make_trainer(tmp_path / "cut", every=4)
-    resumed.load_state_dict(newest_whole_checkpoint(tmp_path / "cut", "toy")[1])
+    resumed.load_state_dict(newest_valid_checkpoint(tmp_path / "cut", "toy")[1])
     resumed.fit()
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
     means = [sum(recorder.losses[first : first + 4]) / 4 for first in (0, 4, 8)]
     assert [entry["loss"] for entry in history(tmp_path / "cut")] == pytest.approx(means)
 
 
-def test_the_wait_for_the_step_before_is_part_of_a_steps_duration(tmp_path, monkeypatch):
-    monkeypatch.setattr(FiniteWatch, "flush", lambda self: time.sleep(0.05))
+def test_the_duration_of_a_step_includes_waiting_for_the_previous_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_check_waiting", lambda self: time.sleep(0.05))
     durations = []
 
     class Watch(Callback):
@@ -194,16 +195,16 @@ def test_history_has_each_iteration_once_when_a_kill_lost_the_newest_steps(tmp_p
         file.write('{"iteration": 11, "lo')
     next(tmp_path.glob("toy_*_10.pth")).unlink()
     resumed = make_trainer(tmp_path, iterations=10)
-    resumed.load_state_dict(newest_whole_checkpoint(tmp_path, "toy")[1])
+    resumed.load_state_dict(newest_valid_checkpoint(tmp_path, "toy")[1])
     resumed.fit()
     assert history(tmp_path) == whole
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(tmp_path, caplog):
     make_trainer(tmp_path).fit()
     newest = tmp_path / "toy_2_12.pth"
     newest.write_bytes(newest.read_bytes()[:1000])
-    path, _ = newest_whole_checkpoint(tmp_path, "toy")
+    path, _ = newest_valid_checkpoint(tmp_path, "toy")
     assert path.name == "toy_2_10.pth"
     assert "toy_2_12.pth" in caplog.text
 
@@ -307,7 +308,7 @@ def test_parts_of_any_number_give_the_terms_and_gradients_of_the_batch(kind):
             torch.testing.assert_close(parts[name], expected, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_counting_for_a_batch_in_parts_leaves_no_trace():
+def test_counting_for_a_split_batch_changes_no_state():
     """Neither in the batch norms nor in the numbers that the steps draw."""
     counted = small_networks.trainer("binet", parts=2)
     before = {name: buffer.clone() for name, buffer in counted.model.named_buffers()}
@@ -322,7 +323,7 @@ def test_counting_for_a_batch_in_parts_leaves_no_trace():
 def test_averaged_weights_are_those_that_are_saved(tmp_path):
     trainer = make_trainer(tmp_path, ema_decay=0.5)
     trainer.fit()
-    _, state = newest_whole_checkpoint(tmp_path, "toy")
+    _, state = newest_valid_checkpoint(tmp_path, "toy")
     assert not torch.equal(state["model"]["0.weight"], trainer.model[0].weight)
     assert torch.equal(state["model"]["0.weight"], trainer.ema.module[0].weight)
 
@@ -353,7 +354,7 @@ def test_averaged_weights_are_torchs_with_a_decay_that_rises():
     assert not any(parameter.requires_grad for parameter in ours.module.parameters())
 
 
-def test_averaged_weights_of_a_short_run_are_near_its_weights_not_its_first_ones(tmp_path):
+def test_averaged_weights_of_a_short_run_are_near_its_last_weights(tmp_path):
     trainer = make_trainer(tmp_path, ema_decay=0.9999, iterations=40)
     first = trainer.model[0].weight.detach().clone()
     trainer.fit()
@@ -375,21 +376,21 @@ class FailingEvaluator:
             self.failures -= 1
             raise RuntimeError("evaluation failed")
         self.evaluated.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return {"datasets": {}, "weighted": {"accuracy": 0.5}, "mean": {}}
+        return {"datasets": {}, "weighted": {"samples": 1, "accuracy": 0.5}, "mean": {"accuracy": 0.5}}
 
     def table(self, scores):
         return ""
 
 
 @pytest.mark.parametrize("iterations", [12, 5])
-def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, iterations):
+def test_a_failed_evaluation_costs_no_step_and_is_repeated(tmp_path, iterations):
     def trainer(evaluator):
         evaluation = Evaluation(evaluator=evaluator, interval=5, folder=tmp_path, name="toy")
         return make_trainer(tmp_path, callbacks=[evaluation], iterations=iterations)
 
     with pytest.raises(RuntimeError, match="evaluation failed"):
         trainer(FailingEvaluator(1)).fit()
-    path, state = newest_whole_checkpoint(tmp_path, "toy")
+    path, state = newest_valid_checkpoint(tmp_path, "toy")
     assert path.name.endswith("_5.pth")
     evaluator = FailingEvaluator(0)
     resumed = trainer(evaluator)
@@ -402,7 +403,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, ite
 
 def test_a_resumed_run_has_the_configured_decay_and_refuses_another_optimiser(tmp_path):
     make_trainer(tmp_path).fit()
-    _, state = newest_whole_checkpoint(tmp_path, "toy")
+    _, state = newest_valid_checkpoint(tmp_path, "toy")
     resumed = make_trainer(tmp_path)
     for group in resumed.optimizer.param_groups:
         group["weight_decay"] = 0.2
@@ -427,7 +428,7 @@ def moments(trainer):
 def test_a_resumed_run_with_another_decay_keeps_each_parameters_moments(tmp_path):
     trained = make_trainer(tmp_path)
     trained.fit()
-    _, state = newest_whole_checkpoint(tmp_path, "toy")
+    _, state = newest_valid_checkpoint(tmp_path, "toy")
     names = {id(parameter): name for name, parameter in trained.model.named_parameters()}
     order = [names[id(parameter)] for parameter in trained._parameters]
     places = [order.index(name) for name, _ in trained.model.named_parameters()]
@@ -456,15 +457,40 @@ def test_lower_precision_trains_nearly_the_same(tmp_path, precision):
     torch.testing.assert_close(low, full, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("error", "workers", "is_dead"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 2, True),
+        (EOFError(), 2, True),
+        (ConnectionRefusedError(111, "Connection refused"), 2, True),
+        (EOFError("Caught EOFError in DataLoader worker process 0.\nTraceback"), 2, False),
+        (ConnectionResetError(), 0, False),
+    ],
+)
+def test_a_dead_loader_worker_is_told_from_an_error_inside_one(tmp_path, error, workers, is_dead):
+    class Loader:
+        num_workers = workers
+        batch_sampler = ResumableBatchSampler(SAMPLES, BATCH, seed=1)
+
+        def __iter__(self):
+            raise error
+            yield
+
+    trainer = make_trainer(tmp_path)
+    trainer.data = Loader()
+    with pytest.raises(UserError if is_dead else type(error), match="a loader worker died" if is_dead else None):
+        trainer.fit()
+
+
 def test_the_learning_rate_follows_the_schedule(tmp_path):
     make_trainer(tmp_path).fit()
     expected = [0.01 * (1 - i / ITERATIONS) ** 0.9 for i in range(ITERATIONS)]
     assert [entry["lr"] for entry in history(tmp_path)] == pytest.approx(expected)
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path, caplog):
+def test_progress_is_logged_as_lines_without_a_terminal(tmp_path, caplog):
     caplog.set_level("INFO")
-    make_trainer(tmp_path, callbacks=[Progress(interval=4)]).fit()
+    make_trainer(tmp_path, callbacks=[MetricLog(writers=[Console()], interval=4)]).fit()
     lines = [record.getMessage() for record in caplog.records if "iteration" in record.getMessage()]
     assert len(lines) == 3
     assert "12/12" in lines[-1]
@@ -516,7 +542,7 @@ class PartlyReadBatch(ToyBatch):
     skipped: dict
 
 
-def test_a_batch_with_a_sample_that_could_not_be_read_is_not_compiled_anew(tmp_path, monkeypatch):
+def test_a_batch_with_an_unreadable_sample_does_not_recompile(tmp_path, monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     torch._dynamo.reset()
@@ -562,7 +588,7 @@ def lists_in_lists(depth=64):
 )
 def test_damaged_momenta_are_refused_before_a_step_is_made(tmp_path, damage):
     make_trainer(tmp_path).fit()
-    _, state = newest_whole_checkpoint(tmp_path, "toy")
+    _, state = newest_valid_checkpoint(tmp_path, "toy")
     momenta = state["training"]["optimizer"]["state"]
     momenta[0] = momenta[0] | damage if damage else {"step": momenta[0]["step"]}
     with pytest.raises(UserError, match="does not fit the run"):

@@ -50,14 +50,14 @@ def test_old_non_zip_files_load(weights, tmp_path):
     load_checkpoint(small_network(), tmp_path / "old.pth")
 
 
-def test_a_file_without_tensors_is_told(tmp_path):
+def test_a_file_without_tensors_is_a_user_error(tmp_path):
     torch.save({"model": None}, tmp_path / "none.pth")
     with pytest.raises(UserError, match=r"0\.weight"):
         load_checkpoint(small_network(), tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize(("error", "status"), [("UserError('no disk')", 2), ("RuntimeError('no disk')", 1)])
-def test_a_process_of_several_that_fails_ends_at_once_and_says_why(error, status):
+def test_a_failing_process_of_several_exits_at_once_and_says_why(error, status):
     """At exit a group of NCCL would be taken down together; nothing that is registered there may run."""
     program = (
         "import atexit, time, utils, torch.distributed as dist\n"
@@ -142,7 +142,7 @@ def test_a_missing_file_is_named():
         read_checkpoint("nowhere.pth")
 
 
-def test_a_failed_save_leaves_the_older_file_whole(weights, tmp_path):
+def test_a_failed_save_leaves_the_older_file_intact(weights, tmp_path):
     path = tmp_path / "weights.pth"
     save_atomically(weights, path)
     before = path.read_bytes()
@@ -172,7 +172,7 @@ def test_bytes_that_are_a_hostile_pickle_are_a_user_error(content, message, tmp_
         read_checkpoint(tmp_path / "weights.pth")
 
 
-def test_names_of_weights_that_are_no_text_are_left_out(weights, tmp_path):
+def test_weights_whose_names_are_not_strings_are_ignored(weights, tmp_path):
     torch.save(weights | {7: torch.zeros(1)}, tmp_path / "weights.pth")
     load_checkpoint(small_network(), tmp_path / "weights.pth")
 
@@ -180,7 +180,7 @@ def test_names_of_weights_that_are_no_text_are_left_out(weights, tmp_path):
 @pytest.mark.parametrize(
     "odd", [torch.zeros(4, dtype=torch.complex64), torch.zeros(4, dtype=torch.bool), torch.empty(4, device="meta")]
 )
-def test_a_tensor_of_another_kind_is_named(odd, weights, tmp_path):
+def test_a_tensor_of_another_type_is_named(odd, weights, tmp_path):
     torch.save(weights | {"1.weight": odd}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"1\.weight is torch\..* in the file, torch\.float32"):
         load_checkpoint(small_network(), tmp_path / "weights.pth")
@@ -192,7 +192,7 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(weights, tmp_pa
         read_checkpoint(tmp_path / "weights.pth")
 
 
-def test_a_compressed_archive_is_not_unpacked_without_bounds(weights, tmp_path):
+def test_a_compressed_archive_is_unpacked_within_limits_only(weights, tmp_path):
     torch.save({"0.weight": torch.zeros(1 << 25)}, tmp_path / "stored.pth")
     with (
         zipfile.ZipFile(tmp_path / "stored.pth") as stored,

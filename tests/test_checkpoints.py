@@ -1,0 +1,69 @@
+"""A run's checkpoints: their order, what a resume sets aside, what older versions wrote."""
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import folder_of, history_text, run, write_config
+
+from engine.checkpoints import newest_valid_checkpoint, saved_checkpoints, set_aside_later
+
+
+def test_checkpoints_of_a_run_are_told_from_other_files(tmp_path):
+    """Names with underscores: neither the best weights nor another run's files are taken for checkpoints."""
+    for name in ("best-a_1_2.pth", "a_1_2_0_7.pth", "other_0_9.pth", "a_1_2.pth", "superseded-a_1_2_0_9.pth"):
+        (tmp_path / name).write_bytes(b"x")
+    assert saved_checkpoints(tmp_path, "a_1_2") == ["a_1_2_0_7.pth"]
+
+
+def test_checkpoints_are_ordered_by_iteration_whatever_their_dates(tmp_path):
+    """A folder that was copied has dates in any order."""
+    for name in ("a_1_10.pth", "a_2_20.pth", "a_0_9.pth"):
+        (tmp_path / name).write_bytes(b"x")
+    assert saved_checkpoints(tmp_path, "a") == ["a_0_9.pth", "a_1_10.pth", "a_2_20.pth"]
+
+
+@pytest.mark.parametrize("content", [None, "{damaged", "checkpoints: [a_0_9.pth]\nlatest: a_0_9.pth\n"])
+def test_the_list_is_not_needed(tmp_path, content):
+    for iteration in (9, 10):
+        torch.save({"training": {"iteration": iteration}}, tmp_path / f"a_0_{iteration}.pth")
+    if content is not None:
+        (tmp_path / "checkpoint.yaml").write_text(content)
+    path, state = newest_valid_checkpoint(tmp_path, "a")
+    assert (path.name, state["training"]["iteration"]) == ("a_0_10.pth", 10)
+
+
+def test_checkpoints_of_steps_that_are_repeated_are_renamed(tmp_path):
+    for iteration in (3, 6, 9):
+        (tmp_path / f"a_0_{iteration}.pth").write_text(str(iteration))
+    set_aside_later(tmp_path, "a", 6)
+    assert saved_checkpoints(tmp_path, "a") == ["a_0_3.pth", "a_0_6.pth"]
+    assert (tmp_path / "superseded-a_0_9.pth").read_text() == "9"
+
+
+def test_a_refused_resume_renames_nothing(tmp_path):
+    config = write_config(tmp_path)
+    run(config, "training.iterations=6")
+    before = sorted(path.name for path in folder_of(config).glob("*.pth"))
+    older = next(folder_of(config).glob(f"{tiny_run.NAME}_*_3.pth"))
+    refused = tiny_run.start(config, f"--resume={older}", "optimizer.type=SGD")
+    assert refused.wait() == 2, refused.text()
+    assert sorted(path.name for path in folder_of(config).glob("*.pth")) == before
+
+
+def test_a_checkpoint_of_a_version_with_three_loggers_is_resumed_exactly(tmp_path):
+    """Its means over half an interval are those of the history of that version."""
+    config = write_config(tmp_path)
+    options = ("training.show_iters=4", "training.ema=0.9")
+    run(config, "--name=whole", *options, "training.iterations=12")
+    run(config, "--name=old", *options, "training.iterations=12")
+    (path,) = folder_of(config, "old").glob("old_*_6.pth")
+    state = torch.load(path, weights_only=True)
+    states = state["training"]["callbacks"]
+    means = states.pop("MetricLog")
+    assert len(means["rows"]) == 2
+    torch.save(state | {"training": state["training"] | {"callbacks": states | {"History": means}}}, path)
+    for later in saved_checkpoints(folder_of(config, "old"), "old")[1:]:
+        (folder_of(config, "old") / later).unlink()
+    resumed = run(config, "--name=old", "--resume", *options, "training.iterations=12")
+    assert "resumed after iteration 6" in resumed.text()
+    assert history_text(config, "old") == history_text(config, "whole")

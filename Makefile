@@ -36,7 +36,7 @@ quickstart: venv $(QUICKSTART_WORDS)/train $(QUICKSTART_WORDS)/test  ## Render w
 	@echo "weights, log, TensorBoard events, predictions, attention and mask images: workdir/quickstart"
 
 demo: venv  ## Read the images in fig/demo with the weights of the repository; writes a page that shows how
-	$(BIN)/python demo.py --input fig/demo --html workdir/demo/index.html
+	$(BIN)/python demo.py --input fig/demo --precision fp32 --html workdir/demo/index.html
 
 test: venv-dev  ## Run the tests (CPU, under 10 minutes)
 	$(BIN)/python -m pytest

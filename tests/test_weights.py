@@ -56,7 +56,7 @@ def test_the_demo_needs_no_flag_but_its_input(capsys, tmp_path):
 @pytest.fixture(scope="module")
 def demo_page(tmp_path_factory):
     page = tmp_path_factory.mktemp("demo") / "index.html"
-    demo.main(["--input", str(IMAGES[0].parent), "--html", str(page)])
+    demo.main(["--input", str(IMAGES[0].parent), "--precision", "fp32", "--html", str(page)])
     return page
 
 

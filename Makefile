@@ -35,8 +35,8 @@ quickstart: venv $(QUICKSTART_WORDS)/train $(QUICKSTART_WORDS)/test  ## Render w
 	$(BIN)/python main.py --config=configs/quickstart.yaml --phase test
 	@echo "weights, log, TensorBoard events, predictions, attention and mask images: workdir/quickstart"
 
-demo: venv  ## Read the images in fig/demo with the weights of the repository
-	$(BIN)/python demo.py --input fig/demo --overlay workdir/demo
+demo: venv  ## Read the images in fig/demo with the weights of the repository; writes a page that shows how
+	$(BIN)/python demo.py --input fig/demo --precision fp32 --html workdir/demo/index.html
 
 test: venv-dev  ## Run the tests (CPU, under 10 minutes)
 	$(BIN)/python -m pytest

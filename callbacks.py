@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from evaluation.drawing import draw_words, grid
 from evaluation.evaluator import score_table
 
 if TYPE_CHECKING:
-    from dataset import SkipLog
     from engine.trainer import Step, Trainer
     from evaluation.evaluator import Evaluator, ScoredWord
     from modules.outputs import RecogniserOutput
@@ -311,15 +311,25 @@ class NotFiniteBatches(Callback):
 
 
 class UnreadableSamples(Callback):
-    """Names and counts the samples that could not be read, which their batches leave out; `log` takes note of them."""
+    """Counts the samples that could not be read, which their batches leave out, and names each of them once.
 
-    def __init__(self, *, log: SkipLog):
-        self.log = log
+    Args:
+        dataset: the one that the batches come from; `describe(index)` names a sample.
+        max_named: samples that are named; the others are only counted.
+    """
+
+    def __init__(self, *, dataset: Any, max_named: int = 100):
+        self.dataset = dataset
+        self.max_named = max_named
+        self._reasons: dict[int, str] = {}  # by index
 
     def on_batch_loaded(self, trainer: Trainer, batch: Any) -> None:
-        self.log.update(batch.skipped)
+        for index, reason in batch.skipped.items():
+            if index not in self._reasons and len(self._reasons) < self.max_named:
+                logger.warning("%s cannot be read (%s) and is skipped", self.dataset.describe(index), reason)
+            self._reasons[index] = reason
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        if self.log.counts:
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.log.counts.items())
+        if self._reasons:
+            counts = ", ".join(f"{count} {reason}" for reason, count in Counter(self._reasons.values()).items())
             logger.warning("left out of training as they could not be read: %s", counts)

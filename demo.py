@@ -3,12 +3,12 @@
 Examples:
     python demo.py --input word.png
     python demo.py --input "images/*.jpg" --checkpoint workdir/small/best-small.pth --json
-    python demo.py --input images --checkpoint weights.pth --overlay seen
+    python demo.py --input images --checkpoint weights.pth --overlay seen --html seen.html
 
 Prints one line for each image: path, prediction, confidence (tab separated), or JSON objects with --json. With
---overlay each image is drawn with its mask and the attention of each character. An image that cannot be read has no
-prediction and confidence 0, and a line on stderr (with --json: its object) says why. Exit status: 0, also when some of
-the images are broken; 2 when all are, or for a mistake in the command.
+--overlay each image is drawn with its mask and the attention of each character, with --html one page shows them all. An
+image that cannot be read has no prediction and confidence 0, and a line on stderr (with --json: its object) says why.
+Exit status: 0, also when some of the images are broken; 2 when all are, or for a mistake in the command.
 """
 
 import argparse
@@ -23,9 +23,10 @@ import cv2
 from engine.precision import PRECISIONS
 from evaluation.drawing import draw_prediction, on_image
 from evaluation.lexicon import Word, read_words
+from evaluation.prediction_page import page_entry, prediction_page
 from loading.transforms import resize, turn
 from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
-from utils import ArgumentParser, UserError, run_command_line
+from utils import ArgumentParser, UserError, run_command_line, write_atomically
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 OVERLAY_HEIGHT, OVERLAY_WIDTH = 64, 1024  # pixels that each drawing of the word fits into
@@ -44,19 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         masks=options.masks,
         model_eval=options.model_eval,
         precision=options.precision,
-        details=options.overlay is not None,
+        details=bool(options.overlay or options.html),
     )
     overlays = overlay_paths(paths, Path(options.overlay)) if options.overlay else [None] * len(paths)
-    read_any = False
+    read_any, entries = False, []
     lexicon = None if options.lexicon is None else read_words(options.lexicon)
     predictions = reader.stream(paths, topk=options.topk, lexicon=lexicon)
     for path, prediction, overlay in zip(paths, predictions, overlays, strict=True):
         if overlay is not None and prediction.error is None:
             draw_overlay(path, prediction, overlay)
+        if options.html:
+            entries.append(page_entry(path.name, None if prediction.error else to_image(path), prediction))
         print(as_json(path, prediction, overlay) if options.json else as_line(path, prediction), flush=True)
         if prediction.error and not options.json:
             print(f"error: {prediction.error}".translate(ESCAPES), file=sys.stderr, flush=True)
         read_any = read_any or prediction.error is None
+    if options.html:
+        page = prediction_page(entries, title="What was read", details={"weights": reader.checkpoint.name})
+        write_atomically(Path(options.html), lambda file: file.write(page.encode(errors="backslashreplace")))
+        print(f"masks, attention and probabilities: {options.html}", file=sys.stderr)
     return 0 if read_any else 2
 
 
@@ -81,6 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--overlay", metavar="FOLDER", help="draw mask and attention of each image there, as PNG")
+    parser.add_argument("--html", metavar="FILE", help="show what was read, with mask and attention, on one page")
     return parser.parse_args(arguments)
 
 

@@ -37,9 +37,7 @@ from config import Config
 from dataset import (
     JoinedDataset,
     LanguageDataset,
-    SkipLog,
     WordDataset,
-    make_loader,
     open_segmentation_datasets,
     open_word_datasets,
 )
@@ -56,9 +54,10 @@ from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
 from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
 from loading.charset import PROTOCOLS, protocol_normalizer
 from loading.masks import OnlineMasks
-from loading.sampling import EqualSizeBatchSampler, MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
+from loading.sampling import MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
 from loading.transforms import ResizeWord
 from loading.word_index import default_cache_dir
+from loading.workers import make_loader
 from utils import RENDER_SCHEME, UserError
 
 logger = logging.getLogger(__name__)
@@ -176,12 +175,11 @@ def _open_language(config: Config, roots: list[str], *, split: str, device: torc
             smooth_label=data.smooth_label and split == TRAIN,
             smooth_factor=data.smooth_factor,
             seed=config.run.seed,
-            stream=stream,
+            stream=number,
+            root=number,
         )
-        for stream, root in enumerate(roots)
+        for number, root in enumerate(roots)
     ]
-    for number, dataset in enumerate(datasets):
-        dataset.root = number
     return datasets, LanguageCollate(labels)
 
 
@@ -234,23 +232,14 @@ def build_evaluator(
     datasets, collate = open_sets(config, settings.roots, split=split, device=device)
     shard = {"rank": process.rank, "world_size": process.world_size}
     common = {"filtered": {dataset.name: dataset.filtered for dataset in datasets}, "device": device}
-    if config.model.kind == "ssn":
-        batches = {
-            each.name: EqualSizeBatchSampler(len(each), each.size, settings.batch_size, **shard) for each in datasets
-        }
-        return SegmentationEvaluator(
-            loaders={
-                each.name: make_loader(each, collate, batch_sampler=batches[each.name], **_loading(config))
-                for each in datasets
-            },
-            areas=config.model.ssn.areas,
-            ignore_index=config.dataset.segmentation.ignore_index,
-            **common,
-        )
+    is_ssn = config.model.kind == "ssn"
     loaders = {}
     for dataset in datasets:
         options = {"sampler": ShardedSampler(len(dataset), **shard), "batch_size": settings.batch_size}
-        loaders[dataset.name] = make_loader(dataset, collate, **options, **_loading(config))
+        loaders[dataset.name] = make_loader(dataset, list if is_ssn else collate, **options, **_loading(config))
+    if is_ssn:
+        areas, ignore_index = config.model.ssn.areas, config.dataset.segmentation.ignore_index
+        return SegmentationEvaluator(loaders=loaders, areas=areas, ignore_index=ignore_index, **common)
     return WordEvaluator(
         loaders=loaders,
         charset=build_charset(config),
@@ -363,7 +352,7 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
     def interval(iterations: int | str) -> int:
         return len(data.batch_sampler) if iterations == "epoch" else iterations
 
-    callbacks = [metric_log, NotFiniteBatches(folder=folder), UnreadableSamples(log=SkipLog(data.dataset))]
+    callbacks = [metric_log, NotFiniteBatches(folder=folder), UnreadableSamples(dataset=data.dataset)]
     split = VALID if config.dataset.valid.roots else TEST
     if split == TEST and config.dataset.test.roots and process.is_main:
         logger.warning(

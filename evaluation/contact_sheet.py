@@ -1,4 +1,4 @@
-"""Contact sheets: many words, with their masks where there are any, on one image to look at."""
+"""Contact sheets: many words, with their masks if they have any, on one image."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ _PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
 _GAP = 6
 _CAPTION_SIZE = 12
-MOST_CHARACTERS = 200  # of a caption that are looked at; no cell is wide enough for more
+MAX_CHARACTERS = 200  # of a caption that are measured; no cell is wide enough for more
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,9 @@ class Cell:
 def make_contact_sheet(
     cells: Sequence[Cell], *, columns: int = 8, cell_width: int = 160, cell_height: int = 48
 ) -> Image.Image:
-    """Draw `cells` row by row; each image keeps its shape and fits cell_width x cell_height pixels.
+    """Draw `cells` row by row; each image keeps its aspect and fits into cell_width x cell_height pixels.
 
-    Where any cell has a mask, three images stand above one another: the word, the mask, and the word with the mask's
-    pixels coloured.
+    If any cell has a mask, each cell is three images high: the word, the mask, and the word with the mask in colour.
     """
     if not cells:
         raise ValueError("a contact sheet needs at least one cell")
@@ -59,10 +58,10 @@ def make_contact_sheet(
 
 
 def save_contact_sheet(cells: Sequence[Cell], path: Path, **layout: int) -> None:
-    """Write the sheet that `make_contact_sheet` draws; `layout` is its columns and cell sizes.
+    """Write the sheet that `make_contact_sheet` draws; `layout` holds its columns and cell sizes.
 
     Raises:
-        UserError: the file cannot be written, or its name is of no image format.
+        UserError: the file cannot be written, or its name has no image suffix.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +72,7 @@ def save_contact_sheet(cells: Sequence[Cell], path: Path, **layout: int) -> None
 
 @functools.cache
 def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Matplotlib's font, which has the letters of Europe's languages; Pillow's own where that is not installed."""
+    """Return Matplotlib's font, which has the letters of Europe's languages, or else Pillow's own."""
     try:
         import matplotlib
 
@@ -85,7 +84,7 @@ def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _layers(cell: Cell) -> list[np.ndarray]:
     if cell.mask is None:
         return [cell.image]
-    if cell.mask.shape != cell.image.shape[:2]:  # shown all the same: the caller decides whether that is a fault
+    if cell.mask.shape != cell.image.shape[:2]:  # shown anyway: the caller decides whether that is an error
         return [cell.image, cell.mask]
     return [cell.image, cell.mask, overlay(cell.image, cell.mask / 255)]
 
@@ -98,8 +97,8 @@ def _paste(sheet: Image.Image, image: np.ndarray, left: int, top: int, width: in
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """`text` on one line, shortened to `width` pixels."""
-    text = " ".join(text[:MOST_CHARACTERS].split())
+    """Return `text` on one line, shortened to `width` pixels."""
+    text = " ".join(text[:MAX_CHARACTERS].split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -25,12 +25,11 @@ from torch.utils.data import DataLoader
 from engine import distributed
 from engine.precision import autocast, without_search
 from evaluation import metrics
-from evaluation.drawing import to_images
 from evaluation.lexicon import Lexicon, log_probabilities
 from inference.pipeline import in_order, single_threads
 from inference.prepare import PreparedNetwork, PreparedSSN
 from inference.segmenter import Segmenter
-from loading.batches import Batch
+from loading.batches import Batch, split_skipped
 from loading.charset import NULL, Charset, protocol_normalizer
 from loading.decoding import TEXT_THRESHOLD
 from modules.outputs import RecogniserOutput
@@ -237,7 +236,8 @@ class WordEvaluator:
 class SegmentationEvaluator:
     """Scores a segmentation network: foreground IoU and F-score over all pixels of a data set.
 
-    What is scored are the masks that `Segmenter` makes of the network, as recognisers are given them.
+    What is scored are the masks that `Segmenter` makes of the network, as recognisers are given them. The loaders give
+    lists of samples, whose images may have any sizes.
     """
 
     loaders: Mapping[str, DataLoader]
@@ -271,13 +271,14 @@ class SegmentationEvaluator:
         counts = np.zeros(3, np.int64)
         samples, unreadable = 0, Counter()
         for batch in loader:
-            unreadable.update(batch.skipped.values())
-            masks = segmenter(list(to_images(batch.images)))
-            for mask, labels in zip(masks, batch.labels.numpy(), strict=True):  # (H, W) each
-                counted = labels != self.ignore_index
-                text, predicted = (labels == 1)[counted], (mask >= TEXT_THRESHOLD)[counted]
+            read, skipped = split_skipped(batch)
+            unreadable.update(skipped.values())
+            masks = segmenter([sample.image for sample in read])
+            for mask, sample in zip(masks, read, strict=True):
+                counted = sample.labels != self.ignore_index
+                text, predicted = (sample.labels == 1)[counted], (mask >= TEXT_THRESHOLD)[counted]
                 counts += [(text & predicted).sum(), (~text & predicted).sum(), (text & ~predicted).sum()]
-            samples += len(batch)
+            samples += len(read)
         shares = distributed.gather([(counts.tolist(), samples, dict(unreadable))])
         totals = [sum(column) for column in zip(*(share[0] for share in shares), strict=True)]
         skipped = sum((Counter(share[2]) for share in shares), Counter())

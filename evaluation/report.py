@@ -1,8 +1,8 @@
-"""The report of an evaluation: one HTML file to open, offline, with the words' images in files beside it.
+"""The report of an evaluation: one HTML file that works offline, with the images of the words in files beside it.
 
-`<folder>/index.html` holds the scores, accuracy by length, confusions, calibration and every word with its predictions;
-`<folder>/images/` holds sprites (many words on one image) that the page loads when it shows their words. The page
-is made of the files of `report_template/`.
+`<folder>/index.html` shows the scores, accuracy by length, confusions, calibration and every word with its predictions;
+`<folder>/images/` holds sprites (many words on one image), which the page loads when it shows their words. The page is
+rendered from the files in `report_template/`.
 """
 
 import bisect
@@ -31,20 +31,20 @@ from utils import write_atomically
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "report_template"
-SPRITE_WORDS = 16  # on one sprite: few, as words that stand side by side in a sorted list come from many sprites
-MARGIN = 2  # pixels around each image of a sprite, so that scaling mixes no neighbours
+SPRITE_WORDS = 16  # on one sprite: few, because neighbours in a sorted list come from many sprites
+MARGIN = 2  # pixels around each image of a sprite, so that scaling does not mix neighbours
 CELL_MARGIN = 1  # the same for attention, in cells
 JPEG_QUALITY = 88
-DARKEST = 48  # grey level of no attention: the page multiplies the image with it, and it should stay visible
+DARKEST = 48  # grey level without attention: the page multiplies the image by it, which should stay visible
 CALIBRATION_BINS = 10
 SHOWN_CONFUSIONS = 30
 NOTHING = ""  # in a confusion: no character
-BETWEEN = "\t"  # the characters of a confusion on the page: no protocol compares it
+BETWEEN = "\t"  # separates the characters of a confusion on the page; no protocol counts it
 
 
 @dataclass(frozen=True)
 class ReportedWord:
-    """A word with what every sub-model read, and where its images are.
+    """A word with the predictions of every sub-model, and where its images are.
 
     `sprite` is the name of the sprite and `row` the word's place on it; None for a word without images.
     """
@@ -60,7 +60,7 @@ class ReportedWord:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A word as the protocol compares it."""
+    """A word with its target and prediction as the protocol compares them."""
 
     reported: ReportedWord
     target: str
@@ -72,16 +72,16 @@ class Comparison:
 
 
 class Report:
-    """An observer of an evaluation that writes the report at its end.
+    """Observes an evaluation and writes the report at its end.
 
     Args:
         folder: where `index.html` and `images/` go.
         title: heading of the page.
         details: further facts for the head of the page, by name.
-        normalize: what the evaluation's protocol compares of a text.
+        normalize: brings a text to the form that the evaluation's protocol compares.
         with_attention: keep the attention of each character.
-        rank: of this process; processes write sprites of their own.
-        most_words: words that a process gives images and a place in the list; all others only count.
+        rank: of this process; each process writes its own sprites.
+        max_words: words per process that get images and a place in the list; the others only count.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Report:
         details: Mapping[str, str] | None = None,
         with_attention: bool = True,
         rank: int = 0,
-        most_words: int = 20_000,
+        max_words: int = 20_000,
     ) -> None:
         self.folder = folder
         self.title = title
@@ -103,13 +103,13 @@ class Report:
         self.normalize = normalize
         self.with_attention = with_attention
         self.rank = rank
-        self.most_words = most_words
+        self.max_words = max_words
         self._words: list[ReportedWord] = []
         self._sprites: SpriteWriter | None = None
         self._layout: dict[str, Any] | None = None
 
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, words: Sequence[ScoredWord]) -> None:
-        """Take note of one batch and draw its words."""
+        """Store the predictions of one batch and draw its words."""
         vision = [None] * len(words) if output.vision is None else read_logits(output.vision.logits, self.charset)[0]
         language, alignment = (self._read_rounds(part, len(words)) for part in (output.language, output.alignment))
         places: list[tuple[str | None, int]] = [(None, 0)] * len(words)
@@ -130,14 +130,14 @@ class Report:
         self._words, self._sprites = [], None
 
     def _read_rounds(self, rounds: Sequence[Any] | None, count: int) -> list[tuple[str, ...]]:
-        """The predictions of each word in every round."""
+        """Return the predictions of each word in every round."""
         texts = [read_logits(each.logits, self.charset)[0] for each in rounds or ()]
         return list(zip(*texts, strict=True)) if texts else [()] * count
 
     def _tiles(
         self, batch: Any, output: RecogniserOutput, words: Sequence[ScoredWord]
     ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-        """Of each word the images (word, mask, refined mask; RGB) and the attention (steps, h, w) of its reading."""
+        """Yield the images (word, mask, refined mask; RGB) and the attention (steps, h, w) of each word."""
         layers = {"word": to_images(batch.images)}
         masks = None if batch.masks is None else batch.masks / 255.0
         for name, maps in (("mask", masks), ("refined mask", output.vision.refined_mask)):
@@ -152,12 +152,12 @@ class Report:
             yield [layer[row] for layer in layers.values()], attention[row, : len(word.text) + 1]
 
     def _draw(self, images: list[np.ndarray], attention: np.ndarray) -> tuple[str | None, int]:
-        """Name of the sprite that gets the word, and its row there."""
+        """Draw a word; returns the name of its sprite and its row there."""
         if self._sprites is None:
-            # Other names than an earlier report's, whose page shows its own images until this one takes its place.
+            # Names differ from those of an earlier report, whose page stays whole until this one replaces it.
             prefix = f"{time.time_ns():x}-{self.rank}"
             self._sprites = SpriteWriter(self.folder / "images", prefix=prefix, attention=self.with_attention)
-        if self._sprites.count >= self.most_words:
+        if self._sprites.count >= self.max_words:
             return None, 0
         return self._sprites.add(images, attention)
 
@@ -166,25 +166,19 @@ class Report:
         compared = [each for each in compared if each.target]
         order = {name: place for place, name in enumerate(scores["datasets"])}
         compared.sort(key=lambda each: (order[each.reported.dataset], each.reported.word.index))
-        listed = [each for each in compared if layout is None or each.reported.sprite is not None][: self.most_words]
-        page = (
-            _environment()
-            .get_template("index.html.j2")
-            .render(
-                title=self.title,
-                details={
-                    **self.details,
-                    "scored": scores["model_eval"],
-                    "protocol": f"{scores['protocol']} characters",
-                },
-                scores=scores,
-                lengths=accuracy_by_length(compared),
-                calibration=calibration(compared, CALIBRATION_BINS),
-                confusions=most_confused(compared, SHOWN_CONFUSIONS),
-                between=BETWEEN,
-                total=len(compared),
-                data=self._page_data(listed, layout, list(order)),
-            )
+        listed = [each for each in compared if layout is None or each.reported.sprite is not None][: self.max_words]
+        facts = {"scored": scores["model_eval"], "protocol": f"{scores['protocol']} characters"}
+        page = render_page(
+            "index.html.j2",
+            title=self.title,
+            details=self.details | facts,
+            scores=scores,
+            lengths=accuracy_by_length(compared),
+            calibration=calibration(compared, CALIBRATION_BINS),
+            confusions=most_confused(compared, SHOWN_CONFUSIONS),
+            between=BETWEEN,
+            total=len(compared),
+            data=self._page_data(listed, layout, list(order)),
         )
         write_atomically(self.folder / "index.html", lambda file: file.write(page.encode(errors="backslashreplace")))
         self._remove_old({each.sprite for each in words})
@@ -192,7 +186,7 @@ class Report:
     def _page_data(
         self, listed: Sequence[Comparison], layout: Mapping[str, Any] | None, datasets: Sequence[str]
     ) -> str:
-        """What the page's script works on, as JSON that is safe inside a script element."""
+        """Return the data of the page's script as JSON that is safe inside a script element."""
         sprites = sorted({each.reported.sprite for each in listed if each.reported.sprite is not None})
         content = {
             "datasets": list(datasets),
@@ -210,14 +204,14 @@ class Report:
         return text.replace("<", "\\u003c")
 
     def _remove_old(self, used: set[str | None]) -> None:
-        """Delete sprites that an earlier report left."""
+        """Delete the sprites of an earlier report."""
         for path in [*self.folder.glob("images/*.jpg"), *self.folder.glob("images/*.png")]:
             if path.stem.partition("-")[2] not in used:
                 path.unlink()
 
 
 class SpriteWriter:
-    """Puts words on sprites: `words-<name>.jpg` with a row of images for each word, `attention-<name>.png`."""
+    """Writes sprites: `words-<name>.jpg` with a row of images for each word, and `attention-<name>.png`."""
 
     def __init__(self, folder: Path, *, prefix: str, attention: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +228,7 @@ class SpriteWriter:
         return f"{self.prefix}-{self._number:05d}"
 
     def add(self, images: Sequence[np.ndarray], attention: np.ndarray) -> tuple[str, int]:
-        """Add a word: its images, RGB of one size, and attention (steps, h, w); returns sprite and row."""
+        """Add a word: its images (RGB, all of one size) and attention (steps, h, w); returns sprite and row."""
         place = self._name, len(self._rows)
         self._rows.append(np.concatenate([_with_margin(each, MARGIN) for each in images], axis=1))
         if self.attention:
@@ -263,7 +257,7 @@ class SpriteWriter:
 
 
 def attention_strip(attention: np.ndarray) -> np.ndarray:
-    """Attention (steps, h, w) as grey tiles side by side, (h + 2, steps * (w + 2)) uint8; bright where it is most."""
+    """Return attention (steps, h, w) as grey tiles side by side: (h + 2, steps * (w + 2)) uint8, brightest at peaks."""
     largest = np.maximum(attention.max(axis=(1, 2), keepdims=True), 1e-9)
     levels = np.rint(DARKEST + (255 - DARKEST) * np.sqrt(attention / largest)).astype(np.uint8)  # (steps, h, w)
     return np.concatenate([_with_margin(each, CELL_MARGIN) for each in levels], axis=1)
@@ -277,7 +271,7 @@ def _with_margin(image: np.ndarray, pixels: int) -> np.ndarray:
 
 
 def accuracy_by_length(words: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """For each length of a target that occurs: `length`, `words`, `accuracy`; shortest first."""
+    """Return `length`, `words` and `accuracy` for each length of a target that occurs, shortest first."""
     counts: dict[int, list[bool]] = defaultdict(list)
     for each in words:
         counts[len(each.target)].append(each.right)
@@ -288,7 +282,7 @@ def accuracy_by_length(words: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def calibration(words: Sequence[Comparison], bins: int) -> list[dict[str, Any]]:
-    """Equally wide bins of confidence: `low`, `high`, `words`, their mean `confidence` and `accuracy` (None if empty).
+    """Return bins of confidence of equal width: `low`, `high`, `words`, mean `confidence`, `accuracy` (None if empty).
 
     A bin holds its upper edge, as in `metrics.expected_calibration_error`.
     """
@@ -310,7 +304,7 @@ def calibration(words: Sequence[Comparison], bins: int) -> list[dict[str, Any]]:
 
 
 def confusions_of(target: str, prediction: str) -> list[tuple[str, str]]:
-    """The single-character edits that turn the target into the prediction: (true, read), "" for no character."""
+    """Return the single-character edits from target to prediction: (true, read), "" for no character."""
     pairs = []
     for edit in Levenshtein.editops(target, prediction):
         true = NOTHING if edit.tag == "insert" else target[edit.src_pos]
@@ -320,9 +314,9 @@ def confusions_of(target: str, prediction: str) -> list[tuple[str, str]]:
 
 
 def most_confused(words: Sequence[Comparison], most: int) -> list[dict[str, Any]]:
-    """The most frequent confusions: `true`, `read`, `count` and `share` of the occurrences of the true character.
+    """Return the most frequent confusions: `true`, `read`, `count`, `share` of the occurrences of the true character.
 
-    `share` is None for characters that were read where there is none.
+    `share` is None for characters that were inserted.
     """
     counts = Counter(pair for each in words for pair in confusions_of(each.target, each.prediction))
     occurrences = Counter(character for each in words for character in each.target)
@@ -334,10 +328,10 @@ def most_confused(words: Sequence[Comparison], most: int) -> list[dict[str, Any]
 
 
 def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) -> list[Any]:
-    """A word as the page's script gets it, without names to save space.
+    """Return a word as the page's script gets it, without names to save space.
 
-    Data set, number, label, reading, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite (-1
-    for none), row, predictions of vision, language and alignment (0 where equal to the reading), confusions ("o\\t0").
+    Data set, number, label, prediction, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite
+    (-1 for none), row, predictions of vision, language and alignment (0 where the same), confusions ("o\\t0").
     """
     reported, word = each.reported, each.reported.word
 
@@ -362,9 +356,10 @@ def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) 
     ]
 
 
-def _environment() -> jinja2.Environment:
+def render_page(template: str, **values: object) -> str:
+    """Return the HTML that a file of `report_template/` makes of some values; all of them are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}"
-    return environment
+    return environment.get_template(template).render(**values)

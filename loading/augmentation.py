@@ -1,7 +1,7 @@
-"""Training augmentation of words and of SSN's samples.
+"""Training augmentation of words, of SSN's samples and of spellings.
 
-Geometry moves image and mask together (loading/transforms.py); everything else touches the image only. All random
-decisions come from the generator that is passed in, so that a sample depends on nothing but that.
+Geometry moves image and mask together (loading/transforms.py); everything else changes the image only. All random
+decisions come from the generator that is passed in.
 """
 
 import functools
@@ -18,12 +18,12 @@ from loading.transforms import FROM_OPENCV, MAX_SIDE, TO_OPENCV, ResizeWord, fit
 
 
 def symmetric(rng: Generator, maximum: float) -> float:
-    """A magnitude in (-maximum, maximum), mostly small: 2 (Beta(4, 4) - 0.5) x maximum."""
+    """Sample a magnitude in (-maximum, maximum), mostly small: 2 (Beta(4, 4) - 0.5) x maximum."""
     return 2.0 * (rng.beta(4.0, 4.0) - 0.5) * maximum
 
 
 def one_sided(rng: Generator, maximum: float) -> float:
-    """A magnitude in (0, maximum), mostly small: Beta(1, 4) x maximum."""
+    """Sample a magnitude in (0, maximum), mostly small: Beta(1, 4) x maximum."""
     return rng.beta(1.0, 4.0) * maximum
 
 
@@ -34,12 +34,12 @@ INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTE
 
 
 def rotation(rng: Generator, size: Size, *, degrees: float = 45.0) -> np.ndarray:
-    """Matrix (3, 3) of a rotation by up to `degrees` either way."""
+    """Sample the matrix (3, 3) of a rotation by up to `degrees` either way."""
     return rotation_matrix(symmetric(rng, degrees))
 
 
 def rotation_matrix(degrees: float) -> np.ndarray:
-    """Matrix (3, 3) of a rotation."""
+    """Return the matrix (3, 3) of a rotation."""
     sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
@@ -52,7 +52,7 @@ def affine(
     scale: tuple[float, float] = (0.5, 2.0),
     shear: tuple[float, float] = (45.0, 15.0),
 ) -> np.ndarray:
-    """Matrix (3, 3) of a scaling, a rotation by up to `degrees` and shears of up to `shear` degrees along x and y."""
+    """Sample the matrix (3, 3) of a scaling, a rotation by up to `degrees`, and shears (degrees) along x and y."""
     turned = rotation(rng, size, degrees=degrees)
     factor = rng.uniform(*scale)
     along_x = math.tan(math.radians(symmetric(rng, shear[0])))
@@ -63,7 +63,7 @@ def affine(
 
 
 def perspective(rng: Generator, size: Size, *, distortion: float = 0.5) -> np.ndarray:
-    """Matrix (3, 3) that moves every corner inwards by up to `distortion` of half a side along x and y."""
+    """Sample the matrix (3, 3) that moves every corner inwards by up to `distortion` of half a side along x and y."""
     height, width = size
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=np.float32)
     inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], dtype=np.float32)
@@ -80,7 +80,7 @@ NOISE_MIDDLE = 128.0
 
 @functools.cache
 def _noise_table() -> np.ndarray:
-    """Normal numbers (2^20,) as grey levels: every image takes a random part of them, which costs no drawing."""
+    """Return normal numbers (2^20,) as grey levels: an image takes a random part of them, faster than sampling."""
     normal = np.random.Generator(np.random.PCG64(0)).standard_normal(1 << 20, dtype=np.float32)
     return np.clip(np.rint(normal * NOISE_DEVIATION + NOISE_MIDDLE), 0, 255).astype(np.uint8)
 
@@ -92,7 +92,7 @@ def gaussian_noise(image: ImageArray, rng: Generator, *, variance: float = 20.0)
 
 
 def _noise_levels(shape: tuple[int, ...], rng: Generator) -> np.ndarray:
-    """A random part of the noise table, in some shape."""
+    """Return a random part of the noise table, in some shape."""
     size, table = math.prod(shape), _noise_table()
     if size * 2 > table.size:
         table = np.resize(table, size * 2)
@@ -114,7 +114,7 @@ def motion_blur(image: ImageArray, rng: Generator, *, length: float = 6.0) -> Im
 
 @functools.cache
 def line_kernel(pixels: int, direction: int) -> np.ndarray:
-    """Kernel with sum 1: a centred line of `pixels` length, `direction` of DIRECTIONS half-turns from the x axis."""
+    """Return a kernel with sum 1: a centred line of `pixels` length, at `direction` / DIRECTIONS of a half-turn."""
     angle = math.pi * direction / DIRECTIONS
     radius = pixels // 2 + 1
     kernel = np.zeros((2 * radius + 1, 2 * radius + 1), np.float32)
@@ -130,7 +130,7 @@ PYRAMID_BASE = (128, 512)  # height and width of the lowest level
 
 
 def rescale(image: ImageArray, rng: Generator, *, base: Size = PYRAMID_BASE, steps: float = 4.0) -> ImageArray:
-    """Lose detail: to the size `base`, up to `steps` levels of a Gaussian pyramid down, and back to its own size."""
+    """Lose detail: resize to `base`, go down up to `steps` levels of a Gaussian pyramid, and resize back."""
     small = resize(image, base)
     for _ in range(round(rng.uniform(0.0, steps))):
         small = cv2.pyrDown(small)
@@ -176,7 +176,7 @@ def color_jitter(
 
 
 def _stretch(image: ImageArray, factor: float, offset: float) -> ImageArray:
-    """factor x level + offset, within [0, 255]."""
+    """Return factor x level + offset, within [0, 255]."""
     return cv2.addWeighted(image, factor, image, 0.0, offset)  # saturates, and is faster than a table
 
 
@@ -200,7 +200,7 @@ def _turn_hue(image: ImageArray, turn: float) -> ImageArray:
 
 
 class AugmentWord:
-    """The published training augmentation, then resizing; kinds and magnitudes are drawn for every sample.
+    """Applies the published training augmentation, then resizes; kinds and magnitudes are sampled for every word.
 
     Args:
         resize: brings the result to the network's size.
@@ -233,7 +233,7 @@ class AugmentWord:
         kind = (rotation, affine, perspective)[rng.integers(3)]
         matrix, canvas = fit_canvas(kind(rng, image.shape[:2]), image.shape[:2])
         interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))]
-        size = self.resize.draw_size(canvas, rng)
+        size = self.resize.sample_size(canvas, rng)
         if canvas[0] >= size[0] and canvas[1] >= size[1]:
             # The canvas, larger than what the network sees of it, is never made: resizing it down picks bilinear
             # samples without smoothing, so that warping straight to the smaller size takes the same samples for less.
@@ -245,17 +245,17 @@ class AugmentWord:
 
 
 class RandAugmentWord:
-    """RandAugment as PARSeq uses it (Bautista and Atienza, 2022), then resizing.
+    """Applies RandAugment as PARSeq uses it (Bautista and Atienza, 2022), then resizes.
 
-    `layers` times one of the fifteen operations is drawn, and applied half of the time, at `magnitude` (drawn around it
-    with a deviation of 0.5), to either side where it has sides. Rotations and shears enlarge the canvas, so that no
-    letter is cut off; borders are replicated.
+    `layers` times, one of the fifteen operations is sampled, and applied half of the time, at `magnitude` (sampled with
+    a deviation of 0.5), in either direction where it has two. Rotations and shears enlarge the canvas, so that letters
+    are not cut off; borders are replicated.
 
     Args:
         resize: brings the result to the network's size; a larger image is first brought to four times its area.
-        layers: operations that are drawn.
+        layers: operations that are sampled.
         magnitude: of 10.
-        probability: of each operation that is drawn.
+        probability: of each sampled operation.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ class RandAugmentWord:
         return self.resize(image, mask, rng)
 
     def _bounded(self, size: Size) -> Size:
-        """A size of the same shape and at most four times the network's area, which bounds the time of a word."""
+        """Return a size of the same aspect and at most four times the network's area: it bounds the time of a word."""
         scale = math.sqrt(4 * self.size[0] * self.size[1] / (size[0] * size[1]))
         if scale >= 1:
             return size
@@ -322,13 +322,13 @@ def _blur(image: ImageArray, level: float, rng: Generator) -> ImageArray:
 
 
 def _poisson_noise(image: ImageArray, level: float, rng: Generator) -> ImageArray:
-    """Noise of a variance in proportion to the brightness, of a deviation of up to 30 grey levels in white."""
+    """Add noise whose variance is proportional to the brightness; its deviation is up to 30 grey levels in white."""
     deviations = np.sqrt(abs(level) * np.arange(256) / 255).astype(np.float32)  # parts of NOISE_DEVIATION
     noise = _noise_levels(image.shape, rng).astype(np.float32) - np.float32(NOISE_MIDDLE)
     return cv2.add(image, cv2.multiply(noise, cv2.LUT(image, deviations)), dtype=cv2.CV_8U)
 
 
-# (image, level from -1 to 1, generator) -> image. What has no two sides takes the level's size, or none.
+# (image, level from -1 to 1, generator) -> image. Operations with one direction use the level's size, or nothing.
 PIXEL_OPERATIONS = {
     "auto_contrast": _auto_contrast,
     "equalize": _equalize,
@@ -355,11 +355,11 @@ MATRIX_OPERATIONS = {
 
 
 class CropSegmentation:
-    """Training sample of SSN: random scale, random crop of a fixed size, colour. Text is not mirrored.
+    """Makes training samples of SSN: random scale, random crop of a fixed size, colour. Text is not mirrored.
 
     Args:
         size: height and width of the crop.
-        scale_range: smallest and largest factor; drawn log-uniformly.
+        scale_range: smallest and largest factor; sampled log-uniformly.
         ignore_index: label of what lies outside the image.
         color: probability of colour jitter.
     """
@@ -393,3 +393,31 @@ class CropSegmentation:
         if rng.random() < self.color:
             image = color_jitter(image, rng)
         return image, labels
+
+
+# --- spellings --------------------------------------------------------------------------------------------------------
+
+_MUTATION_COUNTS = np.cumsum([0.7, 0.15, 0.1, 0.05])  # none, one, two, three characters
+_MUTATION_KINDS = np.cumsum([0.7, 0.15, 0.15])  # replace, insert before, delete
+SHORT_WORD = 4
+
+
+def mutate_spelling(text: str, characters: str, rng: Generator, *, max_length: int) -> str:
+    """Return a text with a few wrong characters, as a recogniser would read it; never empty, never over `max_length`.
+
+    None, one, two or three characters (0.7, 0.15, 0.1, 0.05), at most one of up to four and at most half of longer
+    texts, are each replaced, preceded by another or deleted (0.7, 0.15, 0.15). Texts that are mostly digits are kept.
+    """
+    count = int(np.searchsorted(_MUTATION_COUNTS, rng.random(), side="right"))
+    count = min(count, 1 if len(text) <= SHORT_WORD else len(text) // 2, 3)
+    if not count or sum(map(str.isdigit, text)) > len(text) / 2:
+        return text
+    mutated = list(text)
+    for place in rng.choice(len(text), count, replace=False).tolist():
+        kind = int(np.searchsorted(_MUTATION_KINDS, rng.random(), side="right"))
+        if kind < 2:
+            new = characters[rng.integers(len(characters))]
+            mutated[place] = new if kind == 0 else new + text[place]
+        else:
+            mutated[place] = ""
+    return "".join(mutated)[:max_length] or text

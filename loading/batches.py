@@ -1,14 +1,14 @@
-"""What the data loader hands to the loop: batches with named fields, and how samples become one.
+"""Samples and batches with named fields, and the collation that makes one of the other.
 
-Images, masks and labels of pixels stay in 8 bits until a batch is on its device: workers hand over, and a GPU
-receives, a quarter of the bytes.
+Images, masks and pixel labels stay in 8 bits until a batch is on its device: workers and GPUs receive a quarter of the
+bytes.
 """
 
 import dataclasses
 import functools
 import itertools
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loading.charset import Charset
+from loading.decoding import Size
 
 B = TypeVar("B", bound="_Batch")
 
@@ -32,7 +33,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class LabelRule:
-    """What a network is taught of a label.
+    """Tells what a network is taught of a label.
 
     Args:
         charset: the network's characters.
@@ -46,22 +47,22 @@ class LabelRule:
 
     @property
     def steps(self) -> int:
-        """T: the longest text and its end."""
+        """T: the length of the longest text and its end."""
         return self.max_length + 1
 
     def normalize(self, text: str) -> str:
-        """The characters of `text` that count."""
+        """Return the characters of `text` that count."""
         return self.charset.normalize(text if self.case_sensitive else text.translate(_LOWER))
 
     def unusable(self, text: str) -> str | None:
-        """Why a label cannot be taught: nothing of it is in the charset, or it is too long; None if it can."""
+        """Return why a label cannot be taught: nothing of it is in the charset, or it is too long; None if it can."""
         length = len(self.normalize(text))
         if not length:
             return EMPTY
         return TOO_LONG if length > self.max_length else None
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Classes (N, T) int64, 0 from the end of each text on, and lengths (N,) int64 that count the end."""
+        """Return classes (N, T) int64, 0 from the end of each text on, and lengths (N,) int64 that count the end."""
         classes = np.zeros((len(texts), self.steps), np.int64)
         lengths = np.empty(len(texts), np.int64)
         for row, text in enumerate(texts):
@@ -76,7 +77,7 @@ class LabelRule:
 
 @dataclass
 class Skipped:
-    """A sample that could not be read, and why; its place in the batch stays empty."""
+    """A sample that could not be read, and why; its batch is smaller by one."""
 
     index: int
     reason: str
@@ -97,13 +98,13 @@ class WordSample:
 
     @property
     def views(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Image and mask of every view, the word as stored first."""
+        """Return image and mask of every view, the word as stored first."""
         return [(self.image, self.mask), *self.turned]
 
 
 @dataclass
 class LanguageSample:
-    """A spelling (classes (T,) int32, 0 from its end on), its right spelling, and the smoothing of the first."""
+    """A spelling (classes (T,) int32, 0 from its end on), the right text, and the smoothing of the first."""
 
     classes: np.ndarray
     text: str
@@ -126,44 +127,37 @@ class SegmentationSample:
 
 @dataclass
 class _Batch:
-    """What all batches can do; fields are tensors and lists with one entry for each of N samples."""
+    """Base of all batches; fields are tensors and lists with one entry for each of N samples."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def to(self: B, device: torch.device | str, non_blocking: bool = True) -> B:
-        """The batch with its tensors on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()}
-        return dataclasses.replace(self, **moved)
+        """Return the batch with its tensors on `device`."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: B) -> B:
-        """The batch in page-locked memory; the data loader calls it."""
-        return dataclasses.replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors()})
+        """Return the batch in page-locked memory; the data loader calls it."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self: B, change: Callable[[Tensor], Tensor]) -> B:
+        fields = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **fields)
 
     def split(self: B, parts: int) -> list[B]:
-        """At most `parts` batches with the samples of this one in order, none of them empty unless this one is."""
+        """Return at most `parts` batches with the samples in order; none is empty unless this one is."""
         bounds = np.linspace(0, len(self), min(parts, max(len(self), 1)) + 1).astype(int).tolist()
         if len(bounds) == 2:
             return [self]
         result = []
         for start, end in itertools.pairwise(bounds):
-            rows = {
-                each.name: getattr(self, each.name)[start:end]
-                for each in dataclasses.fields(self)
-                if isinstance(getattr(self, each.name), Tensor | list)
-            }
+            rows = {name: value[start:end] for name, value in vars(self).items() if isinstance(value, Tensor | list)}
             result.append(dataclasses.replace(self, **rows, skipped=self.skipped if start == 0 else {}))
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """The fields, for a file."""
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, Tensor):
-                yield each.name, value
+        """Return the fields, for a file."""
+        return dict(vars(self))
 
 
 @dataclass
@@ -192,16 +186,16 @@ class Batch(_Batch):
     owners: Tensor | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor | None]:
-        """What the network is called with: normalised images and masks in [0, 1], float32."""
+        """Return the arguments of the network: normalised images and masks in [0, 1], float32."""
         return normalize_images(self.images), None if self.masks is None else self.masks / 255.0
 
     def with_images(self, rows: Sequence[int]) -> "Batch":
-        """The batch with one image for each word: those of `rows` among its M."""
+        """Return the batch with one image for each word: those of `rows` among its M."""
         masks = None if self.masks is None else self.masks[rows]
         return dataclasses.replace(self, images=self.images[rows], masks=masks, owners=None)
 
     def targets(self) -> tuple[Tensor, Tensor]:
-        """What the criterion is called with, behind the network's output."""
+        """Return the arguments of the criterion after the network's output."""
         return self.labels, self.lengths
 
 
@@ -212,7 +206,7 @@ class LanguageBatch(_Batch):
     Fields:
         probabilities: (N, T, C) float32 probabilities, one-hot unless smoothed.
         input_lengths: (N,) int64 of the spellings, the end counted.
-        labels, lengths, texts, indices, skipped: as of Batch.
+        labels, lengths, texts, indices, skipped: as in Batch.
     """
 
     probabilities: Tensor
@@ -224,11 +218,11 @@ class LanguageBatch(_Batch):
     skipped: dict[int, str] = field(default_factory=dict)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """What the language network is called with."""
+        """Return the arguments of the language network."""
         return self.probabilities, self.input_lengths
 
     def targets(self) -> tuple[Tensor, Tensor]:
-        """What the criterion is called with, behind the network's output."""
+        """Return the arguments of the criterion after the network's output."""
         return self.labels, self.lengths
 
 
@@ -240,7 +234,7 @@ class SegmentationBatch(_Batch):
         images: (N, 3, H, W) uint8, RGB.
         labels: (N, H, W) uint8: 0, 1 = text, ignore_index where nothing is known.
         names: N names of the samples.
-        indices, skipped: as of Batch.
+        indices, skipped: as in Batch.
     """
 
     images: Tensor
@@ -250,45 +244,41 @@ class SegmentationBatch(_Batch):
     skipped: dict[int, str] = field(default_factory=dict)
 
     def inputs(self) -> tuple[Tensor]:
-        """What SSN is called with: normalised images, float32."""
+        """Return the arguments of SSN: normalised images, float32."""
         return (normalize_images(self.images),)
 
     def targets(self) -> tuple[Tensor]:
-        """What its criterion is called with, behind the network's output: int64."""
+        """Return the arguments of its criterion after the network's output: int64."""
         return (self.labels.long(),)
 
 
 # --- collation --------------------------------------------------------------------------------------------------------
 
 
-def part_skipped(samples: Sequence[Any]) -> tuple[list[Any], dict[int, str]]:
-    """The samples that could be read, and index -> reason of the others."""
+def split_skipped(samples: Sequence[Any]) -> tuple[list[Any], dict[int, str]]:
+    """Return the samples that could be read, and index -> reason of the others."""
     read = [sample for sample in samples if not isinstance(sample, Skipped)]
     return read, {sample.index: sample.reason for sample in samples if isinstance(sample, Skipped)}
 
 
-def stack_images(images: Sequence[np.ndarray]) -> Tensor:
-    """N RGB images (H, W, 3) uint8 -> (N, 3, H, W) uint8; a pixel's channels stay side by side in memory."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+def stack_images(images: Sequence[np.ndarray], size: Size = (0, 0)) -> Tensor:
+    """Stack RGB images (H, W, 3) uint8 to (N, 3, H, W), channels-last in memory; `size` is H and W where N is 0."""
+    stacked = np.stack(images) if images else np.empty((0, *size, 3), np.uint8)
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
 def normalize_images(images: Tensor) -> Tensor:
-    """RGB levels 0 to 255 (N, 3, H, W) -> float32 with ImageNet's mean and deviation, a plane after another."""
+    """Normalise RGB levels 0 to 255 (N, 3, H, W) to float32 by ImageNet's mean and deviation, contiguous."""
     scale, offset = _scale_and_offset(images.device)
     return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).mul_(scale).add_(offset)
 
 
 @functools.cache
 def _scale_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(3, 1, 1) each; kept, since to fetch them from the host would make a GPU's queue wait at every batch."""
+    """Return (3, 1, 1) each; kept, as fetching them from the host would make a GPU wait at every batch."""
     with torch.inference_mode(False):
         mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
         return (1.0 / (255.0 * std)).view(3, 1, 1), (-mean / std).view(3, 1, 1)
-
-
-def _stacked(images: Sequence[np.ndarray], size: tuple[int, int]) -> Tensor:
-    """`stack_images`, and (0, 3, *size) of none."""
-    return stack_images(images) if images else torch.empty(0, 3, *size, dtype=torch.uint8)
 
 
 class WordCollate:
@@ -300,13 +290,13 @@ class WordCollate:
         with_masks: whether such a batch has masks.
     """
 
-    def __init__(self, labels: LabelRule, *, size: tuple[int, int] = (32, 128), with_masks: bool = False) -> None:
+    def __init__(self, labels: LabelRule, *, size: Size = (32, 128), with_masks: bool = False) -> None:
         self.labels = labels
         self.size = size
         self.with_masks = with_masks
 
     def __call__(self, samples: Sequence[WordSample | Skipped]) -> Batch:
-        read, skipped = part_skipped(samples)
+        read, skipped = split_skipped(samples)
         texts = [sample.text for sample in read]
         labels, lengths = self.labels.encode(texts)
         views = [view for sample in read for view in sample.views]
@@ -319,7 +309,7 @@ class WordCollate:
         if len(views) > len(read):
             owners = torch.tensor([word for word, sample in enumerate(read) for _ in sample.views])
         return Batch(
-            images=_stacked([image for image, _ in views], self.size),
+            images=stack_images([image for image, _ in views], self.size),
             masks=masks,
             labels=labels,
             lengths=lengths,
@@ -359,14 +349,14 @@ class LanguageCollate:
 class SegmentationCollate:
     """Images of one size -> SegmentationBatch; picklable. `size` is for a batch of which nothing could be read."""
 
-    def __init__(self, *, size: tuple[int, int] = (32, 128)) -> None:
+    def __init__(self, *, size: Size = (32, 128)) -> None:
         self.size = size
 
     def __call__(self, samples: Sequence[SegmentationSample | Skipped]) -> SegmentationBatch:
-        read, skipped = part_skipped(samples)
+        read, skipped = split_skipped(samples)
         labels = np.stack([sample.labels for sample in read]) if read else np.empty((0, *self.size), np.uint8)
         return SegmentationBatch(
-            images=_stacked([sample.image for sample in read], self.size),
+            images=stack_images([sample.image for sample in read], self.size),
             labels=torch.from_numpy(labels),
             names=[sample.name for sample in read],
             indices=torch.tensor([sample.index for sample in read], dtype=torch.int64),

@@ -1,7 +1,10 @@
-"""Text to class ids and back, and what of a text counts when a prediction is scored."""
+"""Turns text into class ids and back, and decides which characters count when a prediction is scored."""
 
+import functools
+import itertools
 import string
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils import UserError
@@ -16,27 +19,32 @@ PROTOCOLS = {
 }
 
 
+@dataclass(frozen=True)
 class Charset:
     """The characters that a network knows, in the order of their classes.
 
-    Class 0 is the null symbol; character i (from 0) is class i + 1. The length of a text, wherever the project speaks
-    of one, counts its end: `len(text) + 1`.
+    Class 0 is the null symbol; character i (from 0) is class i + 1. In this project the length of a text always counts
+    its end: `len(text) + 1`.
+
+    Args:
+        characters: distinct ones, in the order of their ids.
+
+    Raises:
+        UserError: there are no characters, or one comes twice.
     """
 
-    def __init__(self, characters: str) -> None:
-        """Take distinct characters in order of their ids.
+    characters: str
 
-        Raises:
-            UserError: there are none, or one comes twice.
-        """
-        if not characters:
+    def __post_init__(self) -> None:
+        if not self.characters:
             raise UserError("charset: holds no characters")
-        self.characters = characters
-        self._classes = {character: index for index, character in enumerate(characters, start=NULL + 1)}
-        if len(self._classes) != len(characters):
-            twice = sorted({character for character in characters if characters.count(character) > 1})
+        if len(self._classes) != len(self.characters):
+            twice = sorted({character for character in self.characters if self.characters.count(character) > 1})
             raise UserError(f"charset: {', '.join(map(repr, twice))} comes more than once")
-        self._folds_case = not any(character.isupper() for character in characters)
+
+    @functools.cached_property
+    def _classes(self) -> dict[str, int]:
+        return {character: index for index, character in enumerate(self.characters, start=NULL + 1)}
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Charset":
@@ -71,22 +79,22 @@ class Charset:
         """Number of classes: the characters and the null symbol."""
         return len(self.characters) + 1
 
-    @property
+    @functools.cached_property
     def has_upper_case(self) -> bool:
         """Whether the charset tells upper from lower case."""
-        return not self._folds_case
+        return any(map(str.isupper, self.characters))
 
     def normalize(self, text: str) -> str:
-        """What the network can read of a text: lower-cased if the charset has no upper case, the rest dropped.
+        """Return what the network can read of a text: lower-cased if the charset has no upper case, the rest dropped.
 
         This is the published rule (for 36 characters: keep `[0-9a-zA-Z]`, lower-cased). Nothing else is folded: an
         accented letter is dropped, not read as its base letter.
         """
-        characters = map(_lower, text) if self._folds_case else text
+        characters = text if self.has_upper_case else map(_lower, text)
         return "".join(character for character in characters if character in self._classes)
 
     def encode(self, text: str) -> list[int]:
-        """The classes of a text's characters, without the end.
+        """Return the classes of a text's characters, without the end.
 
         Raises:
             UserError: a character is not in the charset (normalize first).
@@ -97,35 +105,22 @@ class Charset:
             raise UserError(f"{text!r} holds {error.args[0]!r}, which is not in the charset") from error
 
     def decode(self, classes: Iterable[int]) -> str:
-        """The text of a sequence of classes, up to its first null."""
-        characters = []
-        for index in classes:
-            if int(index) == NULL:
-                break
-            characters.append(self.characters[int(index) - 1])
-        return "".join(characters)
+        """Return the text of a sequence of classes, up to its first null."""
+        read = itertools.takewhile(lambda index: index != NULL, map(int, classes))
+        return "".join(self.characters[index - 1] for index in read)
 
     def __len__(self) -> int:
         return len(self.characters)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Charset) and self.characters == other.characters
-
-    def __hash__(self) -> int:
-        return hash(self.characters)
-
-    def __repr__(self) -> str:
-        return f"Charset({self.characters!r})"
-
 
 def _lower(character: str) -> str:
-    """Lower case that never turns a foreign sign into an ASCII letter, as Python does with the Kelvin sign."""
+    """Lower-case a character, but never turn a foreign one into ASCII, as Python does with the Kelvin sign."""
     lower = character.lower()
     return lower if lower.isascii() == character.isascii() else character
 
 
 def protocol_normalizer(protocol: int) -> Callable[[str], str]:
-    """The function that a protocol applies to labels and predictions alike before it compares them.
+    """Return the function that a protocol applies to labels and predictions before it compares them.
 
     36: lower-cased, `[0-9a-z]` kept. 62: `[0-9a-zA-Z]` kept. 94: the printable ASCII characters kept, spaces dropped.
 

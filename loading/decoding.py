@@ -1,6 +1,7 @@
-"""Encoded images and masks to arrays: RGB or grey, uint8, whatever was stored; what cannot be decoded is refused.
+"""Decodes images and masks to arrays, whatever was stored: RGB (H, W, 3) or grey (H, W) with 255 = text, uint8.
 
-Images are (H, W, 3), masks (H, W) with 255 = text.
+Two libraries share the work, with equal pixels where both can read: OpenCV takes half of Pillow's time for the PNGs and
+JPEGs of data sets; Pillow reads what is transparent or packed in rarer ways, and refuses files that were cut short.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ Mask = np.ndarray  # (H, W) uint8, 255 = text
 Size = tuple[int, int]  # height, width
 
 TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
-MAX_PIXELS = 1 << 26  # of an image that is decoded: its header tells, before memory is taken for it
+MAX_PIXELS = 1 << 26  # of an image; the header tells, before memory is taken for it
 
 _COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
@@ -28,13 +29,13 @@ _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_WITH_ALPHA = (4, 6)  # colour types
 _NO_SIZE_IN_JPEG = (0xC4, 0xC8, 0xCC)  # segments among C0 to CF that begin no frame
 
-FLOAT_RANGES = (1, 255, 65535)  # from 0 to each: in which levels of a deep image may lie
+FLOAT_RANGES = (1, 255, 65535)  # 0 to each: the ranges of a deep image's levels
 INTEGER_RANGES = (255, 65535)
 
-# Silent about images that cannot be decoded: the data set reports them, by name.
+# OpenCV need not report images that cannot be decoded: the data set does, by name.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
 
-# What Pillow's decoders raise on damaged or hostile files.
+# The errors that Pillow's decoders raise on damaged or hostile files.
 IMAGE_ERRORS = (
     OSError,
     SyntaxError,
@@ -52,16 +53,16 @@ IMAGE_ERRORS = (
 
 
 class BrokenImageError(ValueError):
-    """Bytes that are no whole image."""
+    """Raised for bytes that are not a valid image."""
 
 
 def decode_image(data: bytes | memoryview, *, oriented: bool = False) -> ImageArray:
     """Decode an image of any depth, colour model and usual format to RGB.
 
-    Deeper samples are scaled to 8 bits (`to_8_bits`), grey is repeated, transparent pixels show a white ground.
+    Deeper samples are scaled to 8 bits (`to_8_bits`), grey is repeated, transparent pixels show a white background.
 
     Args:
-        oriented: turn the image as its EXIF orientation says. Not in data sets: their masks and boxes are given for the
+        oriented: turn the image as its EXIF orientation says; not in data sets: their masks and boxes are those of the
             stored pixels.
 
     Raises:
@@ -71,7 +72,7 @@ def decode_image(data: bytes | memoryview, *, oriented: bool = False) -> ImageAr
 
 
 def decode_mask(data: bytes | memoryview, *, oriented: bool = False) -> Mask:
-    """Decode a mask to one 8-bit channel, 255 = text; transparency is dropped. All else as `decode_image`."""
+    """Decode a mask to one 8-bit channel, 255 = text; transparency is dropped. The rest is as in `decode_image`."""
     return _decode(data, _GREY, "L", oriented)
 
 
@@ -84,13 +85,13 @@ def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> 
         raise BrokenImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if oriented:
         flags &= ~cv2.IMREAD_IGNORE_ORIENTATION
-    # OpenCV drops transparency, and decodes floats as such or not at all.
+    # OpenCV drops transparency, and decodes floats only as such.
     for depth in (0, cv2.IMREAD_ANYDEPTH) if is_opaque or mode == "L" else ():
         with contextlib.suppress(cv2.error):
             image = cv2.imdecode(buffer, flags | depth)
             if image is not None:
                 return image if image.dtype == np.uint8 else _scaled(image, FLOAT_RANGES)
-    try:  # what OpenCV does not read; PIL also refuses what was cut short
+    try:
         with Image.open(io.BytesIO(data)) as opened:
             if oriented:
                 ImageOps.exif_transpose(opened, in_place=True)
@@ -101,16 +102,10 @@ def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> 
         raise BrokenImageError(f"damaged ({first_line(error)})") from error
 
 
-def image_size(data: bytes | memoryview) -> Size:
-    """Height and width of an encoded image, from its header where that tells; raises BrokenImageError."""
-    size, _ = _header(data)
-    return size if all(size) else decode_image(data).shape[:2]
-
-
 def _header(data: bytes | memoryview) -> tuple[Size, bool]:
-    """Height and width as an image's header tells them, (0, 0) where nothing does, and whether it is all opaque.
+    """Return height and width of the header, (0, 0) if nothing tells them, and whether the image is opaque.
 
-    PNG and JPEG, the formats of data sets, are looked at here: Pillow takes longer for that than a word to decode.
+    PNG and JPEG, the formats of data sets, are parsed here: Pillow takes longer to open a word than it takes to decode.
     """
     start = bytes(data[:64])
     if start.startswith(_PNG) and len(start) > 26:
@@ -131,7 +126,7 @@ def _header(data: bytes | memoryview) -> tuple[Size, bool]:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """An image in Pillow's mode `RGB` or `L`, 8 bits: deeper ones are scaled; in RGB, what is transparent is white."""
+    """Convert to Pillow's mode `RGB` or `L`, 8 bits: deeper levels are scaled; in RGB, transparency becomes white."""
     if mode == "RGB" and image.has_transparency_data:
         ground = Image.new("RGB", image.size, "white")
         image = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -141,10 +136,10 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """An image of deep greys at 8 bits, any other as it is; Pillow's own conversions cut levels off at 255.
+    """Bring an image of deep greys to 8 bits, leave any other; Pillow's own conversions clip levels at 255.
 
     16 bits lose their lower 8. Floats and 32-bit levels within [0, 1] (floats only), [0, 255] or [0, 65535] are scaled
-    by that range, all others by that from their lowest level to their highest; what is not finite becomes 0.
+    by that range, all others by the range of their own levels; what is not finite becomes 0.
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -154,7 +149,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _scaled(levels: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
-    """Deep levels as uint8: see `to_8_bits`."""
+    """Scale deep levels to uint8: see `to_8_bits`."""
     levels = np.nan_to_num(levels, posinf=0, neginf=0).astype(np.float32, copy=False)
     low, high = float(levels.min(initial=0)), float(levels.max(initial=0))
     if low < 0 or high > ranges[-1]:

@@ -1,16 +1,17 @@
-"""Reading and writing LMDB files of words, masks and segmentation pairs.
+"""Reads and writes LMDBs of words, masks and segmentation pairs.
 
 An LMDB here is a folder with a `data.mdb`. Keys are text (`num-samples`, `image-%09d`, `label-%09d`, `mask-%09d`,
-counting from 1), values are bytes. The writer never shows a half-written LMDB under its final name; the reader opens on
-first use, so that it can be handed to worker processes that are forked or spawned.
+counting from 1), values are bytes. The writer gives an LMDB its name when it is complete; the reader opens on first
+use, so that it can be handed to worker processes that are forked or spawned.
 """
 
 import contextlib
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import shutil
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,7 @@ from utils import UserError
 NUM_SAMPLES = "num-samples"
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
-PARTIAL_SUFFIX = ".partial"  # what is being written; never taken for an LMDB by find_lmdbs
-MOST_SAMPLES = sys.maxsize  # what len() can tell
+PARTIAL_SUFFIX = ".partial"  # of an LMDB that is being written
 
 _IDENTITY_FILE = "identity.txt"
 _WRITER_LOCK_FILE = "writer.lock"
@@ -34,28 +34,28 @@ _COMMIT_ENTRIES = 4096
 
 
 def image_key(index: int) -> str:
-    """Key of the encoded image of sample `index`, counted from 1."""
+    """Return the key of the encoded image of sample `index`, counted from 1."""
     return f"image-{index:09d}"
 
 
 def label_key(index: int) -> str:
-    """Key of the UTF-8 text of sample `index`, counted from 1."""
+    """Return the key of the UTF-8 text of sample `index`, counted from 1."""
     return f"label-{index:09d}"
 
 
 def mask_key(index: int) -> str:
-    """Key of the mask of sample `index` in an LMDB that holds images and masks together, counted from 1."""
+    """Return the key of the mask of sample `index`, from 1, in an LMDB that holds images and masks together."""
     return f"mask-{index:09d}"
 
 
 def is_lmdb(path: str | os.PathLike) -> bool:
-    """Whether `path` is a folder with a finished LMDB in it."""
+    """Tell whether `path` is a folder with a finished LMDB in it."""
     path = Path(path)
     return not path.name.endswith(PARTIAL_SUFFIX) and (path / DATA_FILE).is_file()
 
 
 def find_lmdbs(root: str | os.PathLike) -> list[Path]:
-    """The LMDBs of `root`: itself if it is one, else every one below it, sorted by path; unfinished ones are left out.
+    """Return `root` if it is an LMDB, else every finished one below it, sorted by path.
 
     Raises UserError when `root` does not exist or holds none.
     """
@@ -78,19 +78,18 @@ def find_lmdbs(root: str | os.PathLike) -> list[Path]:
 
 
 class LmdbWriter:
-    """Writes an LMDB in batches of transactions to `<path>.partial` and gives it its name when it is whole.
+    """Writes an LMDB in batches of transactions to `<path>.partial` and gives it its name when it is complete.
 
     Used as a context manager. Leaving the block normally commits, flushes to the disk and renames; leaving it by an
     exception removes the partial folder and leaves whatever was at `path` as it was.
 
     Args:
         path: folder to make; its parents are made too.
-        overwrite: replace an LMDB that exists at `path` (in one step, at the end) instead of raising UserError. What
-            is not an LMDB is never replaced. A partial folder of an earlier run is discarded.
-        resumable: keep the partial folder after an interruption, a kill included, and go on with it when the same path
-            is written again: what was committed is found by `get` and `in`, `resumed` tells that there is some. Each
-            commit is flushed to the disk.
-        identity: with `resumable`, a text that names input and settings; a partial folder with another one is refused.
+        overwrite: replace an LMDB that exists at `path` (in one step, at the end) instead of raising UserError; nothing
+            but an LMDB is ever replaced. The partial folder of an earlier run is discarded.
+        identity: a text that names input and settings. With one, the partial folder is kept after an interruption, even
+            by SIGKILL, and a writer of the same path and identity goes on with it: `get` and `in` find what was
+            committed, and `resumed` is true. Each commit is flushed to the disk. None: nothing is kept.
         in_order: the keys come in ascending order, each once: LMDB then fills its pages, which makes the file a quarter
             smaller.
 
@@ -103,36 +102,32 @@ class LmdbWriter:
         path: str | os.PathLike,
         *,
         overwrite: bool = False,
-        resumable: bool = False,
-        identity: str = "",
+        identity: str | None = None,
         in_order: bool = False,
     ) -> None:
         self.path = Path(os.path.abspath(path))
-        self.overwrite = overwrite
-        self.resumable = resumable
-        self.in_order = in_order
         self.partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        self.overwrite = overwrite
+        self.identity = identity
+        self.in_order = in_order
         self.resumed = False
-        self.count = 0  # samples added by `append`
         self._pending: dict[bytes, bytes] = {}
         self._pending_bytes = 0
         self._environment: lmdb.Environment | None = None
         self._check_target()
-        with self._clear_errors():
+        with self._explained_errors():
             self._lock = self._claim_partial()
             try:
-                self._prepare_partial(identity)
-                self._environment = self._open_partial()
+                self._open_partial()
             except BaseException:
-                self._abandon()
+                self._leave()
                 raise
-        stored = self.get(NUM_SAMPLES)
-        self.count = int(stored) if stored else 0
+        self.count = int(self.get(NUM_SAMPLES) or 0)  # samples added by `append`
 
     def __enter__(self) -> "LmdbWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: Any) -> None:
         if kind is None:
             self.close()
         else:
@@ -142,7 +137,7 @@ class LmdbWriter:
         return self.get(key) is not None
 
     def get(self, key: str) -> bytes | None:
-        """The value put under `key` by this run or by the one that it resumes, None when there is none."""
+        """Return the value put under `key` by this run or by the one that it resumes, None when there is none."""
         name = key.encode()
         if name in self._pending:
             return self._pending[name]
@@ -154,17 +149,13 @@ class LmdbWriter:
         self._add({key: value})
 
     def append(self, image: bytes, label: bytes | str | None = None, mask: bytes | None = None) -> int:
-        """Store the next sample and return its index, counted from 1.
-
-        No commit comes between its parts and `num-samples`: what is committed are whole samples.
-        """
+        """Store the next sample and return its index, counted from 1; a commit never cuts a sample in two."""
         self.count += 1
         parts = {image_key(self.count): image, mask_key(self.count): mask, label_key(self.count): label}
         self._add({NUM_SAMPLES: str(self.count)} | {key: part for key, part in parts.items() if part is not None})
         return self.count
 
     def _add(self, entries: dict[str, bytes | str]) -> None:
-        """Store entries in one transaction, which comes when much is pending."""
         for key, value in entries.items():
             data = value.encode() if isinstance(value, str) else bytes(value)
             self._pending[key.encode()] = data
@@ -173,19 +164,17 @@ class LmdbWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Write what is pending in one transaction, all of it or nothing."""
-        if not self._pending:
-            return
+        """Write what is pending in one transaction."""
         entries = sorted(self._pending.items())  # LMDB writes neighbours faster
-        with self._clear_errors():
-            while True:
+        with self._explained_errors():
+            while entries:
                 try:
                     with self._environment.begin(write=True) as transaction:
                         for key, value in entries:
                             transaction.put(key, value, append=self.in_order)
                     break
                 except lmdb.MapFullError:
-                    self._grow()
+                    self._environment.set_mapsize(2 * self._environment.info()["map_size"])
         self._pending.clear()
         self._pending_bytes = 0
 
@@ -195,23 +184,24 @@ class LmdbWriter:
             return
         try:
             self.commit()
-            with self._clear_errors():
+            with self._explained_errors():
                 self._environment.sync(True)
                 self._close_environment()
                 self._rename()
         except BaseException:
-            self._abandon()
+            self._leave()
             raise
+        os.close(self._lock)
 
     def abort(self) -> None:
-        """Stop without a result: the partial folder is removed, or committed and kept when `resumable`."""
+        """Stop without a result; with an identity, what is pending is committed and the partial folder kept."""
         if self._environment is None:
             return
         try:
-            if self.resumable:
+            if self.identity is not None:
                 self.commit()
         finally:
-            self._abandon()
+            self._leave()
 
     def _check_target(self) -> None:
         """Raise UserError unless the result may take the name `path`."""
@@ -228,7 +218,7 @@ class LmdbWriter:
             raise UserError(f"{self.path}: exists already; choose another output or replace it with --overwrite")
 
     def _claim_partial(self) -> int:
-        """Make the partial folder, or take the one to resume, and lock it against other processes; returns the lock."""
+        """Make the partial folder, or take the one to resume, and lock it against other processes; return the lock."""
         self.partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.partial / _WRITER_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -238,38 +228,26 @@ class LmdbWriter:
             raise UserError(f"{self.path}: another process is writing it; wait or choose another output") from None
         return lock
 
-    def _prepare_partial(self, identity: str) -> None:
-        """Empty the partial folder, or make sure that it is the one to go on with."""
-        identity_file = self.partial / _IDENTITY_FILE
-        data_file = self.partial / DATA_FILE
-        if not (self.resumable and not self.overwrite and data_file.exists()):
+    def _open_partial(self) -> None:
+        """Open the LMDB of the partial folder, emptied unless it is the one to go on with."""
+        data_file, identity_file = self.partial / DATA_FILE, self.partial / _IDENTITY_FILE
+        self.resumed = self.identity is not None and not self.overwrite and data_file.exists()
+        if not self.resumed:
             data_file.unlink(missing_ok=True)
-            identity_file.write_text(identity, encoding="utf-8")
-            return
-        found = identity_file.read_text(encoding="utf-8") if identity_file.exists() else ""
-        if found != identity:
+            identity_file.write_text(self.identity or "", encoding="utf-8")
+        elif (found := identity_file.read_text(encoding="utf-8") if identity_file.exists() else "") != self.identity:
             raise UserError(
                 f"{self.partial}: was begun with other input or settings ({found or 'none named'}); "
                 "remove it or start anew with --overwrite"
             )
-        self.resumed = True
-
-    def _open_partial(self) -> lmdb.Environment:
-        size = (self.partial / DATA_FILE).stat().st_size if self.resumed else 0
+        size = max(_FIRST_MAP_SIZE, 2 * data_file.stat().st_size if self.resumed else 0)
+        flushed = self.identity is not None
         try:
-            return lmdb.open(
-                str(self.partial),
-                map_size=max(_FIRST_MAP_SIZE, 2 * size),
-                lock=False,
-                sync=self.resumable,
-                metasync=False,
-                readahead=False,
+            self._environment = lmdb.open(
+                str(self.partial), map_size=size, lock=False, sync=flushed, metasync=False, readahead=False
             )
         except (lmdb.InvalidError, lmdb.CorruptedError) as error:
             raise UserError(f"{self.partial}: is damaged ({error}); remove it and run again") from error
-
-    def _grow(self) -> None:
-        self._environment.set_mapsize(2 * self._environment.info()["map_size"])
 
     def _close_environment(self) -> None:
         if self._environment is not None:
@@ -286,73 +264,37 @@ class LmdbWriter:
             (self.partial / _IDENTITY_FILE).unlink()
             (self.partial / _WRITER_LOCK_FILE).unlink()
             os.rename(self.partial, self.path)
-        _flush_folder(self.path)
-        _flush_folder(self.path.parent)
+
+    def _leave(self) -> None:
+        """Close everything; the partial folder is kept only when it can be resumed."""
+        self._close_environment()
+        if self.identity is None:
+            shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self._lock)
 
-    def _abandon(self) -> None:
-        """Close everything; the partial folder stays only when it can be resumed."""
-        self._close_environment()
-        if not self.resumable:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.close(self._lock)
-
     @contextlib.contextmanager
-    def _clear_errors(self) -> Iterator[None]:
+    def _explained_errors(self) -> Iterator[None]:
         """Turn write errors of the system and of LMDB into a UserError that names the output and the room left."""
         try:
             yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise UserError(f"{self.path}: {self._full_message()}") from error
-            raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
-        except lmdb.MapFullError:
-            raise
-        except lmdb.Error as error:
-            raise UserError(f"{self.path}: cannot be written ({error}); {self._full_message()}") from error
-
-    def _full_message(self) -> str:
-        folder = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
-        free = shutil.disk_usage(folder).free / 2**20
-        kept = "what was committed is kept, run again to go on" if self.resumable else "nothing was left behind"
-        return f"the disk is full or a file size limit was met ({free:.0f} MiB free); make room ({kept})"
+        except (OSError, lmdb.Error) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+            folder = next(parent for parent in self.path.parents if parent.exists())
+            kept = "nothing was left behind" if self.identity is None else "what was committed is kept, run again"
+            raise UserError(
+                f"{self.path}: cannot be written ({error}); the disk is full or a file size limit was met "
+                f"({shutil.disk_usage(folder).free / 2**20:.0f} MiB free); make room ({kept})"
+            ) from error
 
 
-def _flush_folder(path: Path) -> None:
-    """Make a rename inside `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class _SharedEnvironment:
-    """One open LMDB of this process; py-lmdb refuses to open the same folder twice, so readers of one path share it."""
-
-    def __init__(self, path: str) -> None:
-        self.process = os.getpid()
-        self.environment = lmdb.open(
-            path, readonly=True, create=False, lock=False, readahead=False, meminit=False, max_spare_txns=16
-        )
-
-
-_shared_environments: "weakref.WeakValueDictionary[str, _SharedEnvironment]" = weakref.WeakValueDictionary()
-
-
-def _close_inherited() -> None:
-    """In a forked child: close what the parent had open, so that the child opens its own."""
-    for shared in list(_shared_environments.values()):
-        shared.environment.close()
-    _shared_environments.clear()
-
-
-os.register_at_fork(after_in_child=_close_inherited)
+# The open LMDBs of this process: py-lmdb refuses to open one twice, so readers of one path share it. Forked workers use
+# what their parent had open, which is safe without LMDB's lock file.
+_environments: "weakref.WeakValueDictionary[str, lmdb.Environment]" = weakref.WeakValueDictionary()
 
 
 class LmdbReader:
-    """Reads an LMDB; opened on first use, opened anew in a forked or spawned process, cheap to pickle.
+    """Reads an LMDB; opened on first use, works in forked and spawned processes, cheap to pickle.
 
     Any number of readers may read one folder at once; they share one map. Raises UserError on first use when the folder
     is missing, is no LMDB or was cut short.
@@ -360,92 +302,78 @@ class LmdbReader:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._shared: _SharedEnvironment | None = None
+        self._environment: lmdb.Environment | None = None
 
     def __repr__(self) -> str:
         return f"LmdbReader({str(self.path)!r})"
 
-    def __enter__(self) -> "LmdbReader":
-        return self
-
-    def __exit__(self, *_details: Any) -> None:
-        self.close()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_shared": None}
+        return {"path": self.path, "_environment": None}
 
     def __len__(self) -> int:
-        """The number stored under `num-samples`."""
+        """Return the number stored under `num-samples`."""
         stored = self.get(NUM_SAMPLES)
+        mend = "mend it with tools/check_lmdb.py --fix"
         if stored is None:
-            raise UserError(f"{self.path}: has no {NUM_SAMPLES}; mend it with tools/check_lmdb.py --fix")
-        try:
-            count = int(stored)
-        except ValueError:
-            count = -1
-        if not 0 <= count <= MOST_SAMPLES:
-            raise UserError(
-                f"{self.path}: {NUM_SAMPLES} is {stored[:20]!r}, not a number of samples; "
-                "mend it with tools/check_lmdb.py --fix"
-            )
-        return count
+            raise UserError(f"{self.path}: has no {NUM_SAMPLES}; {mend}")
+        if not stored.strip().isdigit() or len(stored) > 18:  # more than `len` can tell
+            raise UserError(f"{self.path}: {NUM_SAMPLES} is {stored[:20]!r}, not a number of samples; {mend}")
+        return int(stored)
 
     def __bool__(self) -> bool:
-        """Always true: a reader is something even where its LMDB has no sample."""
+        """Return true: a reader is something even where its LMDB has no sample."""
         return True
 
     def get(self, key: str) -> bytes | None:
-        """The value of `key`, None when it is not there."""
-        with self.environment.begin() as transaction:
+        """Return the value of `key`, None when it is not there."""
+        with self.transaction() as transaction:
             return transaction.get(key.encode())
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        """Every key that begins with `prefix`, in order; bytes that are not UTF-8 are shown escaped."""
+        """Yield every key that begins with `prefix`, in order; bytes that are not UTF-8 are shown escaped."""
         start = prefix.encode()
-        with self.environment.begin(buffers=False) as transaction, transaction.cursor() as cursor:
+        with self.transaction() as transaction, transaction.cursor() as cursor:
             if cursor.set_range(start):
                 for key in cursor.iternext(keys=True, values=False):
                     if not key.startswith(start):
                         return
                     yield key.decode(errors="backslashreplace")
 
-    @contextlib.contextmanager
-    def transaction(self, *, buffers: bool = False) -> Iterator[lmdb.Transaction]:
-        """A read transaction for many reads; with `buffers` values are memoryviews, valid inside the block only."""
-        with self.environment.begin(buffers=buffers) as transaction:
-            yield transaction
+    def fingerprint(self, *settings: Any) -> str:
+        """Return 16 characters that name the file as it is now, with settings that a result made of it depends on."""
+        path = (self.path / DATA_FILE).resolve()
+        status = path.stat()
+        parts = [str(path), status.st_size, status.st_mtime_ns, *settings]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    @property
-    def environment(self) -> lmdb.Environment:
-        """The open LMDB of this process."""
-        if self._shared is None or self._shared.process != os.getpid():
-            self._shared = self._open()
-        return self._shared.environment
+    def transaction(self, *, buffers: bool = False) -> lmdb.Transaction:
+        """Begin a read transaction, a context manager; with `buffers`, values are memoryviews valid inside it only."""
+        if self._environment is None:
+            self._environment = self._open()
+        return self._environment.begin(buffers=buffers)
 
     def close(self) -> None:
         """Let go of the file; the next use opens it again."""
-        self._shared = None
+        self._environment = None
 
-    def _open(self) -> _SharedEnvironment:
+    def _open(self) -> lmdb.Environment:
         name = os.path.realpath(self.path)
-        shared = _shared_environments.get(name)
-        if shared is not None:
-            return shared
-        if not self.path.is_dir() or not (self.path / DATA_FILE).is_file():
+        if name in _environments:
+            return _environments[name]
+        if not (self.path / DATA_FILE).is_file():
             raise UserError(f"{self.path}: is not an LMDB (a folder with {DATA_FILE}); check the path")
         try:
-            shared = _SharedEnvironment(name)
+            environment = lmdb.open(
+                name, readonly=True, create=False, lock=False, readahead=False, meminit=False, max_spare_txns=16
+            )
         except lmdb.Error as error:
             raise UserError(f"{self.path}: cannot be opened as an LMDB ({error}); copy or make it again") from error
-        self._check_size(shared.environment)
-        _shared_environments[name] = shared
-        return shared
-
-    def _check_size(self, environment: lmdb.Environment) -> None:
-        """Refuse a file that was cut short: reading past its end would kill the process with a bus error."""
+        # Reading past the end of a file that was cut short would kill the process with a bus error.
         expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         size = (self.path / DATA_FILE).stat().st_size
         if size < expected:
             raise UserError(
                 f"{self.path}: {DATA_FILE} has {size} of {expected} bytes, it was cut short; copy or make it again"
             )
+        _environments[name] = environment
+        return environment

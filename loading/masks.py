@@ -1,7 +1,6 @@
-"""Where the masks of words come from: an LMDB that pairs with the images', or a segmentation network on the spot."""
+"""Gives the masks of words: from the mask LMDB that belongs to their LMDB, or from a segmentation network, online."""
 
-import hashlib
-import json
+import functools
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import cv2
 import numpy as np
 
 from loading.decoding import BrokenImageError, ImageArray, Mask, decode_image, decode_mask
-from loading.lmdb_io import DATA_FILE, LmdbReader, find_lmdbs, image_key, is_lmdb, label_key
+from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, is_lmdb, label_key
 from utils import UserError
 
 MASK_MISSING = "mask_missing"
@@ -25,13 +24,13 @@ MakeMasks = Callable[[list[ImageArray]], Sequence[Mask]]
 
 
 class MaskSource(Protocol):
-    """Gives the masks of the words of one image LMDB."""
+    """Gives the masks of the words of an image LMDB."""
 
     def check(self, words: LmdbReader, numbers: np.ndarray) -> None:
         """Raise UserError unless masks and images belong together; `numbers` are the samples that will be read."""
 
     def read(self, words: LmdbReader, numbers: Sequence[int], images: Sequence[ImageArray]) -> list[Mask | str]:
-        """The mask of each image, of its size, or the reason why there is none."""
+        """Return the mask of each image, of its size, or the reason why there is none."""
 
 
 class LmdbMasks:
@@ -77,8 +76,8 @@ class LmdbMasks:
             return [_decoded(transaction.get(image_key(number).encode()), image) for number, image in pairs]
 
 
-def _decoded(data: memoryview | None, image: ImageArray) -> Mask | str:
-    """A mask of the size of its image, or the reason why there is none."""
+def _decoded(data: bytes | memoryview | None, image: ImageArray) -> Mask | str:
+    """Return a mask of the size of its image, or the reason why there is none."""
     if data is None:
         return MASK_MISSING
     try:
@@ -95,7 +94,7 @@ class OnlineMasks:
         segmenter: images -> their masks, 8 bits, of the same sizes; it is called once for the words of a batch.
         cache_dir: folder of a file that keeps each mask as PNG, shared by all worker processes and by later runs;
             None makes every mask anew.
-        fingerprint: what the masks depend on beside the image (weights, areas); names the file.
+        fingerprint: names what the masks depend on beside the image (weights, areas).
     """
 
     def __init__(self, segmenter: MakeMasks, *, cache_dir: str | Path | None = None, fingerprint: str = "") -> None:
@@ -104,80 +103,49 @@ class OnlineMasks:
         self.segmenter = segmenter
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.fingerprint = fingerprint
-        self._stores: dict[Path, MaskStore] = {}
 
     def check(self, words: LmdbReader, numbers: np.ndarray) -> None:
-        """Nothing to compare: the masks are made of the images."""
+        """Do nothing: the masks are made of the images."""
 
     def read(self, words: LmdbReader, numbers: Sequence[int], images: Sequence[ImageArray]) -> list[Mask | str]:
-        """Look masks up, make those that are not there in one call, and keep them."""
-        store = self._store(words)
-        masks: dict[int, Mask | str] = {}
-        for number, data in (store.get(numbers) if store else {}).items():
-            masks[number] = _decoded(memoryview(data), images[numbers.index(number)])
-        wanted = [place for place, number in enumerate(numbers) if not isinstance(masks.get(number), np.ndarray)]
-        if wanted:
-            made = self.segmenter([images[place] for place in wanted])
-            fresh = {numbers[place]: mask for place, mask in zip(wanted, made, strict=True)}
-            if store:
-                store.put({number: cv2.imencode(".png", mask)[1].tobytes() for number, mask in fresh.items()})
-            masks.update(fresh)
+        """Look masks up, make the others in one call, and keep them."""
+        store, masks = None, {}
+        if self.cache_dir is not None:
+            name = f"masks-{words.path.name}-{words.fingerprint(self.fingerprint)}.sqlite"
+            store = _open_store(self.cache_dir / name, os.getpid())
+            rows = store.execute(f"SELECT * FROM masks WHERE number IN ({','.join('?' * len(numbers))})", list(numbers))
+            masks = {number: _decoded(data, images[numbers.index(number)]) for number, data in rows}
+        missing = [place for place, number in enumerate(numbers) if not isinstance(masks.get(number), np.ndarray)]
+        if missing:
+            made = self.segmenter([images[place] for place in missing])
+            fresh = {numbers[place]: mask for place, mask in zip(missing, made, strict=True)}
+            if store is not None:
+                encoded = [(number, cv2.imencode(".png", mask)[1].tobytes()) for number, mask in fresh.items()]
+                with store:
+                    store.executemany("INSERT OR REPLACE INTO masks VALUES (?, ?)", encoded)
+            masks |= fresh
         return [masks[number] for number in numbers]
 
-    def _store(self, words: LmdbReader) -> "MaskStore | None":
-        if self.cache_dir is None:
-            return None
-        if words.path not in self._stores:
-            data = (words.path / DATA_FILE).resolve()
-            status = data.stat()
-            parts = [str(data), status.st_size, status.st_mtime_ns, self.fingerprint]
-            digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-            self._stores[words.path] = MaskStore(self.cache_dir / f"masks-{words.path.name}-{digest}.sqlite")
-        return self._stores[words.path]
 
-
-class MaskStore:
-    """Number of a word -> PNG of its mask, in a file that many processes share; each opens it on first use."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._process = -1
-        self._connection: sqlite3.Connection | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_process": -1, "_connection": None}
-
-    def get(self, numbers: Sequence[int]) -> dict[int, bytes]:
-        """What is kept of some numbers."""
-        places = ",".join("?" * len(numbers))
-        rows = self._open().execute(f"SELECT number, png FROM masks WHERE number IN ({places})", list(numbers))
-        return dict(rows.fetchall())
-
-    def put(self, masks: dict[int, bytes]) -> None:
-        """Keep some masks, in one transaction."""
-        with self._open() as connection:
-            connection.executemany("INSERT OR REPLACE INTO masks VALUES (?, ?)", masks.items())
-
-    def _open(self) -> sqlite3.Connection:
-        if self._process != os.getpid():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._inherited = self._connection  # of the process that forked this one: closing it here would spoil it
-            self._connection = sqlite3.connect(self.path, timeout=60)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=OFF")  # a lost mask is made again
-            self._connection.execute("CREATE TABLE IF NOT EXISTS masks (number INTEGER PRIMARY KEY, png BLOB)")
-            self._process = os.getpid()
-        return self._connection
+@functools.cache
+def _open_store(path: Path, _process: int) -> sqlite3.Connection:
+    """Open the file of kept masks; a forked process opens its own. LMDB's writer would lock the others out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store = sqlite3.connect(path, timeout=60)
+    store.execute("PRAGMA journal_mode=WAL")
+    store.execute("PRAGMA synchronous=OFF")  # a lost mask is made again
+    store.execute("CREATE TABLE IF NOT EXISTS masks (number INTEGER PRIMARY KEY, png BLOB)")
+    return store
 
 
 def find_mask_lmdb(mask_root: str | Path, image_root: str | Path, image_lmdb: str | Path) -> Path:
-    """The mask LMDB of an image LMDB that was found below `image_root`: `<mask_root>/X` for `<root of images>/X`.
+    """Find the mask LMDB of an image LMDB that was found below `image_root`: `<mask_root>/X` for `<root of images>/X`.
 
     The root of images is `image_root`, or its parent (`image_root` is then itself the set, or a folder of a larger
-    tree). A `mask_root` that is itself an LMDB serves the only image LMDB.
+    tree). A `mask_root` that is itself an LMDB serves a single image LMDB.
 
     Raises:
-        UserError: none of these is there; names the first place.
+        UserError: none of these exists; names the first place.
     """
     mask_root, image_root, image_lmdb = Path(mask_root), Path(image_root), Path(image_lmdb)
     relative = image_lmdb.relative_to(image_root)
@@ -190,5 +158,5 @@ def find_mask_lmdb(mask_root: str | Path, image_root: str | Path, image_lmdb: st
             return candidate
     raise UserError(
         f"{candidates[0]}: no mask LMDB for {image_lmdb}; make it with tools/create_masks.py, set "
-        "dataset.masks.root, or let SSN make masks on the spot (dataset.masks.source=online)"
+        "dataset.masks.root, or let an SSN make masks online (dataset.masks.source=online)"
     )

@@ -1,8 +1,7 @@
-"""Which samples come when: sample keys, the random generator of each sample, and samplers that can be resumed."""
+"""Decides which samples come when: sample keys, the generator of each sample, and samplers that can be resumed."""
 
-import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +11,7 @@ from utils import UserError
 
 
 class SampleKey(NamedTuple):
-    """What a data set is asked for: sample `index` as it comes in `epoch`. A plain index means epoch 0.
-
-    `progress` is the part of the run that is done when the sample comes, 0 to 1.
-    """
+    """Names sample `index` as it comes in `epoch`, at `progress` (0 to 1) of the run. A plain index means epoch 0."""
 
     epoch: int
     index: int
@@ -23,50 +19,31 @@ class SampleKey(NamedTuple):
 
 
 def as_key(key: "SampleKey | int") -> SampleKey:
-    """A sample key of what a data set was indexed with."""
+    """Return what a data set was indexed with as a sample key."""
     return key if isinstance(key, SampleKey) else SampleKey(0, int(key))
 
 
 class SampleGenerators:
-    """The random generator of every sample, a function of (seed, stream, epoch, index) alone.
+    """Gives the random generator of each sample: a function of (seed, stream, epoch, index) alone.
 
-    Philox counts: the four numbers choose a place in its sequence, so that there is nothing to mix and no two samples
-    share numbers. One generator is set to the place of each sample, which takes a sixth of the time of making one.
+    Philox counts: the four numbers choose a place in its sequence, so that no two samples share random numbers. One
+    generator is moved to the place of each sample, which takes a tenth of the time of making one.
 
     Args:
         seed: of the run, not negative.
-        stream: what tells data sets with equal indices apart.
+        stream: tells data sets with equal indices apart.
     """
 
     def __init__(self, seed: int, stream: int = 0) -> None:
-        self.seed = seed
         self.stream = stream
-        self._philox = np.random.Philox(key=0)
-        self._generator = np.random.Generator(self._philox)
-        self._counter = np.array([0, stream, 0, 0], np.uint64)
-        self._start = {
-            "bit_generator": "Philox",
-            "state": {"counter": self._counter, "key": np.array([seed, 0], np.uint64)},
-            "buffer": np.zeros(4, np.uint64),
-            "buffer_pos": 4,  # nothing is left in it
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
-
-    def __getstate__(self) -> dict[str, int]:
-        return {"seed": self.seed, "stream": self.stream}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.__init__(**state)
+        self._generator = np.random.Generator(np.random.Philox(key=seed))
+        self._start = self._generator.bit_generator.state
 
     def at(self, key: SampleKey) -> np.random.Generator:
-        """The generator of one sample; the next call sets the same object to another one."""
-        self._counter[2], self._counter[3] = key.index, key.epoch
-        self._philox.state = self._start
+        """Return the generator of one sample; the next call moves the same object to another one."""
+        self._start["state"]["counter"] = np.array([0, self.stream, key.index, key.epoch], np.uint64)
+        self._generator.bit_generator.state = self._start
         return self._generator
-
-
-_CHUNK = 1 << 16  # batches that are counted at once
 
 
 class ResumableBatchSampler(Sampler[list[SampleKey]]):
@@ -79,8 +56,8 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         length: samples of the data set.
         batch_size: samples of a global batch, over all processes.
         seed: of the order.
-        shuffle: draw a new order for every epoch; else samples come in theirs.
-        drop_last: leave out the last, smaller batch of an epoch. An epoch that has no whole batch keeps its only one.
+        shuffle: sample a new order for every epoch; else samples come in their own.
+        drop_last: leave out the last, smaller batch of an epoch. An epoch with less than a batch keeps that one.
         rank, world_size: which part of each batch is this process's.
         run_batches: global batches of the run, for the keys' `progress`; None leaves that at 0.
 
@@ -119,12 +96,12 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         self.batch = 0
 
     def set_position(self, epoch: int, batch: int) -> None:
-        """Let the next iteration begin with batch `batch` of epoch `epoch`, both counted from 0."""
+        """Start the next iteration with batch `batch` of epoch `epoch`, both counted from 0."""
         self.epoch = epoch + batch // len(self)
         self.batch = batch % len(self)
 
     def __len__(self) -> int:
-        """Batches of one epoch."""
+        """Return the number of batches in an epoch."""
         whole, rest = divmod(self.length, self.batch_size)
         return max(whole, 1) if self.drop_last or not rest else whole + 1
 
@@ -140,18 +117,18 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
             epoch, batch = epoch + 1, 0
 
     def _progress(self, batches: np.ndarray | int) -> np.ndarray:
-        """The part of the run that is done after some global batches."""
+        """Return the part of the run that is done after some global batches, 0 to 1."""
         return np.minimum(np.asarray(batches) / (self.run_batches or np.inf), 1.0)
 
     def _batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
-        """The global batches of an epoch from number `first` on: epoch and index of each sample (n, 2)."""
+        """Yield the global batches of an epoch from number `first` on: epoch and index of each sample (n, 2)."""
         order = self._order(self.length, epoch)
         for batch in range(first, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield np.stack([np.full_like(indices, epoch), indices], axis=1)
 
     def _order(self, length: int, *numbers: int) -> np.ndarray:
-        """Indices (length,) in the order that the seed and some numbers decide."""
+        """Return indices (length,) in the order that the seed and some numbers decide."""
         order = np.arange(length, dtype=np.int32 if length < 1 << 31 else np.int64)
         if self.shuffle:
             np.random.Generator(np.random.PCG64([self.seed, *numbers])).shuffle(order)
@@ -164,16 +141,16 @@ _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are as even between 0 and 1 as
 class MixtureBatchSampler(ResumableBatchSampler):
     """Endless batches of several data sets, each with a share of every global batch.
 
-    In a batch a set has its share to within one sample, and over many batches to within a few. A set is passed through
-    in an order of its own, all of it before any of it comes again; the epoch in a key is the number of the pass. What
-    comes when depends on seed, lengths, shares, `batch_size` and `run_batches` only.
+    In a batch a set has its share to within one sample, and over many batches to within a few. Each set has an order of
+    its own, and all of it comes before any of it comes again; the epoch in a key is the number of that pass. What comes
+    when depends on seed, lengths, shares, `batch_size` and `run_batches` only.
 
     Args:
         lengths: samples of each set; the indices of keys go on from one to the next.
         shares: of each set, at the start and at the end of the run, between which it changes linearly; they are divided
             by their sum.
         length: samples of an epoch; None takes all sets' together.
-        batch_size, seed, rank, world_size, run_batches: as of ResumableBatchSampler.
+        batch_size, seed, rank, world_size, run_batches: as for ResumableBatchSampler.
 
     Raises:
         UserError: a set with a share is empty, or a global batch cannot be shared evenly.
@@ -204,17 +181,16 @@ class MixtureBatchSampler(ResumableBatchSampler):
 
     def _batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
         number = epoch * len(self)
-        chunks = np.split(np.arange(number), range(_CHUNK, number, _CHUNK))
-        drawn = sum(self._counts(chunk).sum(0) for chunk in chunks)  # of each set before this epoch
-        counts = self._counts(np.arange(number, number + len(self)))
-        drawn = drawn + np.cumsum(counts, axis=0) - counts  # before each batch
+        counts = self._counts(np.arange(number + len(self)))  # of each set in every batch from the first epoch's on
+        drawn = np.cumsum(counts, axis=0) - counts  # before each batch
         for batch in range(first, len(self)):
-            parts = [self._part(*each) for each in zip(itertools.count(), drawn[batch], counts[batch], strict=False)]
+            row = number + batch
+            parts = [self._part(place, drawn[row, place], counts[row, place]) for place in range(len(self.lengths))]
             samples = np.concatenate(parts)
             yield samples[self._order(len(samples), epoch, batch, 1)]
 
     def _counts(self, batches: np.ndarray) -> np.ndarray:
-        """Samples of each set in some global batches: (n, sets), rows add up to `batch_size`."""
+        """Return the samples of each set in some global batches: (n, sets), rows add up to `batch_size`."""
         progress = self._progress(batches)[:, None]
         shares = (1 - progress) * self.shares[:, 0] + progress * self.shares[:, 1]
         edges = np.cumsum(shares, axis=1) * self.batch_size
@@ -224,7 +200,7 @@ class MixtureBatchSampler(ResumableBatchSampler):
         return np.diff(edges, axis=1, prepend=0)
 
     def _part(self, place: int, drawn: int, count: int) -> np.ndarray:
-        """Pass and index (count, 2) of the next samples of a set of which `drawn` have come."""
+        """Return pass and index (count, 2) of the next samples of a set of which `drawn` have come."""
         if not count:
             return np.empty((0, 2), np.int64)
         passes, places = np.divmod(np.arange(drawn, drawn + count), self.lengths[place])
@@ -238,7 +214,7 @@ class MixtureBatchSampler(ResumableBatchSampler):
 
 
 class ShardedSampler(Sampler[SampleKey]):
-    """Every sample once, in order, over all processes: this one's contiguous share; shares may differ by a sample."""
+    """Gives each sample once, in order, over all processes: this one's contiguous share, equal to within a sample."""
 
     def __init__(self, length: int, *, rank: int = 0, world_size: int = 1) -> None:
         self.first = rank * length // world_size
@@ -249,33 +225,3 @@ class ShardedSampler(Sampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         return (SampleKey(0, index) for index in range(self.first, self.end))
-
-
-class EqualSizeBatchSampler(Sampler[list[SampleKey]]):
-    """Every sample once over all processes, in batches of samples of equal size.
-
-    Images are read at their own size in evaluation; padding them to a common one would change what a network sees.
-
-    Args:
-        length: samples of the data set.
-        size: index -> size of a sample, anything that can be compared; only asked for this process's samples.
-        batch_size: most samples of one batch.
-    """
-
-    def __init__(
-        self, length: int, size: Callable[[int], Hashable], batch_size: int, *, rank: int = 0, world_size: int = 1
-    ) -> None:
-        groups: dict[Hashable, list[int]] = {}
-        for key in ShardedSampler(length, rank=rank, world_size=world_size):
-            groups.setdefault(size(key.index), []).append(key.index)
-        self.batches = [
-            [SampleKey(0, index) for index in group[start : start + batch_size]]
-            for group in groups.values()
-            for start in range(0, len(group), batch_size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        return iter(self.batches)

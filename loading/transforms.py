@@ -1,4 +1,4 @@
-"""Geometry that images and masks share, and how both get the network's size.
+"""Moves images and masks together, and brings both to the network's size.
 
 Images are RGB, uint8, (H, W, 3); masks are grey, uint8, (H, W), 255 = text, and of the size of their image. Both are
 moved with one matrix and one border rule. Matrices map points of the source to points of the result, in continuous
@@ -19,7 +19,7 @@ MAX_SIDE = 4096  # pixels; larger images are brought down to it first (OpenCV's 
 
 
 def fit_canvas(matrix: np.ndarray, size: Size, *, max_side: int = MAX_SIDE) -> tuple[np.ndarray, Size]:
-    """Move the result of `matrix` to the origin and give the size that holds all of it.
+    """Move the result of `matrix` to the origin and return the size that holds all of it.
 
     Args:
         size: height and width of the source.
@@ -68,7 +68,7 @@ def resize(image: np.ndarray, size: Size) -> np.ndarray:
 def warp_pair(
     image: ImageArray, mask: Mask | None, matrix: np.ndarray, size: Size, interpolation: int
 ) -> tuple[ImageArray, Mask | None]:
-    """`warp` of an image and its mask, alike to the last pixel."""
+    """Warp an image and its mask in the same way, to the last pixel."""
     if mask is None:
         return warp(image, matrix, size, interpolation), None
     both = warp(cv2.merge((image, mask)), matrix, size, interpolation)  # four channels cost what three do
@@ -76,7 +76,7 @@ def warp_pair(
 
 
 def limit_size(image: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:
-    """Bring sides over `max_side` down to it, each by itself."""
+    """Shrink sides over `max_side` to it, each by itself."""
     height, width = image.shape[:2]
     if height <= max_side and width <= max_side:
         return image
@@ -92,13 +92,13 @@ class WordTransform(Protocol):
 
 
 class ResizeWord:
-    """Resize to the network's size: what evaluation does, and the end of what training does.
+    """Resizes to the network's size: all that evaluation does, and the last step of training.
 
     Args:
         size: height and width.
         fit: "stretch" to it; or keep the aspect, "centre" with the borders replicated, or at the upper "left", the rest
             black and no text.
-        random_aspect: half of the time, stretch to the whole height and a random width from the height on, centred,
+        random_aspect: half of the time, stretch to the full height and a random width from the height on, centred,
             instead; needs a generator.
     """
 
@@ -108,18 +108,18 @@ class ResizeWord:
         self.random_aspect = random_aspect
 
     def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator | None) -> tuple[ImageArray, Mask | None]:
-        size = self.draw_size(image.shape[:2], rng)
+        size = self.sample_size(image.shape[:2], rng)
         return self.place(image, size), None if mask is None else self.place(mask, size)
 
-    def draw_size(self, size: Size, rng: Generator | None) -> Size:
-        """Height and width that an image of `size` gets inside of the network's size."""
+    def sample_size(self, size: Size, rng: Generator | None) -> Size:
+        """Sample height and width that an image of `size` gets inside the network's size."""
         if self.random_aspect and rng.random() < 0.5:
             height, width = self.size
             return height, int(rng.integers(min(height, width), width + 1))
         return self.fitted(size)
 
     def fitted(self, size: Size) -> Size:
-        """As `draw_size`, without chance."""
+        """Return height and width that an image of `size` gets inside the network's size, without a random aspect."""
         if self.fit == "stretch":
             return self.size
         scale = min(self.size[0] / size[0], self.size[1] / size[1])
@@ -129,7 +129,7 @@ class ResizeWord:
         )
 
     def corner(self, size: Size) -> tuple[int, int]:
-        """Row and column of the network's input where an image that got `size` begins."""
+        """Return row and column of the network's input where an image that got `size` begins."""
         if self.fit != "centre":
             return 0, 0
         return (self.size[0] - size[0] + 1) // 2, (self.size[1] - size[1] + 1) // 2
@@ -149,7 +149,7 @@ TURNS = (0, 90, 270)  # degrees counterclockwise
 
 
 def turn(image: np.ndarray, degrees: int) -> np.ndarray:
-    """An image or mask turned counterclockwise by a multiple of 90 degrees."""
+    """Turn an image or mask counterclockwise by a multiple of 90 degrees."""
     return np.ascontiguousarray(np.rot90(image, degrees // 90)) if degrees else image
 
 
@@ -162,7 +162,7 @@ class View(NamedTuple):
 
 
 def views(image: ImageArray, mask: Mask | None, *, turn_tall: float | None = None) -> list[View]:
-    """The ways in which an image is read: as stored and, where it is tall, turned by 90 degrees both ways, too.
+    """Return the views in which an image is read: as stored and, where it is tall, turned by 90 degrees both ways.
 
     Args:
         turn_tall: height / width above which an image is tall; None for no image.

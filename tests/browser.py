@@ -39,3 +39,17 @@ def missing_images(browser) -> int:
         "  const image = new Image(); image.onload = () => resolve(0); image.onerror = () => resolve(1);"
         "  image.src = url;}))).then((bad) => done(urls.size ? bad.reduce((a, b) => a + b, 0) : -1));"
     )
+
+
+def show(browser, page: Path, *, width: int, height: int = 844) -> None:
+    """Open a page in a window, below 640 pixels of width that of a telephone."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 640},
+    )
+    browser.get(page.resolve().as_uri())
+
+
+def overflow(browser, width: int) -> int:
+    """Pixels by which the page that is shown is wider than its window."""
+    return max(browser.execute_script("return document.documentElement.scrollWidth") - width, 0)

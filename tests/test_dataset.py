@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import json
 import logging
 import pickle
 import time
@@ -13,30 +12,28 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import dataset
+from callbacks import UnreadableSamples
 from dataset import (
     JoinedDataset,
     LanguageDataset,
     RenderedDataset,
     SegmentationDataset,
-    SkipLog,
     WordDataset,
-    make_loader,
-    mutate_spelling,
     open_segmentation_datasets,
     open_word_datasets,
 )
 from evaluation.drawing import to_images
-from loading import decoding, word_index
-from loading.augmentation import AugmentWord, CropSegmentation
+from loading import word_index
+from loading.augmentation import AugmentWord, CropSegmentation, mutate_spelling
 from loading.batches import Batch, LabelRule, LanguageCollate, SegmentationCollate, Skipped, WordCollate
 from loading.charset import Charset
 from loading.lmdb_io import LmdbReader, LmdbWriter
 from loading.masks import LmdbMasks, OnlineMasks, find_mask_lmdb
-from loading.sampling import EqualSizeBatchSampler, ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler
+from loading.pairs import PairFolder
+from loading.sampling import ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler
 from loading.transforms import ResizeWord
+from loading.workers import make_loader
 from utils import UserError
 
 ALPHANUMERIC = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -126,7 +123,7 @@ class TestWords:
         assert data.describe(2).endswith("image-000000005")
         assert data.number(2) == 5
 
-    def test_a_stray_key_hides_no_word(self, tmp_path):
+    def test_a_stray_key_does_not_hide_words(self, tmp_path):
         with LmdbWriter(tmp_path / "set") as writer:
             for text in ("one", "two"):
                 writer.append(png(word_image(1)), text)
@@ -175,7 +172,7 @@ class TestFilter:
         assert "3 words" in caplog.text
         assert "5 missing" in caplog.text
 
-    def test_samples_beyond_num_samples_are_none(self, words):
+    def test_samples_beyond_num_samples_are_left_out(self, words):
         edit(words, {"num-samples": b"4"})
         data = open_set(words)
         assert len(data) == 4
@@ -186,7 +183,7 @@ class TestFilter:
         data = open_set(words)
         assert data.filtered == {"missing": 10**12 - len(WORDS)}
 
-    def test_other_keys_do_no_harm(self, words):
+    def test_unknown_keys_are_ignored(self, words):
         edit(words, {"label-12": b"x", "label-00000000x": b"y", "label-000000000": b"z", "meta": b"m", "zebra": b""})
         assert len(open_set(words)) == len(WORDS)
 
@@ -201,8 +198,7 @@ class TestFilter:
         assert LabelRule(mixed).normalize("aBc!") == "abc"
         assert LabelRule(mixed).normalize("İ") == ""
 
-    def test_array_judgement_equals_one_by_one(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(word_index, "_CHUNK", 7)
+    def test_filter_judges_as_the_label_rule(self, tmp_path):
         rng = np.random.default_rng(0)
         alphabet = list("abcXYZ019 -!'éß漢")
         texts = ["".join(rng.choice(alphabet, rng.integers(0, 12))) for _ in range(60)]
@@ -219,8 +215,6 @@ class TestIndexCache:
         monkeypatch.setattr(word_index, "scan_words", lambda *_: pytest.fail("scanned again"))
         second = open_set(words, cache_dir=tmp_path / "cache")
         np.testing.assert_array_equal(first.index.numbers, second.index.numbers)
-        assert isinstance(second.index.numbers, np.memmap)
-        assert len(pickle.dumps(second.index)) < 1000
 
     def test_other_rule_or_file_is_another_index(self, words, tmp_path):
         cache = tmp_path / "cache"
@@ -231,14 +225,18 @@ class TestIndexCache:
         edit(words, {"label-000000001": b"!"})
         assert len(open_set(words, cache_dir=cache)) == len(WORDS) - 1
 
-    @pytest.mark.parametrize("damage", [b"", b"garbage"])
-    @pytest.mark.parametrize("suffix", [".npy", ".json"])
-    def test_damaged_files_are_made_again(self, words, tmp_path, damage, suffix):
+    @pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "other"])
+    def test_damaged_files_are_made_again(self, words, tmp_path, damage):
         cache = tmp_path / "cache"
         open_set(words, cache_dir=cache)
-        next(cache.glob(f"*{suffix}")).write_bytes(damage)
+        (path,) = cache.iterdir()
+        whole = path.read_bytes()
+        if damage == "other":
+            np.savez(path, x=1)
+        else:
+            path.write_bytes({"empty": b"", "garbage": b"garbage", "cut": whole[: len(whole) // 2]}[damage])
         assert len(open_set(words, cache_dir=cache)) == len(WORDS)
-        assert all(json.loads(each.read_text()) for each in cache.glob("*.json"))
+        assert path.read_bytes() == whole
 
     def test_folder_that_cannot_be_written_costs_only_time(self, words, tmp_path, caplog):
         (tmp_path / "file").write_text("in the way")
@@ -265,7 +263,7 @@ class TestBrokenSamples:
         assert batch.indices.tolist() == [0, 2, 4, 5, 6, 7, 11]
         assert batch.texts == [WORDS[index] for index in batch.indices]
 
-    def test_tiny_images_are_left_out_where_they_are_asked_to_be(self, words):
+    def test_tiny_images_are_left_out_on_request(self, words):
         """As published: in training (only there) an image with a side of 6 pixels or less is left out."""
         edit(words, {"image-000000003": png(np.zeros((6, 60, 3), np.uint8))})
         edit(words, {"image-000000005": png(np.zeros((7, 60, 3), np.uint8))})
@@ -289,12 +287,12 @@ class TestBrokenSamples:
         assert batch.skipped == {3: "broken"}
 
     def test_log_names_each_once(self, damaged, caplog):
-        data = JoinedDataset([open_set(damaged)])
-        log = SkipLog(data)
-        log.update({1: "broken"})
-        log.update({1: "broken", 3: "broken"})
-        assert log.counts == {"broken": 2}
+        log = UnreadableSamples(dataset=JoinedDataset([open_set(damaged)]))
+        for skipped in ({1: "broken"}, {1: "broken", 3: "broken"}):
+            log.on_batch_loaded(None, WordCollate(RULE)([Skipped(*each) for each in skipped.items()]))
         assert caplog.text.count("image-000000002") == 1
+        log.on_fit_end(None)
+        assert "2 broken" in caplog.text
 
 
 class TestMasks:
@@ -396,7 +394,6 @@ class TestJoined:
         ]
         assert data[2].index == 2
         assert "b image-000000003" in data.describe(3)
-        assert data.filtered == {"a": {}, "b": {"empty": 1}}
         with pytest.raises(IndexError):
             data[4]
 
@@ -573,21 +570,6 @@ class TestSamplers:
         with pytest.raises(UserError, match="batch_size is 9"):
             ResumableBatchSampler(10, 9, world_size=2)
 
-    def test_equal_size_batches(self):
-        sizes = [(1, 2), (3, 4), (1, 2), (1, 2), (3, 4), (5, 6)]
-        seen, asked = [], []
-
-        def size(index):
-            asked.append(index)
-            return sizes[index]
-
-        for rank in range(2):
-            for batch in EqualSizeBatchSampler(len(sizes), size, 2, rank=rank, world_size=2):
-                assert len({sizes[key.index] for key in batch}) == 1
-                assert len(batch) <= 2
-                seen += [key.index for key in batch]
-        assert sorted(seen) == asked == list(range(6))  # each process asks for its own sizes only
-
 
 class TestLanguage:
     @pytest.fixture
@@ -606,6 +588,7 @@ class TestLanguage:
 
     def test_reads_columns_by_name_and_counts_what_it_drops(self, table):
         data = LanguageDataset(table, labels=RULE)
+        assert len(data) == 2
         assert data.filtered == {"empty": 1, "too_long": 1, "fields": 1}
         batch = LanguageCollate(RULE)([data[0], data[1]])
         assert batch.texts == ["hello", "say"]
@@ -640,7 +623,7 @@ class TestLanguage:
         assert 0.04 < longer < 0.1
 
     @pytest.mark.parametrize(("text", "most"), [("a", 1), ("abcd", 1), ("abcde", 2), ("abcdefgh", 3)])
-    def test_mutations_are_few_and_never_leave_nothing(self, text, most):
+    def test_mutations_are_few_and_never_empty(self, text, most):
         generators = SampleGenerators(1)
         for index in range(1500):
             mutated = mutate_spelling(text, "#", generators.at(SampleKey(0, index)), max_length=len(text))
@@ -648,7 +631,7 @@ class TestLanguage:
             assert mutated.count("#") <= most
             assert len(mutated.replace("#", "")) >= len(text) - 2 * most
 
-    def test_numbers_are_left_alone(self):
+    def test_numbers_are_not_mutated(self):
         generators = SampleGenerators(2)
         for index in range(200):
             key = SampleKey(0, index)
@@ -685,18 +668,6 @@ class TestSegmentation:
             for data in opened:
                 np.testing.assert_array_equal(data[index].image, word_image(index + 1))
                 np.testing.assert_array_equal(data[index].labels, word_mask(index + 1) // 255)
-            assert [data.size(index) for index in range(4)] == [(24, 41), (24, 42), (24, 43), (24, 44)]
-
-    def test_sizes_come_from_headers(self, folder, monkeypatch):
-        turned = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
-        turned.getexif()[0x0112] = 6
-        turned.save(folder / "images/w1.jpg", exif=turned.getexif())
-        (folder / "images/w2.jpg").write_bytes(b"no image")
-        (folder / "images/w3.jpg").write_bytes(cv2.imencode(".tiff", word_image(3))[1].tobytes())  # no header is read
-        data = open_segmentation_datasets([folder])[0]
-        assert [data.size(index) for index in range(4)] == [(8, 16), (0, 0), (24, 43), (24, 44)]
-        monkeypatch.setattr(decoding, "decode_image", lambda _: pytest.fail("decoded"))
-        assert [data.size(index) for index in (0, 3)] == [(8, 16), (24, 44)]
 
     def test_training_crops_are_of_one_size_and_drawn_by_epoch(self, folder):
         data = open_segmentation_datasets([folder], transform=CropSegmentation(size=(48, 64)))[0]
@@ -716,7 +687,7 @@ class TestSegmentation:
         (folder / "masks/w1.png").write_bytes(png(mask))
         (folder / "masks/w2.png").write_bytes(png(word_mask(7)))
         (folder / "images/w3.jpg").write_bytes(b"no image")
-        data = SegmentationDataset(dataset.SegmentationFolder(folder), ignore_level=100)
+        data = SegmentationDataset(PairFolder(folder), ignore_level=100)
         assert (data[0].labels[0] == 255).all()
         assert (data[0].labels[1:] < 2).all()
         assert [data[1].reason, data[2].reason] == ["mask_size", "broken"]
@@ -786,4 +757,3 @@ def test_segmentation_files_that_cannot_be_read_are_skipped(tmp_path):
     (tmp_path / "masks" / "1.png").mkdir()
     data = open_segmentation_datasets([tmp_path])[0]
     assert [getattr(data[index], "reason", None) for index in range(3)] == ["missing", "mask_missing", None]
-    assert data.size(0) == (0, 0)

@@ -35,7 +35,7 @@ class TestDecoding:
         assert np.abs(decoded[inner].astype(int) - expected[inner]).max() <= 6
 
     @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "palette"])
-    def test_letters_on_transparency_stand_on_white(self, kind):
+    def test_transparent_pixels_become_white(self, kind):
         letter = np.zeros((8, 16, 4), np.uint8)
         letter[2:6, 4:9] = (0, 0, 0, 255)
         image = Image.fromarray(letter)
@@ -45,7 +45,7 @@ class TestDecoding:
         assert (decoded[:2] == 255).all()
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "transparent"])
-    def test_orientation_counts_where_it_is_asked_for(self, kind):
+    def test_orientation_is_applied_on_request(self, kind):
         image = np.zeros((8, 16, 4 if kind == "transparent" else 3), np.uint8)
         image[:, :8] = 255
         exif = Image.Exif()
@@ -75,7 +75,7 @@ class TestDecoding:
             ):
                 assert np.abs(decode_image(encoded(Image.fromarray(deep), "TIFF"))[..., 0] - ramp).max() <= 1
 
-    def test_what_is_not_finite_and_what_is_flat_does_no_harm(self):
+    def test_infinite_levels_and_flat_images_are_decoded(self):
         levels = np.full((4, 8), np.nan, np.float32)
         assert decode_image(cv2.imencode(".tiff", levels)[1].tobytes()).max() == 0
         levels[:] = 1e9

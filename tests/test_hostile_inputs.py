@@ -454,8 +454,6 @@ def segmentation(rng: Rng, folder: Path, material: Path) -> Run:
             left_out += sum(dataset.filtered.values())
             if len(dataset) > 1000:
                 return SKIP  # a number that is only said; samplers do not list them
-            for index in range(len(dataset)):
-                dataset.size(index)
             batch = SegmentationCollate(size=(33, 33))([dataset[index] for index in range(len(dataset))])
             assert len(batch) + len(batch.skipped) == len(dataset)
             left_out += len(batch.skipped)

@@ -1,4 +1,4 @@
-"""Tables of spellings: read as row by row, quoted as the writer does it, and fast."""
+"""Tables of spellings: rows as a plain loop reads them, quotation marks as CSV writers set them, and speed."""
 
 import time
 from collections import Counter
@@ -6,7 +6,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from loading import language_csv
 from loading.batches import LabelRule
 from loading.charset import PROTOCOLS, Charset
 from loading.language_csv import read_pairs
@@ -44,15 +43,13 @@ def unquoted(text):
 
 
 def read(path, labels):
-    inputs, targets, filtered = read_pairs(path, labels)
-    assert len(inputs) == len(targets)
-    return [(inputs[row], targets[row]) for row in range(len(inputs))], filtered
+    pairs, rows, filtered = read_pairs(path, labels)
+    assert len(set(pairs)) == len(pairs), "each pair is stored once"
+    return [pairs[row] for row in rows], filtered
 
 
 @pytest.mark.parametrize("labels", [RULE_36, RULE_94, RULE_FOREIGN], ids=["36", "94", "foreign"])
-@pytest.mark.parametrize("piece", [7, 100, 1 << 20])
-def test_reads_what_a_loop_over_rows_reads(tmp_path, monkeypatch, labels, piece):
-    monkeypatch.setattr(language_csv, "_PIECE", piece)
+def test_reads_what_a_loop_over_rows_reads(tmp_path, labels):
     random = np.random.default_rng(0)
     alphabet = np.array(list("abcXYZ019 -!'éß漢𝄞İ\t\r"))
     lines = ["more\tgt\tinp"]
@@ -85,7 +82,7 @@ def test_an_empty_table(tmp_path):
         assert read(tmp_path / "words.csv", RULE_36) == ([], {})
 
 
-def test_a_row_costs_a_quarter_of_a_loops_at_most(tmp_path):
+def test_reading_is_four_times_faster_than_a_plain_loop(tmp_path):
     random = np.random.default_rng(0)
     words = ["".join(random.choice(list("abcdefghij"), random.integers(2, 12))) for _ in range(1000)]
     path = tmp_path / "words.csv"

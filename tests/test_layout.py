@@ -31,8 +31,6 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 EXCEPTIONS = {
     # `utils.load_checkpoint` is promised to others (docs/contracts.md); imported when somebody asks for it.
     ("utils", "engine.checkpoints"),
-    # The name of a type alone (TYPE_CHECKING): a log of skipped samples that a callback is given.
-    ("callbacks", "dataset"),
 }
 
 

@@ -119,13 +119,13 @@ def test_two_writers_of_one_path_are_refused(tmp_path):
 
 
 def test_interrupted_writer_is_resumed(tmp_path):
-    options = {"resumable": True, "identity": "masks of A"}
+    options = {"identity": "masks of A"}
     with pytest.raises(KeyboardInterrupt):
         _interrupt(tmp_path / "x", KeyboardInterrupt, **options)
     with pytest.raises(UserError, match="no finished LMDB"):
         find_lmdbs(tmp_path)
     with pytest.raises(UserError, match="other input or settings"):
-        LmdbWriter(tmp_path / "x", resumable=True, identity="masks of B")
+        LmdbWriter(tmp_path / "x", identity="masks of B")
     with LmdbWriter(tmp_path / "x", **options) as writer:
         assert writer.resumed
         assert writer.count == 2
@@ -161,7 +161,7 @@ def test_killed_writer_is_resumed_from_its_last_commit(tmp_path):
     code = """
         import os, signal, sys
         from loading.lmdb_io import LmdbWriter
-        writer = LmdbWriter(sys.argv[1], resumable=True)
+        writer = LmdbWriter(sys.argv[1], identity="")
         writer.append(b"1", "a")
         writer.commit()
         writer.append(b"2", "b")
@@ -169,7 +169,7 @@ def test_killed_writer_is_resumed_from_its_last_commit(tmp_path):
     """
     assert _run(code, tmp_path / "x").returncode == -signal.SIGKILL
     assert os.listdir(tmp_path) == ["x.partial"]
-    with LmdbWriter(tmp_path / "x", resumable=True) as writer:
+    with LmdbWriter(tmp_path / "x", identity="") as writer:
         assert writer.count == 1
         writer.append(b"2", "b")
     assert LmdbReader(tmp_path / "x").get(image_key(2)) == b"2"
@@ -177,8 +177,8 @@ def test_killed_writer_is_resumed_from_its_last_commit(tmp_path):
 
 def test_overwrite_discards_what_could_be_resumed(tmp_path):
     with pytest.raises(RuntimeError):
-        _interrupt(tmp_path / "x", resumable=True)
-    with LmdbWriter(tmp_path / "x", resumable=True, overwrite=True) as writer:
+        _interrupt(tmp_path / "x", identity="")
+    with LmdbWriter(tmp_path / "x", identity="", overwrite=True) as writer:
         assert not writer.resumed
         assert writer.count == 0
 
@@ -259,7 +259,7 @@ def test_reader_opened_before_a_worker_starts_works_in_it(tmp_path, method):
     assert reader.get(image_key(3)) == b"image 3"
 
 
-def test_find_lmdbs_sorts_and_leaves_out_the_unfinished(tmp_path):
+def test_find_lmdbs_sorts_and_skips_unfinished_ones(tmp_path):
     for name in ("b", "a/deep", "c.partial"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / DATA_FILE).touch()
@@ -270,7 +270,7 @@ def test_find_lmdbs_sorts_and_leaves_out_the_unfinished(tmp_path):
             find_lmdbs(tmp_path / bad)
 
 
-def test_what_is_no_lmdb_is_named(tmp_path):
+def test_a_folder_without_an_lmdb_is_named(tmp_path):
     for name, content in (("empty", b""), ("junk", b"junk" * 5000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / DATA_FILE).write_bytes(content)
@@ -279,7 +279,7 @@ def test_what_is_no_lmdb_is_named(tmp_path):
             LmdbReader(tmp_path / name).get("x")
 
 
-def test_file_cut_short_is_an_error_and_no_crash(tmp_path):
+def test_truncated_file_is_an_error_not_a_crash(tmp_path):
     with LmdbWriter(tmp_path / "x") as writer:
         for _ in range(50):
             writer.append(bytes(9000), "x")

@@ -15,7 +15,7 @@ import main
 from evaluation import report
 from evaluation.evaluator import ScoredWord
 from evaluation.report import Comparison, ReportedWord
-from tests.browser import fill, found, missing_images, page_data
+from tests.browser import fill, found, missing_images, overflow, page_data, show
 from tests.small_networks import save_network, small_config, write_masks, write_words
 
 
@@ -29,7 +29,7 @@ def test_accuracy_by_length_counts_every_word():
     assert rows == [{"length": 2, "words": 2, "accuracy": 0.5}, {"length": 3, "words": 1, "accuracy": 1.0}]
 
 
-def test_confusions_are_the_edits_from_label_to_reading():
+def test_confusions_are_the_edits_from_label_to_prediction():
     assert report.confusions_of("hello", "hallo") == [("e", "a")]
     assert report.confusions_of("boot", "bot") == [("o", "")]
     assert report.confusions_of("a", "ab") == [("", "b")]
@@ -206,13 +206,9 @@ def test_the_page_works_in_a_browser(browser, page):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_its_window(browser, page, width):
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 640},
-    )
-    browser.get(page.resolve().as_uri())
+    show(browser, page, width=width)
     browser.execute_script("document.querySelector('#filter [name=open]').click()")
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert not overflow(browser, width)
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 

@@ -15,8 +15,8 @@ from tiny_run import ITERATIONS, NAME, folder_of, history, history_text, run, st
 from builders import build_charset, build_model
 from bundle import save_bundle
 from config import load_config
-from dataset import initialize_worker
 from engine.checkpoints import newest_valid_checkpoint
+from loading.workers import initialize_worker
 from tests import small_networks
 
 OPTIONS = ("training.ema=0.9", "training.accumulation=2")

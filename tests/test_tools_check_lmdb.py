@@ -57,7 +57,7 @@ def test_clean_lmdb_has_status_0_and_its_statistics(tmp_path):
     _write(tmp_path / "a", [(_encode(0), "abc"), (_encode(1, "JPEG"), "Abc-é"), (_encode(2, size=(10, 40)), "é")])
     status, found = _check(tmp_path / "a", "--charset", CHARSET_36, "--max-length", 2)
     assert status == 0
-    assert found["a"]["num_samples"] == found["a"]["whole"] == 3
+    assert found["a"]["num_samples"] == found["a"]["valid"] == 3
     assert found["a"]["problems"] == {}
     assert found["a"]["formats"] == {"PNG": 2, "JPEG": 1}
     assert found["a"]["lengths"] == {"3": 1, "5": 1, "1": 1}
@@ -107,7 +107,7 @@ def test_every_fault_is_counted_by_reason(broken):
     assert status == 1
     assert found["broken"]["problems"] == PROBLEMS
     assert found["broken"]["samples"] == 9
-    assert found["broken"]["whole"] == 2
+    assert found["broken"]["valid"] == 2
     assert found["broken"]["notes"] == {"keys that nothing reads": 1}
     assert len((broken.parent / "rejected.tsv").read_text().splitlines()) == 1 + len(PROBLEMS)
 
@@ -203,11 +203,11 @@ def test_images_shared_with_a_test_set_are_found_however_encoded(tmp_path):
     assert [reader.get(label_key(i)) for i in (1, 2, 3)] == [b"word0", b"word3", b"word4"]
 
 
-def test_images_that_come_twice_within_are_noted(tmp_path):
+def test_images_that_occur_twice_are_noted(tmp_path):
     _write(tmp_path / "a", [(_encode(1), "x"), (_encode(1, "BMP"), "y"), (_encode(2), "z")])
     status, found = _check(tmp_path / "a")
     assert status == 0
-    assert found["a"]["notes"] == {"images that come again within": 1}
+    assert found["a"]["notes"] == {"images that occur more than once": 1}
 
 
 def test_number_of_workers_changes_nothing(broken):
@@ -275,10 +275,10 @@ def test_masks_of_segmentation_data_are_checked_where_pairs_have_names(tmp_path)
         writer.append(_encode(3), "none")
     status, found = _check(tmp_path / "pairs")
     assert status == 1
-    assert found["pairs"]["whole"] == 1
+    assert found["pairs"]["valid"] == 1
 
 
-def test_an_lmdb_without_a_whole_sample_does_not_keep_the_others_from_their_copies(tmp_path):
+def test_an_lmdb_without_valid_samples_does_not_stop_the_copies_of_others(tmp_path):
     for name in ("a", "c"):
         _write_words(tmp_path / "root" / name)
     _write(tmp_path / "root" / "b", [(b"junk", "x")])

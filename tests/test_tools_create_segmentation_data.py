@@ -88,7 +88,7 @@ def test_icdar13_reads_its_lines():
     words = tool.parse_icdar13('1 2 3 4 5 6 7 8 9 "a"\n\n\n#1,2,3,4,5,6,7,8,9,"#"\n')
     assert [[character.ignored for character in word] for word in words] == [[False], [True]]
     assert words[0][0].box == (6, 7, 9, 10)
-    with pytest.raises(tool.UnusableError, match="damaged text file"):
+    with pytest.raises(tool.RejectedError, match="damaged text file"):
         tool.parse_icdar13("1 2 3\n")
 
 
@@ -326,5 +326,5 @@ def test_polygons_without_an_end_are_refused_at_once(tmp_path, text):
     if len(text) > 50 * 20_000:
         assert not tool.read_totaltext(tmp_path / "img1.png", polygons).boxes
     else:
-        with pytest.raises(tool.UnusableError, match="damaged polygons"):
+        with pytest.raises(tool.RejectedError, match="damaged polygons"):
             tool.read_totaltext(tmp_path / "img1.png", polygons)

@@ -223,5 +223,5 @@ def test_a_crash_of_the_matlab_reader_is_a_user_error(tmp_path, monkeypatch):
     """As on a damaged file that scipy reads outside its memory."""
     savemat(tmp_path / "gt.mat", {"imnames": 1})
     monkeypatch.setattr(crop_by_word_bb, "_LOAD", "import os; os.abort()")
-    with pytest.raises(UserError, match=r"no whole MATLAB file \(its reader crashed\)"):
+    with pytest.raises(UserError, match=r"not a valid MATLAB file \(its reader crashed\)"):
         crop_by_word_bb.read_synthtext(tmp_path / "gt.mat")

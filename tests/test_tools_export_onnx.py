@@ -1,4 +1,4 @@
-"""tools/export_onnx.py: onnxruntime gives what torch gives, for any batch size."""
+"""tools/export_onnx.py, tools/read_with_onnx.py: onnxruntime gives what torch gives, for any batch and image size."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from bundle import load_bundle
+from inference.segmenter import Segmenter
 from loading.batches import normalize_images, stack_images
 from loading.decoding import decode_image
 from loading.lmdb_io import LmdbReader, image_key
 from loading.transforms import resize
+from reader import Reader
 from tests.small_networks import save_networks, write_words
 from tools import export_onnx
 from utils import UserError
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -72,42 +75,76 @@ def test_the_recogniser_reads_as_in_torch(files, images, tmp_path, network, caps
     facts = exported.get_modelmeta().custom_metadata_map
     assert facts["charset"] == bundle.charset.characters
     assert json.loads(facts["image_size"]) == [32, 128]
-    assert facts["fit"] == "stretch"
+    assert (facts["fit"], facts["opset"]) == ("stretch", "18")
+
+
+@pytest.fixture(scope="module")
+def graphs(files, tmp_path_factory):
+    """Recogniser and SSN of a bundle, exported."""
+    folder = tmp_path_factory.mktemp("graphs")
+    outputs = ["--output", str(folder / "binet.onnx"), "--ssn-output", str(folder / "ssn.onnx")]
+    assert export_onnx.main(["--checkpoint", str(files / "both.pth"), *outputs]) == 0
+    return folder
 
 
 @pytest.mark.slow
-def test_ssn_and_recogniser_in_one_graph(files, images, tmp_path):
-    output = tmp_path / "both.onnx"
-    arguments = ["--checkpoint", str(files / "both.pth"), "--output", str(output)]
-    assert export_onnx.main([*arguments, "--ssn", "--ssn-size", "33", "97"]) == 0
+def test_ssn_segments_images_of_any_size_as_the_segmenter(files, graphs):
     bundle = load_bundle(files / "both.pth")
-    network = export_onnx.SegmentingRecogniser(
-        export_onnx.Recogniser(bundle.model, "alignment"), bundle.ssn, bundle.image_size
-    )
-    sized = np.stack([cv2.resize(each, (97, 33)) for each in images]).transpose(0, 3, 1, 2).astype(np.float32)
-    with torch.inference_mode():
-        expected = [each.numpy() for each in network(torch.from_numpy(sized))]
-    exported = session(output)
-    for count in (1, 4):
-        for given, wanted in zip(exported.run(None, {"image": sized[:count]}), expected, strict=True):
-            assert np.abs(given - wanted[:count]).max() < TOLERANCE
-    logits = exported.run(None, {"image": sized})[0]
-    assert texts(bundle, logits) == texts(bundle, expected[0])
-    assert json.loads(exported.get_modelmeta().custom_metadata_map["image_size"]) == [33, 97]
+    exported = session(graphs / "ssn.onnx")
+    random = np.random.default_rng(0)
+    for count, height, width in ((2, 31, 100), (1, 64, 64), (3, 10, 900), (1, 200, 50), (1, 1, 1)):
+        images = random.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+        (probability,) = exported.run(None, {"image": images.transpose(0, 3, 1, 2).astype(np.float32)})
+        assert probability.shape == (count, 1, height, width)
+        expected = np.stack(Segmenter(bundle.ssn, bundle.areas)(list(images)))
+        assert np.abs(255 * probability[:, 0] - expected).max() < 0.51
+    assert [each.name for each in exported.get_inputs()] == ["image"]
+    assert not [each.name for each in exported.get_overridable_initializers()]
+    facts = exported.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["areas"]) == list(bundle.areas)
+    assert facts["opset"] == "18"
+
+
+@pytest.mark.slow
+def test_the_mean_over_several_areas(graphs, files):
+    """The graph of one area, with the list of areas replaced."""
+    bundle = load_bundle(files / "both.pth")
+    model = onnx.load(graphs / "ssn.onnx")
+    values = {"count": np.int64(2), "areas": np.array([65.0, 97.0])}
+    for each in model.graph.initializer:
+        if each.name in values:
+            each.CopyFrom(onnx.numpy_helper.from_array(np.asarray(values[each.name]), each.name))
+    exported = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    image = np.random.default_rng(0).integers(0, 256, (20, 70, 3), dtype=np.uint8)
+    (probability,) = exported.run(None, {"image": image.transpose(2, 0, 1)[None].astype(np.float32)})
+    (expected,) = Segmenter(bundle.ssn, [65, 97])([image])
+    assert np.abs(255 * probability[0, 0] - expected).max() < 0.51
+
+
+@pytest.mark.slow
+def test_the_example_reads_as_a_reader(files, graphs, images, tmp_path, capsys):
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        cv2.imwrite(path, image[..., ::-1])
+    from tools import read_with_onnx  # imports onnxruntime
+
+    read_with_onnx.main([str(graphs / "binet.onnx"), str(graphs / "ssn.onnx"), *paths])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    predictions = Reader(files / "both.pth", device="cpu", precision="fp32").read(paths)
+    assert [(path, text) for path, text, _ in lines] == [
+        (path, prediction.text) for path, prediction in zip(paths, predictions, strict=True)
+    ]
+    for (*_, confidence), prediction in zip(lines, predictions, strict=True):
+        assert abs(float(confidence) - prediction.confidence) < TOLERANCE
 
 
 def test_mistakes_are_named(files, tmp_path):
-    both = ["--checkpoint", str(files / "both.pth"), "--output", str(tmp_path / "x.onnx")]
-    with pytest.raises(UserError, match="32 k"):
-        export_onnx.main([*both, "--ssn", "--ssn-size", "64", "256"])
+    output = ["--output", str(tmp_path / "x.onnx")]
     with pytest.raises(UserError, match="carries no SSN"):
-        export_onnx.main(["--checkpoint", str(files / "binet.pth"), "--output", str(tmp_path / "x.onnx"), "--ssn"])
-    alone = ["--checkpoint", str(files / "abinet.pth"), "--output", str(tmp_path / "x.onnx")]
-    with pytest.raises(UserError, match="without --ssn"):
-        export_onnx.main([*alone, "--ssn", str(files / "ssn.pth")])
+        export_onnx.main(["--checkpoint", str(files / "binet.pth"), *output, "--ssn-output", str(tmp_path / "s.onnx")])
     (tmp_path / "x.onnx").write_bytes(b"")
-    with pytest.raises(UserError, match="--overwrite"):
-        export_onnx.main(both)
+    with pytest.raises(UserError, match=r"--output .*--overwrite"):
+        export_onnx.main(["--checkpoint", str(files / "both.pth"), *output])
 
 
 def test_a_missing_package_is_named(files, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_paths_that_climb_out_are_refused(name, expected):
     assert inside("/data/set", name) == expected
 
 
-def test_log_replaces_no_file_that_is_none(tmp_path):
+def test_log_replaces_only_another_log(tmp_path):
     (tmp_path / "labels.txt").write_text("a.png\tword\n")
     (tmp_path / "folder").mkdir()
     for name in ("labels.txt", "folder"):
@@ -131,5 +131,5 @@ def test_log_replaces_no_file_that_is_none(tmp_path):
 def test_greys_of_16_bits_are_scaled_to_8():
     levels = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     data = cv2.imencode(".png", levels)[1].tobytes()
-    image, _ = decode_image(data, mode="RGB")
+    image = decode_image(data, mode="RGB")
     assert np.array_equal(np.asarray(image)[..., 0], levels >> 8)

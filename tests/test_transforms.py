@@ -119,7 +119,7 @@ class TestWordTransforms:
     def test_random_aspects_are_half_of_the_words_with_even_widths(self):
         """As published: in training, half of the time, a width drawn evenly from 32 to 128 at height 32."""
         resize = ResizeWord(fit="centre", random_aspect=True)
-        sizes = [resize.draw_size((20, 90), rng(seed)) for seed in range(4000)]
+        sizes = [resize.sample_size((20, 90), rng(seed)) for seed in range(4000)]
         kept = resize.fitted((20, 90))
         assert kept == (28, 128)
         drawn = [width for height, width in sizes if (height, width) != kept]

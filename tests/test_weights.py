@@ -1,5 +1,6 @@
 """weights/binet-small.pth: what README and the model card say of it."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import demo
 import main
@@ -19,7 +21,7 @@ from loading.batches import normalize_images, stack_images
 from loading.decoding import decode_image
 from loading.transforms import ResizeWord, turn
 from reader import DEFAULT_CHECKPOINT, Reader
-from tests.browser import fill, found, missing_images, page_data
+from tests.browser import fill, found, missing_images, overflow, page_data, show
 from tests.reference import fill_known_weights
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +41,7 @@ def test_the_file_is_small_and_whole():
 
 
 def test_a_reader_without_arguments_reads_the_images_of_the_demo():
-    predictions = Reader().read(IMAGES)
+    predictions = Reader(details=True).read(IMAGES)
     right = [prediction.text == path.stem for prediction, path in zip(predictions, IMAGES, strict=True)]
     assert sum(right) >= len(IMAGES) - 1
     assert all(prediction.mask is not None for prediction in predictions)
@@ -51,6 +53,41 @@ def test_the_demo_needs_no_flag_but_its_input(capsys, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == len(IMAGES)
 
 
+@pytest.fixture(scope="module")
+def demo_page(tmp_path_factory):
+    page = tmp_path_factory.mktemp("demo") / "index.html"
+    demo.main(["--input", str(IMAGES[0].parent), "--precision", "fp32", "--html", str(page)])
+    return page
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_the_demo_shows_every_word(browser, demo_page, width):
+    show(browser, demo_page, width=width)
+    assert not overflow(browser, width)
+    script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.{})"
+    texts = browser.execute_script(script.format("textContent"), ".word .prediction")
+    assert sum(text == path.stem for text, path in zip(texts, IMAGES, strict=True)) >= len(IMAGES) - 1
+    sizes = browser.execute_script(script.format("naturalWidth"), ".word img")
+    assert len(sizes) == 3 * len(IMAGES) + sum(map(len, texts))
+    assert all(sizes)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_picture_in_readme_is_that_page(browser, demo_page, tmp_path):
+    """As seen from afar: fonts differ between machines. If it fails, copy what the test took to fig/demo_page.png."""
+    show(browser, demo_page, width=1000, height=804)  # four words
+    browser.execute_script("document.documentElement.style.overflow = 'hidden'")  # no scroll bar
+    taken = tmp_path / "demo_page.png"
+    image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+    image.quantize(256, kmeans=2).save(taken, optimize=True)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    stored = ROOT / "fig" / "demo_page.png"
+    assert stored.stat().st_size < 150 * 1024
+    now, then = (np.array(Image.open(path).convert("RGB").reduce(25), np.int16) for path in (taken, stored))
+    assert now.shape == then.shape
+    assert np.abs(now - then).mean() < 6, taken
+
+
 def test_words_turned_by_90_degrees_are_read_where_that_is_asked_for():
     words = {path.stem: decode_image(path.read_bytes()) for path in IMAGES}
     words = {text: word for text, word in words.items() if word.shape[1] > 1.5 * word.shape[0]}
@@ -58,7 +95,7 @@ def test_words_turned_by_90_degrees_are_read_where_that_is_asked_for():
     config, right = load_bundle(DEFAULT_CHECKPOINT).config, {}
     for ratio in (None, 1.5):
         config.dataset.turn_tall = ratio
-        read = Reader(config=config).read(turned)
+        read = Reader(config=config, details=True).read(turned)
         right[ratio] = sum(prediction.text == text for prediction, text in zip(read, words, strict=True))
     assert [each.turned for each in read] == [(270, 90)[i % 2] for i in range(len(read))]
     assert all(each.mask.shape == word.shape[:2] for each, word in zip(read, turned, strict=True))
@@ -96,7 +133,7 @@ def test_every_real_word_is_accounted_for_and_most_are_read(tested):
 def test_a_reader_reads_real_words_as_main_does(tested):
     folder = REAL_WORDS / "ic13_1015"
     images = [line.split("\t")[0] for line in (folder / "gt.txt").read_text().splitlines()]
-    read = [prediction.text for prediction in Reader().read([folder / image for image in images])]
+    read = [prediction.text for prediction in Reader(precision="fp32").read([folder / image for image in images])]
     lines = (tested / "ic13_1015-alignment" / "alignment.txt").read_text().splitlines()
     assert read == [line.split("\t")[1] for line in lines]
 

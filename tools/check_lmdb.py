@@ -1,8 +1,8 @@
 """Check word LMDBs: broken entries, label and size statistics, masks, words shared with another LMDB."""
 
+import bisect
 import functools
 import hashlib
-import itertools
 import json
 import sys
 from array import array
@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from evaluation.contact_sheet import Cell, save_contact_sheet
 from loading.charset import Charset
@@ -26,6 +24,7 @@ from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, ima
 from loading.masks import find_mask_lmdb
 from tools.support import (
     MAX_PIXELS,
+    RejectedError,
     RejectionLog,
     add_run_arguments,
     decode_image,
@@ -52,7 +51,7 @@ SHARED = "image is in the other LMDB too"
 
 @dataclass(frozen=True)
 class Sample:
-    """What was found at one index: `reason` is empty when it is whole.
+    """What was found at one index: `reason` is empty when nothing is wrong with it.
 
     `digest` (16 bytes) is equal for equal pixels; `fingerprint` (32 bytes) is alike for images that look alike.
     """
@@ -76,7 +75,7 @@ class Report:
     path: str
     num_samples: int | None
     samples: int = 0
-    whole: int = 0
+    valid: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
@@ -87,20 +86,12 @@ class Report:
     good: array = field(default_factory=lambda: array("q"))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the list of good indices."""
+        """Return everything but the list of good indices, for JSON."""
         return {name: value for name, value in vars(self).items() if name != "good"}
 
 
-@dataclass(frozen=True)
-class Keys:
-    """The indices for which an LMDB has an image or a label, sorted, and the number of keys that are neither."""
-
-    indices: np.ndarray
-    others: int
-
-
-def scan_keys(reader: LmdbReader) -> Keys:
-    """Look through all keys, whatever `num-samples` says."""
+def scan_keys(reader: LmdbReader) -> tuple[np.ndarray, int]:
+    """Return the indices with an image or a label, whatever `num-samples` says, and the number of other keys."""
     known = {"image": array("q"), "label": array("q"), "mask": array("q")}  # small: there may be millions
     others = 0
     for key in reader.keys():  # noqa: SIM118 (no dict)
@@ -109,63 +100,65 @@ def scan_keys(reader: LmdbReader) -> Keys:
             known[kind].append(int(number))
         elif key != NUM_SAMPLES:
             others += 1
-    return Keys(np.union1d(known["image"], known["label"]).astype(np.int64), others)
+    return np.union1d(known["image"], known["label"]).astype(np.int64), others
 
 
 def check_sample(
     index: int, *, reader: LmdbReader, masks: LmdbReader | None, segmentation: bool, max_pixels: int
 ) -> Sample:
     """Read and decode everything at `index`; runs in a worker."""
-    stored = reader.get(image_key(index))
-    if stored is None:
-        return Sample(index, "image missing")
-    label = "" if segmentation else _check_label(reader.get(label_key(index)))
-    if isinstance(label, tuple):
-        return Sample(index, *label)
-    image, problem = decode_image(stored, max_pixels)
-    if image is None:
-        return Sample(index, *problem, label=label)
-    kind, size, pixels = image.format or "", image.size, to_8_bits(image).convert("RGB")
-    mask_empty = False
-    if segmentation or masks is not None:
-        mask = reader.get(mask_key(index)) if segmentation else masks.get(image_key(index))
-        problem, mask_empty = check_mask(mask, size, max_pixels)
-        copied = None if segmentation else masks.get(label_key(index))  # training does without
-        if problem is None and copied is not None and copied != label.encode():
-            problem = ("mask of another word", f"its label is {copied!r}")
-        if problem is not None:
-            return Sample(index, *problem, label=label)
-    digest = hashlib.blake2b(repr(size).encode() + pixels.tobytes(), digest_size=16).digest()
-    return Sample(index, "", "", label, kind, *size, digest, fingerprint(pixels), mask_empty)
+    label = ""
+    try:
+        stored = reader.get(image_key(index))
+        if stored is None:
+            raise RejectedError("image missing")
+        if not segmentation:
+            label = _label(reader.get(label_key(index)))
+        image = decode_image(stored, max_pixels)
+        pixels = to_8_bits(image).convert("RGB")
+        mask_empty = False
+        if segmentation:
+            mask_empty = _is_empty(reader.get(mask_key(index)), image.size, max_pixels)
+        elif masks is not None:
+            mask_empty = _is_empty(masks.get(image_key(index)), image.size, max_pixels)
+            copied = masks.get(label_key(index))  # training does without
+            if copied is not None and copied != label.encode():
+                raise RejectedError("mask of another word", f"its label is {copied!r}")
+    except RejectedError as error:
+        return Sample(index, *error.args, label=label)
+    digest = hashlib.blake2b(repr(image.size).encode() + pixels.tobytes(), digest_size=16).digest()
+    return Sample(index, "", "", label, image.format or "", *image.size, digest, fingerprint(pixels), mask_empty)
 
 
-def _check_label(data: bytes | None) -> str | tuple[str, str]:
-    """The label as text, or (reason, detail)."""
+def _label(data: bytes | None) -> str:
     if data is None:
-        return "label missing", ""
+        raise RejectedError("label missing")
     try:
         label = data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "label is not UTF-8", repr(data[:60])
-    return label or ("label empty", "")
+    except UnicodeDecodeError as error:
+        raise RejectedError("label is not UTF-8", repr(data[:60])) from error
+    if not label:
+        raise RejectedError("label empty")
+    return label
 
 
-def check_mask(data: bytes | None, size: tuple[int, int], max_pixels: int) -> tuple[tuple[str, str] | None, bool]:
-    """(reason, detail) or None for an encoded mask that belongs to an image of `size`, and whether it is all black."""
+def _is_empty(data: bytes | None, size: tuple[int, int], max_pixels: int) -> bool:
+    """Check the encoded mask of an image of `size`; tell whether it has no text."""
     if data is None:
-        return ("mask missing", ""), False
-    mask, (reason, detail) = decode_image(data, max_pixels)
-    if mask is None:
-        return ("mask: " + reason, detail), False
+        raise RejectedError("mask missing")
+    try:
+        mask = decode_image(data, max_pixels)
+    except RejectedError as error:
+        raise RejectedError(f"mask: {error.reason}", error.detail) from error
     if mask.size != size:
-        return ("mask of another size", f"{mask.size} for an image of {size}"), False
+        raise RejectedError("mask of another size", f"{mask.size} for an image of {size}")
     if mask.mode not in ("L", "1"):
-        return ("mask is not 8-bit grey", f"mode {mask.mode}"), False
-    return None, mask.getextrema()[1] == 0
+        raise RejectedError("mask is not 8-bit grey", f"mode {mask.mode}")
+    return mask.getextrema()[1] == 0
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """A difference hash: for each cell of a small grey copy, whether it is brighter than its left neighbour."""
+    """Return a difference hash: for each cell of a small grey copy, whether it is brighter than its left neighbour."""
     side = FINGERPRINT_SIDE
     grey = np.asarray(image.convert("L").resize((side + 1, side), Image.Resampling.BOX))
     return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
@@ -180,16 +173,17 @@ class ImageSet:
         self._fingerprints = bytearray()
 
     def add(self, sample: Sample) -> None:
+        """Add the image of a sample."""
         self._digests.add(sample.digest)
         self._fingerprints += sample.fingerprint
 
     def holds(self, sample: Sample) -> bool:
-        """Whether an image with the same pixels, or with `near` one that looks the same, was added."""
+        """Tell whether an image with the same pixels, or with `near` one that looks the same, was added."""
         if sample.digest in self._digests:
             return True
         if not self._near or not self._fingerprints:
             return False
-        bits = np.frombuffer(bytes(self._fingerprints), np.uint64).reshape(-1, FINGERPRINT_SIDE**2 // 64)
+        bits = np.frombuffer(self._fingerprints, np.uint64).reshape(-1, FINGERPRINT_SIDE**2 // 64)
         distances = np.bitwise_count(bits ^ np.frombuffer(sample.fingerprint, np.uint64)).sum(axis=1)
         return bool(distances.min() <= NEAR_BITS)
 
@@ -206,7 +200,7 @@ class Checker:
 
     def samples(self, reader: LmdbReader, masks: LmdbReader | None, indices: np.ndarray) -> Iterator[Sample]:
         """Check the samples of `indices` in order, with a progress bar."""
-        segmentation = is_segmentation(reader)
+        segmentation = next(reader.keys("mask-"), None) is not None  # labels, where it has some, name the pairs
         check = functools.partial(
             check_sample, reader=reader, masks=masks, segmentation=segmentation, max_pixels=self.max_pixels
         )
@@ -218,16 +212,18 @@ class Checker:
         reader = LmdbReader(path)
         masks = None if mask_path is None else LmdbReader(mask_path)
         if masks is not None:
-            len(masks)  # a mask LMDB that is none is named before the work begins
-        keys = scan_keys(reader)
-        report = Report(str(path), _stored_count(reader))
-        for reason, count, detail in _count_problems(report.num_samples, keys.indices):
+            len(masks)  # what is not a mask LMDB is named before the work begins
+        indices, others = scan_keys(reader)
+        try:
+            report = Report(str(path), len(reader))
+        except UserError:
+            report = Report(str(path), None)
+        for reason, count, detail in _count_problems(report.num_samples, indices):
             report.problems[reason] += count
             log.add(str(path), reason, detail, count)
-        if keys.others:
-            report.notes["keys that nothing reads"] = keys.others
+        report.notes["keys that nothing reads"] = others
         digests = bytearray()
-        for sample in self.samples(reader, masks, keys.indices):
+        for sample in self.samples(reader, masks, indices):
             report.samples += 1
             if not sample.reason and self.other is not None and self.other.holds(sample):
                 sample = Sample(sample.index, SHARED, sample.label)
@@ -237,14 +233,13 @@ class Checker:
             else:
                 self._describe(sample, report)
                 digests += sample.digest[:8]
-        distinct = np.unique(np.frombuffer(digests, np.uint64))
-        report.notes["images that come again within"] = report.whole - len(distinct)
+        report.notes["images that occur more than once"] = report.valid - len(np.unique(np.frombuffer(digests, "u8")))
         report.notes = +report.notes
         return report
 
     def _describe(self, sample: Sample, report: Report) -> None:
-        """Add a whole sample to the statistics."""
-        report.whole += 1
+        """Add a valid sample to the statistics."""
+        report.valid += 1
         report.good.append(sample.index)
         report.formats[sample.format] += 1
         report.lengths[len(sample.label)] += 1
@@ -261,21 +256,8 @@ class Checker:
         report.notes[f"labels longer than {self.max_length}"] += len(read) > self.max_length
 
 
-def is_segmentation(reader: LmdbReader) -> bool:
-    """Whether the LMDB holds images with masks; labels, where it has some, only name the pairs."""
-    return next(reader.keys("mask-"), None) is not None
-
-
-def _stored_count(reader: LmdbReader) -> int | None:
-    reader.get(NUM_SAMPLES)  # what is no LMDB is told here
-    try:
-        return len(reader)
-    except UserError:
-        return None
-
-
 def _count_problems(num_samples: int | None, indices: np.ndarray) -> Iterator[tuple[str, int, str]]:
-    """(reason, number, detail) where `num-samples` and the keys do not agree."""
+    """Yield (reason, number, detail) where `num-samples` and the keys do not agree."""
     if num_samples is None:
         yield f"{NUM_SAMPLES} missing or no number", 1, ""
         return
@@ -287,19 +269,12 @@ def _count_problems(num_samples: int | None, indices: np.ndarray) -> Iterator[tu
 
 
 def _bucket(value: float, edges: tuple[int, ...]) -> str:
-    for low, high in itertools.pairwise((0, *edges)):
-        if value < high:
-            return f"{low}-{high}"
-    return f"{edges[-1]}-"
-
-
-def pair_masks(root: str, lmdbs: list[Path], masks_root: str | None) -> list[Path | None]:
-    """The mask LMDB of each LMDB, found as training finds it. Raises UserError where one is missing."""
-    return [None if masks_root is None else find_mask_lmdb(masks_root, root, path) for path in lmdbs]
+    place = bisect.bisect_right(edges, value)
+    return f"{(0, *edges)[place]}-{(*edges, '')[place]}"
 
 
 def write_clean_copy(report: Report, mask_path: Path | None, root: str, output: Path, *, overwrite: bool) -> None:
-    """Write the whole samples of a checked LMDB anew, numbered without gaps.
+    """Write the valid samples of a checked LMDB anew, numbered without gaps.
 
     The copy lies below `output` as the LMDB does below `root`; with masks, below `output/images`, and the masks
     likewise below `output/masks`.
@@ -312,7 +287,7 @@ def write_clean_copy(report: Report, mask_path: Path | None, root: str, output: 
     else:
         output = output / place
     if not report.good:
-        raise UserError(f"{report.path}: has no whole sample, so there is no clean copy to write")
+        raise UserError(f"{report.path}: has no valid sample, so there is no clean copy to write")
     with LmdbWriter(output, overwrite=overwrite) as writer:
         for index in report.good:
             writer.append(source.get(image_key(index)), source.get(label_key(index)), source.get(mask_key(index)))
@@ -324,7 +299,7 @@ def write_clean_copy(report: Report, mask_path: Path | None, root: str, output: 
 
 
 def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, count: int) -> None:
-    """Draw `count` whole samples, evenly spread over the LMDB."""
+    """Draw `count` valid samples, evenly spread over the LMDB."""
     if not report.good:
         return
     reader = LmdbReader(report.path)
@@ -334,14 +309,12 @@ def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, co
     for index in chosen:
         mask = masks.get(image_key(index)) if masks else reader.get(mask_key(index))
         label = reader.get(label_key(index)) or b""
-        image = _decode(reader.get(image_key(index)), "RGB")
-        cells.append(Cell(image, f"{index} {label.decode()}", None if mask is None else _decode(mask, "L")))
+        image, mask = (
+            None if data is None else np.asarray(decode_image(data, sys.maxsize, mode))  # its size was checked
+            for data, mode in ((reader.get(image_key(index)), "RGB"), (mask, "L"))
+        )
+        cells.append(Cell(image, f"{index} {label.decode()}", mask))
     save_contact_sheet(cells, output)
-
-
-def _decode(data: bytes, mode: str) -> np.ndarray:
-    image, _ = decode_image(data, sys.maxsize, mode)  # its size was checked before
-    return np.asarray(image)
 
 
 def print_report(report: Report) -> None:
@@ -349,19 +322,19 @@ def print_report(report: Report) -> None:
     counts: dict[str, Any] = {
         NUM_SAMPLES: "none" if report.num_samples is None else report.num_samples,
         "samples": report.samples,
-        "whole": report.whole,
+        "valid": report.valid,
         "problems": report.problems.total(),
     }
     counts |= {f"  {reason}": count for reason, count in report.problems.most_common()}
     counts |= {f"note: {note}": count for note, count in report.notes.most_common()}
     print_summary(report.path, counts)
-    lengths = {str(length): count for length, count in sorted(report.lengths.items())}
-    heights = {_bucket(low, HEIGHT_EDGES): 0 for low in (0, *HEIGHT_EDGES)}
-    aspects = {_bucket(low, ASPECT_EDGES): 0 for low in (0, *ASPECT_EDGES)}
     _print_histogram("format", report.formats)
-    _print_histogram("label length", lengths)
-    _print_histogram("height in pixels", heights | report.heights)
-    _print_histogram("width / height", aspects | report.aspects)
+    _print_histogram("label length", {str(length): count for length, count in sorted(report.lengths.items())})
+    for title, counts, edges in (
+        ("height in pixels", report.heights, HEIGHT_EDGES),
+        ("width / height", report.aspects, ASPECT_EDGES),
+    ):
+        _print_histogram(title, {_bucket(low, edges): counts[_bucket(low, edges)] for low in (0, *edges)})
     if report.foreign_characters:
         shown = " ".join(f"{character!r}:{count}" for character, count in report.foreign_characters.most_common(30))
         print(f"  characters outside the charset: {shown}")
@@ -376,31 +349,14 @@ def _print_histogram(title: str, counts: dict[str, int]) -> None:
 
 
 def collect_images(root: str, checker: Checker, *, near: bool) -> ImageSet:
-    """The images of every LMDB of `root`; those that do not decode are passed over."""
+    """Return the images of every LMDB of `root`; those that cannot be decoded are passed over."""
     images = ImageSet(near=near)
     for path in find_lmdbs(root):
         reader = LmdbReader(path)
-        for sample in checker.samples(reader, None, scan_keys(reader).indices):
+        for sample in checker.samples(reader, None, scan_keys(reader)[0]):
             if sample.digest:
                 images.add(sample)
     return images
-
-
-def _beside(output: str, path: Path, alone: bool) -> Path:
-    """`output` itself for a single LMDB, else with the LMDB's path below the folder before the suffix."""
-    target = Path(output)
-    return target if alone else target.with_name(f"{target.stem}-{'-'.join(path.parts)}{target.suffix}")
-
-
-def _write_json(target: str, reports: list[Report]) -> None:
-    text = json.dumps([report.to_dict() for report in reports], indent=2, ensure_ascii=False)
-    if target == "-":
-        print(text)
-        return
-    try:
-        write_atomically(Path(target), lambda file: file.write(text.encode() + b"\n"))
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); name another --json") from error
 
 
 def _parse(arguments: list[str] | None) -> Any:
@@ -411,11 +367,11 @@ def _parse(arguments: list[str] | None) -> Any:
     )
     parser.add_argument("--charset", metavar="FILE", help="count label characters outside this charset")
     parser.add_argument("--max-length", type=positive, default=25, help="count longer labels (default: 25)")
-    parser.add_argument("--against", metavar="LMDB", help="images shared with these LMDBs (a test set's) are problems")
+    parser.add_argument("--against", metavar="LMDB", help="images that these LMDBs (test sets) have too are problems")
     parser.add_argument("--near", action="store_true", help="with --against: look-alikes too (slow on large sets)")
     parser.add_argument("--contact-sheet", metavar="PNG", help="draw words from all over the LMDB to look at")
     parser.add_argument("--cells", type=positive, default=64, help="words on the contact sheet (default: 64)")
-    parser.add_argument("--json", metavar="FILE", help="write the findings here (-: to stdout, in place of the text)")
+    parser.add_argument("--json", metavar="FILE", help="write the findings here (-: to stdout, instead of the text)")
     parser.add_argument("--fix", metavar="OUTPUT", help="write a copy without the problems")
     add_run_arguments(parser, log="with --fix OUTPUT-rejected.tsv, else none")
     return parser.parse_args(arguments)
@@ -426,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.fix and Path(options.fix).exists() and not options.overwrite:
         raise UserError(f"{options.fix}: exists already; choose another --fix or replace it with --overwrite")
     lmdbs = find_lmdbs(options.lmdb)
-    mask_paths = pair_masks(options.lmdb, lmdbs, options.masks)
+    mask_paths = [options.masks and find_mask_lmdb(options.masks, options.lmdb, path) for path in lmdbs]
     charset = Charset.from_file(options.charset) if options.charset else None
     settings = (charset, options.max_length, options.max_pixels, options.workers)
     other = collect_images(options.against, Checker(*settings), near=options.near) if options.against else None
@@ -439,14 +395,20 @@ def main(arguments: list[str] | None = None) -> int:
             if options.json != "-":
                 print_report(report)
             if options.contact_sheet:
-                sheet = _beside(options.contact_sheet, path.relative_to(options.lmdb), len(lmdbs) == 1)
+                sheet = Path(options.contact_sheet)
+                if len(lmdbs) > 1:
+                    name = "-".join([sheet.stem, *path.relative_to(options.lmdb).parts])
+                    sheet = sheet.with_name(name + sheet.suffix)
                 write_contact_sheet(report, mask_path, sheet, options.cells)
             if options.fix and len(lmdbs) > 1 and not report.good:
-                log.add(str(path), "no whole sample, no copy")
+                log.add(str(path), "no valid sample, no copy")
             elif options.fix:
                 write_clean_copy(report, mask_path, options.lmdb, Path(options.fix), overwrite=options.overwrite)
-    if options.json:
-        _write_json(options.json, reports)
+    text = json.dumps([report.to_dict() for report in reports], indent=2, ensure_ascii=False)
+    if options.json == "-":
+        print(text)
+    elif options.json:
+        write_atomically(Path(options.json), lambda file: file.write(text.encode() + b"\n"))
     return 1 if any(report.problems for report in reports) else 0
 
 

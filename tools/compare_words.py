@@ -18,7 +18,7 @@ import numpy as np
 
 from loading.lmdb_io import LmdbReader, image_key, is_lmdb, label_key
 from rendering import WordRenderer, load_render_config
-from tools.support import decode_image, make_parser, positive, progress, seed_number
+from tools.support import RejectedError, decode_image, make_parser, positive, progress, seed_number
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/compare_words.py configs/render.yaml data/training/words --difficulty 0.3 0.5 0.7
@@ -122,9 +122,11 @@ def stored(source: Path, count: int) -> Iterator[Measured]:
     wanted = set(np.linspace(0, total - 1, min(count, total)).astype(int).tolist())
     for number, (data, text) in enumerate(found):
         if number in wanted and text:
-            image, _ = decode_image(data(), mode="RGB")
-            if image is not None:
-                yield measure(np.asarray(image), text)
+            try:
+                image = decode_image(data(), mode="RGB")
+            except RejectedError:
+                continue
+            yield measure(np.asarray(image), text)
 
 
 def _lmdb_words(source: Path) -> Iterator:

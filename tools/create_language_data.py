@@ -1,7 +1,7 @@
 """Make the language model's training and validation words from text corpora, or from a word-frequency list.
 
-Both outputs are tab-separated with the columns `inp` and `gt` (the same word twice: misspellings are made while
-training, by dataset.use_sm). No word of one output is in the other, in upper or lower case.
+Both outputs are tab-separated with the columns `inp` and `gt` (the same word twice: dataset.use_sm makes misspellings
+during training). No word of one output is in the other, in upper or lower case.
 """
 
 import bz2
@@ -9,32 +9,30 @@ import csv
 import functools
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from loading.charset import Charset
 from tools.support import RejectionLog, make_parser, positive, print_summary, progress, seed_number
-from utils import UserError, run_command_line
+from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_language_data.py data/language_train.csv data/language_test.csv
   python tools/create_language_data.py data/WikiText-103.csv data/WikiText-103_eval_d1.csv --corpus wikitext-103/
   python tools/create_language_data.py train.csv test.csv --corpus words.txt --flatten --charset data/charset_62.txt"""
 
-DEFAULT_COUNT = 1_000_000  # rows drawn from the word-frequency list, which has no number of its own
+DEFAULT_COUNT = 1_000_000  # rows drawn from the word-frequency list
 CORPUS_SUFFIXES = (".txt", ".tokens", ".raw", ".gz", ".bz2", ".xz")
 MARKERS = frozenset({"<unk>", "<eos>", "<pad>", "@-@", "@,@", "@.@"})  # of WikiText
 APOSTROPHES = "'\u2019\u02bc"
@@ -44,11 +42,11 @@ CASE_SHARES = (0.5, 0.25, 0.25)  # lower, Capitalised, UPPER, for word lists tha
 
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _FOREIGN = "\0"  # marks a letter or digit that the charset lacks
-_LINE_LIMIT = 1 << 20  # bytes; a corpus without line ends is read in pieces
+_PIECE = 1 << 20  # bytes that are read at once
 
 
 class _CharacterTable(dict):
-    """For `str.translate`: what becomes of each character, worked out when it is first met."""
+    """A table for `str.translate` that works out what becomes of a character when it first meets it."""
 
     def __init__(self, charset: Charset) -> None:
         self._charset = charset
@@ -62,7 +60,7 @@ class _CharacterTable(dict):
 
 @dataclass(frozen=True)
 class WordRule:
-    """Which words are kept: characters of `charset`, and a length in characters from `shortest` to `longest`."""
+    """Tells which words are kept: characters of `charset`, and a length in characters from `shortest` to `longest`."""
 
     charset: Charset
     shortest: int = 1
@@ -73,10 +71,10 @@ class WordRule:
         return _CharacterTable(self.charset)
 
     def words(self, token: str) -> tuple[list[str], str]:
-        """The words in `token` as the charset writes them, and the reason why there are none.
+        """Return the words in `token` as the charset writes them, and the reason why there are none.
 
-        A sign that the charset lacks parts words (`well-known` is two), an apostrophe is left out (`don't` is `dont`),
-        a letter or digit that it lacks rejects the whole token: what is left of it would be no word.
+        A sign that the charset lacks separates words (`well-known` is two), an apostrophe is left out (`don't` is
+        `dont`), a letter or digit that it lacks rejects the whole token: the rest would not be a word.
         """
         if token in MARKERS:
             return [], "marker"
@@ -93,7 +91,7 @@ class WordRule:
 
 
 def find_corpora(paths: Iterable[str]) -> list[Path]:
-    """The files that `paths` name; of a folder, every text file below it, sorted. Raises UserError if there is none."""
+    """Return the files that `paths` name; of a folder, every text file below it. Raises UserError if there is none."""
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -109,59 +107,46 @@ def find_corpora(paths: Iterable[str]) -> list[Path]:
 
 
 def read_corpora(files: list[Path], log: RejectionLog) -> Counter[str]:
-    """Count the tokens (parted by white space) of UTF-8 text files; lines that are not UTF-8 go to `log`.
+    """Count the tokens (separated by white space) of UTF-8 text files; those that are not UTF-8 go to `log`.
 
     Lines that begin with # before the first other line are a header. Files may be packed (.gz, .bz2, .xz).
     """
-    tokens: Counter[str] = Counter()
+    encoded: Counter[bytes] = Counter()
     bar = progress((), total=sum(file.stat().st_size for file in files), unit="B", description="corpora")
     for path in files:
-        header = True
-        for number, line in enumerate(_lines(path, bar), start=1):
-            header = header and line.startswith(b"#")
-            if header:
-                continue
-            try:
-                tokens.update(line.decode("utf-8").split())
-            except UnicodeDecodeError as error:
-                log.add(f"{path}:{number}", "line is not UTF-8", str(error.reason))
+        try:
+            with open(path, "rb") as raw:
+                text: BinaryIO = _OPENERS[path.suffix](raw) if path.suffix in _OPENERS else raw
+                rest = text.readline(_PIECE)
+                while rest.startswith(b"#"):
+                    rest = text.readline(_PIECE)
+                position = 0
+                while piece := text.read(_PIECE):
+                    rest += piece
+                    cut = max(rest.rfind(blank) for blank in (b" ", b"\n", b"\t")) + 1
+                    encoded.update(rest[:cut].split())
+                    rest = rest[cut:]
+                    bar.update(raw.tell() - position)
+                    position = raw.tell()
+                encoded.update(rest.split())
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); copy or unpack it again") from error
     bar.close()
+    tokens: Counter[str] = Counter()
+    for token, count in encoded.items():
+        try:
+            for word in token.decode().split():  # at blanks that are not ASCII
+                tokens[word] += count
+        except UnicodeDecodeError as error:
+            log.add(token.decode(errors="backslashreplace"), "not UTF-8", str(error.reason), count)
     return tokens
 
 
-def _lines(path: Path, bar: tqdm) -> Iterator[bytes]:
-    """The lines of a file, packed or not; `bar` follows the position in the file as it lies on the disk."""
-    position = 0
-    try:
-        with open(path, "rb") as raw:
-            opener = _OPENERS.get(path.suffix)
-            text: BinaryIO = opener(raw) if opener else raw
-            rest = b""
-            while line := text.readline(_LINE_LIMIT):
-                line, rest = _whole_words(rest + line)
-                yield line
-                if raw.tell() != position:
-                    bar.update(raw.tell() - position)
-                    position = raw.tell()
-            if rest:
-                yield rest
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy or unpack it again") from error
-
-
-def _whole_words(line: bytes) -> tuple[bytes, bytes]:
-    """A piece of a line that is too long to hold, up to its last blank, and what follows; a whole line stays whole."""
-    if line.endswith(b"\n") or len(line) < _LINE_LIMIT:
-        return line, b""
-    cut = max(line.rfind(blank) for blank in (b" ", b"\t", b"\r")) + 1
-    return (line[:cut], line[cut:]) if cut else (line, b"")
-
-
 def frequency_list(language: str, seed: int) -> dict[str, float]:
-    """Words of the installed word-frequency list with their frequencies.
+    """Return the words of the installed word-frequency list with their frequencies.
 
-    The list knows long numbers by their shape only (`0000` stands for all of four digits); a shape is filled with
-    random digits here, NUMBERS_PER_SHAPE times if it has digits only, else once.
+    The list has only the shapes of long numbers (`0000` stands for all of four digits); a shape is filled with random
+    digits here, NUMBERS_PER_SHAPE times if it has digits only, else once.
     """
     try:
         import wordfreq
@@ -182,7 +167,7 @@ def frequency_list(language: str, seed: int) -> dict[str, float]:
 
 
 def vary_case(words: dict[str, float]) -> dict[str, float]:
-    """Part each word's frequency among its lower-case, capitalised and upper-case forms."""
+    """Divide each word's frequency among its lower-case, capitalised and upper-case forms."""
     varied: Counter[str] = Counter()
     for word, frequency in words.items():
         for form, share in zip((word, word.capitalize(), word.upper()), CASE_SHARES, strict=True):
@@ -191,9 +176,9 @@ def vary_case(words: dict[str, float]) -> dict[str, float]:
 
 
 def select_words(tokens: dict[str, float], rule: WordRule, log: RejectionLog, *, countable: bool) -> dict[str, float]:
-    """The words that `rule` finds in `tokens` with their summed frequencies, sorted by word.
+    """Return the words that `rule` finds in `tokens` with their summed frequencies, sorted by word.
 
-    With `countable`, frequencies are numbers of occurrences and `log` counts these, else it counts distinct tokens.
+    With `countable`, frequencies are numbers of occurrences and `log` counts those, else it counts distinct tokens.
     """
     words: Counter[str] = Counter()
     for token, frequency in progress(tokens.items(), total=len(tokens), unit="token", description="words"):
@@ -208,28 +193,28 @@ def select_words(tokens: dict[str, float], rule: WordRule, log: RejectionLog, *,
 
 
 def split_words(words: dict[str, float], share: float, seed: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Part `words` into training and validation words; forms of a word that differ in case stay together.
+    """Split `words` into training and validation words; forms of a word that differ in case stay together.
 
     `share` of the distinct words go to validation, never the COMMON_WORDS most frequent (or a tenth, of few words). The
-    choice hangs on the word and the seed only, so that a larger corpus keeps the parting of a smaller one.
+    choice depends on the word and the seed only, so that a larger corpus keeps the split of a smaller one.
     """
     groups: Counter[str] = Counter()
     for word, frequency in words.items():
         groups[word.lower()] += frequency
     common = {word for word, _ in groups.most_common(min(COMMON_WORDS, len(groups) // 10))}
-    limit = share * 2**64
-    validation = {group for group in groups if group not in common and _hash(group, seed) < limit}
+
+    def is_held_back(word: str) -> bool:
+        digest = hashlib.blake2b(f"{seed}:{word}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < share * 2**64
+
+    validation = {group for group in groups if group not in common and is_held_back(group)}
     training_words = {word: frequency for word, frequency in words.items() if word.lower() not in validation}
     validation_words = {word: frequency for word, frequency in words.items() if word.lower() in validation}
     return training_words, validation_words
 
 
-def _hash(word: str, seed: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{word}".encode(), digest_size=8).digest(), "big")
-
-
 def draw_rows(words: dict[str, float], count: int, temperature: float, seed: int) -> list[str]:
-    """`count` words in random order; a word comes in proportion to frequency ** (1 / temperature), to within one row.
+    """Draw `count` words in random order, each in proportion to frequency ** (1 / temperature), to within one row.
 
     Systematic sampling: with a count equal to the sum of whole frequencies each word comes exactly as often as it did,
     and with equal frequencies no word comes a second time before each has come once.
@@ -252,82 +237,24 @@ def draw_rows(words: dict[str, float], count: int, temperature: float, seed: int
 
 
 def write_rows(path: str | os.PathLike, rows: list[str]) -> None:
-    """Write the language CSV; the file has its name only when it is whole."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-                writer.writerow(("inp", "gt"))
-                writer.writerows(zip(rows, rows, strict=True))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or name another") from error
+    """Write the language CSV, all of it or nothing."""
+
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+        writer.writerow(("inp", "gt"))
+        writer.writerows(zip(rows, rows, strict=True))
+        text.detach()  # flushed, and left open
+
+    write_atomically(Path(path), write)
 
 
-def create_language_data(
-    train_output: str,
-    validation_output: str,
-    *,
-    corpora: list[str],
-    rule: WordRule,
-    language: str = "en",
-    temperature: float = 1.0,
-    count: int | None = None,
-    validation: float = 0.05,
-    seed: int = 0,
-    rejected: str | None = None,
-) -> None:
-    """Make both files and print the summary; see main for what the settings mean."""
-    with RejectionLog.beside(os.path.splitext(train_output)[0], rejected) as log:
-        if corpora:
-            words = select_words(read_corpora(find_corpora(corpora), log), rule, log, countable=True)
-        else:
-            words = select_words(frequency_list(language, seed), rule, log, countable=False)
-            words = vary_case(words) if rule.charset.has_upper_case else words
-        parts = split_words(words, validation, seed)
-        if count is None and not corpora and temperature != float("inf"):
-            count = DEFAULT_COUNT
-        if count is not None:
-            held = round(count * len(parts[1]) / len(words))
-            sizes = (count - held, held)
-        elif temperature == float("inf"):
-            sizes = (len(parts[0]), len(parts[1]))
-        else:
-            sizes = (int(sum(parts[0].values())), int(sum(parts[1].values())))
-        rows = [draw_rows(part, size, temperature, seed) for part, size in zip(parts, sizes, strict=True)]
-        write_rows(train_output, rows[0])
-        write_rows(validation_output, rows[1])
-    counts: dict[str, int] = {"distinct words": len(words)}
-    if corpora:
-        counts["occurrences of them"] = int(sum(words.values()))
-    counts |= {
-        "training rows": len(rows[0]),
-        "training words": len(set(rows[0])),
-        "validation rows": len(rows[1]),
-        "validation words": len(set(rows[1])),
-    }
-    print_summary(f"wrote {train_output} and {validation_output}", counts, log)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ValueError(text)
-    return value
-
-
-def _temperature(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise ValueError(text)
-    return value
+def sizes_of(parts: Sequence[dict[str, float]], *, count: int | None, distinct: bool) -> list[int]:
+    """Return the rows of each part: shares of `count` by distinct words, or each word once, or as often as it came."""
+    if count is not None:
+        held = round(count * len(parts[1]) / sum(map(len, parts)))
+        return [count - held, held]
+    return [len(part) if distinct else int(sum(part.values())) for part in parts]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -350,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     frequencies = parser.add_mutually_exclusive_group()
     frequencies.add_argument("--flatten", action="store_true", help="every word equally often")
     frequencies.add_argument(
-        "--temperature", type=_temperature, default=1.0, help="1 keeps frequencies, more flattens them (default: 1)"
+        "--temperature", type=float, default=1.0, help="1 keeps frequencies, more flattens them (default: 1)"
     )
     parser.add_argument(
         "--count",
@@ -358,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="rows of both files together (default: as many as the corpus has words, with --flatten each distinct word "
         f"once; {DEFAULT_COUNT} from the word-frequency list)",
     )
-    parser.add_argument("--validation-share", type=_share, default=0.05, help="of the distinct words (default: 0.05)")
+    parser.add_argument("--validation-share", type=float, default=0.05, help="of the distinct words (default: 0.05)")
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
     parser.add_argument("--rejected", metavar="FILE", help="what was left out (default: TRAIN-rejected.tsv)")
@@ -368,18 +295,30 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"{output}: exists already; choose another output or replace it with --overwrite")
     if os.path.abspath(options.train) == os.path.abspath(options.validation):
         raise UserError(f"{options.train}: named for training and validation; give two files")
-    create_language_data(
-        options.train,
-        options.validation,
-        corpora=options.corpus,
-        rule=WordRule(Charset.from_file(options.charset), options.min_length, options.max_length),
-        language=options.language,
-        temperature=float("inf") if options.flatten else options.temperature,
-        count=options.count,
-        validation=options.validation_share,
-        seed=options.seed,
-        rejected=options.rejected,
-    )
+    if not options.temperature > 0:
+        raise UserError(f"--temperature {options.temperature:g}: is not above 0; 1 keeps frequencies")
+    if not 0 <= options.validation_share < 1:
+        raise UserError(f"--validation-share {options.validation_share:g}: is not from 0 to below 1")
+    rule = WordRule(Charset.from_file(options.charset), options.min_length, options.max_length)
+    temperature, count = float("inf") if options.flatten else options.temperature, options.count
+    with RejectionLog.beside(os.path.splitext(options.train)[0], options.rejected) as log:
+        if options.corpus:
+            words = select_words(read_corpora(find_corpora(options.corpus), log), rule, log, countable=True)
+        else:
+            words = select_words(frequency_list(options.language, options.seed), rule, log, countable=False)
+            words = vary_case(words) if rule.charset.has_upper_case else words
+            count = count or (None if temperature == float("inf") else DEFAULT_COUNT)
+        parts = split_words(words, options.validation_share, options.seed)
+        sizes = sizes_of(parts, count=count, distinct=temperature == float("inf"))
+        rows = [draw_rows(part, size, temperature, options.seed) for part, size in zip(parts, sizes, strict=True)]
+        write_rows(options.train, rows[0])
+        write_rows(options.validation, rows[1])
+    counts: dict[str, int] = {"distinct words": len(words)}
+    if options.corpus:
+        counts["occurrences of them"] = int(sum(words.values()))
+    for name, part in zip(("training", "validation"), rows, strict=True):
+        counts |= {f"{name} rows": len(part), f"{name} words": len(set(part))}
+    print_summary(f"wrote {options.train} and {options.validation}", counts, log)
     return 0
 
 

@@ -4,19 +4,16 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from tools.support import (
     MAX_PIXELS,
+    RejectedError,
     Word,
     add_run_arguments,
     find_image,
-    inside,
     make_parser,
     map_in_processes,
     progress,
@@ -34,16 +31,8 @@ LONGEST_PATH = 4096  # bytes, of any system
 SEPARATORS = {"auto": ("\t", ","), "tab": ("\t",), "comma": (",",)}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the list: its number from 1 and its bytes without the line end."""
-
-    line: int
-    content: bytes
-
-
-def read_entries(gt_file: str | os.PathLike) -> Iterator[Entry]:
-    """The lines of a list of labels that are not blank; a byte order mark is dropped.
+def read_entries(gt_file: str | os.PathLike) -> Iterator[bytes]:
+    """Yield the lines of a list of labels that are not blank; a byte order mark is dropped.
 
     Raises UserError when the file is missing or is UTF-16.
     """
@@ -56,13 +45,13 @@ def read_entries(gt_file: str | os.PathLike) -> Iterator[Entry]:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 line = line.rstrip(b"\r\n")
                 if line.strip():
-                    yield Entry(number, line)
+                    yield line
     except OSError as error:
         raise UserError(f"{gt_file}: cannot be read ({error.strerror}); name the list of labels") from error
 
 
 def split_line(line: str, separators: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Every way to read `line` as (path, label), the likeliest first.
+    """Yield every way to read `line` as (path, label), the likeliest first.
 
     The first separator of `separators` that occurs is used. Later places of it are tried too, for paths that hold it.
     Label text in double quotes after a comma loses the quotes (ICDAR's form).
@@ -81,37 +70,38 @@ def _unquote(label: str) -> str:
     return label
 
 
-def read_word(entry: Entry, *, folder: str, separators: tuple[str, ...], max_pixels: int) -> Word:
+def read_word(entry: bytes, *, folder: str, separators: tuple[str, ...], max_pixels: int) -> Word:
     """Read and check the image and label of one line; runs in a worker."""
     try:
-        line = entry.content.decode("utf-8")
+        line = entry.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Word(entry.content.decode(errors="backslashreplace"), reason="line is not UTF-8", detail=str(error))
-    first = next(split_line(line, separators), None)
-    if first is None:
-        return Word(line, reason="no separator", detail="neither tab nor comma between path and label")
+        return Word(entry.decode(errors="backslashreplace"), reason="line is not UTF-8", detail=str(error))
+    missing: Word | None = None
     for name, label in split_line(line, separators):
-        path = find_image(folder, name) if name else None
-        if path is None:
+        if not name:
+            missing = missing or Word(line, reason="no path")
+            continue
+        try:
+            path = find_image(folder, name)
+        except RejectedError as error:
+            missing = missing or Word(name, reason=error.reason)
             continue
         if not label:
             return Word(name, reason="empty label")
         if "\t" in label:
             return Word(name, reason="tab in label", detail=label)
         return read_image(name, path, label, max_pixels)
-    name = first[0]
-    if not name:
-        return Word(line, reason="no path")
-    climbs = "\0" not in name and inside(folder, name) is None
-    return Word(name, reason="path leaves the folder" if climbs else "no such file")
+    return missing or Word(line, reason="no separator", detail="neither tab nor comma between path and label")
 
 
 def read_words(
     image_folder: str, gt_file: str, *, separator: str = "auto", max_pixels: int = MAX_PIXELS, workers: int = 1
 ) -> Iterator[Word]:
-    """The words of `gt_file` in its order, each read and checked, with a progress bar."""
+    """Yield the words of `gt_file` in its order, each read and checked, with a progress bar."""
     if not os.path.isdir(image_folder):
-        raise UserError(f"{image_folder}: no such folder; IMAGE_FOLDER is where the paths of {gt_file} begin")
+        raise UserError(
+            f"{image_folder}: no such folder; IMAGE_FOLDER is the folder that the paths of {gt_file} are relative to"
+        )
     total = sum(1 for _ in read_entries(gt_file))
     read = functools.partial(
         read_word, folder=os.path.abspath(image_folder), separators=SEPARATORS[separator], max_pixels=max_pixels

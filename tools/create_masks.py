@@ -6,23 +6,18 @@ import glob
 import hashlib
 import json
 import shutil
-import struct
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from builders import build_ssn, ssn_part
 from bundle import load_ssn
@@ -45,38 +40,28 @@ from loading.lmdb_io import (
     label_key,
 )
 from modules.ssn import SSN
-from tools.support import RejectionLog, make_parser, positive, print_summary
-from utils import UserError, run_command_line, write_atomically
+from tools.support import RejectionLog, make_parser, positive, print_summary, progress
+from utils import UserError, first_line, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --checkpoint ssn.pth \\
     --input data/training/label/real --output data/masks
   python tools/create_masks.py --checkpoint weights/binet-small.pth --input data/training/label/real --output data/masks
   torchrun --nproc_per_node=8 tools/create_masks.py --checkpoint ssn.pth --input data/training/MJ --output data/masks
 
-Processes that torchrun starts, on one machine or several that share the folders, share the words; the result is that of
-one process, byte for byte. A run that was stopped goes on where it stopped when it is started again in the same way, be
-it with another number of processes; until then its masks are in OUTPUT.part-*.partial. A word whose image cannot
-be decoded gets no mask; it is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how masks were made."""
+The processes of torchrun, on one machine or several that share the folders, share the words; the result is byte for
+byte that of one process. A run that was stopped goes on when the same command is given again, even with another number
+of processes; until then its masks are in OUTPUT.part-*.partial. A word whose image cannot be decoded gets no mask; it
+is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how the masks were made."""
 
 CHUNK_PIXELS = 1 << 23  # of images that are held at once, whatever their number: scenes are larger than words
 CHUNK_WORDS = 4096  # that are committed in one transaction
-SIZES_CHECKED = 1000
-PNG_SIZE = slice(16, 24)  # width and height in the header of a PNG, big-endian
 SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the others
 
-
-@dataclass(frozen=True)
-class Word:
-    """A word to make a mask of: its number from 1 and its image, or the reason (and detail) why there is none."""
-
-    index: int
-    image: np.ndarray | None = None
-    reason: str = ""
-    detail: str = ""
+Word = tuple[int, np.ndarray | str]  # number from 1, and image (H, W, 3) or why there is none
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "--config", help="YAML whose model.ssn describes the network (default: the checkpoint's own description)"
@@ -85,11 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", required=True, metavar="LMDB", help="word LMDB, or a folder of them")
     parser.add_argument("--output", required=True, metavar="MASK_LMDB", help="LMDB to make, or a folder for them")
     parser.add_argument(
-        "--areas",
-        type=positive,
-        nargs="+",
-        metavar="SIDE",
-        help="sizes, pixels (default: the config's model.ssn.areas)",
+        "--areas", type=positive, nargs="+", metavar="SIDE", help="scales, pixels (default: the network's own)"
     )
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the fastest here")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -97,7 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch-size",
         type=positive,
         default=256,
-        help="words read, sorted by size and committed together, and dealt out to processes",
+        help="words that are read, sorted by size and stored together (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists, from the start")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of config keys")
@@ -105,7 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
+    """Run the tool and return its exit status."""
     options = parse_arguments(arguments)
     process = distributed.start("cpu", timeout=SHARE_TIMEOUT)  # what the processes tell each other lives on the host
     pairs = paired_paths(Path(options.input), Path(options.output))
@@ -130,10 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """(word LMDB, mask LMDB) of every LMDB of the input: one, or a folder whose layout the output repeats.
+    """Return (word LMDB, mask LMDB) for each LMDB of the input; the output has the layout of the input.
 
     Raises:
-        UserError: no LMDB there, or an output would lie inside of or be an input.
+        UserError: there is no LMDB, or an output would be an input or lie inside it.
     """
     # Masks of an earlier run may lie below the words.
     found = [each for each in find_lmdbs(source) if target.resolve() not in each.resolve().parents]
@@ -148,7 +129,7 @@ def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
 
 
 def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
-    """The file of SSN's weights, and SSN with them, ready for images.
+    """Return the file of SSN's weights, and SSN with them, ready for images.
 
     Raises:
         UserError: the checkpoint is missing, cannot be read, or is of other widths; nothing describes the network; the
@@ -162,13 +143,12 @@ def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
             device = own_gpu
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"--device {options.device} cannot be used ({first_line}); give cpu or cuda") from error
+        raise UserError(f"--device {options.device} cannot be used ({first_line(error)}); give cpu or cuda") from error
     return Path(checkpoint), Segmenter(ssn, areas, device=device, precision=options.precision)
 
 
 def carried_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]]:
-    """Checkpoint, network and areas as the checkpoint itself describes them."""
+    """Return checkpoint, network and areas as the checkpoint itself describes them."""
     if options.overrides:
         raise UserError(f"{options.overrides[0]}: there is no config to change; give one with --config")
     if options.checkpoint is None:
@@ -181,15 +161,15 @@ def carried_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]]:
 
 
 def configured_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]]:
-    """Checkpoint, network and areas as the config describes them."""
+    """Return checkpoint, network and areas as the config describes them."""
     config = load_config(options.config, options.overrides)
-    whole = config.model.checkpoint if config.model.kind == "ssn" else None
-    checkpoint = options.checkpoint or config.model.ssn.checkpoint or whole
+    own = config.model.checkpoint if config.model.kind == "ssn" else None
+    checkpoint = options.checkpoint or config.model.ssn.checkpoint or own
     if checkpoint is None:
         raise UserError("no weights: give --checkpoint, or set model.ssn.checkpoint in the config")
     config.model.ssn.checkpoint = None  # the command line's replaces it
     ssn = build_ssn(config)
-    state = read_checkpoint(checkpoint)  # what is wrong with the file itself is no matter of widths
+    state = read_checkpoint(checkpoint)  # outside the `try`: a damaged file says nothing about widths
     try:
         load_weights(ssn, ssn_part(state), checkpoint)
     except UserError as error:
@@ -200,16 +180,16 @@ def configured_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]
 class MaskOutput:
     """The masks of one word LMDB.
 
-    Blocks of consecutive words are dealt out to the processes in turn, and each keeps its masks in a part of its own
-    until all are made. Then the main one writes them to `target` in the order of their keys. A block is the same
-    whoever works on it, so that neither the number of processes nor an interruption changes a bit.
+    The processes take blocks of consecutive words in turn, and each keeps its masks in a part of its own until all are
+    made. Then the main one writes them to `target` in the order of their keys. Blocks do not depend on the number of
+    processes, so that neither it nor an interruption changes a bit of the result.
 
     Args:
         source: word LMDB.
         target: mask LMDB to make.
         settings: what the masks depend on beside the images.
         overwrite: replace what is at `target`, and start anew.
-        process: this one of those that share the words.
+        process: this one among those that share the words.
     """
 
     def __init__(
@@ -226,7 +206,7 @@ class MaskOutput:
         self.complete = False
 
     def _source_digest(self) -> str:
-        """Names the source's content, not its place: its size, number of words, and a few of the words."""
+        """Name the source's content, wherever it lies: its size, number of words, and a few of the words."""
         chosen = sorted({1, (self.count + 1) // 2, self.count} - {0})
         parts = [str(self.count).encode(), str((self.reader.path / DATA_FILE).stat().st_size).encode()]
         parts += [self.reader.get(key(index)) or b"" for index in chosen for key in (image_key, label_key)]
@@ -239,27 +219,21 @@ class MaskOutput:
     def _is_made(self) -> bool:
         if self.overwrite or not self.target.exists():
             return False
-        record: dict[str, Any] = {}
-        if is_lmdb(self.target) and self._record_path.is_file():
-            try:
-                record = dict(json.loads(self._record_path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):  # not ours, or damaged: as good as none
-                record = {}
-        # The record of other masks: a kill came before these, or those, took their name.
-        foreign = "masks" in record and record["masks"] != _sample_digest(LmdbReader(self.target), self.count)
-        if record.get("settings") != self.settings or foreign:
-            raise UserError(
-                f"{self.target}: exists and was made of other images or with other settings; "
-                "choose another output or replace it with --overwrite"
-            )
-        return True
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # without a sound record it is not ours
+            record = json.loads(self._record_path.read_text(encoding="utf-8"))
+            if is_lmdb(self.target) and record["settings"] == self.settings:
+                return True
+        raise UserError(
+            f"{self.target}: exists and was made of other images or with other settings; "
+            "choose another output or replace it with --overwrite"
+        )
 
     def make(self, segmenter: Segmenter, *, batch_size: int) -> None:
         """Make what is missing, check all of it against the source, and give it its name."""
         if self.complete:
             if self.process.is_main:
                 print_summary(f"{self.target}: is complete already", {"words": self.count})
-                with contextlib.suppress(UserError):  # of other settings, or of a run that replaces this one
+                with contextlib.suppress(UserError):  # parts of other settings, or of a run that replaces this one
                     self._claim_parts()
                     self._remove_parts()
             return
@@ -274,8 +248,8 @@ class MaskOutput:
         new, rejected = sum(distributed.gather([new])), sorted(distributed.gather(rejected))
         if self.process.is_main:
             with RejectionLog.beside(self.target) as log:
-                for index, reason, detail in rejected:
-                    log.add(image_key(index), reason, detail)
+                for index, detail in rejected:
+                    log.add(image_key(index), "damaged image", detail)
                 self._merge(broken=len(rejected))
             self._remove_parts()
             counts = {"words": self.count, "masks": self.count - len(rejected), "made in this run": new}
@@ -285,32 +259,31 @@ class MaskOutput:
     # --- parts --------------------------------------------------------------------------------------------------------
 
     def _parts(self) -> list[Path]:
-        """The parts that there are, those of an interrupted run included."""
+        """Return the parts that exist, those of an interrupted run included."""
         return sorted(self.target.parent.glob(f"{glob.escape(self.target.name)}.part-*{PARTIAL_SUFFIX}"))
 
     def _claim_parts(self) -> None:
-        """Make sure that the parts are this output's and nobody else writes them; raises UserError otherwise."""
+        """Raise UserError unless the parts belong to this output and no other process writes them."""
         for each in self._parts():
             name = each.with_name(each.name.removesuffix(PARTIAL_SUFFIX))
-            LmdbWriter(name, resumable=True, overwrite=self.overwrite, identity=self.identity).abort()
+            LmdbWriter(name, overwrite=self.overwrite, identity=self.identity).abort()
 
     def _remove_parts(self) -> None:
         for each in self._parts():
             shutil.rmtree(each)
 
     def _part_of_each(self) -> np.ndarray:
-        """Place in `_parts()` of each word's mask, -1 where it has none; (count + 1,), words count from 1."""
+        """Return the place in `_parts()` of each word's mask, -1 where it has none: (count + 1,), words from 1."""
         prefix = image_key(0).rstrip("0")
         places = np.full(self.count + 1, -1, np.int16)
         for place, each in enumerate(self._parts()):
-            with LmdbReader(each) as part:
-                places[[int(key.removeprefix(prefix)) for key in part.keys(prefix)]] = place
+            places[[int(key.removeprefix(prefix)) for key in LmdbReader(each).keys(prefix)]] = place
         return places
 
     def _make_share(
         self, segmenter: Segmenter, made: np.ndarray, *, batch_size: int
-    ) -> tuple[int, list[tuple[int, str, str]]]:
-        """Segment this process's words that have no mask yet; returns their number, and index and why of the others.
+    ) -> tuple[int, list[tuple[int, str]]]:
+        """Segment this process's words that have no mask yet; return their number, and index and reason of the others.
 
         The next words are read while the network works; each chunk is one transaction.
         """
@@ -319,35 +292,28 @@ class MaskOutput:
         todo = [[index for index in block if made[index] < 0] for block in blocks]
         total, missing = sum(map(len, blocks)), sum(map(len, todo))
         name = self.target.with_name(f"{self.target.name}.part-{self.process.rank}")
-        part = LmdbWriter(name, resumable=True, identity=self.identity)
+        part = LmdbWriter(name, identity=self.identity)
         rejected = []
+        bar = progress((), total=total, unit="word", description=self.target.name, disable=not self.process.is_main)
+        bar.update(total - missing)
         try:
-            with (
-                ThreadPoolExecutor(1) as pool,
-                tqdm(
-                    total=total,
-                    initial=total - missing,
-                    unit="word",
-                    desc=str(self.target.name),
-                    mininterval=0.1 if sys.stderr.isatty() else 10.0,
-                    dynamic_ncols=True,
-                    disable=not self.process.is_main,
-                ) as bar,
-            ):
-                for chunk in one_ahead(pool, load_chunks(self.reader, todo)):
-                    whole = [word for word in chunk if word.image is not None]
-                    masks = map(encode_mask, segmenter([word.image for word in whole]))
-                    for word, mask in list(zip(whole, masks, strict=True)):
-                        part.put(image_key(word.index), mask)
+            with ThreadPoolExecutor(1) as pool, bar:
+                chunks = load_chunks(self.reader, todo)
+                following = pool.submit(next, chunks, None)
+                while (chunk := following.result()) is not None:
+                    following = pool.submit(next, chunks, None)
+                    read = [(index, image) for index, image in chunk if not isinstance(image, str)]
+                    for (index, _), mask in zip(read, segmenter([image for _, image in read]), strict=True):
+                        part.put(image_key(index), cv2.imencode(".png", mask)[1].tobytes())
                     part.commit()
-                    rejected += [(word.index, word.reason, word.detail) for word in chunk if word.image is None]
+                    rejected += [(index, image) for index, image in chunk if isinstance(image, str)]
                     bar.update(len(chunk))
         finally:
             part.abort()  # a part never takes a name without PARTIAL_SUFFIX
         return missing - len(rejected), rejected
 
     def _merge(self, *, broken: int) -> None:
-        """All masks and labels in the order of their keys: the file depends on nothing but its content."""
+        """Write all masks and labels in the order of their keys: the file depends on nothing but its content."""
         parts = [LmdbReader(each) for each in self._parts()]
         places = self._part_of_each()
         found = np.flatnonzero(places >= 0).tolist()
@@ -363,12 +329,10 @@ class MaskOutput:
                 if (label := self.reader.get(label_key(index))) is not None:
                     writer.put(label_key(index), label)
             writer.put(NUM_SAMPLES, str(self.count))
-            check_masks(self.reader, writer, broken=broken)
-            facts = {"settings": self.settings, "words": self.count, "without_mask": broken}
-            record = json.dumps(facts | {"masks": _sample_digest(writer, self.count)}, indent=1)
-            write_atomically(self._record_path, lambda file: file.write(record.encode() + b"\n"))
-        for part in parts:
-            part.close()
+            self._record_path.unlink(missing_ok=True)  # it speaks of the masks that are replaced
+        facts = {"settings": self.settings, "words": self.count, "without_mask": broken}
+        record = json.dumps(facts, indent=1).encode() + b"\n"
+        write_atomically(self._record_path, lambda file: file.write(record))
 
 
 def load_chunks(reader: LmdbReader, blocks: Sequence[Sequence[int]]) -> Iterator[list[Word]]:
@@ -377,68 +341,17 @@ def load_chunks(reader: LmdbReader, blocks: Sequence[Sequence[int]]) -> Iterator
         chunk: list[Word] = []
         pixels = 0
         for index in block:
-            chunk.append(load_word(reader, index))
-            if chunk[-1].image is not None:
-                pixels += chunk[-1].image[..., 0].size
+            try:
+                image = decode_image(reader.get(image_key(index)) or b"")
+                pixels += image[..., 0].size
+            except BrokenImageError as error:
+                image = str(error)
+            chunk.append((index, image))
             if len(chunk) == CHUNK_WORDS or pixels >= CHUNK_PIXELS:
                 yield chunk
                 chunk, pixels = [], 0
         if chunk:
             yield chunk
-
-
-def load_word(reader: LmdbReader, index: int) -> Word:
-    """Read and decode one word."""
-    data = reader.get(image_key(index))
-    if data is None:
-        return Word(index, reason="no image")
-    try:
-        return Word(index, image=decode_image(data))
-    except BrokenImageError as error:
-        return Word(index, reason="damaged image", detail=str(error))
-
-
-def one_ahead(pool: Executor, chunks: Iterator[list[Word]]) -> Iterator[list[Word]]:
-    """`chunks`, the next one being made in `pool` while the caller works on this one."""
-    following = pool.submit(next, chunks, None)
-    while (chunk := following.result()) is not None:
-        following = pool.submit(next, chunks, None)
-        yield chunk
-
-
-def encode_mask(mask: np.ndarray) -> bytes:
-    """8-bit grey PNG."""
-    return cv2.imencode(".png", mask)[1].tobytes()
-
-
-def check_masks(reader: LmdbReader, writer: LmdbWriter, *, broken: int) -> None:
-    """Compare a mask LMDB that is about to be finished with its source: number, keys, all labels, sizes of a sample.
-
-    Raises:
-        UserError: they differ; the LMDB does not take its name then.
-    """
-    count = len(reader)
-    made = [index for index in range(1, count + 1) if image_key(index) in writer]
-    if len(made) != count - broken:
-        raise _failed(writer, f"{len(made)} masks for {count - broken} images")
-    for index in range(1, count + 1):
-        if reader.get(label_key(index)) != writer.get(label_key(index)):
-            raise _failed(writer, f"{label_key(index)} differs")
-    chosen = np.linspace(0, len(made) - 1, min(SIZES_CHECKED, len(made))).astype(int)
-    for index in (made[place] for place in np.unique(chosen)):
-        width, height = struct.unpack(">II", writer.get(image_key(index))[PNG_SIZE])
-        if decode_image(reader.get(image_key(index))).shape[:2] != (height, width):
-            raise _failed(writer, f"the mask {image_key(index)} has another size than its image")
-
-
-def _failed(writer: LmdbWriter, difference: str) -> UserError:
-    return UserError(f"{writer.path}: the masks do not match the source ({difference}); run again with --overwrite")
-
-
-def _sample_digest(masks: LmdbReader | LmdbWriter, count: int) -> str:
-    """Names the content of a mask LMDB by some of its masks."""
-    chosen = np.unique(np.linspace(1, max(count, 1), min(SIZES_CHECKED, max(count, 1))).astype(int)).tolist()
-    return _digest(b"\0".join(masks.get(image_key(index)) or b"" for index in chosen))
 
 
 def _digest(data: bytes) -> str:

@@ -1,10 +1,11 @@
-"""Bring text segmentation sets, as their owners ship them, into the form that SSN is trained from.
+"""Convert published text segmentation sets to the form that SSN is trained from.
 
-The result holds pairs of an image and a grey mask: 255 = text, 0 = background, 128 = not known, to be ignored (set
-dataset.segmentation.ignore_level to 128).
+The result holds pairs of an image and a grey mask: 255 = text, 0 = background, 128 = not known, to be ignored
+(dataset.segmentation.ignore_level).
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -12,12 +13,11 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 import cv2
 import numpy as np
@@ -25,7 +25,7 @@ from PIL import Image
 
 from loading.decoding import MAX_PIXELS, BrokenImageError, decode_image
 from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
-from tools.support import IMAGE_ERRORS, RejectionLog, make_parser, print_summary, progress
+from tools.support import IMAGE_ERRORS, RejectedError, RejectionLog, make_parser, print_summary, progress
 from utils import UserError, explain_full_disk, run_command_line
 
 EXAMPLE = """  python tools/create_segmentation_data.py --format totaltext --source Total-Text --split Train \\
@@ -46,97 +46,99 @@ VALUES_SCANNED = 200  # masks looked at to find out which values a set uses
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels, right and bottom not included
 
 
-class UnusableError(ValueError):
-    """Why one image of a set cannot be used: a short reason, and a detail."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.detail = detail
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What is known of an image: the classes of its pixels, and the boxes of its words where the set has them."""
+class Truth(NamedTuple):
+    """The ground truth of an image: the classes of its pixels, and the boxes of its words where the set has them."""
 
     mask: np.ndarray  # (H, W) uint8: TEXT, BACKGROUND or IGNORED
     boxes: list[Box] | None = None
 
 
-@dataclass(frozen=True)
-class Entry:
-    """An image of a set and how to read what is known of it."""
+class Entry(NamedTuple):
+    """An image of a set (None where it is missing), its mask, and the function that reads the ground truth."""
 
     name: str
-    image: Path
-    read: Callable[[], Truth] = field(repr=False)
+    image: Path | None
+    mask: Path
+    read: Callable[[Path], Truth]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def files_below(source: Path, suffixes: set[str]) -> list[Path]:
-    """Every file below `source` with one of these endings (lower case), sorted."""
+    """Return every file below `source` with one of these endings (lower case), sorted."""
     return sorted(each for each in source.rglob("*") if each.suffix.lower() in suffixes and each.is_file())
 
 
-def in_split(path: Path, source: Path, split: str | None) -> bool:
-    """Whether a folder between `source` and the file bears the name of the split."""
-    return split is None or split.lower() in (part.lower() for part in path.relative_to(source).parts[:-1])
+def folders_of(path: Path, source: Path) -> list[str]:
+    """Return the names, in lower case, of the folders between `source` and a file."""
+    return [part.lower() for part in path.relative_to(source).parts[:-1]]
 
 
-class ImageIndex:
-    """Finds the image that belongs to a mask: the same stem, outside of the masks' folders, of the same split."""
+def find_entries(
+    source: Path,
+    split: str | None,
+    read: Callable[[Path], Truth],
+    *,
+    suffixes: set[str],
+    is_mask: Callable[[Path], bool],
+    is_other: Callable[[Path], bool] | None = None,
+    stem_of: Callable[[Path], str] = lambda mask: mask.stem,
+) -> list[Entry]:
+    """Return an entry for each mask of a split: its image has the same stem.
 
-    def __init__(self, source: Path, is_mask: Callable[[Path], bool]) -> None:
-        self.by_stem: dict[str, list[Path]] = {}
-        for each in files_below(source, IMAGE_SUFFIXES):
-            if not is_mask(each):
-                self.by_stem.setdefault(each.stem, []).append(each)
-
-    def find(self, stem: str, mask: Path) -> Path | None:
-        """The image of `mask`; of several the one whose folder has the same name, None when there is none."""
-        found = self.by_stem.get(stem, [])
-        return next((each for each in found if each.parent.name == mask.parent.name), found[0] if found else None)
-
-
-def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
-    """The stored values of a mask, (H, W) or (H, W, 3): palette indices stay indices, unless `colours` are wanted."""
-    try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise UnusableError("mask too large", f"{path.name}: {opened.width} x {opened.height} pixels")
-            if colours and opened.mode == "P":
-                return np.asarray(opened.convert("RGB"))
-            return np.asarray(opened if opened.mode in ("P", "L", "RGB") else _flattened(opened))
-    except IMAGE_ERRORS as error:
-        raise UnusableError("damaged mask", f"{path.name}: {error}") from error
-
-
-def _flattened(opened: Image.Image) -> Image.Image:
-    return opened.convert("RGB" if opened.mode in ("RGBA", "CMYK", "YCbCr", "PA") else "L")
-
-
-def one_channel(values: np.ndarray) -> np.ndarray:
-    """(H, W) of a mask that was stored with three equal channels."""
-    return values if values.ndim == 2 else values.max(axis=2)
-
-
-def entries_of(
-    masks: list[Path], images: ImageIndex, stem_of: Callable[[Path], str], read: Callable[[Path], Truth]
-) -> Iterator[Entry | tuple[str, str]]:
-    """An entry for each mask, or (mask, reason) where its image is missing."""
+    Args:
+        split: folder that masks lie below; None takes all masks.
+        suffixes: of masks.
+        is_mask: whether a file with such a suffix is a mask.
+        is_other: whether a file belongs to masks of any kind, so that it is no image; None: `is_mask` tells.
+        stem_of: mask -> stem of its image.
+    """
+    images: dict[str, list[Path]] = {}
+    for each in files_below(source, IMAGE_SUFFIXES):
+        if not (is_other or is_mask)(each):
+            images.setdefault(each.stem, []).append(each)
+    entries: list[Entry] = []
     names: set[str] = set()
-    for mask in masks:
-        stem = stem_of(mask)
-        image = images.find(stem, mask)
-        if image is None:
-            yield str(mask), "image missing"
+    for mask in files_below(source, suffixes):
+        if not is_mask(mask) or (split is not None and split.lower() not in folders_of(mask, source)):
             continue
+        stem = stem_of(mask)
+        found = images.get(stem, [])  # of several images, the one whose folder has the name of the mask's
+        image = next((each for each in found if each.parent.name == mask.parent.name), found[0] if found else None)
         name = stem if stem not in names else f"{mask.parent.name}_{stem}"
         numbered = (f"{name}_{number}" for number in itertools.count(2))
         name = next(each for each in itertools.chain([name], numbered) if each not in names)
-        names.add(name)
-        yield Entry(name, image, lambda mask=mask: read(mask))
+        if image is not None:
+            names.add(name)
+        entries.append(Entry(name, image, mask, read))
+    return entries
+
+
+def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
+    """Return the values of a mask, (H, W) or with `colours` (H, W, 3): palette indices stay indices without them."""
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise RejectedError("mask too large", f"{path.name}: {opened.width} x {opened.height} pixels")
+            if colours:
+                return np.asarray(opened.convert("RGB"))
+            if opened.mode not in ("P", "L", "RGB"):
+                opened = opened.convert("RGB" if opened.mode in ("RGBA", "CMYK", "YCbCr", "PA") else "L")
+            values = np.asarray(opened)
+            return values if values.ndim == 2 else values.max(axis=2)  # three equal channels
+    except RejectedError:
+        raise
+    except IMAGE_ERRORS as error:
+        raise RejectedError("damaged mask", f"{path.name}: {error}") from error
+
+
+def classes_of(values: np.ndarray, *, text: int) -> np.ndarray:
+    """Return the mask of stored values of which 0 is background, `text` is text and every other one unknown."""
+    mask = np.full(values.shape, IGNORED, np.uint8)
+    mask[values == 0] = BACKGROUND
+    mask[values == text] = TEXT
+    return mask
 
 
 # --- ICDAR 2013, focused scene text ----------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ _CHARACTER = re.compile(r'^(#?)\s*((?:-?\d+(?:\.\d+)?[\s,]+){9})"(.*)"\s*$')
 
 @dataclass(frozen=True)
 class Character:
-    """A line of an ICDAR 2013 text file."""
+    """One line of an ICDAR 2013 text file."""
 
     color: tuple[int, int, int]
     box: Box
@@ -154,10 +156,10 @@ class Character:
 
 
 def parse_icdar13(text: str) -> list[list[Character]]:
-    """Characters of each word: lines `R G B  x y  x1 y1 x2 y2  "c"`, `#` before those to ignore, blank between words.
+    """Read the characters of each word: lines `R G B  x y  x1 y1 x2 y2  "c"`, `#` before ignored ones, words apart.
 
     Raises:
-        UnusableError: a line that is neither such a line nor a comment.
+        RejectedError: a line that is neither such a line nor a comment.
     """
     words: list[list[Character]] = [[]]
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
@@ -170,15 +172,13 @@ def parse_icdar13(text: str) -> list[list[Character]]:
         elif not line.strip():
             words.append([])
         elif not line.lstrip().startswith("#"):
-            raise UnusableError("damaged text file", f"line {number}: {line[:40]!r}")
+            raise RejectedError("damaged text file", f"line {number}: {line[:40]!r}")
     return [word for word in words if word]
 
 
 def read_icdar13(mask_path: Path) -> Truth:
-    """Coloured pixels are text; those of the characters to ignore, and the white ones in their boxes, are ignored."""
+    """Take coloured pixels as text; those of characters to ignore, and the white ones in their boxes, are ignored."""
     colors = read_values(mask_path, colours=True)
-    if colors.ndim == 2:
-        colors = np.repeat(colors[..., None], 3, axis=2)
     white = (colors == 255).all(axis=2)
     mask = np.where(white, BACKGROUND, TEXT).astype(np.uint8)
     text_path = next(iter(sorted(mask_path.parent.glob(f"{mask_path.stem}.[tT][xX][tT]"))), None)
@@ -194,14 +194,16 @@ def read_icdar13(mask_path: Path) -> Truth:
     return Truth(mask, [enclosing(boxes) for boxes in known if boxes])
 
 
-def icdar13_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[str, str]]:
-    """Images of ICDAR 2013 focused scene text, tasks 2.1 and 2.2."""
-
-    def is_mask(path: Path) -> bool:
-        return path.stem.endswith("_GT")
-
-    masks = [each for each in files_below(source, {".bmp", ".png"}) if is_mask(each) and in_split(each, source, split)]
-    return entries_of(masks, ImageIndex(source, is_mask), lambda mask: mask.stem.removesuffix("_GT"), read_icdar13)
+def icdar13_entries(source: Path, split: str | None) -> list[Entry]:
+    """Return the images of ICDAR 2013 focused scene text, tasks 2.1 and 2.2."""
+    return find_entries(
+        source,
+        split,
+        read_icdar13,
+        suffixes={".bmp", ".png"},
+        is_mask=lambda path: path.stem.endswith("_GT"),
+        stem_of=lambda mask: mask.stem.removesuffix("_GT"),
+    )
 
 
 # --- Total-Text ------------------------------------------------------------------------------------------------------
@@ -212,21 +214,21 @@ _POLYGON = re.compile(r"x:\s*\[\[([^\]]*)\]\].*?y:\s*\[\[([^\]]*)\]\].*?transcri
 
 
 def read_totaltext(mask_path: Path, polygons: dict[str, Path]) -> Truth:
-    """Grey from 128 is text (the masks are JPEGs or PNGs); words marked `#` are ignored."""
-    mask = np.where(one_channel(read_values(mask_path)) >= 128, TEXT, BACKGROUND).astype(np.uint8)
+    """Take grey from 128 as text (the masks are JPEGs or PNGs); words marked `#` are ignored."""
+    mask = np.where(read_values(mask_path) >= 128, TEXT, BACKGROUND).astype(np.uint8)
     if mask_path.stem not in polygons:
         return Truth(mask)
     boxes = []
     records = _RECORD.split(polygons[mask_path.stem].read_text(encoding="utf-8", errors="replace"))
     if max(map(len, records)) > LONGEST_RECORD:
-        raise UnusableError("damaged polygons", f"{polygons[mask_path.stem].name}: a record without an end")
+        raise RejectedError("damaged polygons", f"{polygons[mask_path.stem].name}: a record without an end")
     for match in filter(None, map(_POLYGON.search, records)):
         try:
             points = np.array([match[axis].replace(",", " ").split() for axis in (1, 2)], dtype=float).T  # (points, 2)
             if not len(points):
                 continue
         except ValueError as error:
-            raise UnusableError("damaged polygons", f"{polygons[mask_path.stem].name}: {match[0][:60]!r}") from error
+            raise RejectedError("damaged polygons", f"{polygons[mask_path.stem].name}: {match[0][:60]!r}") from error
         if match[3].strip().strip("u'\"") == "#":
             cv2.fillPoly(mask, [points.astype(np.int32)], IGNORED)
         else:
@@ -234,56 +236,47 @@ def read_totaltext(mask_path: Path, polygons: dict[str, Path]) -> Truth:
     return Truth(mask, boxes)
 
 
-def totaltext_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[str, str]]:
-    """Images of Total-Text: `groundtruth_pixel/SPLIT` beside `Images/SPLIT`."""
+def totaltext_entries(source: Path, split: str | None) -> list[Entry]:
+    """Return the images of Total-Text: `groundtruth_pixel/SPLIT` beside `Images/SPLIT`."""
 
-    def is_mask(path: Path) -> bool:
-        return any(part.lower().startswith("groundtruth") for part in path.relative_to(source).parts[:-1])
-
-    def has_pixels(path: Path) -> bool:  # the set ships masks of whole regions as well
-        return any(part.lower().startswith("groundtruth_pixel") for part in path.relative_to(source).parts[:-1])
+    def below(path: Path, start: str) -> bool:
+        return any(folder.startswith(start) for folder in folders_of(path, source))
 
     polygons = {re.sub("^(poly_)?gt_", "", each.stem): each for each in files_below(source, {".txt"})}
-    found = files_below(source, IMAGE_SUFFIXES)
-    masks = [each for each in found if has_pixels(each) and in_split(each, source, split)]
-    index = ImageIndex(source, is_mask)
-    return entries_of(masks, index, lambda mask: mask.stem, lambda mask: read_totaltext(mask, polygons))
+    return find_entries(
+        source,
+        split,
+        lambda mask: read_totaltext(mask, polygons),
+        suffixes=IMAGE_SUFFIXES,
+        is_mask=lambda path: below(path, "groundtruth_pixel"),
+        is_other=lambda path: below(path, "groundtruth"),  # the set has masks of whole regions as well
+    )
 
 
 # --- COCO_TS and MLT_S -----------------------------------------------------------------------------------------------
 
 
-def read_index_mask(mask_path: Path, *, binary: bool) -> Truth:
-    """A mask of class numbers (1 = text, 0 = background, every other value, 255 above all, ignored), or a binary one.
+def label_folder_entries(source: Path, split: str | None) -> list[Entry]:
+    """Return the images of COCO_TS or MLT_S: PNG masks in a folder whose name ends in `labels` or `masks`.
 
-    Binary: 0 = background, 255 = text, what lies between (a blurred rim) is ignored.
-    """
-    values = one_channel(read_values(mask_path))
-    mask = np.full(values.shape, IGNORED, np.uint8)
-    mask[values == 0] = BACKGROUND
-    mask[values == (255 if binary else 1)] = TEXT
-    return Truth(mask)
-
-
-def label_folder_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[str, str]]:
-    """Images of COCO_TS or MLT_S: PNG masks in a folder whose name ends in `labels` or `masks`.
-
-    A set in whose first masks nothing has the value 1, but some have 255, is taken for binary.
+    Masks hold class numbers: 1 = text, 0 = background, every other value, 255 above all, is ignored. A set in whose
+    first masks nothing has the value 1, but some have 255, is binary: 255 = text, what lies between (a blurred
+    boundary) is ignored.
     """
 
     def is_mask(path: Path) -> bool:
-        return any(part.lower().endswith(("labels", "masks")) for part in path.relative_to(source).parts[:-1])
+        return any(folder.endswith(("labels", "masks")) for folder in folders_of(path, source))
 
-    masks = [each for each in files_below(source, {".png"}) if is_mask(each) and in_split(each, source, split)]
+    def read(mask: Path) -> Truth:
+        return Truth(classes_of(read_values(mask), text=text))
+
+    entries = find_entries(source, split, read, suffixes={".png"}, is_mask=is_mask)
     seen: set[int] = set()
-    for mask in masks[:VALUES_SCANNED]:
-        try:
-            seen.update(np.unique(one_channel(read_values(mask))).tolist())
-        except UnusableError:
-            continue  # counted when its turn comes
-    binary = 1 not in seen and 255 in seen
-    index = ImageIndex(source, is_mask)
-    return entries_of(masks, index, lambda mask: mask.stem, lambda mask: read_index_mask(mask, binary=binary))
+    for entry in entries[:VALUES_SCANNED]:
+        with contextlib.suppress(RejectedError):  # counted when its turn comes
+            seen.update(np.unique(read_values(entry.mask)).tolist())
+    text = 255 if 1 not in seen and 255 in seen else 1
+    return entries
 
 
 # --- TextSeg ---------------------------------------------------------------------------------------------------------
@@ -292,46 +285,41 @@ TEXTSEG_TEXT = 100  # 200 = effects (shadows, glows) and 255 = not known are ign
 
 
 def read_textseg(mask_path: Path, annotation: Path | None) -> Truth:
-    """Semantic labels: text is text; effects, and every other value but 0, are ignored."""
-    values = one_channel(read_values(mask_path))
-    mask = np.full(values.shape, IGNORED, np.uint8)
-    mask[values == 0] = BACKGROUND
-    mask[values == TEXTSEG_TEXT] = TEXT
+    """Read semantic labels: effects, and every value but text and background, are ignored."""
+    mask = classes_of(read_values(mask_path), text=TEXTSEG_TEXT)
     if annotation is None:
         return Truth(mask)
     try:
         words = json.loads(annotation.read_text(encoding="utf-8"))
         boxes = [_box_of_numbers(word["bbox"]) for word in (words.values() if isinstance(words, dict) else words)]
     except (ValueError, KeyError, TypeError) as error:
-        raise UnusableError("damaged annotation", f"{annotation.name}: {error}") from error
+        raise RejectedError("damaged annotation", f"{annotation.name}: {error}") from error
     return Truth(mask, boxes)
 
 
 def _box_of_numbers(numbers: Sequence[float]) -> Box:
-    """The box around x, y, x, y, ...: two corners or four."""
+    """Return the box around x, y, x, y, ...: two corners or four."""
     points = np.array(numbers, dtype=float).reshape(-1, 2)
     if not len(points) or not np.isfinite(points).all():
-        raise ValueError(f"{numbers} are no corners")
+        raise ValueError(f"{numbers} are not corners")
     return (*points.min(axis=0).tolist(), *(points.max(axis=0) + 1).tolist())
 
 
-def textseg_entries(source: Path, split: str | None) -> Iterator[Entry | tuple[str, str]]:
-    """Images of TextSeg: `image`, `semantic_label`, `annotation`."""
-
-    def is_mask(path: Path) -> bool:
-        return any(part.lower().endswith("_label") for part in path.relative_to(source).parts[:-1])
+def textseg_entries(source: Path, split: str | None) -> list[Entry]:
+    """Return the images of TextSeg: `image`, `semantic_label`, `annotation`."""
 
     def stem_of(mask: Path) -> str:
         return re.sub("_mask(fg)?$", "", mask.stem)
 
-    semantic = [each for each in files_below(source, {".png"}) if "semantic_label" in each.relative_to(source).parts]
-    masks = [each for each in semantic if in_split(each, source, split)]
     annotations = {each.stem.removesuffix("_anno"): each for each in files_below(source, {".json"})}
-    return entries_of(
-        masks,
-        ImageIndex(source, is_mask),
-        stem_of,
+    return find_entries(
+        source,
+        split,
         lambda mask: read_textseg(mask, annotations.get(stem_of(mask))),
+        suffixes={".png"},
+        is_mask=lambda path: "semantic_label" in folders_of(path, source),
+        is_other=lambda path: any(folder.endswith("_label") for folder in folders_of(path, source)),
+        stem_of=stem_of,
     )
 
 
@@ -347,13 +335,13 @@ FORMATS = {
 
 
 def enclosing(boxes: Sequence[Box]) -> Box:
-    """The smallest box around some boxes."""
+    """Return the smallest box around some boxes."""
     edges = np.array(boxes)
     return (*edges[:, :2].min(axis=0).tolist(), *edges[:, 2:].max(axis=0).tolist())
 
 
 def pixel_slices(box: Box, shape: tuple[int, ...], *, margin: float = 0.0) -> tuple[slice, slice]:
-    """Rows and columns of a box, `margin` times its shorter side wider on each side, cut at the image's border."""
+    """Return rows and columns of a box, `margin` times its shorter side wider on each side, clipped to the image."""
     left, top, right, bottom = box
     extra = margin * min(right - left, bottom - top)
     rows = slice(max(0, int(top - extra)), max(0, min(shape[0], int(np.ceil(bottom + extra)))))
@@ -364,76 +352,62 @@ def pixel_slices(box: Box, shape: tuple[int, ...], *, margin: float = 0.0) -> tu
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
-class PairFolder:
-    """Writes `images/NAME.*` and `masks/NAME.png`; the folder takes its name when it is whole."""
+@contextlib.contextmanager
+def pair_folder(path: Path) -> Iterator[Callable[[str, str, bytes, bytes], None]]:
+    """Give a function that stores `images/NAME.*` and `masks/NAME.png`; the folder takes its name at the end."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    def add(name: str, suffix: str, image: bytes, mask: bytes) -> None:
+        with explain_full_disk(path):
+            (partial / "images" / f"{name}{suffix}").write_bytes(image)
+            (partial / "masks" / f"{name}.png").write_bytes(mask)
 
-    def __enter__(self) -> "PairFolder":
-        shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         for name in ("images", "masks"):
             try:
-                (self.partial / name).mkdir(parents=True)
+                (partial / name).mkdir(parents=True)
             except OSError as error:
-                raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another output") from error
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_details: object) -> None:
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-    def add(self, name: str, suffix: str, image: bytes, mask: bytes) -> None:
-        """Store one pair."""
-        with explain_full_disk(self.path):
-            (self.partial / "images" / f"{name}{suffix}").write_bytes(image)
-            (self.partial / "masks" / f"{name}.png").write_bytes(mask)
+                raise UserError(f"{path}: cannot be made ({error.strerror}); choose another output") from error
+        yield add
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-class PairLmdb:
-    """Writes `image-%09d` and `mask-%09d`; `label-%09d` is the name of the pair."""
-
-    def __init__(self, path: Path) -> None:
-        self.writer = LmdbWriter(path)
-
-    def __enter__(self) -> "PairLmdb":
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self.writer.__exit__(*details)
-
-    def add(self, name: str, suffix: str, image: bytes, mask: bytes) -> None:
-        """Store one pair."""
-        self.writer.append(image, name, mask)
+@contextlib.contextmanager
+def pair_lmdb(path: Path) -> Iterator[Callable[[str, str, bytes, bytes], None]]:
+    """Give a function that stores `image-%09d` and `mask-%09d`; `label-%09d` is the name of the pair."""
+    with LmdbWriter(path) as writer:
+        yield lambda name, suffix, image, mask: writer.append(image, name, mask)
 
 
 def pairs_of(entry: Entry, *, words: bool, margin: float) -> Iterator[tuple[str, str, bytes, bytes] | tuple[str, str]]:
-    """(name, file ending, encoded image, encoded mask) of a whole image or of each of its words.
+    """Yield (name, file ending, encoded image, encoded mask) of a whole image or of each of its words.
 
     A word that cannot be cut out is (name, reason).
 
     Raises:
-        UnusableError: the image or what is known of it cannot be used.
+        RejectedError: the image or its ground truth cannot be used.
     """
+    if entry.image is None:
+        raise RejectedError("image missing")
     try:
         data = entry.image.read_bytes()
         image = decode_image(data)
     except OSError as error:
-        raise UnusableError("image cannot be read", str(error.strerror)) from error
+        raise RejectedError("image cannot be read", str(error.strerror)) from error
     except BrokenImageError as error:
-        raise UnusableError("damaged image", str(error)) from error
-    truth = entry.read()
+        raise RejectedError("damaged image", str(error)) from error
+    truth = entry.read(entry.mask)
     if truth.mask.shape != image.shape[:2]:
         sizes = f"image {image.shape[1]} x {image.shape[0]}, mask {truth.mask.shape[1]} x {truth.mask.shape[0]}"
-        raise UnusableError("mask of another size", sizes)
+        raise RejectedError("mask of another size", sizes)
     if not words:
         yield entry.name, entry.image.suffix.lower(), data, _png(truth.mask)
         return
     if truth.boxes is None:
-        raise UnusableError("no word boxes")
+        raise RejectedError("no word boxes")
     for number, box in enumerate(truth.boxes, start=1):
         rows, columns = pixel_slices(box, image.shape, margin=margin)
         crop = image[rows, columns]
@@ -449,9 +423,9 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="the set, as its owners ship it")
+    parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="which published set it is")
     parser.add_argument("--source", required=True, metavar="FOLDER", help="where the set was unpacked")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="what to make")
     parser.add_argument("--split", metavar="NAME", help="only masks below a folder of this name, such as Train")
@@ -464,7 +438,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
+    """Run the tool and return its exit status."""
     options = parse_arguments(arguments)
     source, output = Path(options.source), Path(options.output)
     if not source.is_dir():
@@ -473,27 +447,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--output {output}: exists already; choose another output or remove it")
     if not options.margin >= 0:
         raise UserError(f"--margin {options.margin}: is negative; give 0 or more")
-    entries = list(FORMATS[options.format](source, options.split))
+    entries = FORMATS[options.format](source, options.split)
     if not entries:
         where = f" below a folder {options.split}" if options.split else ""
         raise UserError(
             f"--source {source}: holds no masks of {options.format}{where}; see --help for what is expected"
         )
     kept = 0
-    with RejectionLog.beside(output) as rejected, (PairLmdb if options.lmdb else PairFolder)(output) as writer:
+    with RejectionLog.beside(output) as rejected, (pair_lmdb if options.lmdb else pair_folder)(output) as add:
         for entry in progress(entries, total=len(entries), unit="image", description=options.format):
-            if not isinstance(entry, Entry):
-                rejected.add(*entry)
-                continue
             try:
                 for pair in pairs_of(entry, words=options.words, margin=options.margin):
-                    if len(pair) == 2:
-                        rejected.add(*pair)
-                        continue
-                    writer.add(*pair)
-                    kept += 1
-            except UnusableError as error:
-                rejected.add(entry.name, str(error), error.detail)
+                    (rejected.add if len(pair) == 2 else add)(*pair)
+                    kept += len(pair) > 2
+            except RejectedError as error:
+                rejected.add(entry.name if entry.image else str(entry.mask), error.reason, error.detail)
         if not kept:
             raise UserError(f"--source {source}: none of {len(entries)} could be used ({dict(rejected.counts)})")
     print_summary(f"{output}: made of {options.format}", {"images read": len(entries), "pairs": kept}, rejected)

@@ -12,23 +12,21 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from tools.create_lmdb_dataset import read_entries
 from tools.support import (
     MAX_PIXELS,
+    RejectedError,
     Word,
     add_run_arguments,
     decode_image,
     find_image,
-    inside,
     make_parser,
     map_in_processes,
     progress,
@@ -47,18 +45,12 @@ MIN_VISIBLE = 0.5  # share of a box that must lie inside the image
 _MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
 
 
-@dataclass(frozen=True)
-class Scene:
-    """One image of SynthText: `boxes` (N, 4, 2) corners x, y from the text's top left on, and N `words`.
-
-    `problem` (reason, detail) is set instead when the annotation cannot be used; `count` is how many words it is about.
-    """
+class Scene(NamedTuple):
+    """One image of SynthText: its name, the corners x, y of N boxes from the text's top left on (2, 4, N), N words."""
 
     name: str
     boxes: np.ndarray
     words: tuple[str, ...]
-    count: int
-    problem: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ DAMAGE = (zlib.error, struct.error, EOFError)  # of compressed parts
 
 
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
-    """The raw (imname, wordBB, txt) of every image in a gt.mat; the large `charBB` is not read."""
+    """Return the raw (imname, wordBB, txt) of every image in a gt.mat; the large `charBB` is not read."""
     from scipy.io.matlab import MatReadError
 
     fields = ("imnames", "wordBB", "txt")
@@ -86,7 +78,7 @@ def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     except NotImplementedError as error:
         raise UserError(f"{gt_file}: is a MATLAB 7.3 file; save it in MATLAB as version 7") from error
     except (MatReadError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, *DAMAGE) as error:
-        raise UserError(f"{gt_file}: is no whole MATLAB file ({error}); copy or unpack it again") from error
+        raise UserError(f"{gt_file}: is not a valid MATLAB file ({error}); copy or unpack it again") from error
     missing = [field for field in fields if field not in content]
     if missing:
         raise UserError(f"{gt_file}: has no {', '.join(missing)}; name SynthText's gt.mat")
@@ -109,7 +101,7 @@ pickle.dump(content, sys.stdout.buffer)
 
 
 def _load_apart(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, Any]:
-    """`scipy.io.loadmat` of some variables, whose crash is a `ValueError` here."""
+    """Call `scipy.io.loadmat` for some variables; a crash of it is a `ValueError` here."""
     done = subprocess.run([sys.executable, "-c", _LOAD, os.fspath(path), *fields], stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise ValueError("its reader crashed")
@@ -120,56 +112,37 @@ def _load_apart(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, Any
 
 
 def parse_scene(raw: tuple[Any, Any, Any]) -> Scene:
-    """Make a Scene of one raw entry; a published entry with a single word has boxes of shape 2 x 4."""
+    """Make a Scene of one raw entry; published entries with a single word have boxes of shape 2 x 4."""
     raw_name, raw_boxes, raw_texts = raw
     name = str(np.ravel(raw_name)[0]) if np.size(raw_name) else ""
-    words = tuple(word for text in np.ravel(raw_texts) for word in _text(text).split())
     boxes = np.asarray(raw_boxes)
-    if boxes.ndim == 2:
-        boxes = boxes[..., None]
-    none = np.zeros((0, 4, 2), np.float32)
-    if boxes.size == 0 and not words:
-        return Scene(name, none, (), 0)
-    if boxes.ndim != 3 or boxes.shape[:2] != (2, 4) or boxes.dtype.kind not in "fiu":
-        problem = ("boxes are not 2 x 4 x N", f"shape {np.shape(raw_boxes)} of {boxes.dtype}")
-        return Scene(name, none, (), max(1, len(words)), problem)
-    count = boxes.shape[2]
-    if count != len(words):
-        problem = ("boxes and words differ in number", f"{count} boxes, {len(words)} words")
-        return Scene(name, none, (), max(count, len(words)), problem)
-    return Scene(name, boxes.transpose(2, 1, 0).astype(np.float32), words, count)
+    words = tuple(word for text in np.ravel(raw_texts) for word in _text(text).split())
+    return Scene(name, boxes[..., None] if boxes.ndim == 2 else boxes, words)
 
 
 def _text(value: Any) -> str:
-    """A string of MATLAB, which may be wrapped in arrays of one element."""
+    """Return a string of MATLAB, which may be wrapped in arrays of one element."""
     return " ".join(map(_text, np.ravel(value))) if isinstance(value, np.ndarray) else str(value)
 
 
 def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, settings: CropSettings) -> list[Word]:
     """Cut every word out of one image of SynthText; runs in a worker."""
-    scene = parse_scene(raw)
-    if scene.count == 0:
+    name, boxes, words = parse_scene(raw)
+    if not boxes.size and not words:
         return []
-    image, problem = (None, scene.problem) if scene.problem else _open_scene(folder, scene.name, settings.max_pixels)
-    if image is None:
-        reason, detail = problem
-        return [Word(scene.name, reason=reason, detail=detail, words=scene.count)]
-    words = zip(scene.boxes, scene.words, strict=True)
-    return [_crop_word(f"{scene.name}#{i}", image, box, word, settings) for i, (box, word) in enumerate(words, start=1)]
-
-
-def _open_scene(folder: str, name: str, max_pixels: int) -> tuple[np.ndarray | None, tuple[str, str]]:
-    """The image as RGB (H, W, 3), or None and (reason, detail)."""
-    if "\0" in name or inside(folder, name) is None:
-        return None, ("path leaves the folder", "")
-    path = find_image(folder, name)
-    if path is None:
-        return None, ("no such file", "")
-    data, problem = read_file(path, max_pixels)
-    if data is None:
-        return None, problem
-    image, problem = decode_image(data, max_pixels, "RGB")
-    return None if image is None else np.asarray(image), problem
+    is_sound = boxes.ndim == 3 and boxes.shape[:2] == (2, 4) and boxes.dtype.kind in "fiu"
+    count = max(1, len(words), boxes.shape[2] if is_sound else 0)
+    try:
+        if not is_sound:
+            raise RejectedError("boxes are not 2 x 4 x N", f"shape {boxes.shape} of {boxes.dtype}")
+        if boxes.shape[2] != len(words):
+            raise RejectedError("boxes and words differ in number", f"{boxes.shape[2]} boxes, {len(words)} words")
+        data = read_file(find_image(folder, name), settings.max_pixels)
+        image = np.asarray(decode_image(data, settings.max_pixels, "RGB"))
+    except RejectedError as error:
+        return [Word(name, reason=error.reason, detail=error.detail, words=count)]
+    pairs = zip(boxes.transpose(2, 1, 0).astype(np.float32), words, strict=True)
+    return [_crop_word(f"{name}#{number}", image, *pair, settings) for number, pair in enumerate(pairs, start=1)]
 
 
 def _crop_word(name: str, image: np.ndarray, box: np.ndarray, word: str, settings: CropSettings) -> Word:
@@ -191,7 +164,7 @@ def _crop_word(name: str, image: np.ndarray, box: np.ndarray, word: str, setting
 
 
 def check_box(box: np.ndarray, width: int, height: int) -> tuple[str, str] | None:
-    """Why the corners `box` (4, 2) cannot be cut out of a width x height image: (reason, detail), or None."""
+    """Tell why the corners `box` (4, 2) cannot be cut out of a width x height image: (reason, detail), or None."""
     if not np.isfinite(box).all():
         return "box is not finite", ""
     low, high = box.min(axis=0), box.max(axis=0)
@@ -204,14 +177,14 @@ def check_box(box: np.ndarray, width: int, height: int) -> tuple[str, str] | Non
 
 
 def crop_upright(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The part of `image` in the upright rectangle around `box`, clipped to the image."""
+    """Return the part of `image` in the upright rectangle around `box`, clipped to the image."""
     left, top = np.floor(np.maximum(box.min(axis=0), 0)).astype(int)
     right, bottom = np.ceil(box.max(axis=0)).astype(int)
     return image[top:bottom, left:right]
 
 
 def crop_rectified(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The four-cornered `box` of `image` warped to a rectangle; its first corner becomes the top left."""
+    """Warp the four-cornered `box` of `image` to a rectangle; its first corner becomes the top left."""
     sides = np.linalg.norm(box - np.roll(box, -1, axis=0), axis=1)  # top, right, bottom, left
     width = max(1, round(float(max(sides[0], sides[2]))))
     height = max(1, round(float(max(sides[1], sides[3]))))
@@ -222,15 +195,6 @@ def crop_rectified(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     )
 
 
-def synthtext_words(gt_file: str, folder: str, settings: CropSettings, workers: int) -> Iterator[Word]:
-    """Every word of SynthText in the order of gt.mat, with a progress bar over images."""
-    scenes = read_synthtext(gt_file)
-    crop = functools.partial(crop_scene, folder=folder, settings=settings)
-    results = map_in_processes(crop, scenes, workers=workers, chunk_size=8)
-    bar = progress(results, total=len(scenes), unit="image", description="SynthText")
-    return itertools.chain.from_iterable(bar)
-
-
 def mjsynth_word(content: bytes, *, folder: str, max_pixels: int) -> Word:
     """Read the word of one annotation line, `./2425/1/115_Lube_45484.jpg 45484`; runs in a worker."""
     line = content.decode(errors="backslashreplace")
@@ -238,42 +202,41 @@ def mjsynth_word(content: bytes, *, folder: str, max_pixels: int) -> Word:
     match = _MJSYNTH_NAME.fullmatch(name.rpartition("/")[2])
     if match is None:
         return Word(line, reason="no label in the file name")
-    if "\0" in name or inside(folder, name) is None:
-        return Word(name, reason="path leaves the folder")
-    path = find_image(folder, name)
-    if path is None:
-        return Word(name, reason="no such file")
-    return read_image(name, path, match["label"], max_pixels)
-
-
-def mjsynth_words(annotation: str, folder: str, max_pixels: int, workers: int) -> Iterator[Word]:
-    """Every word of an MJSynth annotation file in its order, with a progress bar."""
-    total = sum(1 for _ in read_entries(annotation))
-    read = functools.partial(mjsynth_word, folder=folder, max_pixels=max_pixels)
-    lines = (entry.content for entry in read_entries(annotation))
-    words = map_in_processes(read, lines, workers=workers, chunk_size=64)
-    return progress(words, total=total, unit="word", description="MJSynth")
+    try:
+        return read_image(name, find_image(folder, name), match["label"], max_pixels)
+    except RejectedError as error:
+        return Word(name, reason=error.reason)
 
 
 def words_of(options: Any) -> Iterator[Word]:
-    """The words of the archive that the command line names; reading begins with the first one asked for."""
-    folder = os.path.abspath(options.images or os.path.dirname(os.path.abspath(options.annotation)))
+    """Yield the words of the archive that the command line names, in its order, with a progress bar."""
+    annotation, max_pixels = options.annotation, options.max_pixels
+    folder = os.path.abspath(options.images or os.path.dirname(os.path.abspath(annotation)))
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; --images names the folder that the images' paths begin in")
-    if options.annotation.endswith(".mat"):
-        settings = CropSettings(options.rectify, f".{options.format}", options.quality, options.max_pixels)
-        yield from synthtext_words(options.annotation, folder, settings, options.workers)
-    elif options.annotation.endswith(".txt"):
-        yield from mjsynth_words(options.annotation, folder, options.max_pixels, options.workers)
+        raise UserError(f"{folder}: no such folder; --images names the folder that the images' paths are relative to")
+    if annotation.endswith(".mat"):
+        scenes = read_synthtext(annotation)
+        settings = CropSettings(options.rectify, f".{options.format}", options.quality, max_pixels)
+        crop = functools.partial(crop_scene, folder=folder, settings=settings)
+        results = map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
+        bar = progress(results, total=len(scenes), unit="image", description="SynthText")
+        yield from itertools.chain.from_iterable(bar)
+    elif annotation.endswith(".txt"):
+        total = sum(1 for _ in read_entries(annotation))
+        read = functools.partial(mjsynth_word, folder=folder, max_pixels=max_pixels)
+        words = map_in_processes(read, read_entries(annotation), workers=options.workers, chunk_size=64)
+        yield from progress(words, total=total, unit="word", description="MJSynth")
     else:
-        raise UserError(f"{options.annotation}: is neither SynthText's gt.mat nor MJSynth's annotation_*.txt")
+        raise UserError(f"{annotation}: is neither SynthText's gt.mat nor MJSynth's annotation_*.txt")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
-    parser.add_argument("--images", metavar="FOLDER", help="where the images' paths begin (default: beside ANNOTATION)")
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder that the images' paths are relative to (default: that of ANNOTATION)"
+    )
     parser.add_argument(
         "--rectify", action="store_true", help="SynthText: turn each box upright by perspective, not cut around it"
     )

@@ -1,35 +1,38 @@
-"""Export a recogniser to ONNX, alone or with the SSN that makes its masks in the same graph.
+"""Export a recogniser to ONNX and its SSN, which makes the masks, as a second graph.
 
-Alone, the inputs are what the network reads:
-  image   float32 (N, 3, 32, 128): RGB image, brought to the network's size, divided by 255, minus mean (0.485, 0.456,
-          0.406), divided by deviation (0.229, 0.224, 0.225)
-  mask    float32 (N, 1, 32, 128) in [0, 1], 1 = text, brought to that size likewise; only for a network that reads with
-          masks
-With --ssn the input is the image itself, and the graph does the rest:
-  image float32 (N, 3, h, w): RGB, 0 to 255, brought to the size given by --ssn-size (32 k + 1 each)
-An image is brought to a size by bilinear interpolation, as the network was trained (`fit` of the metadata):
-  stretch  to that size
-  left     scaled until one side fits and filled up with black, mask 0, on the right or below
-  centre   scaled until one side fits, in the middle, its borders replicated
+Recogniser (--output), inputs:
+  image   float32 (N, 3, 32, 128): RGB image, resized as below, divided by 255, minus mean (0.485, 0.456, 0.406),
+          divided by deviation (0.229, 0.224, 0.225)
+  mask    float32 (N, 1, 32, 128) in [0, 1], 1 = text, resized alike; only for networks that read with masks
 Outputs:
-  logits     float32 (N, steps, classes): class 0 is the end of the text, class i the i-th character of the charset;
-             read the largest class of every step up to the first 0
-  attention  float32 (N, steps, h, w): where the vision model looked at every step
-  text_mask  float32 (N, 1, h, w), with --ssn: probability of text of the image's pixels
-N is free. Charset, sizes, fit, mean and deviation are in the file's metadata.
+  logits     float32 (N, steps, classes): class 0 ends the text, class i is the i-th character of the charset; take the
+             largest class of each step up to the first 0
+  attention  float32 (N, steps, h, w): where the vision model looked at each step
+Images and masks are resized bilinearly; `fit` in the metadata says how:
+  stretch  to the network's size
+  left     until one side fits; the rest, on the right or below, is black, mask 0
+  centre   until one side fits, in the middle; the borders are replicated
+SSN (--ssn-output), input:
+  image             float32 (N, 3, H, W): RGB images of one size, 0 to 255
+Output:
+  text_probability  float32 (N, 1, H, W); the recogniser's mask is made of it in 8 bits, as round(255 * p)
+N, H and W are free. Charset, sizes, fit, mean, deviation, areas and opset are in the metadata of the files.
+tools/read_with_onnx.py is an example that reads with both.
 """
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import io
+import itertools
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
@@ -37,24 +40,66 @@ sys.path.insert(
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from builders import checked_model_eval
 from bundle import Bundle, load_bundle, load_ssn
 from config import load_config
 from evaluation.evaluator import chosen_logits
+from inference.segmenter import fold_batch_norms
 from loading.batches import IMAGENET_MEAN, IMAGENET_STD
-from modules.hrnet import resize_aligned
 from modules.ssn import SSN
 from tools.support import make_parser, print_summary
-from utils import UserError, explain_full_disk, run_command_line
+from utils import UserError, run_command_line, write_atomically
 
-EXAMPLE = """  python tools/export_onnx.py --checkpoint weights/binet-small.pth --output binet.onnx
-  python tools/export_onnx.py --checkpoint weights/binet-small.pth --ssn --output binet-with-ssn.onnx"""
+if TYPE_CHECKING:
+    import onnx
+
+EXAMPLE = "  python tools/export_onnx.py --checkpoint weights/binet-small.pth --output binet.onnx --ssn-output ssn.onnx"
 
 PACKAGES = ("onnx", "onnxscript")  # of requirements-dev.txt
 OPSET = 18
-SSN_SIZE = (161, 641)  # height, width: in the shape of the network's input, about the area that masks are made at
+
+# For each area: `network_size`, the image resized to it, SSN (its nodes replace NETWORK), the probability resized back;
+# then their mean. Sizes are computed in double precision, as Python does.
+SSN_GRAPH = """
+ssn (float[n, 3, height, width] image) => (float[n, 1, height, width] text_probability)
+<int64[1] one = {1}, int64[1] three = {3}, int64 count = {COUNT}, double[COUNT] areas = {AREAS},
+ double step = {32.0}, float zero = {0.0},
+ float[1, 3, 1, 1] mean = {MEAN}, float[1, 3, 1, 1] deviation = {DEVIATION}>
+{
+  batch = Shape <start = 0, end = 1> (image)
+  size = Shape <start = 2, end = 4> (image)
+  mask_shape = Concat <axis = 0> (batch, one, size)
+  sides = Cast <to = 11> (size)
+  pixels = ReduceProd <keepdims = 0> (sides)
+  nothing = Expand (zero, mask_shape)
+  sum = Loop (count, , nothing) <body = at_area (int64 i, bool before, float[n, 1, height, width] sum_before)
+    => (bool go_on, float[n, 1, height, width] sum_after)
+  {
+    go_on = Identity (before)
+    side = Gather (areas, i)
+    area = Mul (side, side)
+    squared_ratio = Div (area, pixels)
+    ratio = Sqrt (squared_ratio)
+    exact = Mul (sides, ratio)
+    whole = Floor (exact)
+    steps = Div (whole, step)
+    whole_steps = Floor (steps)
+    multiples = Mul (whole_steps, step)
+    rounded = Cast <to = 7> (multiples)
+    network_size = Add (rounded, one)
+    network_shape = Concat <axis = 0> (batch, three, network_size)
+    resized = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (image, , , network_shape)
+    centred = Sub (resized, mean)
+    ssn_image = Div (centred, deviation)
+    ssn_text = NETWORK (ssn_image)
+    in_place = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (ssn_text, , , mask_shape)
+    sum_after = Add (sum_before, in_place)
+  }>
+  number = Cast <to = 1> (count)
+  text_probability = Div (sum, number)
+}
+"""
 
 
 class Recogniser(nn.Module):
@@ -71,106 +116,27 @@ class Recogniser(nn.Module):
         return chosen_logits(output, self.model_eval), output.vision.attention
 
 
-class SegmentingRecogniser(nn.Module):
-    """image -> logits, attention, text mask: SSN at the image's own size, then the recogniser."""
+class NetworkSSN(nn.Module):
+    """Normalised images of 32 k + 1 pixels a side -> probability of text at a quarter of their size."""
 
-    def __init__(self, recogniser: Recogniser, ssn: SSN, image_size: tuple[int, int]) -> None:
+    def __init__(self, ssn: SSN) -> None:
         super().__init__()
-        self.recogniser = recogniser
-        self.ssn = ssn
-        self.image_size = image_size
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255)
+        self.ssn = fold_batch_norms(copy.deepcopy(ssn))
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 3, h, w), 0 to 255 -> logits (N, T, C), attention (N, T, ., .), text mask (N, 1, h, w)."""
-        normalized = (image - self.mean) / self.std
-        text_mask = resize_aligned(self.ssn.probability(normalized), image.shape[-2:])  # (N, 1, h, w)
-        resized = F.interpolate(normalized, size=self.image_size, mode="bilinear", align_corners=False)
-        mask = F.interpolate(text_mask, size=self.image_size, mode="bilinear", align_corners=False)
-        return *self.recogniser(resized, mask), text_mask
-
-
-def export(
-    network: nn.Module, examples: dict[str, Tensor], outputs: Sequence[str], path: Path, facts: dict[str, object]
-) -> None:
-    """Write an ONNX file of one graph with a free batch size, all or nothing.
-
-    Args:
-        examples: name and shape of the inputs.
-        facts: what goes into the metadata.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with explain_full_disk(path):
-            _export_graph(network, examples, outputs, temporary)
-            describe(temporary, facts)
-            temporary.replace(path)
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _export_graph(network: nn.Module, examples: dict[str, Tensor], outputs: Sequence[str], path: Path) -> None:
-    batch = torch.export.Dim("batch", min=1)
-    noise = io.StringIO()  # the exporter reports its steps on stdout
-    with contextlib.redirect_stdout(noise), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            network.eval(),
-            tuple(examples.values()),
-            path,
-            input_names=list(examples),
-            output_names=list(outputs),
-            dynamic_shapes=tuple({0: batch} for _ in examples),
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-        )
-
-
-def describe(path: Path, facts: dict[str, object]) -> None:
-    """Put facts into the file's metadata, as JSON where they are no text."""
-    import onnx
-
-    model = onnx.load(path)
-    values = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
-    onnx.helper.set_model_props(model, values)
-    onnx.save(model, path)
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 3, 32 k + 1, 32 l + 1) -> (N, 1, 8 k + 1, 8 l + 1)."""
+        return self.ssn.probability(image)
 
 
 def export_recogniser(bundle: Bundle, path: Path, *, model_eval: str) -> None:
-    """Write the recogniser alone."""
+    """Write the recogniser."""
     height, width = bundle.image_size
     examples = {"image": torch.zeros(2, 3, height, width)}
     if bundle.config.model.takes_masks:
         examples["mask"] = torch.rand(2, 1, height, width)
-    facts = facts_of(bundle, model_eval) | {"input": "image"}
-    export(Recogniser(bundle.model, model_eval), examples, ("logits", "attention"), path, facts)
-
-
-def export_with_ssn(
-    bundle: Bundle, ssn: SSN, path: Path, *, model_eval: str, ssn_size: tuple[int, int] = SSN_SIZE
-) -> None:
-    """Write SSN and recogniser as one graph.
-
-    Raises:
-        UserError: the recogniser reads without masks, or the size is not of the form 32 k + 1.
-    """
-    if not bundle.config.model.takes_masks:
-        raise UserError("--ssn: this network reads without masks; export it without --ssn")
-    if any(side < 33 or side % 32 != 1 for side in ssn_size):
-        raise UserError(f"--ssn-size {ssn_size[0]} {ssn_size[1]}: both must be 32 k + 1, such as 161 641")
-    network = SegmentingRecogniser(Recogniser(bundle.model, model_eval), ssn, bundle.image_size)
-    facts = facts_of(bundle, model_eval) | {"input": "image", "image_size": list(ssn_size)}
-    examples = {"image": torch.rand(2, 3, *ssn_size) * 255}
-    export(network, examples, ("logits", "attention", "text_mask"), path, facts)
-
-
-def facts_of(bundle: Bundle, model_eval: str) -> dict[str, object]:
-    """What a program needs to know to use the file."""
-    return {
+    batch = {0: torch.export.Dim("batch", min=1)}
+    graph = exported(Recogniser(bundle.model, model_eval), examples, ("logits", "attention"), [batch] * len(examples))
+    facts = {
         "charset": bundle.charset.characters,
         "model_eval": model_eval,
         "image_size": list(bundle.image_size),
@@ -178,6 +144,76 @@ def facts_of(bundle: Bundle, model_eval: str) -> dict[str, object]:
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }
+    store(graph, path, facts)
+
+
+def export_ssn(ssn: SSN, areas: Sequence[int], path: Path) -> None:
+    """Write SSN with the whole procedure of `inference.segmenter`, but for the rounding to 8 bits.
+
+    Args:
+        areas: sides of the squares whose areas the resized images have, in pixels.
+    """
+    sides = {axis: 32 * torch.export.Dim(name, min=1, max=128) + 1 for axis, name in ((2, "rows"), (3, "columns"))}
+    shape = {0: torch.export.Dim("batch", min=1), **sides}
+    network = exported(NetworkSSN(ssn), {"image": torch.rand(2, 3, 97, 193)}, ("text",), [shape])
+    store(around_ssn(network, areas), path, {"areas": list(areas)})
+
+
+def exported(
+    network: nn.Module, examples: dict[str, Tensor], outputs: Sequence[str], free: Sequence[dict[int, Any]]
+) -> "onnx.ModelProto":
+    """Return the graph of a network.
+
+    Args:
+        examples: name and example of each input.
+        free: axis -> dimension of the axes of each input that the example does not fix.
+    """
+    noise = io.StringIO()  # the exporter reports its steps on stdout
+    with contextlib.redirect_stdout(noise), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network.eval(),
+            tuple(examples.values()),
+            input_names=list(examples),
+            output_names=list(outputs),
+            dynamic_shapes=tuple(free),
+            opset_version=OPSET,
+            dynamo=True,
+        )
+    return program.model_proto
+
+
+def around_ssn(network: "onnx.ModelProto", areas: Sequence[int]) -> "onnx.ModelProto":
+    """Return SSN_GRAPH with the nodes and weights of the network inside."""
+    import onnx.compose
+    import onnx.parser
+
+    def numbers(values: Sequence[float]) -> str:
+        return ", ".join(map(str, values))
+
+    text = SSN_GRAPH.replace("COUNT", str(len(areas))).replace("AREAS", numbers(map(float, areas)))
+    text = text.replace("MEAN", numbers(255 * each for each in IMAGENET_MEAN))
+    text = text.replace("DEVIATION", numbers(255 * each for each in IMAGENET_STD))
+    graph = onnx.parser.parse_graph(text)
+    network = onnx.compose.add_prefix(network, "ssn_")  # names of nodes and weights differ from those above
+    body = next(node for node in graph.node if node.op_type == "Loop").attribute[0].g
+    nodes = [[node] if node.op_type != "NETWORK" else list(network.graph.node) for node in body.node]
+    del body.node[:]
+    body.node.extend(itertools.chain(*nodes))
+    graph.initializer.extend(network.graph.initializer)
+    return onnx.helper.make_model(graph, opset_imports=network.opset_import, ir_version=network.ir_version)
+
+
+def store(model: "onnx.ModelProto", path: Path, facts: dict[str, object]) -> None:
+    """Write a checked ONNX file, all or nothing, with facts in its metadata, as JSON where they are not text."""
+    import onnx
+
+    facts = facts | {"opset": OPSET}
+    values = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
+    onnx.helper.set_model_props(model, values)
+    onnx.checker.check_model(model)
+    write_atomically(path, lambda file: file.write(model.SerializeToString()))
+    print_summary(f"wrote {path}", {"bytes": path.stat().st_size, "opset": OPSET})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,20 +222,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     if missing := [each for each in PACKAGES if importlib.util.find_spec(each) is None]:
         raise UserError(f"{', '.join(missing)} is not installed; install requirements-dev.txt")
-    output = Path(options.output)
-    if output.exists() and not options.overwrite:
-        raise UserError(f"--output {output} exists; give another path or --overwrite")
+    outputs = {"--output": options.output, "--ssn-output": options.ssn_output}
+    for flag, path in outputs.items():
+        if path is not None and Path(path).exists() and not options.overwrite:
+            raise UserError(f"{flag} {path} exists; give another path or --overwrite")
     bundle = load_bundle(options.checkpoint, load_config(options.config) if options.config else None)
     model_eval = checked_model_eval(bundle.config, options.model_eval)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if options.ssn is None:
-        export_recogniser(bundle, output, model_eval=model_eval)
-    else:
-        ssn = load_ssn(options.ssn)[0] if options.ssn else bundle.ssn
-        if ssn is None:
-            raise UserError(f"--ssn: checkpoint {options.checkpoint} carries no SSN; name its file")
-        export_with_ssn(bundle, ssn, output, model_eval=model_eval, ssn_size=tuple(options.ssn_size))
-    print_summary(f"wrote {output}", {"bytes": output.stat().st_size, "opset": OPSET})
+    ssn, areas = load_ssn(options.ssn) if options.ssn else (bundle.ssn, bundle.areas)
+    if options.ssn_output is not None and ssn is None:
+        raise UserError(f"--ssn-output: checkpoint {options.checkpoint} carries no SSN; name its file with --ssn")
+    export_recogniser(bundle, Path(options.output), model_eval=model_eval)
+    if options.ssn_output is not None:
+        export_ssn(ssn, areas, Path(options.ssn_output))
     return 0
 
 
@@ -208,20 +242,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="recogniser, with its config")
     parser.add_argument("--config", metavar="YAML", help="how to build a checkpoint that carries no config")
-    parser.add_argument("--output", required=True, metavar="FILE", help="ONNX file to write")
-    parser.add_argument(
-        "--ssn", nargs="?", const="", metavar="FILE", help="put SSN into the graph: the checkpoint's, or that of FILE"
-    )
-    parser.add_argument(
-        "--ssn-size",
-        type=int,
-        nargs=2,
-        default=SSN_SIZE,
-        metavar=("HEIGHT", "WIDTH"),
-        help="size of the images that a graph with SSN takes (default: 161 641)",
-    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="ONNX file of the recogniser to write")
+    parser.add_argument("--ssn-output", metavar="FILE", help="ONNX file of the SSN to write")
+    parser.add_argument("--ssn", metavar="FILE", help="checkpoint of the SSN (default: the one in --checkpoint)")
     parser.add_argument("--model_eval", metavar="NAME", help="sub-model whose logits to give (default: the last)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args(arguments)
 
 

@@ -1,12 +1,10 @@
-"""What the command-line tools share: arguments, worker processes, the list of rejected entries, the summary."""
+"""Shared by the command-line tools: arguments, worker processes, the list of rejected entries, the summary."""
 
 import argparse
 import itertools
-import multiprocessing
 import os
 import stat
 import sys
-import threading
 import time
 import unicodedata
 from collections import Counter, deque
@@ -18,13 +16,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
 from PIL import Image
 from tqdm import tqdm
 
 from loading.decoding import IMAGE_ERRORS, MAX_PIXELS, convert
 from loading.lmdb_io import LmdbWriter
-from utils import ArgumentParser, UserError
+from loading.workers import use_one_thread
+from utils import ArgumentParser, UserError, write_atomically
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,7 +34,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; decode_image re
 
 
 def make_parser(description: str, example: str) -> ArgumentParser:
-    """A parser whose `--help` ends with `example`, kept as it is laid out."""
+    """Return a parser whose `--help` ends with `example` in its own layout."""
     return ArgumentParser(
         description=description,
         epilog=f"example:\n{example}",
@@ -45,7 +43,7 @@ def make_parser(description: str, example: str) -> ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number from 1."""
+    """Parse a whole number from 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
@@ -53,7 +51,7 @@ def positive(text: str) -> int:
 
 
 def seed_number(text: str) -> int:
-    """An argparse type: a whole number from 0 that every generator takes."""
+    """Parse a whole number that every generator takes as a seed, for argparse."""
     number = int(text)
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
@@ -61,7 +59,7 @@ def seed_number(text: str) -> int:
 
 
 def usable_cores() -> int:
-    """The number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -77,10 +75,22 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, log: str = "OUTPUT-rej
     parser.add_argument("--rejected", metavar="FILE", help=f"where to list what was left out and why (default: {log})")
 
 
-def progress(items: Iterable[Item], *, total: int | None, unit: str, description: str) -> Iterator[Item]:
-    """`items` with a progress bar on stderr, redrawn rarely where stderr is a file."""
+def progress(
+    items: Iterable[Item], *, total: int | None, unit: str, description: str, disable: bool = False
+) -> Iterator[Item]:
+    """Show a progress bar on stderr while `items` are gone through; it is rarely redrawn where stderr is a file."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, total=total, unit=unit, desc=description, mininterval=interval, dynamic_ncols=True)
+    return tqdm(
+        items, total=total, unit=unit, desc=description, mininterval=interval, dynamic_ncols=True, disable=disable
+    )
+
+
+class RejectedError(ValueError):
+    """Tells why an entry of the input is left out: a reason, by which it is counted, and a detail."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
@@ -101,37 +111,30 @@ class Word:
 class RejectionLog:
     """Counts what a tool leaves out, by reason, and lists every entry in a tab-separated file (entry, reason, detail).
 
-    A context manager: the file takes its name at the end; there is none when nothing was left out or `path` is None.
+    A context manager: the file is written at the end; there is none when nothing was left out or `path` is None.
     """
 
     def __init__(self, path: str | os.PathLike | None) -> None:
         self.path = None if path is None else Path(path)
         self.counts: Counter[str] = Counter()
-        self._file: Any = None
+        self._rows: list[str] = []
 
     @classmethod
     def beside(cls, output: str | os.PathLike, chosen: str | None = None) -> "RejectionLog":
-        """The log of an output folder: `chosen`, or `<output>-rejected.tsv`."""
+        """Return the log of an output folder: `chosen`, or `<output>-rejected.tsv`."""
         return cls(chosen or f"{os.path.abspath(output)}-rejected.tsv")
 
     def __enter__(self) -> "RejectionLog":
         if self.path is not None and self.path.exists() and not self._is_a_log():
-            raise UserError(f"{self.path}: exists and is no list of rejected entries; name another with --rejected")
+            raise UserError(f"{self.path}: exists and is not a list of rejected entries; name another with --rejected")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: Any) -> None:
-        if self._file is None:
-            if kind is None and self.path is not None:
-                self.path.unlink(missing_ok=True)  # of an earlier run
-            return
-        try:
-            self._file.close()
-            if kind is None:
-                os.replace(self._partial, self.path)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        finally:
-            self._partial.unlink(missing_ok=True)
+        if kind is None and self._rows:
+            text = REJECTION_HEADER + "".join(self._rows)
+            write_atomically(self.path, lambda file: file.write(text.encode(errors="backslashreplace")))
+        elif kind is None and self.path is not None:
+            self.path.unlink(missing_ok=True)  # of an earlier run
 
     def _is_a_log(self) -> bool:
         try:
@@ -140,30 +143,15 @@ class RejectionLog:
         except OSError:  # a folder
             return False
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.path}: cannot be written ({error.strerror}); make room or name another")
-
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(self.path.name + ".partial")
-
     def add(self, entry: str, reason: str, detail: str = "", words: int = 1) -> None:
         """Note that `entry`, which stands for so many words, was left out."""
         self.counts[reason] += words
-        if self.path is None:
-            return
-        try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._partial.open("w", encoding="utf-8", errors="backslashreplace")
-                self._file.write(REJECTION_HEADER)
-            self._file.write(f"{_one_field(entry)}\t{reason}\t{_one_field(detail)}\n")
-        except OSError as error:
-            raise self._unwritable(error) from error
+        if self.path is not None:
+            self._rows.append(f"{_one_field(entry)}\t{reason}\t{_one_field(detail)}\n")
 
 
 def _one_field(text: str) -> str:
-    """`text` with the characters that would break a line of a tab-separated file written as escapes."""
+    """Escape the characters of a text that would break a line of a tab-separated file."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
@@ -185,73 +173,80 @@ def _show(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value)
 
 
-def decode_image(
-    data: bytes, max_pixels: int = MAX_PIXELS, mode: str | None = None
-) -> tuple[Image.Image | None, tuple[str, str]]:
-    """Decode an encoded image fully, into Pillow's `mode` if one is given: the image, or None and (reason, detail).
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, mode: str | None = None) -> Image.Image:
+    """Decode an image, into Pillow's `mode` if one is given; raises RejectedError.
 
-    An image of more than `max_pixels` is refused by its header, before it is decoded.
+    An image of more than `max_pixels` is refused by its header, before it is decoded. Pillow's image tells format and
+    mode, which the checker reports; training decodes with `loading.decoding`.
     """
     if not data:
-        return None, ("empty file", "")
+        raise RejectedError("empty file")
     try:
         image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            return None, ("too large", f"{width} x {height} pixels")
+        if image.width * image.height > max_pixels:
+            raise RejectedError("too large", f"{image.width} x {image.height} pixels")
         image.load()
-        return image if mode is None else convert(image, mode), ("", "")
-    except Image.UnidentifiedImageError:
-        return None, ("not an image", f"begins with {data[:8]!r}")
+        return image if mode is None else convert(image, mode)
+    except RejectedError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise RejectedError("not an image", f"begins with {data[:8]!r}") from error
     except IMAGE_ERRORS as error:
-        return None, ("damaged image", f"{type(error).__name__}: {error}")
+        raise RejectedError("damaged image", f"{type(error).__name__}: {error}") from error
 
 
 def inside(folder: str, name: str) -> str | None:
-    """The path of `name` below `folder`, or None when it climbs out (`..`, or an absolute path elsewhere).
+    """Return the path of `name` below `folder`, or None when it leaves it (`..`, or an absolute path elsewhere).
 
-    Decided by the names alone: links that the user placed inside the folder may lead where they like.
+    Names alone decide: links that the user placed inside the folder may lead anywhere.
     """
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))
     return path if path.startswith(root.rstrip(os.sep) + os.sep) else None
 
 
-def find_image(folder: str, name: str) -> str | None:
-    """The path of image `name`, also when the list writes accents or the folder separator in another way."""
+def find_image(folder: str, name: str) -> str:
+    """Find the path of image `name`, even when the list writes accents or the folder separator differently.
+
+    Raises RejectedError when there is none, or when it lies outside the folder.
+    """
+    if "\0" in name:
+        raise RejectedError("no such file")
     forms = [] if name.isascii() else [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
     for spelling in (name, *forms):
         for candidate in (spelling, spelling.replace("\\", "/")):
-            path = inside(folder, candidate) if "\0" not in candidate else None
+            path = inside(folder, candidate)
             if path is not None and os.path.lexists(path):
                 return path
-    return None
+    raise RejectedError("no such file" if inside(folder, name) else "path leaves the folder")
 
 
-def read_file(path: str, max_pixels: int) -> tuple[bytes | None, tuple[str, str]]:
-    """The bytes of an image file, or None and (reason, detail); `max_pixels` bounds the size of the file too."""
+def read_file(path: str, max_pixels: int) -> bytes:
+    """Return the bytes of an image file; `max_pixels` bounds the file's size, too. Raises RejectedError."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe or a device would never end
-            return None, ("not a file", "")
+            raise RejectedError("not a file")
         if status.st_size > 8 * max_pixels:
-            return None, ("too large", f"{status.st_size} bytes")
+            raise RejectedError("too large", f"{status.st_size} bytes")
         with open(path, "rb") as file:
-            return file.read(), ("", "")
+            return file.read()
     except OSError as error:
-        return None, ("cannot be read", str(error.strerror))
+        raise RejectedError("cannot be read", str(error.strerror)) from error
 
 
 def read_image(name: str, path: str, label: str, max_pixels: int) -> Word:
-    """The word with the unchanged bytes of the image file `path`, checked, or the reason why not."""
-    data, (reason, detail) = read_file(path, max_pixels)
-    if data is not None:
-        _, (reason, detail) = decode_image(data, max_pixels)
-    return Word(name, reason=reason, detail=detail) if reason else Word(name, image=data, label=label)
+    """Return the word with the unchanged bytes of the image file `path`, checked, or the reason why it is rejected."""
+    try:
+        data = read_file(path, max_pixels)
+        decode_image(data, max_pixels)
+    except RejectedError as error:
+        return Word(name, reason=error.reason, detail=error.detail)
+    return Word(name, image=data, label=label)
 
 
 def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False, rejected: str | None = None) -> int:
-    """Store `words` in the LMDB `output` in their order, list the rejected ones, print the summary; returns the number.
+    """Store `words` in the LMDB `output` in their order, list the rejected ones, print the summary; return the number.
 
     Nothing is taken from `words` before the output is known to be free. Raises UserError when no word is usable; then
     there is no LMDB, and the message counts the reasons.
@@ -285,7 +280,7 @@ def map_in_processes(
         yield from map(function, items)
         return
     remaining = iter(items)
-    executor = ProcessPoolExecutor(workers, initializer=_start_worker)
+    executor = ProcessPoolExecutor(workers, initializer=use_one_thread)
     waiting: deque[Future[list[Result]]] = deque()
     try:
         while True:
@@ -295,22 +290,10 @@ def map_in_processes(
                 return
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError("a worker process was killed, perhaps for want of memory; run with fewer --workers") from error
+        raise UserError("a worker process was killed, perhaps out of memory; run with fewer --workers") from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _map_chunk(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:
     return [function(item) for item in chunk]
-
-
-def _start_worker() -> None:
-    """End this worker when its parent is gone, even by SIGKILL, so that no orphan holds files or locks."""
-    cv2.setNumThreads(0)  # the processes share the cores already
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -108,9 +108,9 @@
     return data.characters.includes(folded) ? folded : "";
   }
 
-  // The reading with its mistakes marked, by the cheapest edits from the label.
+  // The prediction with its mistakes marked, by the cheapest edits from the label.
   function marked(word) {
-    const made = element("div", "reading");
+    const made = element("div", "prediction");
     if (word.right || !word.text) {
       made.textContent = word.text || "∅";
       return made;
@@ -201,13 +201,13 @@
 
   function details(word) {
     const made = element("div", "more");
-    made.append(readings(word));
+    made.append(predictions(word));
     if (data.attention && word.sprite >= 0) {
       const part = element("div");
       const steps = element("div", "steps");
       [...word.text, "end"].forEach((character, number) => {
         const figure = element("figure");
-        figure.append(step(word, number, 1.5), element("figcaption", "", character));
+        figure.append(step(word, number, innerWidth < 640 ? 1.1 : 1.5), element("figcaption", "", character));
         steps.append(figure);
       });
       part.append(element("h3", "", "attention"), steps);
@@ -216,11 +216,11 @@
     return made;
   }
 
-  function readings(word) {
+  function predictions(word) {
     const part = element("div");
     const table = element("table");
     const rounds = Math.max(word.language.length, word.alignment.length);
-    const text = (reading) => (reading === 0 ? word.text : reading);
+    const text = (prediction) => (prediction === 0 ? word.text : prediction);
     const add = (heading, ...values) => {
       const line = table.insertRow();
       line.append(element("th", "", heading));
@@ -237,7 +237,7 @@
     if (word.vision !== null) add("vision", text(word.vision));
     if (word.language.length) add("language", ...word.language.map(text));
     if (word.alignment.length) add("alignment", ...word.alignment.map(text));
-    part.append(element("h3", "", "readings"), table);
+    part.append(element("h3", "", "predictions"), table);
     return part;
   }
 

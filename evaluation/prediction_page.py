@@ -1,0 +1,65 @@
+"""A page that shows predictions: each image with its masks, the attention of each character, and the probabilities."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from evaluation.drawing import grey, heat, on_image, overlay
+from evaluation.report import render_page
+from loading.transforms import resize, turn
+
+HEIGHT, WIDTH = 96, 480  # pixels that an image on the page fits into
+STEP_HEIGHT, STEP_WIDTH = 48, 144  # the same for the attention of a character
+
+
+def prediction_page(words: Sequence[Mapping[str, Any]], *, title: str, details: Mapping[str, str]) -> str:
+    """Return the HTML of some words as `page_entry` describes them; it needs no other file.
+
+    Args:
+        details: facts for the head of the page, by name.
+    """
+    return render_page("demo.html.j2", title=title, details=details, words=words)
+
+
+def page_entry(name: str, image: np.ndarray | None, prediction: Any) -> dict[str, Any]:
+    """Return what the page shows of one word.
+
+    Args:
+        name: of the image.
+        image: RGB, uint8, (H, W, 3); None where it could not be read.
+        prediction: a `reader.Prediction` of it, with its mask and attention.
+    """
+    entry = {"name": name, "text": prediction.text, "confidence": prediction.confidence, "error": prediction.error}
+    if prediction.error is not None:
+        return entry | {"images": [], "characters": []}
+    image = turn(image, prediction.turned)
+    large, small = _fitted(image, HEIGHT, WIDTH), _fitted(image, STEP_HEIGHT, STEP_WIDTH)
+    images = [("image", _uri(large))]
+    if prediction.mask_levels is not None:
+        mask = resize(turn(prediction.mask_levels, prediction.turned), large.shape[:2])
+        images.append(("text mask", _uri(overlay(large, mask / 255))))
+    if prediction.refined_mask is not None:
+        images.append(
+            ("refined mask", _uri(grey(on_image(prediction.refined_mask, large.shape[:2], prediction.extent))))
+        )
+    looked = [on_image(each, small.shape[:2], prediction.extent) for each in prediction.attention]
+    characters = [
+        {"text": each.text, "confidence": each.confidence, "image": _uri(heat(small, weights))}
+        for each, weights in zip(prediction.characters, looked, strict=True)
+    ]
+    return entry | {"images": images, "characters": characters}
+
+
+def _fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The image at the largest size that fits, its aspect kept."""
+    scale = min(height / image.shape[0], width / image.shape[1])
+    return resize(image, tuple(max(round(side * scale), 1) for side in image.shape[:2]))
+
+
+def _uri(image: np.ndarray) -> str:
+    """An RGB image as a data URI."""
+    data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"

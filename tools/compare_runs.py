@@ -1,0 +1,281 @@
+"""Compare two evaluations word by word: is B better than A, by how much, and on which words?
+
+A and B are work folders of `main.py --phase test` on the same words. For each data set and for all words together: the
+accuracies, the difference B - A with its 95 % interval (paired, Bonett and Price 2012), the words that only one of them
+reads right, and the p-value of McNemar's exact test. An HTML page in B's report shows every word that flipped.
+"""
+
+import argparse
+import base64
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # lets `python tools/NAME.py` find the repository's modules
+
+import cv2
+import numpy as np
+from scipy.stats import binomtest, norm
+
+from evaluation.report import MARGIN, render_page
+from loading.charset import PROTOCOLS, protocol_normalizer
+from tools.support import make_parser
+from utils import UserError, run_command_line, write_atomically
+
+EXAMPLE = """  python tools/compare_runs.py workdir/train_abinet workdir/train
+  python tools/compare_runs.py workdir/train workdir/train --model_eval vision alignment"""
+
+ALL = "all words"
+LEVEL = norm.ppf(0.975)  # of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a test left in its work folder: data set -> (label, prediction) of each word, in order."""
+
+    folder: Path
+    model_eval: str
+    protocol: int
+    words: dict[str, list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A word that one of two evaluations reads right and the other wrong; `image` is a data URI, or empty."""
+
+    dataset: str
+    label: str
+    first: str
+    second: str
+    gained: bool
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: counts of words, and what follows from them."""
+
+    name: str
+    words: int
+    right: tuple[int, int]
+    lost: int  # only A reads them right
+    gained: int  # only B does
+
+    @property
+    def accuracies(self) -> tuple[float, float]:
+        return self.right[0] / self.words, self.right[1] / self.words
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of B minus that of A."""
+        return (self.gained - self.lost) / self.words
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference between paired shares (Bonett and Price, 2012)."""
+        gained, lost = (self.gained + 1) / (self.words + 2), (self.lost + 1) / (self.words + 2)
+        half = LEVEL * np.sqrt((gained + lost - (gained - lost) ** 2) / (self.words + 2))
+        return max(gained - lost - half, -1.0), min(gained - lost + half, 1.0)
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact test: how likely flips as uneven as these are where both networks are equally good."""
+        flips = self.gained + self.lost
+        return binomtest(self.gained, flips).pvalue if flips else 1.0
+
+
+def load_evaluation(folder: Path, model_eval: str | None = None) -> Evaluation:
+    """Read the scores and predictions of a test.
+
+    Args:
+        model_eval: sub-model; None takes the one that was tested last.
+
+    Raises:
+        UserError: there is no test of it in the folder, or a file is damaged.
+    """
+    path = folder / ("metrics.json" if model_eval is None else f"metrics-{model_eval}.json")
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        model_eval, protocol, datasets = scores["model_eval"], scores["protocol"], scores["datasets"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no scores of recognised words; run main.py --phase test first") from error
+    words = {}
+    for name in datasets:
+        path = folder / f"{name}-{model_eval}" / f"{model_eval}.txt"
+        try:
+            lines = path.read_bytes().decode("utf-8").split("\n")[:-1]  # labels may hold other ends of lines
+            words[name] = [(label, text) for label, text in (line.split("\t") for line in lines)]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: missing or damaged; run main.py --phase test again") from error
+    return Evaluation(folder, model_eval, protocol, words)
+
+
+def check_same_words(first: Evaluation, second: Evaluation) -> None:
+    """Raise `UserError` where two evaluations are not of the same words."""
+    here, there = first.words, second.words
+    if names := sorted(here.keys() ^ there.keys()):
+        raise UserError(f"{first.folder} and {second.folder}: only one has {names[0]}; test both on the same sets")
+    for name in here:
+        labels = [[label for label, _ in each.words[name]] for each in (first, second)]
+        if len(labels[0]) != len(labels[1]):
+            counts = f"{len(labels[0])} and {len(labels[1])} words"
+            raise UserError(f"{first.folder} and {second.folder}: {name} has {counts}; test both on the same LMDB")
+        for number, (label, other) in enumerate(zip(*labels, strict=True), 1):
+            if label != other:
+                found = f"word {number} of {name} is {label!r} and {other!r}"
+                raise UserError(f"{first.folder} and {second.folder}: {found}; test both on the same LMDB")
+
+
+def compare(
+    first: Evaluation, second: Evaluation, protocol: int, images: dict[str, list[tuple[str, str]]]
+) -> tuple[list[Row], list[Flip]]:
+    """Return a row for each data set, then one for all words, and the words that flipped, in order.
+
+    Args:
+        protocol: characters that count, 36, 62 or 94; words of which nothing counts are left out.
+        images: those of a report, as `word_images` gives them.
+    """
+    normalize = protocol_normalizer(protocol)
+    rows, flips = [], []
+    for name in first.words:
+        pairs = zip(first.words[name], second.words[name], strict=True)
+        words = [(label, here, there) for (label, here), (_, there) in pairs if normalize(label)]
+        right = [[normalize(each[i]) == normalize(each[0]) for each in words] for i in (1, 2)]
+        seen = images.get(name, [])
+        if [label for label, _ in seen] != [label for label, *_ in words]:  # the report is of another test
+            seen = [("", "")] * len(words)
+        changed = [
+            Flip(name, *word, gained=after, image=image)
+            for word, before, after, (_, image) in zip(words, *right, seen, strict=True)
+            if before != after
+        ]
+        gained = sum(each.gained for each in changed)
+        rows.append(Row(name, len(words), (sum(right[0]), sum(right[1])), len(changed) - gained, gained))
+        flips += changed
+    rows = [row for row in rows if row.words]
+    if not rows:
+        raise UserError(f"{first.folder}: no word has a character that counts in protocol {protocol}")
+    sums = [sum(column) for column in zip(*((r.words, *r.right, r.lost, r.gained) for r in rows), strict=True)]
+    return [*rows, Row(ALL, sums[0], (sums[1], sums[2]), sums[3], sums[4])], flips
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for the terminal."""
+    lines = [("data set", "words", "A %", "B %", "B - A", "95 % interval", "only A", "only B", "p")]
+    for row in rows if len(rows) > 2 else rows[:1]:
+        low, high = row.interval
+        accuracies = [f"{100 * each:.2f}" for each in row.accuracies]
+        difference = f"{100 * row.difference:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}"
+        lines.append((row.name, f"{row.words}", *accuracies, *difference, f"{row.lost}", f"{row.gained}", shown_p(row)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line) for line in cells)
+
+
+def shown_p(row: Row) -> str:
+    """The p-value as people write it."""
+    return f"{row.p_value:.3f}" if row.p_value >= 0.001 else f"{row.p_value:.0e}"
+
+
+def verdict(row: Row) -> str:
+    """What the test says, in a sentence."""
+    if row.p_value >= 0.05:
+        return "The difference may be chance (p ≥ 0.05)."
+    return f"{'B' if row.difference > 0 else 'A'} is better (p {'< 0.001' if row.p_value < 0.001 else '< 0.05'})."
+
+
+def word_images(report: Path) -> dict[str, list[tuple[str, str]]]:
+    """Return data set -> (label, image as a data URI) of each word in a report, in order; empty where there is none."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    try:
+        text = (report / "index.html").read_text(encoding="utf-8")
+        data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+        height, width = data["layout"]["height"], data["layout"]["width"]
+        sheets: dict[int, np.ndarray | None] = {}
+        for dataset, _number, label, *_, sprite, row, _vision, _language, _alignment, _confusions in data["words"]:
+            if sprite not in sheets:
+                sheets[sprite] = cv2.imread(str(report / "images" / f"words-{data['sprites'][sprite]}.jpg"))
+            top = row * (height + 2 * MARGIN) + MARGIN
+            tile = sheets[sprite][top : top + height, MARGIN : MARGIN + width]
+            encoded = base64.b64encode(cv2.imencode(".jpg", tile)[1]).decode()
+            found.setdefault(data["datasets"][dataset], []).append((label, f"data:image/jpeg;base64,{encoded}"))
+    except (OSError, TypeError, KeyError, ValueError, IndexError, cv2.error):  # no report, or an older one
+        return {}
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    options = parse_arguments(arguments)
+    scored = (options.model_eval or [None]) * 2
+    first = load_evaluation(Path(options.first), scored[0])
+    second = load_evaluation(Path(options.second), scored[1])
+    check_same_words(first, second)
+    if options.protocol is None and first.protocol != second.protocol:
+        protocols = f"{first.protocol} and {second.protocol} characters"
+        raise UserError(f"{first.folder} and {second.folder}: scored on {protocols}; choose with --protocol")
+    protocol = options.protocol or first.protocol
+    images = word_images(second.folder / "report") or word_images(first.folder / "report")
+    rows, flips = compare(first, second, protocol, images)
+    sides = {name: f"{each.folder} ({each.model_eval})" for name, each in (("A", first), ("B", second))}
+    names = [each.folder.resolve().name for each in (first, second)]
+    if names[0] == names[1]:
+        names = [first.model_eval, second.model_eval]
+    bound = max(abs(each) for row in rows for each in row.interval)
+    page = render_page(
+        "compare.html.j2",
+        title=f"{names[1]} against {names[0]}",
+        rows=rows if len(rows) > 2 else rows[:1],
+        bound=bound,
+        flips=[
+            (f"Only {side} reads right", [each for each in flips if each.gained == gained])
+            for side, gained in (("B", True), ("A", False))
+        ],
+        sides=sides,
+        protocol=protocol,
+        verdict=verdict(rows[-1]),
+        shown_p=shown_p,
+    )
+    default = second.folder / "report" / f"compare-{first.folder.resolve().name}-{first.model_eval}.html"
+    output = Path(options.output or default)
+    write_atomically(output, lambda file: file.write(page.encode(errors="backslashreplace")))
+    print(*(f"{name} = {side}" for name, side in sides.items()), "", table(rows), "", verdict(rows[-1]), sep="\n")
+    for heading, gained in (("only A reads right", False), ("only B reads right", True)):
+        chosen = [flip for flip in flips if flip.gained == gained]
+        print(f"\n{heading}: {len(chosen)} words (label, A, B)")
+        for flip in chosen[: options.words]:
+            print(f"  {flip.dataset}  {flip.label}  {flip.first or '∅'}  {flip.second or '∅'}")
+        if len(chosen) > options.words:
+            print(f"  ... and {len(chosen) - options.words} more")
+    print(f"\nall of them, with images: {output}")
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """See `--help`."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("first", metavar="A", help="work folder of a test")
+    parser.add_argument("second", metavar="B", help="work folder of another test, of the same words")
+    parser.add_argument(
+        "--model_eval",
+        nargs="+",
+        metavar="NAME",
+        help="sub-model to compare, or that of A and that of B (default: the last tested)",
+    )
+    parser.add_argument("--protocol", type=int, choices=PROTOCOLS, help="characters that count (default: the tests')")
+    parser.add_argument("--output", metavar="FILE", help="HTML page (default: B/report/compare-A-MODEL_EVAL.html)")
+    parser.add_argument("--words", type=int, default=10, help="words to print either way (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.model_eval and len(options.model_eval) > 2:
+        parser.error("--model_eval takes one or two names")
+    return options
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    run_command_line(main)

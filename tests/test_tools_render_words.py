@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_neither(tmp_path, words, monkeypatch, fails):
 
     def full(self):
         if self.path.parent.name == fails:
-            with self._clear_errors():
+            with self._explained_errors():
                 raise OSError(errno.ENOSPC, "No space left on device")
         commit(self)
 

@@ -1,325 +1,312 @@
-"""Measure how much accuracy depends on the background: checkpoints read the same rendered words on every kind of it.
+"""Measure what text masks buy, and on which backgrounds: checkpoints read the same words with several kinds of masks.
 
-A word has the same letters, colours and degradation on every background. Checkpoints with the same NAME count as
-trainings of one network with different seeds. Their mean is reported with a 95 % interval from a bootstrap over words
-and seeds, and each checkpoint also with Wilson's interval. Differences (from plain, and from the first NAME) are taken
-within each bootstrap sample, so they compare the same words.
+Rendered words (--count) are drawn on every kind of background (--backgrounds) at three contrasts, with the same letters
+in the same places. The luminance of the letters differs from what is behind them by 0.05 to 0.15 (low), 0.1 to 0.3
+(middle), or at least 0.3, as the renderer usually draws them (high). Real words come from LMDBs (--words) and are
+grouped into quartiles by the complexity of their background: the mean gradient of the luminance (0 to 1) per pixel of
+the image scaled to a height of 32, outside the text mask dilated by 2 pixels; 0 where nothing is outside. That mask is
+the SSN's for real words, the same for all networks, and the exact one for rendered words.
 
-Networks that take masks are scored with each kind of --masks:
-  ssn    masks predicted by the checkpoint's SSN (or by --ssn), as in use
-  exact  the renderer's masks, which a perfect SSN would predict
+Networks that take masks read all words with each kind of --masks:
+  ssn    masks of one SSN (--ssn), as in use
+  exact  the renderer's masks, which a perfect SSN would predict; rendered words only
   none   empty masks
   full   masks that call every pixel text
-  other  the exact mask of another word
+  other  the mask of another word: the exact one, or the SSN's for real words
+--mask-ablations adds, for the networks named (without names: for all), exact masks (the SSN's for real words) that are
+eroded or dilated by 1 and 2 pixels or shifted by 2 and 4 (right, down, left or up in turn), all in pixels of the image
+scaled to a height of 32; and masks of the SSN at 0.75 and 1.5 times its `areas`.
 
-The output folder receives table.md, scores.csv (each checkpoint), results.json (all numbers) and plot.png.
+The output folder receives study.json (settings and checkpoints), items.csv (the words), and in predictions/ a table
+for each checkpoint and kind of masks, which is not measured again. From these alone, table.md, results.json and the
+plots are made (--report-only). Checkpoints with the same NAME count as trainings of one network with different seeds.
 """
 
 import argparse
 import csv
 import functools
+import hashlib
 import io
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 import cv2
-import matplotlib
 import numpy as np
-from scipy.stats import binomtest
 
 from bundle import load_ssn
 from engine.distributed import pick_device
 from inference.segmenter import Segmenter
-from loading.charset import PROTOCOLS, protocol_normalizer
+from loading.batches import LabelRule
+from loading.charset import PROTOCOLS, Charset, protocol_normalizer
+from loading.decoding import BrokenImageError, decode_image
+from loading.lmdb_io import LmdbReader, image_key, label_key
+from loading.word_index import scan_words
 from reader import Reader
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS
+from tools.background_report import ABLATIONS, CONTRASTS, MASKS, NO_MASKS, RENDERED, write_report
 from tools.support import make_parser, map_in_processes, positive, progress, seed_number, usable_cores
 from utils import UserError, run_command_line, write_atomically
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 EXAMPLE = """  python tools/background_study.py --checkpoint binet=a/best-a.pth --checkpoint binet=b/best-b.pth \\
-      --checkpoint abinet=c/best-c.pth --ssn ssn/best-ssn.pth --count 2000 --seed 7 --output workdir/background-study"""
+      --checkpoint no-masks=c/best-c.pth --ssn ssn/best-ssn.pth --masks ssn exact none --photos photos \\
+      --words data/evaluation/IC13_1015 data/evaluation/IC15_2077 --output workdir/background-study"""
 
-MASKS = {  # kind -> name in table and plot
-    "ssn": "SSN's masks",
-    "exact": "exact masks",
-    "none": "empty masks",
-    "full": "all-text masks",
-    "other": "another word's masks",
+_SETTINGS = {  # contrast -> smallest contrast, and chance that letters have between a third of it and all of it
+    "low": (0.15, 1.0),
+    "middle": (0.3, 1.0),
+    "high": (0.3, 0.0),
 }
-NO_MASKS = "-"  # for a network that takes none
-PLAIN = "plain"
-RESAMPLES = 2000
-LEVEL = 0.95  # of the intervals
+_HEIGHT = 32  # pixels; height at which masks are changed and backgrounds are measured
+_SHIFTS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
 
 @dataclass(frozen=True)
-class Run:
-    """Words that one checkpoint predicted correctly with one kind of masks: `right` is bool (kinds, words)."""
+class Item:
+    """A word to read: `group` is RENDERED or the name of an LMDB, `word` its index there; `exact` is its mask or None.
 
-    name: str
-    checkpoint: str
-    masks: str
-    right: np.ndarray
+    Image and mask are uint8, (h, w, 3) and (h, w); real words have neither kind of background nor contrast.
+    """
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with the bounds of its 95 % interval; fractions."""
-
-    value: float
-    low: float
-    high: float
+    group: str
+    word: int
+    background: str
+    contrast: str
+    text: str
+    image: np.ndarray
+    exact: np.ndarray | None
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def _renderer(settings: str) -> WordRenderer:
+@functools.lru_cache(maxsize=len(CONTRASTS))
+def _renderer(settings: str, contrast: str) -> WordRenderer:
     cv2.setNumThreads(1)  # the workers share the cores already
-    return WordRenderer(RenderConfig.model_validate_json(settings))
+    config = RenderConfig.model_validate_json(settings)
+    least, low = _SETTINGS[contrast]
+    chances = {**config.chances, "low_contrast": low}
+    return WordRenderer(config.model_copy(update={"contrast": least, "chances": chances}))
 
 
-def render_word(index: int, *, settings: str, seed: int, kinds: tuple[str, ...]) -> dict[str, RenderedWord]:
-    """Return word `index` of `seed` on every kind of background; runs in a worker."""
-    return _renderer(settings).render_on_backgrounds(seed, index, kinds)
+def render_word(index: int, *, settings: str, seed: int, kinds: Sequence[str]) -> dict[tuple[str, str], RenderedWord]:
+    """Return word `index` of `seed` by contrast and kind of background; runs in a worker."""
+    words = {each: _renderer(settings, each).render_on_backgrounds(seed, index, kinds) for each in CONTRASTS}
+    return {(contrast, kind): word for contrast, by_kind in words.items() for kind, word in by_kind.items()}
 
 
-def render_words(
-    config: RenderConfig, count: int, *, seed: int, kinds: Sequence[str], protocol: int, max_length: int, workers: int
-) -> list[dict[str, RenderedWord]]:
-    """Return the first `count` words of `seed` that can be scored, each on every kind of background."""
+def render_items(config: RenderConfig, count: int, *, seed: int, kinds: Sequence[str], rule: LabelRule, workers: int):
+    """Return the first `count` words of `seed` that can be scored, as items sorted by contrast, background, word."""
     settings = config.model_dump_json()
-    _renderer(settings)  # reports mistakes in the settings before any worker starts
-    normalize = protocol_normalizer(protocol)
+    _renderer(settings, CONTRASTS[0])  # reports mistakes in the settings before any worker starts
     render = functools.partial(render_word, settings=settings, seed=seed, kinds=tuple(kinds))
     rendered = map_in_processes(render, range(4 * count + 100), workers=workers, chunk_size=16)
-    usable = (word for word in rendered if 0 < len(normalize(word[kinds[0]].text)) <= max_length)
-    usable = itertools.islice(usable, count)
-    words = list(progress(usable, total=count, unit="word", description="words"))
+    usable = ((i, word) for i, word in enumerate(rendered) if not rule.unusable(next(iter(word.values())).text))
+    words = list(progress(itertools.islice(usable, count), total=count, unit="word", description="render"))
     if len(words) < count:
         raise UserError(f"only {len(words)} of {count} words can be scored; check the render settings' words")
-    return words
+    return [
+        Item(RENDERED, index, kind, contrast, (one := word[contrast, kind]).text, one.image, one.mask)
+        for contrast, kind in itertools.product(CONTRASTS, kinds)
+        for index, word in words
+    ]
 
 
-def masks_for(words: Sequence[RenderedWord], kind: str) -> list[np.ndarray | None]:
-    """Return a mask for each word, uint8 of its image's size, or None where the reader is to predict it."""
-    if kind == "ssn":
-        return [None] * len(words)
-    if kind == "exact":
-        return [word.mask for word in words]
-    if kind == "other":
-        following = [*words[1:], words[0]]
-        return [
-            cv2.resize(other.mask, (word.mask.shape[1], word.mask.shape[0]))
-            for word, other in zip(words, following, strict=True)
-        ]
-    return [np.full_like(word.mask, 255 if kind == "full" else 0) for word in words]
+def stored_items(path: str, rule: LabelRule) -> Iterator[Item]:
+    """Yield the words of an LMDB that can be scored and decoded."""
+    words = LmdbReader(path)
+    for number in scan_words(words, rule).numbers.tolist():
+        try:
+            image = decode_image(words.get(image_key(number)))
+        except BrokenImageError:
+            continue
+        yield Item(Path(path).name, number, "", "", words.get(label_key(number)).decode(), image, None)
 
 
-def segment_words(
-    words: Sequence[dict[str, RenderedWord]], kinds: Sequence[str], ssn: str, device: str | None
-) -> dict[str, list[np.ndarray]]:
-    """Return the masks that one SSN predicts for all words, by kind of background; all checkpoints share them."""
-    network, areas = load_ssn(ssn)
-    segmenter = Segmenter(network, areas, device=pick_device(name=device))
-    return {kind: segmenter([word[kind].image for word in words]) for kind in kinds}
+def complexity(image: np.ndarray, mask: np.ndarray) -> float:
+    """Return the complexity of the background of an image, uint8 (h, w, 3), with its text mask, uint8 (h, w)."""
+    size = max(1, round(_HEIGHT * image.shape[1] / image.shape[0])), _HEIGHT
+    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA) / np.float32(255)
+    text = cv2.resize(mask, size, interpolation=cv2.INTER_AREA) > 127
+    outside = cv2.dilate(text.astype(np.uint8), np.ones((5, 5), np.uint8)) == 0
+    padded = cv2.copyMakeBorder(grey, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    across, down = padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1]
+    return float(np.hypot(across, down)[outside].mean() / 2) if outside.any() else 0.0
 
 
-def score_checkpoint(
-    name: str,
-    checkpoint: str,
-    words: Sequence[dict[str, RenderedWord]],
-    *,
-    kinds: Sequence[str],
-    masks: Sequence[str],
-    protocol: int,
-    segmented: dict[str, list[np.ndarray]] | None = None,
-    device: str | None = None,
-) -> Iterator[Run]:
-    """Predict all words on all backgrounds, once for each kind of masks if the network takes masks.
-
-    `segmented` are the masks of the kind ssn, by background; with None, the checkpoint's own SSN predicts them.
-    """
-    normalize = protocol_normalizer(protocol)
-    reader = Reader(checkpoint, device=device, masks="none", precision="fp32")
-    if reader.takes_masks and "ssn" in masks and segmented is None:
-        reader = Reader(checkpoint, device=device, precision="fp32")
-    for mask_kind in masks if reader.takes_masks else (NO_MASKS,):
-        right = np.zeros((len(kinds), len(words)), bool)
-        for row, kind in enumerate(kinds):
-            chosen = [word[kind] for word in words]
-            if mask_kind == "ssn" and segmented is not None:
-                given = segmented[kind]
-            else:
-                given = None if mask_kind == NO_MASKS else masks_for(chosen, mask_kind)
-            predictions = reader.read([word.image for word in chosen], masks=given)
-            right[row] = [
-                normalize(prediction.text) == normalize(word.text)
-                for prediction, word in zip(predictions, chosen, strict=True)
-            ]
-        yield Run(name, checkpoint, mask_kind, right)
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def wilson(right: int, count: int) -> Estimate:
-    """Return a share with Wilson's 95 % interval, which is all of [0, 1] for 0 words."""
-    if not count:
-        return Estimate(0.0, 0.0, 1.0)
-    interval = binomtest(right, count).proportion_ci(LEVEL, method="wilson")
-    return Estimate(right / count, float(interval.low), float(interval.high))
-
-
-def resampled_accuracies(
-    groups: Sequence[np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0
-) -> list[np.ndarray]:
-    """Bootstrap the mean accuracies of groups of runs on the same words.
-
-    Words and seeds are resampled with replacement. All groups and kinds share the words of a sample, so their
-    differences within a sample are paired.
+class MaskMaker:
+    """Makes the masks of all items, of one kind at a time; those of the SSN are the same for all networks.
 
     Args:
-        groups: bool (seeds, kinds, words) for each group: the words that its runs predicted correctly.
-
-    Returns:
-        float (resamples, kinds) for each group.
+        segment: (images, scale) -> masks of the SSN at `scale` times its areas.
     """
-    random = np.random.default_rng(seed)
-    count = groups[0].shape[2]
-    weights = random.multinomial(count, np.full(count, 1 / count), size=resamples) / count  # (resamples, words)
-    results = []
-    for right in groups:
-        seeds = right.shape[0]
-        by_seed = np.einsum("rw,skw->rsk", weights, right.astype(np.float64), optimize=True)
-        shares = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds  # (resamples, seeds)
-        results.append(np.einsum("rs,rsk->rk", shares, by_seed))
-    return results
+
+    def __init__(self, items: Sequence[Item], segment: Callable[[Sequence[np.ndarray], float], list[np.ndarray]]):
+        self._items, self._segment = items, segment
+
+    def best(self) -> list[np.ndarray]:
+        """Return the exact masks, and those of the SSN for real words."""
+        real = iter(self._segment([item.image for item in self._items if item.exact is None], 1.0))
+        return [next(real) if item.exact is None else item.exact for item in self._items]
+
+    def make(self, kind: str) -> list[np.ndarray | None]:
+        """Return masks, uint8 of the images' sizes, 255 = text; None where a word has none of this kind."""
+        if kind == "exact":
+            return [item.exact for item in self._items]
+        if kind in ("none", "full"):
+            return [np.full(item.image.shape[:2], 255 * (kind == "full"), np.uint8) for item in self._items]
+        name, _, amount = kind.partition("-")
+        if name == "ssn":
+            return self._segment([item.image for item in self._items], float(amount or 1))
+        best = self.best()
+        if kind == "other":
+            return [_fitted(best[other], item) for item, other in zip(self._items, self._others(), strict=True)]
+        return [changed(mask, name, int(amount), item.word) for mask, item in zip(best, self._items, strict=True)]
+
+    def _others(self) -> list[int]:
+        """Return for each item the place of the next one of the same group, background and contrast."""
+        cells: dict[tuple[str, str, str], list[int]] = {}
+        for place, item in enumerate(self._items):
+            cells.setdefault((item.group, item.background, item.contrast), []).append(place)
+        following = {a: b for cell in cells.values() for a, b in zip(cell, [*cell[1:], cell[0]], strict=True)}
+        return [following[place] for place in range(len(self._items))]
 
 
-def estimate(value: float, samples: np.ndarray) -> Estimate:
-    """Return a value with the percentile interval of its bootstrap samples."""
-    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(value), float(low), float(high))
+def _fitted(mask: np.ndarray, item: Item) -> np.ndarray:
+    return cv2.resize(mask, (item.image.shape[1], item.image.shape[0]))
 
 
-def summarise(runs: Sequence[Run], kinds: Sequence[str]) -> list[dict]:
-    """Return for each network and kind of masks the accuracy, its change from plain and its lead over the first row.
+def changed(mask: np.ndarray, change: str, pixels: int, word: int) -> np.ndarray:
+    """Return a mask eroded, dilated or shifted by `pixels` of a height of 32; `word` chooses the direction."""
+    height, width = mask.shape
+    small = cv2.resize(mask, (max(1, round(_HEIGHT * width / height)), _HEIGHT))
+    if change == "shifted":
+        x, y = (pixels * each for each in _SHIFTS[word % len(_SHIFTS)])
+        small = cv2.warpAffine(small, np.float32([[1, 0, x], [0, 1, y]]), (small.shape[1], small.shape[0]))
+    else:
+        operation = {"eroded": cv2.erode, "dilated": cv2.dilate}[change]
+        small = operation(small, np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8))
+    return cv2.resize(small, (width, height))
 
-    Each is a list of estimates in the order of `kinds`, followed by that of the mean over the backgrounds; the mean of
-    the change leaves plain out.
+
+def overlap(mask: np.ndarray, exact: np.ndarray) -> float:
+    """Return the intersection over union of two masks, uint8 (h, w), cut at one half; 1 where both are empty."""
+    first, second = mask > 127, exact > 127
+    union = np.count_nonzero(first | second)
+    return np.count_nonzero(first & second) / union if union else 1.0
+
+
+def make_segment(path: str, device: str | None) -> Callable[[Sequence[np.ndarray], float], list[np.ndarray]]:
+    """Return the function that gives masks of the SSN of a checkpoint, each image and scale computed once."""
+    load = functools.cache(load_ssn)  # only where masks are needed
+    known: dict[tuple[int, float], tuple[np.ndarray, np.ndarray]] = {}  # keeps the image, so that its id stays its own
+
+    def segment(images: Sequence[np.ndarray], scale: float) -> list[np.ndarray]:
+        missing = [image for image in images if (id(image), scale) not in known]
+        if missing:
+            network, areas = load(path)
+            segmenter = Segmenter(network, [round(scale * area) for area in areas], device=pick_device(name=device))
+            known.update({(id(i), scale): (i, mask) for i, mask in zip(missing, segmenter(missing), strict=True)})
+        return [known[id(image), scale][1] for image in images]
+
+    return segment
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def table_of(header: Sequence[str], rows: Sequence[Sequence]) -> bytes:
+    """Return a CSV file."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    return file.getvalue().encode()
+
+
+def read_words(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray | None] | None, protocol: int) -> list:
+    """Return a row for each item that has a mask (`masks` None: for all): item, prediction, right, quality of the mask.
+
+    The quality is the overlap with the exact mask, empty where there is none of them.
     """
-    members: dict[tuple[str, str], list[np.ndarray]] = {}
-    for run in runs:
-        members.setdefault((run.name, run.masks), []).append(run.right)
-    groups = [np.stack(each) for each in members.values()]
-    samples = resampled_accuracies(groups)
-    values = [group.mean(axis=(0, 2)) for group in groups]  # (kinds,)
-    plain = kinds.index(PLAIN) if PLAIN in kinds else 0
-    restless = [place for place in range(len(kinds)) if place != plain] or [plain]
+    normalize = protocol_normalizer(protocol)
+    chosen = [place for place in range(len(items)) if masks is None or masks[place] is not None]
+    given = None if masks is None else [masks[place] for place in chosen]
     rows = []
-    for (name, masks), group, value, sample in zip(members, groups, values, samples, strict=True):
-        change, changes = value - value[plain], sample - sample[:, [plain]]
-        lead, leads = value - values[0], sample - samples[0]
-        rows.append(
-            {
-                "name": name,
-                "masks": masks,
-                "seeds": len(group),
-                "accuracy": [*map(estimate, value, sample.T), estimate(value.mean(), sample.mean(1))],
-                "change": [
-                    *map(estimate, change, changes.T),
-                    estimate(change[restless].mean(), changes[:, restless].mean(1)),
-                ],
-                "lead": [*map(estimate, lead, leads.T), estimate(lead.mean(), leads.mean(1))],
-            }
-        )
+    for place, prediction in zip(chosen, reader.stream([items[i].image for i in chosen], given), strict=True):
+        item, quality = items[place], ""
+        if masks is not None and item.exact is not None:
+            quality = f"{overlap(masks[place], item.exact):.4f}"
+        right = int(normalize(prediction.text) == normalize(item.text))
+        rows.append([place, prediction.text, right, quality])
     return rows
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def markdown(rows: Sequence[dict], kinds: Sequence[str], *, words: int) -> str:
-    """Return three tables: accuracy, change from plain, lead over the first network."""
-    first = label_of(rows[0])
-    parts = [
-        ("accuracy", f"Word accuracy, %, with 95 % intervals ({words:,} words on each background)", "mean"),
-        ("change", f"Change from {PLAIN if PLAIN in kinds else kinds[0]}, points", "mean of the others"),
-        ("lead", f"Lead over {first}, points", "mean"),
+def measure(options: argparse.Namespace, output: Path) -> None:
+    """Read all words with the checkpoints and kinds of masks that are not in the output folder yet."""
+    checkpoints = [named_checkpoint(each) for each in options.checkpoint]
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for _, path in checkpoints]
+    ssn = options.ssn or checkpoints[0][1]
+    rule = LabelRule(Charset(PROTOCOLS[options.protocol]), options.max_length, case_sensitive=True)
+    config = load_render_config(options.config, options.overrides)
+    if options.photos is not None:
+        config = config.model_copy(update={"photos": options.photos})
+    usual = [kind for kind in BACKGROUND_KINDS if kind != "scene" and (kind != "photo" or config.photos)]
+    kinds = options.backgrounds or usual
+    segment = make_segment(ssn, options.device)
+    settings = {
+        "count": options.count,
+        "seed": options.seed,
+        "protocol": options.protocol,
+        "max_length": options.max_length,
+        "backgrounds": kinds,
+        "words": {Path(path).name: len(LmdbReader(path)) for path in options.words},
+        "ssn": hashlib.sha256(Path(ssn).read_bytes()).hexdigest()[:12],
+        "render": config.model_dump() | {"photos": config.photos and Path(config.photos).name},
+    }
+    if len(settings["words"]) < len(options.words):
+        raise UserError("--words: two LMDBs have the same name; rename one")
+    study = json.loads((output / "study.json").read_text()) if (output / "study.json").exists() else {}
+    wrong = [key for key in settings if study and study["settings"].get(key) != settings[key]]
+    if wrong:
+        raise UserError(f"{output}: holds a study with other settings ({', '.join(wrong)}); name another --output")
+    known = study.get("checkpoints", {})
+    for (name, path), digest in zip(checkpoints, digests, strict=True):
+        if known.setdefault(f"{name}={path}", digest) != digest:
+            raise UserError(f"{path}: has changed since {output} was measured; name another --output")
+    items = render_items(config, options.count, seed=options.seed, kinds=kinds, rule=rule, workers=options.workers)
+    for path in options.words:
+        items += stored_items(path, rule)
+    maker = MaskMaker(items, segment)
+    rows = [
+        [item.group, item.word, item.background, item.contrast, f"{complexity(item.image, mask):.6f}", item.text]
+        for item, mask in zip(items, maker.best(), strict=True)
     ]
-    blocks = []
-    for field, heading, last in parts:
-        if field == "lead" and len(rows) == 1:
-            continue
-        lines = [f"**{heading}**", "", "| network | masks | seeds | " + " | ".join([*kinds, last]) + " |"]
-        lines.append("| --- | --- | ---: |" + " ---: |" * (len(kinds) + 1))
-        for row in rows:
-            cells = [f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]" for e in row[field]]
-            lines.append(f"| {row['name']} | {row['masks']} | {row['seeds']} | " + " | ".join(cells) + " |")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
-
-
-def label_of(row: dict) -> str:
-    """Return the name of a network together with its masks."""
-    return row["name"] if row["masks"] == NO_MASKS else f"{row['name']} ({MASKS[row['masks']]})"
-
-
-def scores_csv(runs: Sequence[Run], kinds: Sequence[str]) -> str:
-    """Return a line for each checkpoint, kind of masks and background, with Wilson's interval; fractions."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["name", "checkpoint", "masks", "background", "words", "right", "accuracy", "low", "high"])
-    for run in runs:
-        for kind, right in zip(kinds, run.right, strict=True):
-            share = wilson(int(right.sum()), right.size)
-            bounds = [f"{each:.6f}" for each in (share.value, share.low, share.high)]
-            writer.writerow([run.name, run.checkpoint, run.masks, kind, right.size, int(right.sum()), *bounds])
-    return file.getvalue()
-
-
-def draw_plot(rows: Sequence[dict], kinds: Sequence[str]) -> bytes:
-    """Draw accuracy against background with error bars, one line for each network; returns a PNG."""
-    figure, axes = pyplot.subplots(figsize=(1.5 * len(kinds) + 3, 4.5), layout="constrained")
-    for number, row in enumerate(rows):
-        estimates = row["accuracy"][: len(kinds)]
-        values = np.array([100 * each.value for each in estimates])
-        bounds = np.array([[100 * (e.value - e.low), 100 * (e.high - e.value)] for e in estimates]).clip(min=0).T
-        places = np.arange(len(kinds)) + 0.06 * (number - (len(rows) - 1) / 2)
-        axes.errorbar(places, values, yerr=bounds, marker="o", capsize=3, linewidth=1.5, label=label_of(row))
-    axes.set_xticks(range(len(kinds)), kinds)
-    axes.set_ylabel("word accuracy, %")
-    axes.set_xlabel("background of the same words")
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png")
-    pyplot.close(figure)
-    return buffer.getvalue()
-
-
-def as_json(rows: Sequence[dict], kinds: Sequence[str], facts: dict) -> str:
-    """Return all numbers together with the settings that they were measured with."""
-    fields = ("accuracy", "change", "lead")
-    networks = [
-        {key: [vars(each) for each in value] if key in fields else value for key, value in row.items()} for row in rows
-    ]
-    return json.dumps({**facts, "backgrounds": list(kinds), "networks": networks}, indent=2) + "\n"
+    content = table_of(["group", "word", "background", "contrast", "complexity", "text"], rows)
+    write_atomically(output / "items.csv", lambda file: file.write(content))
+    study = json.dumps({"settings": settings, "checkpoints": known}, indent=2)
+    write_atomically(output / "study.json", lambda file: file.write(study.encode()))
+    for (name, path), digest in progress(
+        list(zip(checkpoints, digests, strict=True)), total=len(checkpoints), unit="checkpoint", description="read"
+    ):
+        reader = Reader(path, device=options.device, masks="none", precision="fp32")
+        ablated = options.mask_ablations is not None and (not options.mask_ablations or name in options.mask_ablations)
+        for kind in (*options.masks, *(ABLATIONS if ablated else ())) if reader.takes_masks else (NO_MASKS,):
+            table = output / "predictions" / f"{quote(name, safe='')}.{digest}.{kind}.csv"
+            if table.exists():
+                continue
+            masks = None if kind == NO_MASKS else maker.make(kind)
+            rows = [[name, path, kind, *row] for row in read_words(reader, items, masks, options.protocol)]
+            content = table_of(["name", "checkpoint", "masks", "item", "prediction", "right", "quality"], rows)
+            write_atomically(table, lambda file, content=content: file.write(content))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -328,42 +315,12 @@ def as_json(rows: Sequence[dict], kinds: Sequence[str], facts: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
-    checkpoints = [named_checkpoint(each) for each in options.checkpoint]
-    config = load_render_config(options.config, options.overrides)
-    if options.photos is not None:
-        config = config.model_copy(update={"photos": options.photos})
-    kinds = options.backgrounds or [kind for kind in BACKGROUND_KINDS if kind != "photo" or config.photos]
-    limits = {"protocol": options.protocol, "max_length": options.max_length}
-    words = render_words(config, options.count, seed=options.seed, kinds=kinds, workers=options.workers, **limits)
-    segmented = None
-    if options.ssn is not None and "ssn" in options.masks:
-        segmented = segment_words(words, kinds, options.ssn, options.device)
-    runs: list[Run] = []
-    for name, path in progress(checkpoints, total=len(checkpoints), unit="checkpoint", description="read"):
-        runs += score_checkpoint(
-            name,
-            path,
-            words,
-            kinds=kinds,
-            masks=options.masks,
-            protocol=options.protocol,
-            segmented=segmented,
-            device=options.device,
-        )
-    rows = summarise(runs, kinds)
-    table = markdown(rows, kinds, words=len(words))
-    facts = {"words": len(words), "seed": options.seed, "protocol": options.protocol, "render": config.model_dump()}
     output = Path(options.output)
-    contents = {
-        "table.md": table.encode(),
-        "scores.csv": scores_csv(runs, kinds).encode(),
-        "results.json": as_json(rows, kinds, facts).encode(),
-        "plot.png": draw_plot(rows, kinds),
-    }
-    for file_name, content in contents.items():
-        write_atomically(output / file_name, lambda file, content=content: file.write(content))
-    print(table)
-    print(f"wrote {', '.join(contents)} to {output}")
+    if not options.report_only:
+        if not options.checkpoint:
+            raise UserError("--checkpoint: name at least one, or report what is measured with --report-only")
+        measure(options, output)
+    print(write_report(output, options.baseline))
     return 0
 
 
@@ -379,15 +336,19 @@ def named_checkpoint(text: str) -> tuple[str, str]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("--checkpoint", action="append", metavar="NAME=FILE", help="recogniser; repeatable")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, or to resume")
+    parser.add_argument("--report-only", action="store_true", help="only make tables and plots of what is measured")
     parser.add_argument(
-        "--checkpoint", required=True, action="append", metavar="NAME=FILE", help="recogniser; repeatable"
+        "--baseline", metavar="NAME", help="what differences are from (default: a network without masks)"
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to")
-    parser.add_argument("--ssn", metavar="FILE", help="predicts the masks (default: the SSN in each checkpoint)")
-    parser.add_argument("--masks", nargs="+", choices=MASKS, default=["exact"], help="kinds of masks (default: exact)")
-    parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUND_KINDS, help="kinds of background (default: all)")
+    parser.add_argument("--words", nargs="+", default=[], metavar="LMDB", help="real words")
+    parser.add_argument("--ssn", metavar="FILE", help="predicts the masks (default: the SSN in the first checkpoint)")
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=["ssn"], help="kinds of masks (default: ssn)")
+    parser.add_argument("--mask-ablations", nargs="*", metavar="NAME", help="also read with masks that are made worse")
+    parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUND_KINDS, help="default: all but scene")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs for the background `photo`")
-    parser.add_argument("--count", type=positive, default=1000, help="number of words (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=1000, help="rendered words (default: %(default)s)")
     parser.add_argument(
         "--seed", type=seed_number, default=1_000_003, help="seed of the words; use none of the training data's"
     )

@@ -2,8 +2,8 @@
 
 Every number has a 95 % interval of a bootstrap over words and seeds. Rows share the words of a bootstrap sample, and
 its seeds where their checkpoints are the same, so that differences are paired. A bootstrap of S seeds makes their
-variance too small by (S - 1) / S; the sampled seeds are spread by the root of S / (S - 1) to make up for it. An interval
-of one seed says nothing about seeds.
+variance too small by (S - 1) / S; the sampled seeds are spread by the root of S / (S - 1) to make up for it. The
+interval of a single seed says nothing about other seeds.
 """
 
 import csv
@@ -71,7 +71,7 @@ class Sampled:
     def estimates(self) -> list[Estimate | None]:
         """Return each value with the percentile interval of its samples; None where it was not measured."""
         bounds = np.quantile(self.samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        return [None if np.isnan(each[0]) else Estimate(*map(float, each)) for each in zip(self.values, *bounds)]
+        return [None if np.isnan(each[0]) else Estimate(*map(float, each)) for each in zip(self.values, *bounds, strict=True)]
 
 
 def bootstrap(numbers: np.ndarray, checkpoints: Sequence[str], cells: np.ndarray, stream: int = 0) -> Sampled:

@@ -1,4 +1,4 @@
-"""tools/background_study.py: words at several contrasts, complexity of backgrounds, changed masks, and a whole study."""
+"""tools/background_study.py: words at several contrasts, complexity of backgrounds, changed masks, a whole study."""
 
 import csv
 import dataclasses
@@ -118,7 +118,9 @@ def test_masks_match_their_names(items):
     for kind, made in masks.items():
         given = [mask for mask in made if mask is not None]
         assert len(given) == (3 if kind == "exact" else 6)
-        assert all(mask.shape == word.image.shape[:2] for mask, word in zip(made, words, strict=True) if mask is not None)
+        assert all(
+            mask.shape == word.image.shape[:2] for mask, word in zip(made, words, strict=True) if mask is not None
+        )
     assert all((mask == word.exact).all() for mask, word in zip(masks["exact"], items[:3], strict=False))
     assert not any(mask.any() for mask in masks["none"])
     assert all((mask == 255).all() for mask in masks["full"])

@@ -71,7 +71,10 @@ class Sampled:
     def estimates(self) -> list[Estimate | None]:
         """Return each value with the percentile interval of its samples; None where it was not measured."""
         bounds = np.quantile(self.samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        return [None if np.isnan(each[0]) else Estimate(*map(float, each)) for each in zip(self.values, *bounds, strict=True)]
+        return [
+            None if np.isnan(each[0]) else Estimate(*map(float, each))
+            for each in zip(self.values, *bounds, strict=True)
+        ]
 
 
 def bootstrap(numbers: np.ndarray, checkpoints: Sequence[str], cells: np.ndarray, stream: int = 0) -> Sampled:
@@ -98,12 +101,11 @@ class Study:
         try:
             study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
             items = _read(folder / "items.csv")
-            tables = {path: _read(path) for path in sorted((folder / "predictions").glob("*.csv"))}
         except FileNotFoundError as error:
             raise UserError(f"{folder}: holds no study ({error.filename} is missing); measure one first") from error
         self.settings = study["settings"]
         members: dict[tuple[str, str], list[tuple[str, np.ndarray]]] = {}
-        for table in filter(None, tables.values()):
+        for table in filter(None, map(_read, sorted((folder / "predictions").glob("*.csv")))):
             numbers = np.full((2, len(items)), np.nan)
             for each in table:
                 numbers[:, int(each["item"])] = float(each["right"]), float(each["quality"] or "nan")
@@ -130,10 +132,10 @@ class Study:
         return bootstrap(row.quality if quality else row.right, row.checkpoints, self.rendered)
 
     def on_real(self, row: Row) -> Sampled:
-        """Return accuracy on the quartiles of real words, then the mean over the quartiles."""
+        """Return accuracy on the quartiles of real words, their mean, and by how much it grows from first to last."""
         each = [bootstrap(row.right, row.checkpoints, q[None], stream=i) for i, q in enumerate(self.quartiles, 1)]
         values, samples = np.concatenate([e.values for e in each]), np.concatenate([e.samples for e in each], 1)
-        return Sampled(values, samples) @ np.column_stack([np.eye(4), np.full(4, 1 / 4)])
+        return Sampled(values, samples) @ np.column_stack([np.eye(4), np.full(4, 1 / 4), [-1, 0, 0, 1]])
 
     def baseline(self, name: str | None) -> Row | None:
         """Return the row that differences are from: of a network without masks, else one with empty masks."""
@@ -153,9 +155,11 @@ def make_tables(study: Study, baseline: Row | None) -> dict[str, dict]:
     kinds, tables = study.backgrounds, {}
     rows = [row for row in study.rows if row.masks not in ABLATIONS]
     others = [row for row in rows if row is not baseline] if baseline else []
-    eye, count = np.eye(len(kinds)), len(kinds)
-    with_mean = np.column_stack([eye, np.full(count, 1 / count)])  # (backgrounds, columns)
-    over_contrasts = np.tile(with_mean / len(CONTRASTS), (len(CONTRASTS), 1))
+    count = len(kinds)
+    first, mean = np.eye(count)[0], np.full(count, 1 / count)
+    growth = (1 - first) / max(count - 1, 1) - first  # from the first background to the mean of the others
+    forms = np.column_stack([np.eye(count), mean, growth])  # (backgrounds, columns)
+    columns = [*kinds, "mean", f"others minus {kinds[0]}"]
 
     def add(key: str, title: str, columns: Sequence[str], content: dict) -> None:
         if content:
@@ -163,45 +167,36 @@ def make_tables(study: Study, baseline: Row | None) -> dict[str, dict]:
 
     accuracy = {row: study.on_rendered(row) for row in rows}
     for number, contrast in enumerate(CONTRASTS):
-        forms = np.zeros((len(CONTRASTS), count, count + 1))
-        forms[number] = with_mean
-        estimates = {row: (each @ forms.reshape(-1, count + 1)).estimates() for row, each in accuracy.items()}
+        at_contrast = np.kron(np.eye(len(CONTRASTS))[:, [number]], forms)  # (contrasts * backgrounds, columns)
+        estimates = {row: (each @ at_contrast).estimates() for row, each in accuracy.items()}
         title = f"Accuracy on rendered words, {contrast} contrast, % ({study.rendered.shape[1]:,} words)"
-        add(f"accuracy_{contrast}", title, [*kinds, "mean"], estimates)
-    means = {row: each @ over_contrasts for row, each in accuracy.items()}
-    minus_first = with_mean[:, 1:] - eye[:, :1]
-    minus_first[:, -1] = (1 - eye[0]) / max(count - 1, 1) - eye[0]
-    if count > 1:
-        content = {row: (each @ np.vstack([minus_first, np.zeros(count)])).estimates() for row, each in means.items()}
-        add("change", f"Change from {kinds[0]}, points, all contrasts", [*kinds[1:], "mean of these"], content)
-    if others:
-        content = {row: (means[row] - means[baseline]).estimates() for row in others}
-        add("difference", f"Difference from {baseline.label}, points, all contrasts", [*kinds, "mean"], content)
+        add(f"accuracy_{contrast}", title, columns, estimates)
+    average = np.full((len(CONTRASTS), 1), 1 / len(CONTRASTS))
+    means = {row: each @ np.kron(average, forms) for row, each in accuracy.items()}
+    add("accuracy", "Mean of the contrasts, %", columns, {row: each.estimates() for row, each in means.items()})
+    content = {row: (means[row] - means[baseline]).estimates() for row in others}
+    add("difference", f"Difference from {baseline and baseline.label}, mean of the contrasts, points", columns, content)
     if study.quartiles:
         edges = [f"{study.complexity[each].max():.4f}" for each in study.quartiles]
-        columns = [*(f"Q{i + 1} (to {edge})" for i, edge in enumerate(edges)), "mean"]
+        columns = [*(f"Q{i + 1} (to {edge})" for i, edge in enumerate(edges)), "mean", "Q4 minus Q1"]
         real = {row: study.on_real(row) for row in rows if row.masks != "exact"}
         title = f"real words by complexity of the background ({sum(map(len, study.quartiles)):,} words)"
         add("real", f"Accuracy on {title}, %", columns, {row: each.estimates() for row, each in real.items()})
         content = {row: (each - real[baseline]).estimates() for row, each in real.items() if row in others}
         add("real_difference", f"Difference from {baseline and baseline.label} on {title}, points", columns, content)
-    content, average = {}, np.full((len(study.rendered), 1), 1 / len(study.rendered))
+    content, mean = {}, np.full((len(study.rendered), 1), 1 / len(study.rendered))
     for row in [row for row in study.rows if row.masks != NO_MASKS]:
-        cells = (study.on_rendered(row, quality=True) @ average).estimates()
         own = {each.masks: each for each in study.rows if each.name == row.name}
-        on_rendered = study.on_rendered(row) @ average
-        cells += on_rendered.estimates()
-        best = own.get("exact")
-        cells += (on_rendered - study.on_rendered(best) @ average).estimates() if best else [None]
+        content[row] = (study.on_rendered(row, quality=True) @ mean).estimates()
+        measures = [("exact", lambda each: study.on_rendered(each) @ mean)]
         if study.quartiles:
-            last = np.eye(5)[:, 4:]
-            on_real = study.on_real(row) @ last
-            cells += on_real.estimates()
-            cells += (on_real - study.on_real(own["ssn"]) @ last).estimates() if "ssn" in own else [None]
-        content[row] = cells
+            measures.append(("ssn", lambda each: study.on_real(each) @ np.eye(6)[:, [4]]))
+        for best, measure in measures:
+            accuracy = measure(row)
+            change = (accuracy - measure(own[best])).estimates() if best in own else [None]
+            content[row] += accuracy.estimates() + change
     columns = ["quality (IoU)", "rendered words", "minus exact masks", "real words", "minus SSN's masks"]
-    columns = columns[: 5 if study.quartiles else 3]
-    add("masks", "Accuracy by masks, %, means over all words", columns, content)
+    add("masks", "Accuracy by masks, %, means over all words", columns[: 5 if study.quartiles else 3], content)
     return tables
 
 

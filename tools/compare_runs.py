@@ -27,7 +27,7 @@ from loading.charset import PROTOCOLS, protocol_normalizer
 from tools.support import make_parser
 from utils import UserError, run_command_line, write_atomically
 
-EXAMPLE = """  python tools/compare_runs.py workdir/train_abinet workdir/train
+EXAMPLE = """  python tools/compare_runs.py workdir/train-abinet workdir/train
   python tools/compare_runs.py workdir/train workdir/train --model_eval vision alignment"""
 
 ALL = "all words"

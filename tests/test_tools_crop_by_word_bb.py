@@ -160,10 +160,10 @@ def test_extreme_boxes_are_rejected(scale):
         check_box(_box(1, 1, 5, 5).T * np.float32(scale), 100, 100)
 
 
-@pytest.mark.parametrize(("rectify", "width"), [(True, 40_000), (False, 66_000)])
-def test_words_that_are_too_long_to_be_warped_or_encoded_are_rejected(rectify, width):
+@pytest.mark.parametrize("rectify", [True, False])
+def test_words_that_are_too_long_for_their_format_are_rejected(rectify):
     with pytest.raises(RejectedError, match="too large"):
-        crop_word(np.zeros((8, width, 3), np.uint8), _box(0, 0, width, 8).T.copy(), rectify=rectify, form="jpg")
+        crop_word(np.zeros((8, 66_000, 3), np.uint8), _box(0, 0, 66_000, 8).T.copy(), rectify=rectify, form="jpg")
 
 
 @pytest.mark.parametrize("content", [b"", b"no mat file " * 50])

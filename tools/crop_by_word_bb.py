@@ -125,11 +125,8 @@ def crop_word(image: np.ndarray, box: np.ndarray, *, rectify: bool, form: str) -
     check_box(box, image.shape[1], image.shape[0])
     if rectify and not cv2.isContourConvex(box):
         raise RejectedError("crossed box")
-    try:
-        crop = crop_rectified(image, box) if rectify else crop_upright(image, box)
-        done, encoded = cv2.imencode(f".{form}", crop[..., ::-1], FORMATS[form])
-    except cv2.error:
-        done = False
+    crop = crop_rectified(image, box) if rectify else crop_upright(image, box)
+    done, encoded = cv2.imencode(f".{form}", crop[..., ::-1], FORMATS[form])
     if not done:
         raise RejectedError("too large for the format")
     return encoded.tobytes()

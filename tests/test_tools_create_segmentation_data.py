@@ -87,7 +87,7 @@ def test_icdar13_words_are_groups_of_characters_with_a_margin(icdar13):
 def test_icdar13_reads_its_lines():
     words = tool.parse_icdar13('1 2 3 4 5 6 7 8 9 "a"\n\n\n#1,2,3,4,5,6,7,8,9,"#"\n')
     assert [[character.ignored for character in word] for word in words] == [[False], [True]]
-    assert words[0][0].box == (6, 7, 9, 10)
+    assert tool.box_around(words[0][0].corners) == (6, 7, 9, 10)
     with pytest.raises(tool.RejectedError, match="damaged text file"):
         tool.parse_icdar13("1 2 3\n")
 

@@ -59,8 +59,8 @@ class BrokenImageError(ValueError):
 def decode_image(data: bytes | memoryview, *, oriented: bool = False) -> ImageArray:
     """Decode an image of any depth, colour model and usual format to RGB.
 
-    Deeper levels within [0, 1] (floats only), [0, 255] or [0, 65535] are scaled by that range, others by their own; grey
-    is repeated, transparent pixels show a white background.
+    Deeper levels within [0, 1] (floats only), [0, 255] or [0, 65535] are scaled by that range, others by their own;
+    grey is repeated; transparent pixels show a white background.
 
     Args:
         oriented: turn the image as its EXIF orientation says; not in data sets: their masks and boxes are those of the

@@ -133,6 +133,13 @@ def test_a_damaged_polygon_is_a_reason(totaltext):
         run(totaltext, "totaltext")
 
 
+def test_corners_that_are_no_place_are_a_reason(totaltext):
+    path = next((totaltext / "source").rglob("poly_gt_img1.txt"))
+    path.write_text("x: [[nan 9 9]], y: [[1 2 3]], ornt: [u'h'], transcriptions: [u'a']\n")
+    assert names(run(totaltext, "totaltext", "--words")) == ["img11_001"]
+    assert "img1\tdamaged box" in (totaltext / "out-rejected.tsv").read_text()
+
+
 def test_totaltext_without_polygons_has_no_words(totaltext):
     for each in (totaltext / "source").rglob("*.txt"):
         each.unlink()

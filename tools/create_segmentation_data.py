@@ -332,9 +332,9 @@ FORMATS = {
 
 
 def box_around(points: np.ndarray) -> Box:
-    """Return the smallest box around pixels, (N, 2) of x and y; raises ValueError where they are no numbers or none."""
-    if not np.isfinite(points).all():
-        raise ValueError("corners are not finite")
+    """Return the smallest box around pixels, (N, 2) of x and y; raises RejectedError if there is none."""
+    if not len(points) or not np.isfinite(points).all():
+        raise RejectedError("damaged box", f"corners {points.tolist()}")
     return (*points.min(axis=0).tolist(), *(points.max(axis=0) + 1).tolist())
 
 

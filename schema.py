@@ -227,7 +227,7 @@ class DatasetConfig(Section):
     )
     align_left: bool = key(
         False,
-        "Keep the aspect when resizing, at the left edge, the rest black: a letter's place tells its number.",
+        "Keep the aspect when resizing, at the left edge, the rest black: a letter's position tells its step.",
     )
     turn_tall: float | None = key(
         None,

@@ -186,6 +186,8 @@ def test_mistakes_are_named(files, tmp_path):
     with pytest.raises(UserError, match="holds no study"):
         study.main(["--report-only", "--output", str(tmp_path)])
     one = ["--checkpoint", str(files / "binet0.pth"), "--output", str(tmp_path), "--count", "2", "--workers", "1"]
+    with pytest.raises(UserError, match="--mask-ablations binet1: no"):
+        study.main([*one, "--mask-ablations", "binet1"])
     with pytest.raises(UserError, match="photo"):
         study.main([*one, "--backgrounds", "photo"])
     with pytest.raises(UserError, match="holds no SSN"):

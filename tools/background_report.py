@@ -3,7 +3,7 @@
 Every number has a 95 % interval of a bootstrap over words and seeds. Rows share the words of a bootstrap sample, and
 its seeds where their checkpoints are the same, so that differences are paired. A bootstrap of S seeds makes their
 variance too small by (S - 1) / S; the sampled seeds are spread by the root of S / (S - 1) to make up for it. The
-interval of a single seed says nothing about other seeds.
+interval of a single seed says nothing about other seeds, and that of a cell all right or all wrong has no width.
 """
 
 import csv
@@ -52,7 +52,8 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        value, low, high = (round(100 * each, 1) + 0.0 for each in (self.value, self.low, self.high))  # no -0.0
+        return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def as_json(study: Study, tables: dict[str, dict]) -> str:
 def _draw(axes: pyplot.Axes, places: np.ndarray, cells: Sequence[Estimate], label: str, **style: object) -> None:
     """Draw estimates, in percent, with their intervals."""
     values = 100 * np.array([[cell.value, cell.value - cell.low, cell.high - cell.value] for cell in cells])
-    axes.errorbar(places, values[:, 0], yerr=values[:, 1:].clip(0).T, capsize=3, label=label, **style)
+    axes.errorbar(places, values[:, 0], yerr=values[:, 1:].clip(0).T, capsize=3, elinewidth=1, label=label, **style)
 
 
 def draw_plots(study: Study, tables: dict[str, dict]) -> dict[str, pyplot.Figure]:
@@ -260,8 +261,9 @@ def draw_plots(study: Study, tables: dict[str, dict]) -> dict[str, pyplot.Figure
         for line, (row, cells) in enumerate(in_use("real_difference")):
             _draw(axes, np.arange(4) + 0.06 * line, cells[:4], row.label, marker="o")
         axes.axhline(0, color="grey", linewidth=1)
+        title = tables["real_difference"]["title"]
         axes.set(xlabel="complexity of the background, quartiles of real words", xticks=range(4))
-        axes.set(xticklabels=tables["real_difference"]["columns"][:4], ylabel="difference in accuracy, points")
+        axes.set(xticklabels=tables["real_difference"]["columns"][:4], ylabel=f"{title.partition(' on ')[0]}, points")
         figures["difference_by_complexity.png"] = figure
     points = [(row, cells) for row, cells in tables.get("masks", {"rows": []})["rows"] if cells[0]]
     if points:

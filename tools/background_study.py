@@ -253,6 +253,8 @@ def read_words(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray
 def measure(options: argparse.Namespace, output: Path) -> None:
     """Read all words with the checkpoints and kinds of masks that are not in the output folder yet."""
     checkpoints = [named_checkpoint(each) for each in options.checkpoint]
+    if unknown := {*(options.mask_ablations or ())} - {name for name, _ in checkpoints}:
+        raise UserError(f"--mask-ablations {' '.join(sorted(unknown))}: no --checkpoint has this NAME")
     digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for _, path in checkpoints]
     ssn = options.ssn or checkpoints[0][1]
     rule = LabelRule(Charset(PROTOCOLS[options.protocol]), options.max_length, case_sensitive=True)
@@ -361,7 +363,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--workers", type=positive, default=usable_cores(), help="rendering processes (default: all cores)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the render settings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the render settings but contrast")
     return parser.parse_intermixed_args(arguments)
 
 

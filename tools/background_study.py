@@ -102,7 +102,9 @@ def render_word(index: int, *, settings: str, seed: int, kinds: Sequence[str]) -
     return {(contrast, kind): word for contrast, by_kind in words.items() for kind, word in by_kind.items()}
 
 
-def render_items(config: RenderConfig, count: int, *, seed: int, kinds: Sequence[str], rule: LabelRule, workers: int):
+def render_items(
+    config: RenderConfig, count: int, *, seed: int, kinds: Sequence[str], rule: LabelRule, workers: int
+) -> list[Item]:
     """Return the first `count` words of `seed` that can be scored, as items sorted by contrast, background, word."""
     settings = config.model_dump_json()
     _renderer(settings, CONTRASTS[0])  # reports mistakes in the settings before any worker starts
@@ -225,11 +227,11 @@ def make_segment(path: str, device: str | None) -> Callable[[Sequence[np.ndarray
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def table_of(header: Sequence[str], rows: Sequence[Sequence]) -> bytes:
-    """Return a CSV file."""
+def save_table(path: Path, header: str, rows: Sequence[Sequence]) -> None:
+    """Write a CSV file; the names in `header` are separated by spaces."""
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    return file.getvalue().encode()
+    csv.writer(file, lineterminator="\n").writerows([header.split(), *rows])
+    write_atomically(path, lambda binary: binary.write(file.getvalue().encode()))
 
 
 def read_words(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray | None] | None, protocol: int) -> list:
@@ -292,8 +294,7 @@ def measure(options: argparse.Namespace, output: Path) -> None:
         [item.group, item.word, item.background, item.contrast, f"{complexity(item.image, mask):.6f}", item.text]
         for item, mask in zip(items, maker.best(), strict=True)
     ]
-    content = table_of(["group", "word", "background", "contrast", "complexity", "text"], rows)
-    write_atomically(output / "items.csv", lambda file: file.write(content))
+    save_table(output / "items.csv", "group word background contrast complexity text", rows)
     study = json.dumps({"settings": settings, "checkpoints": known}, indent=2)
     write_atomically(output / "study.json", lambda file: file.write(study.encode()))
     for (name, path), digest in progress(
@@ -307,8 +308,7 @@ def measure(options: argparse.Namespace, output: Path) -> None:
                 continue
             masks = None if kind == NO_MASKS else maker.make(kind)
             rows = [[name, path, kind, *row] for row in read_words(reader, items, masks, options.protocol)]
-            content = table_of(["name", "checkpoint", "masks", "item", "prediction", "right", "quality"], rows)
-            write_atomically(table, lambda file, content=content: file.write(content))
+            save_table(table, "name checkpoint masks item prediction right quality", rows)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

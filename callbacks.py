@@ -156,9 +156,8 @@ class MetricLog(Callback):
     def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
         words = grid(self._images, columns=2) if self._images else None
         self._images = []
-        table = score_table(scores, list(scores["mean"]))
         for writer in self.writers:
-            writer.write_scores(Scores(trainer.iteration, scores, table, words))
+            writer.write_scores(Scores(trainer.iteration, scores, score_table(scores), words))
 
     def on_fit_end(self, trainer: Trainer) -> None:
         for writer in self.writers:

@@ -22,7 +22,7 @@ from engine.checkpoints import load_training_state, resume_state, weights_to_tes
 from engine.distributed import Process
 from engine.precision import choose_algorithms, use_tf32
 from engine.run_folder import claimed, log_to
-from evaluation.evaluator import write_scores
+from evaluation.evaluator import score_table, write_scores
 from inference.prepare import prepare_for_inference
 from run_builders import build_evaluator, build_observers, build_trainer
 from utils import UserError, explain_full_disk, first_line, run_command_line, seed_everything
@@ -132,8 +132,8 @@ def test(
     scores = evaluator.evaluate(model, observers) | {"checkpoint": checkpoint}
     if process.is_main:
         for file in ("metrics", f"metrics-{model_eval}"):  # of the last test, and of the last one of this sub-model
-            write_scores(folder, scores, evaluator.columns, name=file)
-        print(evaluator.table(scores))
+            write_scores(folder, scores, name=file)
+        print(score_table(scores))
         logger.info("scores, predictions and report (report/index.html) are in %s", folder)
     return scores
 

@@ -444,7 +444,7 @@ class Trainer:
             KeyError, RuntimeError, ValueError: the run had another network or optimiser.
         """
         training = state["training"]
-        if (batches := training.get("batches_per_epoch", self.batches_per_epoch)) != self.batches_per_epoch:
+        if (batches := training["batches_per_epoch"]) != self.batches_per_epoch:
             raise UserError(
                 f"dataset.train.roots: an epoch of the run to resume has {batches} batches, not "
                 f"{self.batches_per_epoch}; resume with the same data, or start from its weights with --checkpoint"
@@ -452,12 +452,11 @@ class Trainer:
         self.model.load_state_dict(training.get("model", state["model"]))
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model"])
-            if "ema_steps" in training:
-                self.ema.steps = int(training["ema_steps"])
-        restore_optimizer(self.optimizer, training["optimizer"], self.model)
+            self.ema.steps = training.get("ema_steps", 0)  # none, if that run had no average
+        restore_optimizer(self.optimizer, training["optimizer"])
         if training["scaler"] and self.scales_loss:  # empty unless that run had fp16
             self.scaler.load_state_dict(training["scaler"])
-        self._skipped_in_a_row = training.get("skipped_in_a_row", 0)
+        self._skipped_in_a_row = training["skipped_in_a_row"]
         self.iteration = training["iteration"]
         # A checkpoint of the last step of an epoch was taken before that epoch was counted.
         finished, self.batch_in_epoch = divmod(training["batch_in_epoch"], self.batches_per_epoch)

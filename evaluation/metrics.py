@@ -47,7 +47,7 @@ def expected_calibration_error(confidences: Sequence[float], correct: Sequence[b
     """Return the mean distance between confidence and accuracy over equally wide bins, weighted by their words.
 
     Args:
-        confidences: probability of each prediction, in [0, 1]. A bin includes its upper edge, the first one also 0.
+        confidences: probability of each prediction, in [0, 1].
         correct: whether each prediction is right.
         bins: number of bins.
 
@@ -60,11 +60,17 @@ def expected_calibration_error(confidences: Sequence[float], correct: Sequence[b
         raise ValueError(f"{confidence.size} confidences for {right.size} words")
     if not confidence.size:
         return 0.0
-    # Edges as i / bins compare exactly with confidences that were written as such fractions.
-    edges = np.arange(1, bins + 1) / bins
-    index = np.minimum(np.searchsorted(edges, confidence, side="left"), bins - 1)
-    gaps = np.bincount(index, weights=confidence - right, minlength=bins)
+    gaps = np.bincount(confidence_bins(confidence, bins), weights=confidence - right, minlength=bins)
     return float(np.abs(gaps).sum() / confidence.size)
+
+
+def confidence_bins(confidences: Sequence[float] | np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin of each confidence; all bins are equally wide and include their upper edge, the first one also 0.
+
+    Edges as i / bins compare exactly with confidences that were written as such fractions.
+    """
+    edges = np.arange(1, bins + 1) / bins
+    return np.minimum(np.searchsorted(edges, confidences, side="left"), bins - 1)
 
 
 def _pairs(predictions: Sequence[str], targets: Sequence[str]) -> list[tuple[str, str]]:

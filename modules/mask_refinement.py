@@ -13,7 +13,6 @@ EPSILON = 1e-8
 # A map whose range is less than this fraction of its largest value is constant up to rounding; stretched, it would be
 # noise.
 ROUNDING = 2e-6
-NORMALIZATIONS = ("sample", "batch")
 
 
 class MaskRefinement(nn.Module):
@@ -41,8 +40,8 @@ class MaskRefinement(nn.Module):
         normalize: str = "sample",
     ):
         super().__init__()
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize={normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
+        if normalize not in ("sample", "batch"):
+            raise ValueError(f"normalize={normalize!r} is unknown; choose sample or batch")
         self.image_size = tuple(image_size)
         self.normalize = normalize
         self.similarity = PrototypeSimilarity(cells=cells, image_size=image_size)
@@ -93,10 +92,6 @@ class PrototypeSimilarity(nn.Module):
 
     def __init__(self, *, cells: tuple[int, int] = (8, 32), image_size: tuple[int, int] = (32, 128)):
         super().__init__()
-        if cells[0] > image_size[0] or cells[1] > image_size[1]:
-            raise ValueError(
-                f"the feature map of {cells} cells must not be larger than the image of {image_size} pixels"
-            )
         for axis, (size_in, size_out) in zip(("rows", "columns"), zip(cells, image_size, strict=True), strict=True):
             matrix = bilinear_matrix(size_in, size_out)
             self.register_buffer(axis, matrix, persistent=False)

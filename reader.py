@@ -331,15 +331,10 @@ class Reader:
 
     def _complete(self, images: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """Return a mask, uint8 (H, W), for each image: the given one, else SSN's, else an empty one."""
-        missing = [place for place, mask in enumerate(given) if mask is None]
-        masks = list(given)
-        if self._segmenter is not None:
-            made = self._segmenter([images[place] for place in missing]) if missing else []
-        else:
-            made = [np.zeros(images[place].shape[:2], np.uint8) for place in missing]
-        for place, mask in zip(missing, made, strict=True):
-            masks[place] = mask
-        return masks
+        missing = [image for image, mask in zip(images, given, strict=True) if mask is None]
+        empty = (np.zeros(image.shape[:2], np.uint8) for image in missing)
+        made = empty if self._segmenter is None else iter(self._segmenter(missing))
+        return [next(made) if mask is None else mask for mask in given]
 
     def _make_segmenter(self, bundle: Bundle, ssn: str | os.PathLike | None) -> Segmenter:
         network, areas = load_ssn(ssn) if ssn is not None else (bundle.ssn, bundle.areas)

@@ -25,22 +25,9 @@ from builders import (
     segmenter_checkpoint,
     with_checkpoint,
 )
-from callbacks import (
-    Callback,
-    Checkpoints,
-    Evaluation,
-    MetricLog,
-    NotFiniteBatches,
-    UnreadableSamples,
-)
+from callbacks import Callback, Checkpoints, Evaluation, MetricLog, NotFiniteBatches, UnreadableSamples
 from config import Config
-from dataset import (
-    JoinedDataset,
-    LanguageDataset,
-    WordDataset,
-    open_segmentation_datasets,
-    open_word_datasets,
-)
+from dataset import JoinedDataset, LanguageDataset, WordDataset, open_segmentation_datasets, open_word_datasets
 from engine import distributed
 from engine.distributed import Process
 from engine.trainer import Trainer
@@ -66,7 +53,7 @@ SPLITS = TRAIN, TEST, VALID = (
     "train",
     "test",
     "valid",
-)  # sections of `dataset`; a render:// root has other words in each
+)  # sections of `dataset`; render:// roots have other words in each
 AUGMENTATIONS = {True: AugmentWord, "rand": RandAugmentWord}  # by dataset.data_aug
 MIN_TRAINING_SIDE = 7  # pixels; words of smaller images are left out of training, as published
 

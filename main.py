@@ -25,7 +25,7 @@ from engine.run_folder import claimed, log_to
 from evaluation.evaluator import score_table, write_scores
 from inference.prepare import prepare_for_inference
 from run_builders import build_evaluator, build_observers, build_trainer
-from utils import UserError, explain_full_disk, first_line, run_command_line, seed_everything
+from utils import UserError, explain_full_disk, first_line, run_command_line
 
 __all__ = ["build_criterion", "build_model", "main", "prepare_for_inference"]
 
@@ -76,13 +76,13 @@ def train(
     """
     folder = config.work_folder
     log_to(folder, process, debug=debug)
-    seed_everything(config.run.seed)
+    torch.manual_seed(config.run.seed)
     torch.autograd.set_detect_anomaly(debug)
     state = resume_state(folder, config.run.name, resume) if resume is not None else None
     if state is not None:
         config = continued(config, state.get("config"))
     trainer = build_trainer(config, device=device, process=process, resumed=state is not None)
-    seed_everything(config.run.seed + process.rank)  # equal weights everywhere, but not equal dropout
+    torch.manual_seed(config.run.seed + process.rank)  # equal weights everywhere, but not equal dropout
     if process.is_main:
         save_config(config, folder / "config.yaml")
         parameters = sum(p.numel() for p in trainer.model.parameters())

@@ -265,12 +265,7 @@ class Reader:
 
     @torch.inference_mode()
     def _read_images(
-        self,
-        images: Sequence[np.ndarray],
-        given: Sequence[np.ndarray | None],
-        *,
-        topk: int,
-        lexicon: Lexicon | None,
+        self, images: Sequence[np.ndarray], given: Sequence[np.ndarray | None], *, topk: int, lexicon: Lexicon | None
     ) -> list[Prediction]:
         masks = self._complete(images, given) if self.takes_masks else [None] * len(images)
         pairs = enumerate(zip(images, masks, strict=True))
@@ -379,31 +374,23 @@ def to_mask(mask: Source, image: np.ndarray) -> np.ndarray:
 
 
 def _decoded(image: Source, decode: Callable[..., np.ndarray], mode: str) -> np.ndarray:
-    if isinstance(image, str | os.PathLike):
-        return _from_file(Path(image), functools.partial(decode, oriented=True))
-    if isinstance(image, bytes):
-        try:
-            return decode(image, oriented=True)
-        except BrokenImageError as error:
-            raise BrokenImageError(f"{len(image)} bytes: {error}") from error
     if isinstance(image, Image.Image):
         return _from_pillow(image, mode)
     if isinstance(image, Tensor):
         image = _from_tensor(image)
     if isinstance(image, np.ndarray):
         return _from_array(image, mode)
-    raise TypeError(f"an image is a path, bytes, PIL image, array or tensor, not {type(image).__name__}")
-
-
-def _from_file(path: Path, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    if not isinstance(image, str | os.PathLike | bytes):
+        raise TypeError(f"an image is a path, bytes, PIL image, array or tensor, not {type(image).__name__}")
+    name = f"{len(image)} bytes" if isinstance(image, bytes) else Path(image)
     try:
-        if not path.is_file():
+        if isinstance(name, Path) and not name.is_file():
             raise BrokenImageError("no such file")
-        return decode(path.read_bytes())
+        return decode(image if isinstance(image, bytes) else name.read_bytes(), oriented=True)
     except OSError as error:
-        raise BrokenImageError(f"{path}: cannot be read ({error.strerror})") from error
+        raise BrokenImageError(f"{name}: cannot be read ({error.strerror})") from error
     except BrokenImageError as error:
-        raise BrokenImageError(f"{path}: {error}") from error
+        raise BrokenImageError(f"{name}: {error}") from error
 
 
 def _from_pillow(image: Image.Image, mode: str) -> np.ndarray:

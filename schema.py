@@ -21,9 +21,7 @@ PUBLISHED_NAMES = {  # model.name in published YAMLs -> ours
 }
 
 # Defaults of `name: abinet`: no masks, sinusoidal positions, position queries.
-ABINET_DEFAULTS = {
-    "vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}},
-}
+ABINET_DEFAULTS = {"vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}}}
 
 
 def key(default: Any, description: str, **limits: Any) -> Any:
@@ -116,8 +114,7 @@ class GlobalConfig(Section):
     name: FolderName = key("run", "Name of the run: its folder below workdir and its checkpoint files.")
     phase: Literal["train", "test"] = key("train", "train, or test: evaluate only (--phase sets it).")
     stage: Literal["pretrain-vision", "pretrain-language", "train-semi-super", "train-super", "train-ssn"] = key(
-        "train-super",
-        "Published name of the stage; model.name decides what is trained. train-semi-super is not built.",
+        "train-super", "Published name of the stage; model.name decides what is trained. train-semi-super is not built."
     )
     workdir: str = key("workdir", "Folder that holds one folder for each run.", min_length=1)
     seed: Annotated[int, BeforeValidator(lambda seed: 0 if seed is None else seed)] = key(  # published YAMLs say null
@@ -271,10 +268,7 @@ class TrainingConfig(Section):
         "norms use the statistics of each part; BINet and SSN need one more forward pass, to count pixels.",
     )
     ema: float | None = key(
-        None,
-        "Decay of the averaged weights (EMA), at most (1 + step) / (10 + step); they are evaluated.",
-        gt=0,
-        lt=1,
+        None, "Decay of the averaged weights (EMA), at most (1 + step) / (10 + step); they are evaluated.", gt=0, lt=1
     )
     sync_batchnorm: bool = key(False, "Batch statistics over all processes instead of each one's own.")
     keep_checkpoints: PositiveInt = key(3, "Newest checkpoints that stay on disk, beside the best one.")

@@ -245,13 +245,7 @@ def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.call("on_resume")
     except UserError:
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # the state may lack anything
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # the state may lack anything
         raise UserError(
             f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {first_line(error)}); resume "
             "with its model and optimizer.type, or start from its weights with --checkpoint"

@@ -63,15 +63,6 @@ class Observer(Protocol):
         """Receive the scores after the last data set."""
 
 
-class Evaluator(Protocol):
-    """The interface that training and test use."""
-
-    headline: ClassVar[str]  # the score that decides which weights are best
-
-    def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
-        """Return the scores of the network in the form of `metrics.json`."""
-
-
 @torch.no_grad()
 def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float]]:
     """Decode logits (N, T, C) greedily: texts up to the first end token, and their confidences, 0 where they are NaN.
@@ -155,7 +146,7 @@ class WordEvaluator:
     precision: str = "fp32"
     numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
     lexicons: Mapping[str, Callable[[int], Lexicon]] = field(default_factory=dict)
-    headline: ClassVar[str] = "accuracy"
+    headline: ClassVar[str] = "accuracy"  # decides which weights are best
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
         """Read every word; a word that cannot be read or scored is counted in `skipped` under its reason."""
@@ -273,6 +264,9 @@ class SegmentationEvaluator:
         totals = [sum(column) for column in zip(*(share[0] for share in shares), strict=True)]
         skipped = sum((Counter(share[2]) for share in shares), Counter())
         return totals, sum(share[1] for share in shares), skipped
+
+
+Evaluator = WordEvaluator | SegmentationEvaluator
 
 
 def summarise(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

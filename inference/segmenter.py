@@ -6,8 +6,7 @@ a forward pass. A mask holds round(255 * probability): storing it in 8 bits move
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from engine.precision import PRECISIONS, fastest_precision
-from inference.pipeline import single_threads
+from inference.pipeline import in_order, single_threads
 from loading.batches import normalize_images
 from modules.hrnet import resize_aligned
 from modules.ssn import PUBLISHED_AREAS, SSN, network_size
@@ -24,9 +23,6 @@ from utils import UserError
 # Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.
 BATCH_PIXELS = {"cuda": 1 << 23, "cpu": 1 << 19}
 IMAGE_PIXELS = 1 << 24  # of the images, at their own size, whose masks are made together
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Segmenter:
@@ -99,7 +95,10 @@ class Segmenter:
 
         maps: list[list[Tensor]] = [[] for _ in tensors]
         overflows: list[Tensor] = []  # of each forward pass; a GPU is waited for once, not at each of them
-        for (_, members), made in zip(batches, self._map(text_maps, batches), strict=True):
+        # Threads that share each operation on maps as small as those of words wait more than they work.
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        pool = single_threads(threads) if len(batches) > 1 else None
+        for (_, members), made in zip(batches, in_order(text_maps, batches, pool, ahead=threads), strict=True):
             overflows.append((~made.isfinite()).any())
             for i, each in zip(members, made, strict=True):
                 maps[i].append(each[None])  # (1, 1, h, w); in the order of the areas, so that sums are the same always
@@ -116,17 +115,6 @@ class Segmenter:
             step = max(1, self.batch_pixels // (height * width))
             for start in range(0, len(members), step):
                 yield (height, width), members[start : start + step]
-
-    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
-        """Do as `map`; on a CPU the items run side by side, one thread each.
-
-        A batch of words is made of small maps: threads that share each operation wait for one another more than they
-        work.
-        """
-        threads = torch.get_num_threads()
-        if self.device.type != "cpu" or min(threads, len(items)) < 2:
-            return map(function, items)
-        return single_threads(threads).map(function, items)
 
     @torch.inference_mode()
     def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -22,7 +22,7 @@ import cv2
 
 from engine.precision import PRECISIONS
 from evaluation.drawing import draw_prediction, on_image
-from evaluation.lexicon import Word, read_words
+from evaluation.lexicon import Candidate, read_lexicon
 from evaluation.prediction_page import page_entry, prediction_page
 from loading.transforms import resize, turn
 from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     overlays = overlay_paths(paths, Path(options.overlay)) if options.overlay else [None] * len(paths)
     read_any, entries = False, []
-    lexicon = None if options.lexicon is None else read_words(options.lexicon)
+    lexicon = None if options.lexicon is None else read_lexicon(options.lexicon)
     predictions = reader.stream(paths, topk=options.topk, lexicon=lexicon)
     for path, prediction, overlay in zip(paths, predictions, overlays, strict=True):
         if overlay is not None and prediction.error is None:
@@ -142,7 +142,7 @@ def as_json(path: Path, prediction: Prediction, overlay: Path | None) -> str:
     return json.dumps(fields, ensure_ascii=False)
 
 
-def as_fields(each: Prediction | Character | Word) -> dict[str, object]:
+def as_fields(each: Prediction | Character | Candidate) -> dict[str, object]:
     """Return a text and its confidence for JSON."""
     return {"text": each.text, "confidence": round(each.confidence, 6)}
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from builders import build_criterion, build_model, checked_model_eval, with_checkpoint
-from command_line import check_request, named_checkpoint, overrides_of, parse_arguments
+from command_line import check_request, overrides_of, parse_arguments, requested_checkpoint
 from config import Config, continued, load_config, save_config
 from engine import distributed
 from engine.checkpoints import load_training_state, resume_state, weights_to_test
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             process=process,
             model_eval=options.model_eval,
             image_only=options.image_only,
-            checkpoint=named_checkpoint(options, config),
+            checkpoint=requested_checkpoint(options, config),
         )
         status = 0
     else:

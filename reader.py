@@ -27,7 +27,7 @@ from config import Config, load_config
 from engine.distributed import pick_device
 from engine.precision import PRECISIONS, fastest_precision, use_tf32
 from evaluation.evaluator import chosen_logits, most_confident, read_logits
-from evaluation.lexicon import Lexicon, Word, log_probabilities, most_probable
+from evaluation.lexicon import Candidate, Lexicon, log_probabilities, most_probable
 from inference.pipeline import in_order, single_threads
 from inference.prepare import prepare_for_inference
 from inference.segmenter import IMAGE_PIXELS, Segmenter
@@ -85,9 +85,9 @@ class Prediction:
     text: str
     confidence: float
     characters: tuple[Character, ...] = ()
-    candidates: tuple[Word, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     steps: tuple[tuple[Character, ...], ...] = ()
-    match: Word | None = None
+    match: Candidate | None = None
     mask_levels: np.ndarray | None = field(default=None, compare=False, repr=False)
     attention: np.ndarray | None = field(default=None, compare=False, repr=False)
     refined_mask: np.ndarray | None = field(default=None, compare=False, repr=False)

@@ -34,7 +34,7 @@ from engine.trainer import Trainer
 from engine.writers import Console, History, TensorBoard, WeightsAndBiases, Writer
 from evaluation.dumps import AttentionImages, PredictionFiles
 from evaluation.evaluator import Evaluator, SegmentationEvaluator, WordEvaluator
-from evaluation.lexicon import Lexicon, StoredLexicons, read_words
+from evaluation.lexicon import Lexicon, StoredLexicons, read_lexicon
 from evaluation.report import Report
 from inference.segmenter import Segmenter
 from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
@@ -248,7 +248,7 @@ def _build_lexicons(config: Config, datasets: Sequence[Any], *, split: str) -> d
         Lexicon, charset=build_charset(config), steps=config.dataset.max_length + 1, match=settings.lexicon_match
     )
     if Path(settings.lexicon).is_file():
-        lexicon = make(read_words(settings.lexicon))
+        lexicon = make(read_lexicon(settings.lexicon))
         return {dataset.name: lambda number: lexicon for dataset in datasets}
     for dataset in datasets:
         if not isinstance(dataset, WordDataset):

@@ -162,7 +162,7 @@ class WordEvaluator:
             scores = score_words(scored, normalize)
             datasets[name] = {"samples": len(scored), "skipped": dict(skipped), **scores}
         model.train(was_training)
-        scores = {"model_eval": self.model_eval, "protocol": self.protocol, **summarise(datasets)}
+        scores = {"model_eval": self.model_eval, "protocol": self.protocol, **with_means(datasets)}
         for observer in observers:
             observer.on_end(scores)
         return scores
@@ -245,7 +245,7 @@ class SegmentationEvaluator:
                 "iou": metrics.foreground_iou(true_positive, false_positive, false_negative),
                 "f_score": metrics.f_score(true_positive, false_positive, false_negative),
             }
-        return {"model_eval": "ssn", **summarise(datasets)}
+        return {"model_eval": "ssn", **with_means(datasets)}
 
     def _count(self, segmenter: Segmenter, loader: DataLoader) -> tuple[list[int], int, Counter]:
         """Return true positives, false positives and false negatives; images; counts of what could not be read."""
@@ -269,7 +269,7 @@ class SegmentationEvaluator:
 Evaluator = WordEvaluator | SegmentationEvaluator
 
 
-def summarise(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def with_means(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the data sets' scores with their mean weighted by samples and their plain mean, without empty sets."""
     read = [entry for entry in datasets.values() if entry["samples"]]
     names = [name for name in next(iter(datasets.values()), {}) if name not in ("samples", "skipped")]

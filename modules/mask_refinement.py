@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.functional import resize, without_autocast
+from modules.functional import resize_maps, without_autocast
 
 EPSILON = 1e-8
 # A map whose range is less than this fraction of its largest value is constant up to rounding; stretched, it would be
@@ -56,7 +56,7 @@ class MaskRefinement(nn.Module):
     def forward(self, semantic: Tensor, side: Tensor, mask: Tensor) -> Tensor:
         """semantic (N, E, h, w), side (N, S, h, w), mask (N, 1, H, W) in [0, 1] -> refined mask (N, 1, H, W)."""
         similarity = self.similarity(semantic, mask)  # s (N, 1, H, W)
-        side = resize(side, self.image_size)  # S (N, S, H, W)
+        side = resize_maps(side, self.image_size)  # S (N, S, H, W)
         evidence = self.exit_layer(self.classifier_6(side * similarity.to(side.dtype)))  # e (N, 1, H, W)
         evidence = stretch(evidence.float(), self.normalize)
         mask = scale_to_one(mask.float(), self.normalize)

@@ -145,7 +145,9 @@ class Reader:
             raise UserError(f"masks {masks!r} is unknown; give {' or '.join(MASK_SOURCES)}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size {batch_size!r} must be a whole number from 1")
-        self.checkpoint = checkpoint_or_default(checkpoint)
+        self.checkpoint = DEFAULT_CHECKPOINT if checkpoint is None else Path(checkpoint)
+        if checkpoint is None and not DEFAULT_CHECKPOINT.is_file():
+            raise UserError(f"no checkpoint is named and {DEFAULT_CHECKPOINT} does not exist; give --checkpoint FILE")
         config = load_config(config) if isinstance(config, str | os.PathLike) else config
         bundle = load_bundle(self.checkpoint, config)
         self.device = pick_device(name=device)
@@ -339,17 +341,6 @@ class Reader:
                 "(--ssn FILE), bundle one with tools/bundle_weights.py, or do without (--masks none)"
             )
         return Segmenter(network, areas, device=self.device, precision="bf16" if self.precision == "bf16" else "fp32")
-
-
-def checkpoint_or_default(checkpoint: str | os.PathLike | None) -> Path:
-    """Return the file to read with.
-
-    Raises:
-        UserError: no file is named, and the one that comes with the project does not exist.
-    """
-    if checkpoint is None and not DEFAULT_CHECKPOINT.is_file():
-        raise UserError(f"no checkpoint is named and {DEFAULT_CHECKPOINT} does not exist; give --checkpoint FILE")
-    return DEFAULT_CHECKPOINT if checkpoint is None else Path(checkpoint)
 
 
 def to_image(source: Source) -> np.ndarray:

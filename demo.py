@@ -103,9 +103,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            matches = [
-                each for each in sorted(path.iterdir()) if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file()
-            ]
+            files = filter(Path.is_file, sorted(path.iterdir()))
+            matches = [each for each in files if each.suffix.lower() in IMAGE_SUFFIXES]
         elif path.exists():
             matches = [path]
         else:

@@ -33,14 +33,11 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{folder} is in use by another run; give this one another --name") from error
-            logger.warning(
-                "%s: its file system has no locks (%s): start no second run in this folder", folder, error.strerror
-            )
+            remedy = "start no second run in this folder, or set global.workdir to another disk"
+            logger.warning("%s: its file system has no locks (%s): %s", folder, error.strerror, remedy)
         if not keep and (folder / "history.jsonl").exists():
-            moved = next(
-                path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists()
-            )
-            folder.rename(moved)
+            names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+            moved = folder.rename(next(name for name in names if not name.exists()))
             print(f"an earlier run was in {folder}; it is now {moved} (to go on with it, use --resume)")
         folder.mkdir(parents=True, exist_ok=True)
         distributed.barrier()

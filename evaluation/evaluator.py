@@ -54,7 +54,7 @@ class ScoredWord:
 
 
 class Observer(Protocol):
-    """An object that receives every evaluated batch: prediction files, attention images, a report."""
+    """Receives every evaluated batch: prediction files, attention images, a report; the methods here do nothing."""
 
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
         """Receive one batch of one data set."""

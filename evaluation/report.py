@@ -173,7 +173,10 @@ class Report:
             data=self._page_data(listed, layout, datasets),
         )
         write_atomically(self.folder / "index.html", lambda file: file.write(page.encode(errors="backslashreplace")))
-        self._remove_old({each.sprite for each in words})
+        used = {each.sprite for each in words}
+        for path in [*self.folder.glob("images/*.jpg"), *self.folder.glob("images/*.png")]:
+            if path.stem.partition("-")[2] not in used:  # of an earlier report
+                path.unlink()
 
     def _page_data(
         self, listed: Sequence[ReportedWord], layout: Mapping[str, Any] | None, datasets: Sequence[str]
@@ -194,12 +197,6 @@ class Report:
         }
         text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         return text.replace("<", "\\u003c")
-
-    def _remove_old(self, used: set[str | None]) -> None:
-        """Delete the sprites of an earlier report."""
-        for path in [*self.folder.glob("images/*.jpg"), *self.folder.glob("images/*.png")]:
-            if path.stem.partition("-")[2] not in used:
-                path.unlink()
 
 
 class SpriteWriter:

@@ -1,4 +1,4 @@
-"""Rendered words: images of text with the exact mask of their letters, endless and the same for the same seed."""
+"""The word renderer: images of words with exact masks, endless and reproducible from a seed."""
 
 from rendering.config import RenderConfig, load_render_config
 from rendering.endless import RenderedWords

@@ -1,6 +1,6 @@
-"""What is behind the letters. A background is float32 RGB, (h, w, 3), from 0 to 255.
+"""Backgrounds of words, float32 RGB (h, w, 3), 0 to 255.
 
-The base colour is drawn first, so that the kinds of background of one word resemble each other as far as they can.
+The base colour is sampled first, so that the backgrounds of one word on different kinds resemble each other.
 """
 
 from collections import OrderedDict
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from rendering.blending import blend, full, raised
-from rendering.colours import draw_background_colour, draw_contrasting, luminance, with_luminance
+from rendering.colours import luminance, sample_background_colour, sample_contrasting_colour, with_luminance
 from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.fonts import FontBook
 from rendering.geometry import Warp
@@ -21,6 +21,7 @@ from rendering.textures import cut_texture, ramp
 from rendering.words import WordSource
 from utils import UserError
 
+_WEIGHTS = {"plain": 0.28, "gradient": 0.2, "texture": 0.2, "scene": 0.1, "photo": 0.1, "clutter": 0.22}
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _PHOTO_SIDE = 640  # pixels; photographs are kept at about this size
 _PHOTO_BYTES = 96 << 20  # of photographs kept in memory by each process
@@ -31,30 +32,25 @@ _FRAGMENT_SEED = 7
 
 
 class Backgrounds:
-    """Makes backgrounds; photographs and pieces of other texts are kept by the process and are not pickled.
+    """Draws backgrounds; photographs and pieces of other texts stay in the process and are not pickled.
 
     Args:
-        config: kinds, weights, folder of photographs.
-        fonts, words: what pieces of other texts are drawn from.
+        config: kind of background, folder of photographs.
+        fonts, words: for pieces of other texts.
 
     Raises:
-        UserError: the folder of photographs is missing or empty, or photographs are asked for without one.
+        UserError: the folder of photographs is missing or empty, or `background` is photo and there is none.
     """
 
     def __init__(self, config: RenderConfig, fonts: FontBook, words: WordSource) -> None:
         self._fonts, self._words = fonts, words
-        self._saturated = config.colours.saturated
+        self._saturated = config.saturated
         self._photos = find_photos(config.photos) if config.photos else []
-        weights = config.backgrounds.model_dump()
-        if config.background != "mixed":
-            weights = {kind: float(kind == config.background) for kind in BACKGROUND_KINDS}
-        if not self._photos:
-            if config.background == "photo":
-                raise UserError("background: photo needs photographs; name their folder in `photos`")
-            weights["photo"] = 0.0
-        self._weights = np.array([weights[kind] for kind in BACKGROUND_KINDS])
-        if self._weights.sum() == 0:
-            raise UserError("backgrounds: every weight is 0; give at least one usable kind a weight")
+        self._kind = config.background
+        if self._kind == "photo" and not self._photos:
+            raise UserError("background: photo needs photographs; name their folder in `photos`")
+        weights = np.array([_WEIGHTS[kind] * (kind != "photo" or bool(self._photos)) for kind in BACKGROUND_KINDS])
+        self._cumulated = np.cumsum(weights / weights.sum())
         self._forget()
 
     def _forget(self) -> None:
@@ -64,21 +60,21 @@ class Backgrounds:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": OrderedDict(), "_fragments": {}}
 
-    def draw_kind(self, rng: np.random.Generator) -> str:
-        """A kind by the weights."""
-        place = np.searchsorted(np.cumsum(self._weights / self._weights.sum()), rng.random(), side="right")
-        return BACKGROUND_KINDS[min(int(place), len(BACKGROUND_KINDS) - 1)]
+    def sample_kind(self, rng: np.random.Generator) -> str:
+        """Sample a kind."""
+        place = int(np.searchsorted(self._cumulated, rng.random(), side="right"))
+        return BACKGROUND_KINDS[min(place, len(BACKGROUND_KINDS) - 1)] if self._kind == "mixed" else self._kind
 
     def make(self, kind: str, warp: Warp, rng: np.random.Generator) -> np.ndarray:
-        """A background of `kind` for an image of `warp.size`; the warp's margins say where other texts may be."""
-        base = draw_background_colour(rng, self._saturated)
+        """Draw a background of `kind` for an image of `warp.size`, other texts within the warp's margins."""
+        base = sample_background_colour(rng, self._saturated)
         size = (warp.size[1], warp.size[0])
         if kind != "clutter":
             return self._surface(kind, base, size, rng)
         ground = ("plain", "plain", "gradient", "texture", "scene")[int(rng.integers(5))]
         image = self._surface(ground, base, size, rng)
-        self._add_shapes(image, base, rng)
-        self._add_texts(image, base, warp, rng)
+        self._draw_shapes(image, base, rng)
+        self._draw_texts(image, base, warp, rng)
         return image
 
     def _surface(self, kind: str, base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -95,7 +91,7 @@ class Backgrounds:
         return self._cut_photo(size, rng)
 
     def _cut_photo(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """A piece of a photograph in the shape of the image, at its pixels' own scale or shrunk."""
+        """Cut a piece of a photograph in the shape of the image, at full resolution or shrunk."""
         photo = self._photo(self._photos[int(rng.integers(len(self._photos)))])
         height, width = size
         largest = min(photo.shape[0] / height, photo.shape[1] / width)
@@ -116,11 +112,11 @@ class Backgrounds:
         self._loaded[path] = photo
         return photo
 
-    def _add_shapes(self, image: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> None:
+    def _draw_shapes(self, image: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> None:
         """Draw lines, frames, bars and discs, in place."""
         height, width = image.shape[:2]
         for _ in range(int(rng.integers(1, 4))):
-            colour = draw_contrasting(base, rng) if rng.random() < 0.5 else draw_background_colour(rng)
+            colour = sample_contrasting_colour(base, rng) if rng.random() < 0.5 else sample_background_colour(rng)
             colour = tuple(float(c) for c in base + (colour - base) * rng.uniform(0.3, 1.0))
             thick = max(1, round(height * rng.uniform(0.02, 0.1)))
             kind = rng.random()
@@ -128,9 +124,9 @@ class Backgrounds:
             start, end = (int(x[0]), int(y[0])), (int(x[1]), int(y[1]))
             if kind < 0.3:
                 cv2.line(image, start, end, colour, thick, cv2.LINE_AA)
-            elif kind < 0.55:  # the edge of the sign: everything beyond a border is something else
+            elif kind < 0.55:  # the edge of the sign and what is beyond it
                 _fill_beyond_edge(image, colour, rng)
-            elif kind < 0.75:  # a rule above or below the word
+            elif kind < 0.75:  # a line above or below the word
                 edge = int(height * (rng.uniform(0, 0.12) if rng.random() < 0.5 else rng.uniform(0.88, 1)))
                 cv2.line(
                     image, (0, edge), (width, edge + int(rng.normal(0, 0.03) * height)), colour, thick, cv2.LINE_AA
@@ -140,11 +136,11 @@ class Backgrounds:
             else:
                 cv2.circle(image, start, int(height * rng.uniform(0.2, 0.9)), colour, thick, cv2.LINE_AA)
 
-    def _add_texts(self, image: np.ndarray, base: np.ndarray, warp: Warp, rng: np.random.Generator) -> None:
+    def _draw_texts(self, image: np.ndarray, base: np.ndarray, warp: Warp, rng: np.random.Generator) -> None:
         """Draw pieces of other texts into the margins, in place, as crops of words show their neighbours."""
         height, width = image.shape[:2]
         left, top, right, bottom = (max(margin, 1.0) for margin in warp.margins)
-        colour = draw_contrasting(base, rng).astype(np.float32)
+        colour = sample_contrasting_colour(base, rng).astype(np.float32)
         for side in np.flatnonzero(rng.random(4) < _NEIGHBOURS):
             fragment = self._fragment(int(rng.integers(_FRAGMENTS)))
             scale = warp.unit / _FRAGMENT_UNIT * rng.uniform(0.6, 1.3)
@@ -162,23 +158,20 @@ class Backgrounds:
             _stamp(image, fragment, x, y, colour)
 
     def _fragment(self, number: int) -> np.ndarray:
-        """Piece of text `number`, the same in every process: uint8 (h, w) without space around it."""
+        """Return piece of text `number`, the same in every process: uint8 (h, w) without space around it."""
         fragment = self._fragments.get(number)
         if fragment is None:
             rng = np.random.default_rng([_FRAGMENT_SEED, number])
-            text = self._words.draw(rng)
+            text = self._words.sample(rng)
             typeface = self._fonts.choose(text, rng)
-            letters = set_letters(self._fonts.face(typeface, _FRAGMENT_UNIT), text)
+            letters = set_letters(self._fonts.face(typeface), text, _FRAGMENT_UNIT)
             left, top, right, bottom = letters.box
-            factor = _FRAGMENT_UNIT / letters.unit
-            piece = letters.fill[top:bottom, left:right]
-            size = max(1, round(piece.shape[1] * factor)), max(1, round(piece.shape[0] * factor))
-            fragment = self._fragments[number] = cv2.resize(piece, size, interpolation=cv2.INTER_AREA)
+            fragment = self._fragments[number] = letters.fill[top:bottom, left:right]
         return fragment
 
 
 def find_photos(folder: str) -> list[str]:
-    """The images in `folder` and below it, sorted.
+    """Return the images in `folder` and below it, sorted.
 
     Raises:
         UserError: the folder is missing or holds no image.
@@ -194,17 +187,17 @@ def find_photos(folder: str) -> list[str]:
 
 
 def read_photo(path: str) -> np.ndarray:
-    """The photograph at about 640 pixels of its longer side, RGB, uint8 (h, w, 3).
+    """Read a photograph and shrink its longer side to 640 pixels: RGB, uint8 (h, w, 3).
 
     Raises:
         UserError: it cannot be decoded.
     """
     try:
         with Image.open(path) as file:
-            file.draft("RGB", (_PHOTO_SIDE, _PHOTO_SIDE))  # JPEG: decodes no more of a large one than is needed
+            file.draft("RGB", (_PHOTO_SIDE, _PHOTO_SIDE))  # JPEG: decodes large ones at a fraction of their size
             photo = np.asarray(file.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"photos: {path}: cannot be decoded; mend it or take it out of the folder") from error
+        raise UserError(f"photos: {path}: cannot be decoded; repair it or remove it from the folder") from error
     scale = _PHOTO_SIDE / max(photo.shape[:2])
     if scale < 1:
         size = max(1, round(photo.shape[1] * scale)), max(1, round(photo.shape[0] * scale))
@@ -213,7 +206,7 @@ def read_photo(path: str) -> np.ndarray:
 
 
 def _near(base: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarray:
-    """A colour like `base`, lighter or darker by up to `amount` of luminance, a little off in hue."""
+    """Sample a colour like `base`, up to `amount` of luminance lighter or darker, with a slightly different hue."""
     wanted = float(np.clip(float(luminance(base)) + rng.uniform(-amount, amount), 0.02, 0.98))
     return with_luminance(np.clip(base + rng.normal(0, 12, size=3), 1, 254), wanted)
 
@@ -238,12 +231,14 @@ def _texture(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) 
 
 
 def _scene(base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Surfaces and edges out of focus, drawn small and enlarged, as what is far behind looks."""
+    """Draw surfaces and edges out of focus: small, then enlarged and blurred."""
     height, width = size
     scale = 24 / min(height, width)
     small = full((max(24, round(height * scale)), max(24, round(width * scale))), base)
     for _ in range(int(rng.integers(2, 7))):
-        colour = tuple(float(c) for c in _near(base if rng.random() < 0.6 else draw_background_colour(rng), rng, 0.25))
+        colour = tuple(
+            float(c) for c in _near(base if rng.random() < 0.6 else sample_background_colour(rng), rng, 0.25)
+        )
         centre = rng.random(2) * (small.shape[1], small.shape[0])
         corners = centre + rng.normal(0, 14, size=(int(rng.integers(3, 6)), 2))
         cv2.fillConvexPoly(small, cv2.convexHull(corners.astype(np.int32)), colour, cv2.LINE_AA)

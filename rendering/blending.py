@@ -1,17 +1,17 @@
-"""Pixel arithmetic that OpenCV does several times faster than NumPy does by broadcasting over three channels."""
+"""Pixel arithmetic in OpenCV, several times faster than NumPy broadcast over three channels."""
 
 import cv2
 import numpy as np
 
 
 def full(size: tuple[int, int], colour: np.ndarray) -> np.ndarray:
-    """An image of one colour, float32 (h, w, 3); `size` is (height, width)."""
+    """Return an image of one colour, float32 (h, w, 3); `size` is (height, width)."""
     pixel = np.asarray(colour, np.float32).reshape(1, 1, 3)
     return cv2.copyMakeBorder(pixel, 0, size[0] - 1, 0, size[1] - 1, cv2.BORDER_REPLICATE)
 
 
 def blend(lower: np.ndarray, upper: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """`lower` where `share` is 0, `upper` where it is 1, mixed between.
+    """Return `lower` where `share` is 0, `upper` where it is 1, and mixtures between.
 
     Args:
         lower, upper: float32 (h, w, 3), or a colour (3,).
@@ -22,10 +22,10 @@ def blend(lower: np.ndarray, upper: np.ndarray, share: np.ndarray) -> np.ndarray
 
 
 def scaled(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """`image`, float32 (h, w, 3), times `factor`, float32 (h, w)."""
+    """Multiply `image`, float32 (h, w, 3), by `factor`, float32 (h, w)."""
     return cv2.multiply(image, cv2.merge([factor, factor, factor]))
 
 
 def raised(image: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """`image`, float32 (h, w, 3), plus `value`, float32 (h, w)."""
+    """Add `value`, float32 (h, w), to every channel of `image`, float32 (h, w, 3)."""
     return cv2.add(image, cv2.merge([value, value, value]))

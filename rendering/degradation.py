@@ -1,4 +1,4 @@
-"""What light and camera do to the finished image; the mask is never touched."""
+"""Light and camera: what happens to the finished image. The mask is never changed."""
 
 import math
 
@@ -6,59 +6,105 @@ import cv2
 import numpy as np
 
 from rendering.blending import raised, scaled
+from rendering.colours import luminance
 from rendering.config import RenderConfig
 from rendering.lights import darken, shine, veil
+from rendering.strokes import disc
 from rendering.textures import ramp
 
+_JPEG_QUALITY = 35  # lowest
+_MIN_CONTRAST = 0.12  # least difference of luminance, 0 to 1, between letters and what is around them
 _NOISE_SIDE = 512
 _noise_tile = np.random.default_rng(11).standard_normal((_NOISE_SIDE, _NOISE_SIDE, 3), dtype=np.float32)
 
 
-def degrade(image: np.ndarray, unit: float, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
-    """Light, blur, loss of resolution, noise and compression, each by its probability.
+def degrade(
+    image: np.ndarray,
+    alpha: np.ndarray,
+    unit: float,
+    config: RenderConfig,
+    rng: np.random.Generator,
+    *,
+    faint: bool = False,
+) -> np.ndarray:
+    """Apply light, blur, loss of resolution, noise and compression, each by its probability; words stay readable.
 
     Args:
         image: float32 RGB (h, w, 3), 0 to 255; it may be changed in place.
+        alpha: share of each pixel that letters cover, uint8 (h, w).
         unit: height of a capital letter, pixels: lengths are relative to it.
+        faint: the letters differ from the background by light and shade alone, which night, haze, strong blur and low
+            resolution would leave nothing of.
 
     Returns:
         uint8 RGB (h, w, 3).
     """
-    settings = config.degradation
     chance, size, rare = rng.random(8), rng.random(8), rng.random(4)
-    at_night = rare[0] < config.steep(settings.night)
-    if rare[1] < config.steep(settings.lights):
+    at_night = not faint and rare[0] < config.chance("night")
+    veiled = not (faint or at_night) and rare[2] < config.chance("veil")
+    tiny = not faint and rare[3] < config.chance("tiny")
+    exposed = not (at_night or veiled) and chance[1] < config.chance("exposure")
+    if rare[1] < config.chance("lights"):
         image = shine(image, unit, rng)
-    if chance[0] < config.probability(settings.lighting):
+    if chance[0] < config.chance("lighting"):
         image = _light(image, config.amount(1.0), rng)
     if at_night:
         image = darken(image, rng)
-    elif rare[2] < config.steep(settings.veil):
+    elif veiled:
         image = veil(image, rng)
-    elif chance[1] < config.probability(settings.exposure):
-        image = _expose(image, config.amount(1.0), rng)
     image = _eight_bits(image)
-    if chance[2] < config.probability(settings.motion):
-        image = _move(image, config.amount(settings.motion_amount) * unit * size[2], np.pi * size[1])
-    if chance[3] < config.probability(settings.blur):
-        sigma = config.amount(settings.blur_amount) * unit * size[3] ** 1.5
-        if sigma > 0.2:
+    if exposed:
+        image = _expose(image, config.amount(0.4 if faint else 1.0), rng)
+    sharp = image
+    if tiny:
+        image = _shrink_and_enlarge(image, unit / (7.0 + 3.0 * size[4]), cv2.INTER_CUBIC)
+    else:
+        # Letters keep 8 pixels, or 16 where they are faint or moved; smaller ones are `tiny`.
+        moved = chance[2] < config.chance("motion")
+        if moved:
+            image = _move(image, config.amount(0.1 if faint else 0.2) * unit * size[2], np.pi * size[1])
+        sigma = config.amount(0.02 if faint else 0.04) * unit * size[3] ** 1.5
+        if chance[3] < config.chance("blur") and sigma > 0.2:
             image = cv2.GaussianBlur(image, (0, 0), sigma)
-    if rare[3] < config.steep(settings.tiny):
-        image = _shrink_and_enlarge(image, unit / (5.5 + 3.5 * size[4]), cv2.INTER_CUBIC)
-    elif chance[4] < config.probability(settings.low_resolution):
-        # Not below letters of 8 pixels: what is smaller is `tiny`.
-        factor = 1 + (config.amount(settings.resolution_loss) - 1) * size[4]
-        image = _shrink_and_enlarge(image, min(factor, unit / 8), cv2.INTER_LINEAR)
-    if at_night or chance[5] < config.probability(settings.noise):
-        deviation = 3 + 8 * size[5] if at_night else config.amount(settings.noise_amount) * size[5] ** 2
-        image = _eight_bits(image + np.float32(deviation) * _noise(image.shape[:2], rng))
-    if chance[6] < config.probability(settings.sharpening):
+        if chance[4] < config.chance("low_resolution"):
+            factor = min(1 + (config.amount(2.2) - 1) * size[4], unit / (16 if faint or moved else 8))
+            image = _shrink_and_enlarge(image, factor, cv2.INTER_LINEAR)
+    if not faint and (at_night or veiled or exposed or image is not sharp):
+        image = keep_contrast(image, alpha, unit)
+    if at_night or chance[5] < config.chance("noise"):
+        deviation = 2 + 5 * size[5] if at_night else config.amount(9.0) * size[5] ** 2
+        image = _eight_bits(cv2.scaleAdd(_noise(image.shape[:2], rng), deviation, image.astype(np.float32)))
+    if chance[6] < config.chance("sharpening"):
         blurred = cv2.GaussianBlur(image, (0, 0), 1.2)
         image = cv2.addWeighted(image, 1.4 + size[6], blurred, -0.4 - size[6], 0)
-    if chance[7] < config.probability(settings.jpeg):
-        image = _compress(image, round(settings.jpeg_quality + (95 - settings.jpeg_quality) * size[7] ** 0.7))
+    if chance[7] < config.chance("jpeg"):
+        image = _compress(image, round(_JPEG_QUALITY + (95 - _JPEG_QUALITY) * size[7] ** 0.7))
     return image
+
+
+def keep_contrast(image: np.ndarray, alpha: np.ndarray, unit: float) -> np.ndarray:
+    """Return the image, uint8, with the contrast raised where letters hardly differ from what is around them.
+
+    Args:
+        alpha: share of each pixel that letters cover, uint8 (h, w).
+    """
+    half = int(alpha.max()) // 2 + 1  # thin letters may not cover any pixel
+    letters = cv2.inRange(alpha, half, 255)
+    around = cv2.inRange(cv2.dilate(alpha, disc(max(1, round(0.2 * unit)))), half, 255) & cv2.inRange(
+        alpha, 0, half // 4
+    )
+    inside, outside = np.array(cv2.mean(image, letters)[:3]), np.array(cv2.mean(image, around)[:3])
+    difference = np.abs(inside - outside)
+    # Colour alone tells letters apart as well, but not as clearly as light does.
+    contrast = max(abs(float(luminance(inside - outside))), 0.5 * float(difference.max()) / 255)
+    if contrast >= _MIN_CONTRAST or not around.any():
+        return image
+    factor = min(_MIN_CONTRAST / max(contrast, 1e-3), 5.0)
+    # The range around the middle of both is stretched, and moved where it would leave 0 to 255.
+    middle = (inside + outside) / 2
+    target = np.clip(middle, factor * difference / 2 + 8, 247 - factor * difference / 2)
+    table = np.clip(factor * (np.arange(256)[:, None] - middle) + target, 0, 255).round().astype(np.uint8)
+    return cv2.LUT(image, table[:, None])
 
 
 def _eight_bits(image: np.ndarray) -> np.ndarray:
@@ -66,7 +112,7 @@ def _eight_bits(image: np.ndarray) -> np.ndarray:
 
 
 def _light(image: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """A slope of light, a cast shadow with an edge, or a shine."""
+    """Add uneven light: a slope, a cast shadow with an edge, or a shine."""
     height, width = image.shape[:2]
     x, y = ramp(width), ramp(height)[:, None]
     kind, angle, strength = rng.random(), rng.uniform(0, 2 * np.pi), amount * rng.uniform(0.1, 0.5)
@@ -83,14 +129,13 @@ def _light(image: np.ndarray, amount: float, rng: np.random.Generator) -> np.nda
 
 
 def _expose(image: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """Change contrast, brightness, gamma and the colour of the light."""
+    """Change contrast, brightness, gamma and the colour of the light, uint8."""
     flat = 1 - min(0.65, amount * 0.6 * rng.random() ** 1.5)
-    black = rng.uniform(0, 1) * 255 * (1 - flat)
-    tint = 1 + np.clip(rng.normal(0, 0.09 * amount, size=3), -0.3, 0.3)
-    image = image * (flat * tint).astype(np.float32) + np.float32(black)
-    gamma = math.exp(float(np.clip(rng.normal(0, 0.3 * amount), -0.8, 0.8)))
-    table = np.round(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
-    return cv2.LUT(_eight_bits(image), table)
+    black = rng.random() * 255 * (1 - flat)
+    tint = 1 + np.clip(rng.standard_normal(3) * 0.09 * amount, -0.3, 0.3)
+    gamma = math.exp(min(max(rng.standard_normal() * 0.3 * amount, -0.8), 0.8))
+    exposed = np.clip(np.arange(256)[:, None] * (flat * tint / 255) + black / 255, 0, 1)
+    return cv2.LUT(image, np.round(255 * exposed**gamma).astype(np.uint8)[:, None])
 
 
 def _move(image: np.ndarray, length: float, angle: float) -> np.ndarray:
@@ -117,14 +162,15 @@ def _shrink_and_enlarge(image: np.ndarray, factor: float, interpolation: int) ->
 
 
 def _noise(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Normal noise of standard deviation 1, (h, w, 3), cut from a tile that every process has alike."""
+    """Cut normal noise of standard deviation 1, (h, w, 3), out of a tile that is the same in every process."""
     height, width = size
     if height > _NOISE_SIDE or width > _NOISE_SIDE:
         return rng.standard_normal((height, width, 3), dtype=np.float32)
     top, left = int(rng.integers(_NOISE_SIDE - height + 1)), int(rng.integers(_NOISE_SIDE - width + 1))
-    return _noise_tile[top : top + height, left : left + width, rng.permutation(3)]
+    return _noise_tile[top : top + height, left : left + width]
 
 
 def _compress(image: np.ndarray, quality: int) -> np.ndarray:
-    _, encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1])
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)

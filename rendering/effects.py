@@ -1,7 +1,7 @@
-"""What is done to the letters: how they are filled, and what lies under them.
+"""Effects on letters: how they are filled, and what is drawn under them.
 
-The letters of the mask are `stroke`: the fill, or what a way of drawing leaves of it. What lies under them (outlines of
-another colour, shadow, sides, glow) is no text. Lengths are in heights of a capital letter.
+`stroke` is the part of the letters that is text in the mask. What is drawn under them (outlines of another colour,
+shadow, sides, glow) is not text. Lengths are in heights of a capital letter.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from rendering.blending import blend, full, raised
-from rendering.colours import draw_contrasting, luminance, with_luminance
+from rendering.colours import luminance, sample_contrasting_colour, with_luminance
 from rendering.config import RenderConfig
 from rendering.geometry import Warp
 from rendering.letters import PADDING, Letters
@@ -35,55 +35,54 @@ class Style:
     relief: tuple[float, float] | None = None  # strength, angle of the light in radians
     dots: float = 0.0  # rows to a capital letter
     stencil: float = 0.0
-    shining: bool = False  # letters are lamps before a dark background
+    shining: bool = False  # letters shine on a dark background
 
     @property
     def has_under(self) -> bool:
-        """Whether anything lies under the letters."""
+        """Return whether anything is drawn under the letters."""
         return bool(self.outline or self.shadow or self.extrusion or self.glow)
 
 
-def draw_style(config: RenderConfig, rng: np.random.Generator) -> Style:
-    """Random effects by the probabilities of `config`."""
-    settings = config.effects
+def sample_style(config: RenderConfig, rng: np.random.Generator) -> Style:
+    """Sample effects by the probabilities of `config`."""
     chance, size = rng.random(9), rng.random(9)
     kinds, more = rng.random(5), rng.random(3)
     angle = 2 * np.pi * rng.random(2)
-    if kinds[0] < config.steep(settings.relief):
+    if kinds[0] < config.chance("relief"):
         return Style(relief=(0.35 + 0.65 * size[0], angle[0]))
-    if kinds[1] < config.probability(settings.neon):
+    if kinds[1] < config.chance("neon"):
         line = 0.05 + 0.05 * size[1] if more[0] < 0.5 else 0.0
         return Style(hollow=line, glow=0.15 + 0.25 * size[4], shining=True)
-    if kinds[2] < config.probability(settings.dots):
+    if kinds[2] < config.chance("dots"):
         return Style(dots=9 + 5 * size[0], glow=0.1 if more[0] < 0.4 else 0.0, shining=more[1] < 0.8)
-    if kinds[3] < config.probability(settings.jersey):
+    if kinds[3] < config.chance("jersey"):
         return Style(outline=0.04 + 0.05 * size[0], second_outline=0.03 + 0.05 * size[1])
     reach = 0.04 + 0.12 * size[2]
-    line = 0.06 + 0.05 * size[1] if chance[1] < settings.hollow else 0.0
+    line = 0.06 + 0.05 * size[1] if chance[1] < config.chance("hollow") else 0.0
     shadow = None
-    if chance[2] < settings.shadow:
+    if chance[2] < config.chance("shadow"):
         softness = 0.0 if size[7] < 0.4 else 0.02 + 0.1 * size[7]
         shadow = (reach * np.cos(angle[0]), reach * abs(np.sin(angle[0])), softness, 0.4 + 0.6 * size[8])
     extrusion = None
-    if chance[3] < settings.extrusion and shadow is None:
+    if chance[3] < config.chance("extrusion") and shadow is None:
         depth = 0.06 + 0.16 * size[3]
         extrusion = (depth * np.cos(angle[0]), depth * np.sin(angle[0]))
     return Style(
-        outline=0.03 + 0.07 * size[0] if chance[0] < settings.outline and not line else 0.0,
+        outline=0.03 + 0.07 * size[0] if chance[0] < config.chance("outline") and not line else 0.0,
         hollow=line,
         shadow=shadow,
         extrusion=extrusion,
-        glow=0.08 + 0.15 * size[4] if chance[4] < settings.glow else 0.0,
-        emboss=0.25 + 0.5 * size[5] if chance[5] < settings.emboss and not line else 0.0,
-        gradient=angle[1] if chance[6] < settings.gradient else 0.0,
-        two_colours=("lines" if size[7] < 0.4 else "parts") if chance[7] < settings.two_colours else "",
-        worn=0.15 + 0.35 * size[8] if chance[8] < settings.worn else 0.0,
-        stencil=0.05 + 0.05 * more[2] if kinds[4] < config.probability(settings.stencil) and not line else 0.0,
+        glow=0.08 + 0.15 * size[4] if chance[4] < config.chance("glow") else 0.0,
+        emboss=0.25 + 0.5 * size[5] if chance[5] < config.chance("emboss") and not line else 0.0,
+        gradient=angle[1] if chance[6] < config.chance("gradient") else 0.0,
+        two_colours=("lines" if size[7] < 0.4 else "parts") if chance[7] < config.chance("two_colours") else "",
+        worn=0.15 + 0.35 * size[8] if chance[8] < config.chance("worn") else 0.0,
+        stencil=0.05 + 0.05 * more[2] if kinds[4] < config.chance("stencil") and not line else 0.0,
     )
 
 
 def letter_stroke(letters: Letters, text: str, style: Style) -> np.ndarray:
-    """What counts as text, uint8 (h, w), 255 = text: the fill, or what the way of drawing leaves of it."""
+    """Return the part of the letters that is text, uint8 (h, w), 255 = text."""
     if style.hollow:
         return hollow(letters, style.hollow)
     if style.dots:
@@ -96,10 +95,10 @@ def letter_stroke(letters: Letters, text: str, style: Style) -> np.ndarray:
 def paint_fill(
     letters: Letters, style: Style, warp: Warp, colour: np.ndarray, ground: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Colours of the letters in the image, beyond the letters too, float32 (h, w, 3); (3,) where all have one.
+    """Return the colours of the letters for the whole image, float32 (h, w, 3), or one colour (3,).
 
     Args:
-        ground: what was there before the letters, float32 (h, w, 3); worn paint lets it through.
+        ground: the image before the letters, float32 (h, w, 3); it shows through worn paint.
     """
     size = (warp.size[1], warp.size[0])
     wear = cut_wear(size, rng) if style.worn else None
@@ -115,10 +114,10 @@ def paint_fill(
     return fill
 
 
-def cut_relief(
+def draw_relief(
     image: np.ndarray, letters: Letters, style: Style, warp: Warp, share: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """The image, float32 (h, w, 3), with letters that stand out of it or are cut into it, in its own colour.
+    """Draw raised or engraved letters in the colour of the image, float32 (h, w, 3).
 
     Args:
         share: of each pixel that letters cover, float32 (h, w).
@@ -128,13 +127,18 @@ def cut_relief(
     height = cv2.GaussianBlur(letters.fill, (0, 0), max(0.8, 0.035 * unit)).astype(np.float32)
     x, y = np.cos(angle) * 0.05 * unit, np.sin(angle) * 0.05 * unit
     slope = _moved(height, x, y) - _moved(height, -x, -y)
-    # Only on an even surface can light and shade alone be read.
-    image = cv2.addWeighted(image, 0.5, full(share.shape, image.mean(axis=(0, 1))), 0.5, 0)
+    # Light and shade are only readable on an even surface that is neither black nor white, and thin strokes have a
+    # small slope of their own: it is scaled by its largest value.
+    mean = image.mean(axis=(0, 1), dtype=np.float64)
+    even = with_luminance(mean, min(max(float(luminance(mean)), 0.25), 0.75))
+    image = cv2.addWeighted(image, 0.3, full(share.shape, even), 0.7, 0)
+    slope = warp.apply(slope)
+    peak = max(float(cv2.norm(slope, cv2.NORM_INF)), 1.0)
     inside = raised(image, np.float32(rng.uniform(-16, 16)) * share)
-    return np.clip(raised(inside, warp.apply(slope) * np.float32(0.55 * strength)), 0, 255)
+    return np.clip(raised(inside, slope * np.float32((25 + 115 * strength) / peak)), 0, 255)
 
 
-def lay_under(
+def draw_under(
     image: np.ndarray,
     letters: Letters,
     stroke: np.ndarray,
@@ -143,13 +147,13 @@ def lay_under(
     colour: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The image, float32 (h, w, 3), with what lies under letters of `colour`: glow, shadow, sides, outlines.
+    """Draw what lies under letters of `colour` on the image, float32 (h, w, 3): glow, shadow, sides, outlines.
 
     Args:
-        stroke: what of the flat word is text, of `letter_stroke`.
+        stroke: the part of the flat word that is text, from `letter_stroke`.
     """
     unit = letters.unit
-    edge = draw_contrasting(colour, rng)
+    edge = sample_contrasting_colour(colour, rng)
     dark = with_luminance(edge, 0.1 * float(rng.random()))
     side = with_luminance(colour, float(luminance(colour)) * (0.25 + 0.4 * float(rng.random())))
     body = cv2.dilate(letters.fill, disc(max(1, round(style.outline * unit)))) if style.outline else letters.fill
@@ -171,7 +175,7 @@ def lay_under(
 
 
 def _second_share(letters: Letters, style: Style, rng: np.random.Generator) -> np.ndarray | None:
-    """How much of the second colour each pixel of the flat word has, float32 (h, w), 0 to 1; None: nothing of it."""
+    """Return the share of a second colour in each pixel of the flat word, float32 (h, w), 0 to 1, or None."""
     height, width = letters.fill.shape
     left, top, right, bottom = letters.box
     if style.gradient:
@@ -194,21 +198,21 @@ def _second_share(letters: Letters, style: Style, rng: np.random.Generator) -> n
 
 
 def _edges(letters: Letters, strength: float) -> np.ndarray:
-    """Light on the upper left edges and shade on the lower right ones, float32 (h, w), of 255."""
+    """Return light on the upper left edges and shade on the lower right ones, float32 (h, w), -255 to 255."""
     step = max(1, round(0.04 * letters.unit))
     fill = letters.fill.astype(np.float32)
     return 0.6 * np.float32(strength) * (np.roll(fill, (-step, -step), (0, 1)) - np.roll(fill, (step, step), (0, 1)))
 
 
 def _second_colour(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour that goes with `colour` and is about as bright."""
+    """Sample a colour of about the luminance of `colour`."""
     other = rng.permutation(colour) if rng.random() < 0.5 else colour * rng.uniform(0.5, 1.2, size=3)
     ground = float(luminance(colour))
     return with_luminance(np.clip(other, 1, 255), float(np.clip(ground + rng.uniform(-0.15, 0.15), 0, 1)))
 
 
 def _laid(image: np.ndarray, colour: np.ndarray, opacity: float, alpha: np.ndarray, warp: Warp) -> np.ndarray:
-    """`image` with `colour` laid over it through the flat `alpha` (uint8), warped."""
+    """Blend `colour` over `image` where the warped flat `alpha` (uint8) covers it."""
     return blend(image, colour, warp.apply(alpha) * np.float32(opacity / 255))
 
 
@@ -217,7 +221,7 @@ def _softened(alpha: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _moved(alpha: np.ndarray, x: float, y: float) -> np.ndarray:
-    """`alpha` moved by (x, y) pixels; the padding is wider than any move."""
+    """Move `alpha` by (x, y) pixels; the padding is wider than any move."""
     limit = PADDING * 0.9
     height, width = alpha.shape
     assert max(abs(x) / width, abs(y) / height) < limit
@@ -225,7 +229,7 @@ def _moved(alpha: np.ndarray, x: float, y: float) -> np.ndarray:
 
 
 def _swept(alpha: np.ndarray, x: float, y: float) -> np.ndarray:
-    """All that `alpha` covers on its way by (x, y) pixels."""
+    """Return everything that `alpha` covers while it moves by (x, y) pixels."""
     steps = max(1, round(max(abs(x), abs(y))))
     swept = alpha
     for step in range(1, steps + 1):

@@ -1,4 +1,4 @@
-"""The renderer as a training set without end: every epoch has other words."""
+"""The renderer as an endless training set: every epoch has new words."""
 
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,7 @@ from rendering.engine import WordRenderer
 
 
 class EpochKey(Protocol):
-    """Which sample of which epoch is asked for, and how much of the run is done, such as `sampling.SampleKey`."""
+    """Sample `index` of `epoch`, and the part of the run that is done, such as `sampling.SampleKey`."""
 
     epoch: int
     index: int
@@ -18,16 +18,16 @@ class EpochKey(Protocol):
 
 
 class RenderedWords:
-    """`words[SampleKey(epoch, index)]` -> (image uint8 RGB (h, w, 3), mask uint8 (h, w), text).
+    """Returns (image uint8 RGB (h, w, 3), mask uint8 (h, w), text) for `words[SampleKey(epoch, index)]`.
 
-    Sample i of epoch e is word e * length + i of (seed, split, stream), whichever process draws it. May be pickled.
+    Sample i of epoch e is word e * length + i of (seed, split, stream) in every process. May be pickled.
 
     Args:
         path: YAML file of render settings.
-        length: words in an epoch; None: the file's own number.
-        seed: of the run; another seed, other words.
-        split, stream: tell training from test, and the data sets of one run apart, so that they share no word.
-        difficulty: at the start and at the end of the run, 0 to 1; None: the file's own, always.
+        length: words in an epoch; None: as in the file.
+        seed: of the run.
+        split, stream: distinguish training from test and the data sets of one run, so that they share no word.
+        difficulty: at the start and at the end of the run, 0 to 1; None: as in the file.
 
     Raises:
         UserError: the file, a font folder, a word list or a folder of photographs is missing or wrong.

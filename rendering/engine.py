@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 
 from rendering.backgrounds import Backgrounds
 from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.degradation import degrade
-from rendering.effects import draw_style, letter_stroke
+from rendering.effects import letter_stroke, sample_style
 from rendering.fonts import FontBook, Typeface, find_families
-from rendering.geometry import Warp, draw_warp
-from rendering.letters import Letters, draw_height, draw_layout, set_letters
+from rendering.geometry import Warp, sample_warp
+from rendering.letters import Letters, sample_height, sample_layout, set_letters
 from rendering.neighbours import place_neighbours
 from rendering.occlusion import occlude
 from rendering.painting import Drawing, paint
@@ -21,16 +22,17 @@ from rendering.streams import Stream, Streams
 from rendering.words import WordSource
 from utils import UserError
 
-_DETAIL = 1.25  # the flat word is at least this much larger than the final one, so that the warp seldom enlarges
+_DETAIL = 1.5  # size of the flat word over that of the final one, so that the warp seldom enlarges
+_SAME_FACE = 0.85  # share of neighbouring text in the word's own face, size and colour
 
 Salts = Mapping[Stream, int]
 
 
 @dataclass(frozen=True)
 class RenderedWord:
-    """A word: `image` uint8 RGB (h, w, 3); `mask` uint8 (h, w), 255 = text; `text` as drawn, case kept.
+    """A rendered word: `image` uint8 RGB (h, w, 3); `mask` uint8 (h, w), 255 = text; `text` as drawn, case kept.
 
-    `rotation` and `arc` (from the first to the last letter) in degrees: what the geometry was drawn with.
+    `rotation` and `arc` (from the first to the last letter) in degrees, as sampled.
     """
 
     image: np.ndarray
@@ -51,7 +53,7 @@ class WordRenderer:
         config: how words look.
 
     Raises:
-        UserError: no font, no word, no photograph where they are asked for.
+        UserError: no font, word or photograph is found where the config asks for one.
     """
 
     def __init__(self, config: RenderConfig | None = None) -> None:
@@ -78,24 +80,24 @@ class WordRenderer:
         """Render word `index` of `seed`.
 
         Args:
-            text: write this instead of a drawn text.
-            background: use this kind instead of a drawn one; the letters stay.
-            salts: another number for a stream draws that concern anew and leaves the others.
+            text: write this instead of a sampled text.
+            background: use this kind instead of a sampled one; the letters stay.
+            salts: another number for a stream samples that concern anew and leaves the others.
             difficulty: of this word, 0 to 1; None: the one of the config.
 
         Raises:
-            UserError: no font can draw `text`, or `background` is no kind.
+            UserError: no font can draw `text`, or there is no such kind of background.
             ValueError: `difficulty` is not between 0 and 1.
         """
         config = self.config if difficulty is None else self.config.with_difficulty(difficulty)
         word = _Word(self, config, seed, index, salts or {})
-        kind = background or self.backgrounds.draw_kind(word.stream(Stream.BACKGROUND_KIND))
+        kind = background or self.backgrounds.sample_kind(word.stream(Stream.BACKGROUND_KIND))
         return word.finish(self._draw(word, text), kind)
 
     def render_on_backgrounds(
         self, seed: int, index: int, kinds: Sequence[str] | None = None, *, text: str | None = None
     ) -> dict[str, RenderedWord]:
-        """The same word, with the same letters in the same place, on each kind of background.
+        """Render the same letters in the same place on each kind of background.
 
         Args:
             kinds: kinds to use; None: all, `photo` only where there are photographs.
@@ -107,7 +109,7 @@ class WordRenderer:
         return {kind: word.finish(drawing, kind) for kind in kinds}
 
     def _draw(self, word: "_Word", text: str | None) -> Drawing:
-        """The letters of a word, which the last word may have left."""
+        """Return the letters of a word; with `reuse`, words in a row share them."""
         reuse = self.config.letters.reuse
         if reuse == 1:
             return word.draw(text)
@@ -120,7 +122,7 @@ class WordRenderer:
 
 @dataclass(frozen=True)
 class _Word:
-    """One word in the making: its streams and what they draw."""
+    """A word that is being rendered, with its random streams."""
 
     renderer: WordRenderer
     config: RenderConfig
@@ -129,51 +131,52 @@ class _Word:
     salts: Salts
 
     def stream(self, stream: Stream) -> np.random.Generator:
-        """The generator of a concern, valid until the next is asked for."""
+        """Return the generator of a concern, valid until the next call."""
         return self.renderer._streams.at(self.seed, self.index, stream, self.salts)
 
     def draw(self, text: str | None) -> Drawing:
-        """The letters, warped."""
+        """Draw the letters and warp them."""
         fonts, words, config = self.renderer.fonts, self.renderer.words, self.config
-        text = words.draw(self.stream(Stream.WORD)) if text is None else text
+        text = words.sample(self.stream(Stream.WORD)) if text is None else text
         typeface = fonts.choose(text, self.stream(Stream.FONT))
-        layout = draw_layout(text, config.letters, self.stream(Stream.LAYOUT))
-        style = draw_style(config, self.stream(Stream.EFFECTS))
+        layout = sample_layout(text, config, self.stream(Stream.LAYOUT))
+        style = sample_style(config, self.stream(Stream.EFFECTS))
         rng = self.stream(Stream.GEOMETRY)
-        height = draw_height(config.letters, rng)
-        letters = set_letters(fonts.face(typeface, _DETAIL * height), text, layout)
-        warp = draw_warp(letters, height, config, rng)
+        height = sample_height(config.letters, rng)
+        letters = set_letters(fonts.face(typeface), text, _DETAIL * height, layout)
+        warp = sample_warp(letters, height, config, rng)
         stroke = letter_stroke(letters, text, style)
         neighbours, own_colour = self._draw_neighbours(typeface, letters, warp)
         return Drawing(text, typeface.family, letters, stroke, style, warp, warp.apply(stroke), neighbours, own_colour)
 
     def _draw_neighbours(self, typeface: Typeface, letters: Letters, warp: Warp) -> tuple[np.ndarray | None, bool]:
-        """The share of each pixel that other text covers, uint8 (h, w), or None; whether it has the letters' colour."""
-        settings, rng = self.config.surroundings, self.stream(Stream.NEIGHBOURS)
+        """Draw other text as uint8 (h, w) or None, and say whether it has the letters' colour."""
+        rng = self.stream(Stream.NEIGHBOURS)
         chance, same, size = rng.random(3)
-        if chance >= self.config.probability(settings.neighbours):
+        if chance >= self.config.chance("neighbours"):
             return None, False
         fonts = self.renderer.fonts
-        text, scale, own = self.renderer.words.draw(rng), 1.0, same < settings.same_face
+        text, scale, own = self.renderer.words.sample(rng), 1.0, same < _SAME_FACE
         if not own or not fonts.covers(typeface.path, text):
             typeface, scale = fonts.choose(text, rng), 0.5 + size
-        other = set_letters(fonts.face(typeface, letters.unit), text)
+        other = set_letters(fonts.face(typeface), text, scale * letters.unit)
         space = np.array(warp.margins) / warp.unit
-        around = place_neighbours(letters, other, scale=scale * letters.unit / other.unit, space=space, rng=rng)
+        around = place_neighbours(letters, other, space, rng)
         return warp.apply(around.fill, around.centre), own
 
     def finish(self, drawing: Drawing, kind: str) -> RenderedWord:
-        """The letters on a background, as a camera sees them."""
+        """Draw the letters on a background and degrade the image."""
         if kind not in BACKGROUND_KINDS:
-            raise UserError(f"background: {kind!r} is none of {', '.join(BACKGROUND_KINDS)}")
+            raise UserError(f"background: {kind!r} no such kind; the kinds are {', '.join(BACKGROUND_KINDS)}")
         config, warp = self.config, drawing.warp
         image = self.renderer.backgrounds.make(kind, warp, self.stream(Stream.BACKGROUND))
         image = paint(drawing, image, config, self.stream(Stream.COLOURS))
         mask = drawing.alpha
         rng = self.stream(Stream.OCCLUSION)
-        if rng.random() < config.steep(config.surroundings.occlusion):
+        if rng.random() < config.chance("occlusion"):
             image, mask = occlude(image, mask, warp.unit, rng)
-        image = degrade(image, warp.unit, config, self.stream(Stream.DEGRADATION))
+        rng = self.stream(Stream.DEGRADATION)
+        image = degrade(image, mask, warp.unit, config, rng, faint=drawing.style.relief is not None)
         if config.output.mask == "binary":
-            mask = np.where(mask > 127, np.uint8(255), np.uint8(0))
+            _, mask = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)
         return RenderedWord(image, mask, drawing.text, drawing.family, kind, warp.rotation, warp.arc)

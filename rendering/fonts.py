@@ -1,7 +1,7 @@
-"""Which fonts there are, which characters each can draw, and the opened fonts of this process.
+"""The available fonts, the characters that each can draw, and the letters that this process has drawn with them.
 
 A font draws a character when its image is neither empty nor the one of a character that no font has. Fonts whose
-small letters are capitals again (all capitals, small capitals) do not draw small letters: the label would lie.
+small letters are capitals again (all capitals, small capitals) do not draw small letters: the label would be wrong.
 """
 
 import hashlib
@@ -15,10 +15,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 
 from rendering.config import FontsConfig
-from rendering.letters import Glyph
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,11 +37,9 @@ _NO_CHARACTER = "\uffff"  # a code point that is no character: every font draws 
 _PROBE_SIZE = 32  # pixels; for looking at glyphs, not for words
 _CASE_PROBES = "abdeghnqr"  # small letters of another shape than their capitals
 _LIGHTEST = 250  # least weight of a variable font; hairlines are rare on signs
-_OPEN_FONTS = 1200
-# Sizes of flat words, pixels to the em. A letter is drawn by its font once, at the largest, which costs more than all
-# else of a word, and shrunk to the others.
-EMS = (24, 36, 50, 72)
-_KEPT_GLYPHS = 40000  # of all sizes, kept by a process: some 50 MB
+_EM = 72  # pixels; every letter is drawn once at this size, and words are shrunk to the size that they need
+_KEPT_FACES = 800  # by a process: with all letters of each, some 100 MB
+_HELD_OUT = 0.15  # share of families that the split holds out
 _AXIS_STEPS = 3
 # Letters after a letter that fonts move by more than a hair; the others are not worth asking for.
 _KERNED = {"A": "TVWYvwy'\"", "L": "TVWYy'\"", "R": "TVWY"}
@@ -68,29 +65,38 @@ class Typeface:
     axes: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Glyph:
+    """A letter: `fill` grey uint8 (h, w); its corner is at (left, top) from the pen on the baseline, in pixels."""
+
+    fill: np.ndarray
+    left: int
+    top: int
+    advance: float
+
+
 def find_families(config: FontsConfig) -> list[FontFamily]:
-    """The families of all sources that `config` allows, sorted by name.
+    """Return the families that `config` allows, sorted by name.
 
     Raises:
         UserError: a folder is missing, or no family is left.
     """
     found: dict[str, set[str]] = {}
-    if config.packages:
-        _add_packages(found)
     for folder in config.folders:
         if not Path(folder).is_dir():
             raise UserError(f"fonts.folders: {folder}: no such folder; name a folder of .ttf or .otf files")
         _add_folder(found, Path(folder))
-    if config.system or (config.packages and not found):
-        if not config.system:
+    if not config.folders:
+        _add_packages(found)
+        if not found:
             logger.warning("no fontpkg-* package is installed; using the system's fonts")
-        for folder in SYSTEM_FOLDERS:
-            _add_folder(found, Path(folder).expanduser())
+            for folder in SYSTEM_FOLDERS:
+                _add_folder(found, Path(folder).expanduser())
     excluded = {name.casefold() for name in config.exclude}
     families = [
         FontFamily(name, tuple(sorted(files)))
         for name, files in sorted(found.items())
-        if name.casefold() not in excluded and in_split(name, config.split, config.held_out_share)
+        if name.casefold() not in excluded and in_split(name, config.split)
     ]
     if not families:
         raise UserError(
@@ -100,10 +106,10 @@ def find_families(config: FontsConfig) -> list[FontFamily]:
     return families
 
 
-def in_split(family: str, split: str, held_out_share: float) -> bool:
-    """Whether `family` is on that side (all, train, held-out) of the split; the same on every machine."""
+def in_split(family: str, split: str) -> bool:
+    """Return whether `family` is on that side (all, train, held-out) of the split; the same on every machine."""
     place = int.from_bytes(hashlib.sha256(family.casefold().encode()).digest()[:8], "big") / 2**64
-    return split == "all" or (place < held_out_share) == (split == "held-out")
+    return split == "all" or (place < _HELD_OUT) == (split == "held-out")
 
 
 def _add_packages(found: dict[str, set[str]]) -> None:
@@ -129,7 +135,7 @@ def _add_folder(found: dict[str, set[str]], folder: Path) -> None:
 
 
 class FontBook:
-    """Chooses typefaces and keeps their letters; what is opened stays with the process and is not pickled.
+    """Chooses typefaces and keeps their letters; opened fonts stay in the process and are not pickled.
 
     Args:
         families: from `find_families`, not empty.
@@ -140,23 +146,19 @@ class FontBook:
         self._forget()
 
     def _forget(self) -> None:
-        self._fonts: dict[tuple[str, int], ImageFont.FreeTypeFont] = {}
         self._coverage: dict[str, dict[str, bool]] = {}
         self._missing: dict[str, np.ndarray] = {}
         self._axes: dict[str, list[dict[str, Any]]] = {}
-        self._capital: dict[str, float] = {}
-        self._glyphs: dict[tuple[Typeface, str, int], Glyph] = {}
-        self._kerning: dict[tuple[Typeface, str], float] = {}
+        self._faces: dict[tuple[str, tuple[float, ...]], Face] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"families": self.families}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.families = state["families"]
-        self._forget()
+        self.__init__(**state)
 
     def choose(self, text: str, rng: np.random.Generator) -> Typeface:
-        """A typeface that can draw every character of `text`: families are equally likely, then their files.
+        """Return a typeface that can draw every character of `text`: any family, then any of its files.
 
         Raises:
             UserError: none can.
@@ -166,79 +168,38 @@ class FontBook:
             start = int(rng.integers(len(family.files)))
             for path in family.files[start:] + family.files[:start]:
                 if self.covers(path, text):
-                    return Typeface(family.name, path, self._draw_axes(path, rng))
+                    return Typeface(family.name, path, self._sample_axes(path, rng))
         raise UserError(f"fonts: none can draw all of {text!r}; add a font that can, or narrow words.characters")
 
     def covers(self, path: str, text: str) -> bool:
-        """Whether the font draws every character of `text` as what it is."""
+        """Return whether the font draws every character of `text`."""
         known = self._coverage.get(path)
         if known is None:
             known = self._coverage[path] = self._first_look(path)
         for character in text:
             if character not in known:
-                known[character] = self._draws(path, character)
+                fill = self.face(Typeface("", path)).glyph(character).fill
+                known[character] = bool(fill.any()) and not np.array_equal(fill, self._missing[path])
             if not known[character]:
                 return False
         return True
 
-    def open(self, typeface: Typeface, size: int) -> ImageFont.FreeTypeFont:
-        """The opened font at `size` pixels to the em, its axes set; valid until the next call."""
-        font = self._fonts.get((typeface.path, size))
-        if font is None:
-            if len(self._fonts) >= _OPEN_FONTS:
-                self._fonts.clear()
-            font = self._fonts[typeface.path, size] = ImageFont.truetype(typeface.path, size)
-        if typeface.axes:
-            font.set_variation_by_axes(list(typeface.axes))
-        return font
+    def face(self, typeface: Typeface) -> "Face":
+        """Return the letters of a typeface."""
+        key = typeface.path, typeface.axes
+        face = self._faces.get(key)
+        if face is None:
+            if len(self._faces) >= _KEPT_FACES:
+                self._faces.clear()
+            face = self._faces[key] = Face(typeface)
+        return face
 
-    def face(self, typeface: Typeface, height: float) -> "SizedFace":
-        """The letters of a typeface at the least size whose capitals are `height` pixels high, or at the largest."""
-        wanted = height / self.capital_height(typeface.path)
-        return SizedFace(self, typeface, next((em for em in EMS if em >= wanted), EMS[-1]))
-
-    def capital_height(self, path: str) -> float:
-        """Height of a capital letter over the em, with the axes as they come."""
-        height = self._capital.get(path)
-        if height is None:
-            em = EMS[-1]
-            _, top, _, bottom = ImageFont.truetype(path, em).getbbox("H", anchor="ls")
-            height = self._capital[path] = max(bottom - top, em / 4) / em
-        return height
-
-    def glyph(self, typeface: Typeface, character: str, em: int) -> Glyph:
-        """A letter at `em` pixels to the em, one of EMS."""
-        glyph = self._glyphs.get((typeface, character, em))
-        if glyph is None:
-            if em == EMS[-1]:
-                glyph = _draw_glyph(self.open(typeface, em), character)
-            else:
-                glyph = _shrunk(self.glyph(typeface, character, EMS[-1]), em / EMS[-1])
-            if len(self._glyphs) >= _KEPT_GLYPHS:
-                self._glyphs.clear()
-            self._glyphs[typeface, character, em] = glyph
-        return glyph
-
-    def kerning(self, typeface: Typeface, pair: str) -> float:
-        """What the font moves the second of two letters by, in ems."""
-        if pair[0] not in _KERNED or pair[1] not in _KERNED[pair[0]]:
-            return 0.0
-        kerning = self._kerning.get((typeface, pair))
-        if kerning is None:
-            if len(self._kerning) >= _KEPT_GLYPHS:
-                self._kerning.clear()
-            em = EMS[-1]
-            apart = sum(self.glyph(typeface, character, em).advance for character in pair)
-            kerning = self._kerning[typeface, pair] = (self.open(typeface, em).getlength(pair) - apart) / em
-        return kerning
-
-    def _draw_axes(self, path: str, rng: np.random.Generator) -> tuple[float, ...]:
-        """Values for the axes of a variable font: weight and width by chance, in few steps, the others as they come."""
+    def _sample_axes(self, path: str, rng: np.random.Generator) -> tuple[float, ...]:
+        """Sample values for the axes of a variable font: weight and width in few steps, the others by default."""
         axes = self._axes.get(path)
         if axes is None:
-            font = ImageFont.truetype(path, _PROBE_SIZE)
             try:
-                axes = font.get_variation_axes()
+                axes = ImageFont.truetype(path, _EM).get_variation_axes()
             except OSError:  # what Pillow raises for a font without axes
                 axes = []
             self._axes[path] = axes
@@ -252,69 +213,67 @@ class FontBook:
         return tuple(values)
 
     def _first_look(self, path: str) -> dict[str, bool]:
-        """What is known of a font at once: without small letters of their own, all of those are missing."""
-        font = self.open(Typeface("", path), _PROBE_SIZE)
-        self._missing[path] = _draw_glyph(font, _NO_CHARACTER).fill
-        likeness = [_likeness(_draw_glyph(font, c).fill, _draw_glyph(font, c.upper()).fill) for c in _CASE_PROBES]
+        """Return what is known of a font at once: without small letters of its own, all of them are missing."""
+        face = self.face(Typeface("", path))
+        self._missing[path] = face.glyph(_NO_CHARACTER).fill
+        likeness = [_likeness(face.glyph(c).fill, face.glyph(c.upper()).fill) for c in _CASE_PROBES]
         if np.mean(likeness) < 0.8:
             return {}
         return {chr(code): False for code in range(ord("a"), ord("z") + 1)}
 
-    def _draws(self, path: str, character: str) -> bool:
-        glyph = _draw_glyph(self.open(Typeface("", path), _PROBE_SIZE), character).fill
-        return bool(glyph.any()) and not np.array_equal(glyph, self._missing[path])
 
+class Face:
+    """A typeface with the letters that were drawn of it, at 72 pixels to the em.
 
-@dataclass(frozen=True)
-class SizedFace:
-    """A typeface at `em` pixels to the em, as `letters.set_letters` takes it."""
+    `unit`: height of a capital letter, pixels.
+    """
 
-    book: FontBook
-    typeface: Typeface
-    em: int
+    def __init__(self, typeface: Typeface) -> None:
+        self._typeface = typeface
+        # For single letters the plain layout engine gives what the other one does, several times faster.
+        self._font = self._open(ImageFont.Layout.BASIC)
+        self._glyphs: dict[str, Glyph] = {}
+        self._kerning: dict[str, float] = {}
+        self.unit = float(max(self.glyph("H").fill.shape[0], _EM / 4))
 
-    @property
-    def unit(self) -> float:
-        """Height of a capital letter, pixels."""
-        return self.em * self.book.capital_height(self.typeface.path)
+    def _open(self, layout: ImageFont.Layout) -> ImageFont.FreeTypeFont:
+        font = ImageFont.truetype(self._typeface.path, _EM, layout_engine=layout)
+        if self._typeface.axes:
+            font.set_variation_by_axes(list(self._typeface.axes))
+        return font
 
     def glyph(self, character: str) -> Glyph:
-        """A letter."""
-        return self.book.glyph(self.typeface, character, self.em)
+        """Return a letter; its `fill` is (1, 1) of 0 when it is empty."""
+        glyph = self._glyphs.get(character)
+        if glyph is None:
+            glyph = self._glyphs[character] = _draw_glyph(self._font, character)
+        return glyph
 
     def kerning(self, pair: str) -> float:
-        """What the second letter is moved by, pixels."""
-        return self.em * self.book.kerning(self.typeface, pair)
+        """Return by how many pixels the font moves the second of two letters."""
+        if pair[0] not in _KERNED or pair[1] not in _KERNED[pair[0]]:
+            return 0.0
+        kerning = self._kerning.get(pair)
+        if kerning is None:
+            font = self._open(ImageFont.Layout.RAQM)
+            kerning = self._kerning[pair] = font.getlength(pair) - font.getlength(pair[0]) - font.getlength(pair[1])
+        return kerning
 
 
 def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Glyph:
-    """The character without space around it; `fill` is (1, 1) of 0 when it is empty."""
-    # Asking a font for the extents costs as much as drawing, so the canvas is first taken large enough.
-    room = int(font.size)
-    while True:
-        image = Image.new("L", (5 * room // 2, 2 * room))
-        ImageDraw.Draw(image).text((room, 3 * room // 2), character, fill=255, font=font, anchor="ls")
-        box = image.getbbox()
-        if box is None:
-            return Glyph(np.zeros((1, 1), np.uint8), 0, 0, font.getlength(character))
-        if box[0] > 0 and box[1] > 0 and box[2] < image.width and box[3] < image.height:
-            break
-        room *= 2
-    return Glyph(np.asarray(image.crop(box)), box[0] - room, box[1] - 3 * room // 2, font.getlength(character))
-
-
-def _shrunk(glyph: Glyph, factor: float) -> Glyph:
-    """The glyph in a smaller size; its edges are rounded from the pen, so that letters keep their base line."""
-    height, width = glyph.fill.shape
-    left, top = round(glyph.left * factor), round(glyph.top * factor)
-    right, bottom = round((glyph.left + width) * factor), round((glyph.top + height) * factor)
-    size = max(1, right - left), max(1, bottom - top)
-    fill = cv2.resize(glyph.fill, size, interpolation=cv2.INTER_AREA)
-    return Glyph(fill, left, top, glyph.advance * factor)
+    """Draw a character without space around it."""
+    mask, (left, top) = font.getmask2(character, mode="L", anchor="ls")
+    image = Image.new("L", mask.size)
+    image.im = mask  # the only way to its pixels that is not slow
+    fill = np.asarray(image)
+    x, y, width, height = cv2.boundingRect(fill) if fill.size else (0, 0, 0, 0)
+    if not width:
+        return Glyph(np.zeros((1, 1), np.uint8), 0, 0, font.getlength(character))
+    return Glyph(fill[y : y + height, x : x + width], left + x, top + y, font.getlength(character))
 
 
 def _likeness(small: np.ndarray, capital: np.ndarray) -> float:
-    """1 for images of one shape, whatever their size; about 0.5 for different letters."""
+    """Return 1 for images of one shape, whatever their size, and about 0.5 for different letters."""
     size = (24, 24)
     difference = cv2.absdiff(cv2.resize(small, size), cv2.resize(capital, size))
     return 1 - float(difference.mean()) / 255

@@ -1,6 +1,6 @@
-"""The warp: from the flat word to its place in the image, the same one for everything that belongs to the letters.
+"""The warp from the flat word to the image, the same for everything that belongs to the letters.
 
-Two steps: the base line is bent (arc or wave), then the plane is seen in perspective. Points are (x, y) in pixels, y
+First the baseline is bent (arc or wave), then the plane is seen in perspective. Points are (x, y) in pixels, y
 downwards; the flat and the bent plane have their origin at the middle of the letters.
 """
 
@@ -12,12 +12,14 @@ import cv2
 import numpy as np
 
 from rendering.config import RenderConfig
-from rendering.letters import Letters
+from rendering.letters import MAX_HEIGHT, Letters
+
+_CURVE_DEGREES = 60.0  # largest arc of a word at difficulty 0.5, but for strong ones
 
 
 @dataclass(frozen=True)
 class Bend:
-    """A curved base line: an arc of `radius` pixels (negative: its middle is low) or a wave of `amplitude` pixels."""
+    """A curved baseline: an arc of `radius` pixels (negative: its middle is low) or a wave of `amplitude` pixels."""
 
     radius: float = 0.0
     amplitude: float = 0.0
@@ -25,7 +27,7 @@ class Bend:
     phase: float = 0.0
 
     def forward(self, points: np.ndarray) -> np.ndarray:
-        """Flat points (n, 2) to bent ones."""
+        """Map flat points (n, 2) to bent ones."""
         x, y = points[:, 0], points[:, 1]
         if self.radius:
             angle = x / self.radius
@@ -33,7 +35,7 @@ class Bend:
         return np.stack([x, y + self.amplitude * np.sin(2 * math.pi * x / self.length + self.phase)], 1)
 
     def backward(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Bent coordinates to flat ones, arrays of one shape."""
+        """Map bent coordinates to flat ones, arrays of one shape."""
         if self.radius:
             sign = math.copysign(1.0, self.radius)
             down = (self.radius - y) * sign
@@ -44,7 +46,7 @@ class Bend:
 
 @dataclass(frozen=True)
 class Warp:
-    """The whole way from the flat word to the image.
+    """The mapping from the flat word to the image.
 
     `centre`: the origin in the flat image; `bend` or None; `matrix`: (3, 3), bent plane to image; `size`: (width,
     height) of the image; `unit`: height of a capital letter in it; `margins`: left, top, right, bottom space around
@@ -62,15 +64,15 @@ class Warp:
     arc: float = 0.0
 
     def apply(self, layer: np.ndarray, centre: tuple[float, float] | None = None) -> np.ndarray:
-        """`layer` (h, w[, channels]) of the flat word, as it lies in the image; 0 outside.
+        """Warp a `layer` (h, w[, channels]) of the flat word into the image; 0 outside.
 
         Args:
-            centre: the origin in `layer`, where that is not the flat image itself.
+            centre: the origin in `layer`; None: that of the flat image.
         """
         x, y = centre or self.centre
         if self.bend is None:
             matrix = self.matrix @ _shift(-x, -y)
-            if matrix[2, 0] == matrix[2, 1] == 0:  # half of the work
+            if matrix[2, 0] == matrix[2, 1] == 0:  # takes half of the time
                 return cv2.warpAffine(layer, matrix[:2] / matrix[2, 2], self.size, flags=cv2.INTER_LINEAR)
             return cv2.warpPerspective(layer, matrix, self.size, flags=cv2.INTER_LINEAR)
         flat_x, flat_y = self._maps
@@ -87,21 +89,21 @@ class Warp:
         return flat_x.astype(np.float32), flat_y.astype(np.float32)
 
 
-def draw_warp(letters: Letters, height: float, config: RenderConfig, rng: np.random.Generator) -> Warp:
-    """A random warp that makes a capital letter about `height` pixels high and crops the image around the letters."""
+def sample_warp(letters: Letters, height: float, config: RenderConfig, rng: np.random.Generator) -> Warp:
+    """Sample a warp that makes a capital letter about `height` pixels high and crops the image around the letters."""
     left, top, right, bottom = letters.box
     centre = ((left + right) / 2, (top + bottom) / 2)
-    bend, arc = _draw_bend(right - left, bottom - top, config, rng)
-    stretch = math.exp(min(max(config.letters.stretch * rng.standard_normal(), -0.5), 0.5))
-    view, rotation = _draw_view(max(right - left, bottom - top) / 2 * stretch, config, rng)
+    bend, arc = _sample_bend(right - left, bottom - top, config, rng)
+    stretch = math.exp(min(max(0.15 * rng.standard_normal(), -0.5), 0.5))
+    view, rotation = _sample_view(max(right - left, bottom - top) / 2 * stretch, config, rng)
     view = view @ np.diag([stretch, 1.0, 1.0])
     outline = _outline(letters) - centre
     points = cv2.perspectiveTransform((bend.forward(outline) if bend else outline)[None], view)[0]
     low, high = points.min(axis=0), points.max(axis=0)
     scale = height / letters.unit
-    margins = _draw_margins(config, rng) * letters.unit
+    margins = _sample_margins(config, rng) * letters.unit
     extent = high - low + margins[:2] + margins[2:]
-    scale = min(scale, config.letters.max_width / extent[0], 3 * config.letters.max_height / extent[1])
+    scale = min(scale, config.letters.max_width / extent[0], 3 * MAX_HEIGHT / extent[1])
     size = (max(round(extent[0] * scale), 8), max(round(extent[1] * scale), 8))
     matrix = np.diag([scale, scale, 1.0]) @ _shift(*(margins[:2] - low)) @ view
     sides = tuple(float(margin * scale) for margin in margins)
@@ -109,7 +111,7 @@ def draw_warp(letters: Letters, height: float, config: RenderConfig, rng: np.ran
 
 
 def _outline(letters: Letters) -> np.ndarray:
-    """Points (n, 2) on the upper and lower edge of the letters, column by column: the warped ones bound the word."""
+    """Return points (n, 2) on the upper and lower edge of the letters; the warped points bound the word."""
     left, top, right, bottom = letters.box
     step = max(1, (right - left) // 50)
     columns = np.arange(left, right, step)
@@ -127,46 +129,44 @@ def _outline(letters: Letters) -> np.ndarray:
     return points
 
 
-def _draw_bend(width: int, height: int, config: RenderConfig, rng: np.random.Generator) -> tuple[Bend | None, float]:
-    """A bend or None, and the degrees of the arc."""
-    settings = config.geometry
+def _sample_bend(width: int, height: int, config: RenderConfig, rng: np.random.Generator) -> tuple[Bend | None, float]:
+    """Sample a bend or None, and the degrees of the arc."""
     chance, strong, kind, sign, angle, phase, waves = rng.random(7)
     beyond = rng.standard_exponential()
     if width < 1.5 * height:
         return None, 0.0
-    if strong < config.steep(settings.strong_curve):
-        degrees = config.amount(settings.curve_degrees) + settings.strong_curve_degrees * beyond
-    elif chance >= config.probability(settings.curve):
+    if strong < config.chance("strong_curve"):
+        degrees = config.amount(_CURVE_DEGREES) + 60.0 * beyond
+    elif chance >= config.chance("curve"):
         return None, 0.0
     elif kind < 0.85:
-        degrees = config.amount(settings.curve_degrees) * (0.25 + 0.75 * angle)
+        degrees = config.amount(_CURVE_DEGREES) * (0.25 + 0.75 * angle)
     else:
         amplitude = config.amount(0.16) * height * (0.3 + 0.7 * angle)
         return Bend(amplitude=amplitude, length=width * (1 + 1.5 * waves), phase=2 * math.pi * phase), 0.0
-    # The inner side of the arc must not fold over, nor its ends meet: the radius stays above the letters' half height.
+    # The radius stays above the letters' half height, so that the inner side of the arc does not fold over.
     radius = max(width / math.radians(min(degrees, 320.0)), height)
     return Bend(radius=math.copysign(radius, sign - 0.35)), math.degrees(width / radius)
 
 
-def _draw_view(half_extent: float, config: RenderConfig, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Perspective after rotation after slant, about the origin; and the rotation, degrees."""
-    settings = config.geometry
+def _sample_view(half_extent: float, config: RenderConfig, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Sample slant, rotation and perspective about the origin as one matrix, and the rotation in degrees."""
     chances = rng.random(4)
     values = [min(max(value, -2.2), 2.2) for value in rng.standard_normal(4).tolist()]
     tail = rng.laplace()
     matrix, degrees = np.eye(3), 0.0
-    if chances[0] < config.probability(settings.shear):
-        matrix[0, 1] = config.amount(settings.shear_amount) * values[0]
-    if chances[3] < config.steep(settings.strong_rotation):
-        degrees = settings.strong_degrees * tail
-    elif chances[1] < config.probability(settings.rotation):
-        degrees = config.amount(settings.degrees) * values[1]
+    if chances[0] < config.chance("shear"):
+        matrix[0, 1] = config.amount(0.18) * values[0]
+    if chances[3] < config.chance("strong_rotation"):
+        degrees = 24.0 * tail
+    elif chances[1] < config.chance("rotation"):
+        degrees = config.amount(5.0) * values[1]
     if degrees:
         angle = math.radians(degrees)
         turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1.0]])
         matrix = turn @ matrix
-    if chances[2] < config.probability(settings.perspective):
-        amount = config.amount(settings.perspective_amount)
+    if chances[2] < config.chance("perspective"):
+        amount = config.amount(0.12)
         view = np.eye(3)
         view[2, 0] = min(max(amount * values[2], -0.35), 0.35) / half_extent
         view[2, 1] = 0.5 * min(max(amount * values[3], -0.35), 0.35) / half_extent
@@ -174,16 +174,15 @@ def _draw_view(half_extent: float, config: RenderConfig, rng: np.random.Generato
     return matrix, degrees
 
 
-def _draw_margins(config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
-    """Left, top, right, bottom space in heights of a capital letter; opposite ones are mostly alike."""
-    settings = config.geometry
+def _sample_margins(config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
+    """Sample left, top, right, bottom space in heights of a capital letter; opposite sides are similar."""
     chances, spread = rng.random(6), rng.random((2, 4))
-    margins = settings.margin * rng.gamma(2.0, 0.5, size=2)[[0, 1, 0, 1]] * (0.6 + 0.8 * spread[0])
-    if chances[4] < config.steep(settings.loose):
+    margins = config.letters.margin * rng.gamma(2.0, 0.5, size=2)[[0, 1, 0, 1]] * (0.6 + 0.8 * spread[0])
+    if chances[4] < config.chance("loose"):
         margins = 0.2 + 1.6 * spread[0]
-    elif chances[5] < config.probability(settings.tight):
+    elif chances[5] < config.chance("tight"):
         margins = 0.06 * spread[0]
-    return np.where(chances[:4] < config.probability(settings.cut), -0.02 - 0.08 * spread[1], margins)
+    return np.where(chances[:4] < config.chance("cut"), -0.02 - 0.08 * spread[1], margins)
 
 
 def _shift(x: float, y: float) -> np.ndarray:

@@ -2,34 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import cv2
 import numpy as np
 
-from rendering.config import LettersConfig
+from rendering.config import LettersConfig, RenderConfig
+from rendering.fonts import Face
 
 PADDING = 0.75  # heights of a capital letter, on each side: room for shadows, outlines and glow
-
-
-@dataclass(frozen=True)
-class Glyph:
-    """A letter: `fill` grey uint8 (h, w); its corner is at (left, top) from the pen on the base line, in pixels."""
-
-    fill: np.ndarray
-    left: int
-    top: int
-    advance: float
-
-
-class Face(Protocol):
-    """What letters are set with, such as `fonts.SizedFace`."""
-
-    unit: float
-
-    def glyph(self, character: str) -> Glyph: ...
-
-    def kerning(self, pair: str) -> float: ...
+MAX_HEIGHT = 80.0  # pixels, of a capital letter
+_MIN_HEIGHT = 11.0
+_WIDEST_SPACING = 0.5
 
 
 @dataclass(frozen=True)
@@ -50,8 +33,8 @@ class Letters:
 class Layout:
     """How letters are set; lengths in heights of a capital letter.
 
-    `spacing` is added after each letter; `drops`: for each letter by how much it sits lower than the base line, or
-    None; `initial`: size of the first letter over that of the others; it hangs a little below the base line.
+    `spacing` is added after each letter; `drops`: by how much each letter sits below the baseline, or None; `initial`:
+    size of the first letter over that of the others; it hangs a little below the baseline.
     """
 
     spacing: float = 0.0
@@ -59,34 +42,36 @@ class Layout:
     initial: float = 1.0
 
 
-def draw_layout(text: str, config: LettersConfig, rng: np.random.Generator) -> Layout:
-    """A random layout."""
+def sample_layout(text: str, config: RenderConfig, rng: np.random.Generator) -> Layout:
+    """Sample a layout."""
     chances, size, drops = rng.random(3), rng.random(2), rng.random(len(text))
     spacing, initial = 0.0, 1.0
-    if chances[0] < config.spacing:
+    if chances[0] < config.chance("spacing"):
         # Mostly a little wider; sometimes tighter, so that letters nearly touch.
-        spacing = config.widest_spacing * size[0] ** 3 - 0.04
-    if chances[1] < config.initial and len(text) > 2 and text[0].isupper():
+        spacing = _WIDEST_SPACING * size[0] ** 3 - 0.04
+    if chances[1] < config.chance("initial") and len(text) > 2 and text[0].isupper():
         initial = 1.15 + 0.45 * size[1]
-    return Layout(spacing, 0.3 * (drops - 0.5) if chances[2] < config.bounce else None, initial)
+    return Layout(spacing, 0.3 * (drops - 0.5) if chances[2] < config.chance("bounce") else None, initial)
 
 
-def draw_height(config: LettersConfig, rng: np.random.Generator) -> float:
-    """A random height of a capital letter in the image, pixels."""
+def sample_height(config: LettersConfig, rng: np.random.Generator) -> float:
+    """Sample the height of a capital letter in the image, pixels."""
     height = config.height * math.exp(config.height_spread * rng.standard_normal())
-    return min(max(height, config.min_height), config.max_height)
+    return min(max(height, _MIN_HEIGHT), MAX_HEIGHT)
 
 
 _PLAIN = Layout()
 
 
-def set_letters(face: Face, text: str, layout: Layout = _PLAIN) -> Letters:
+def set_letters(face: Face, text: str, height: float, layout: Layout = _PLAIN) -> Letters:
     """Draw `text` in one line.
+
+    Args:
+        height: of a capital letter, pixels; at most the one that the face is drawn in.
 
     Raises:
         ValueError: nothing is drawn for `text`.
     """
-    unit = face.unit
     placed: list[tuple[np.ndarray, int, int]] = []
     pen, before = 0.0, ""
     for number, character in enumerate(text):
@@ -95,24 +80,29 @@ def set_letters(face: Face, text: str, layout: Layout = _PLAIN) -> Letters:
         fill, left, top = glyph.fill, glyph.left, glyph.top
         if factor != 1.0:
             fill = cv2.resize(fill, None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
-            left, top = round(left * factor), round((top + 0.3 * (1 - 1 / factor) * unit) * factor)
+            left, top = round(left * factor), round((top + 0.3 * (1 - 1 / factor) * face.unit) * factor)
         if before:
             pen += face.kerning(before + character)
-        drop = 0 if layout.drops is None else round(float(layout.drops[number]) * unit)
+        drop = 0 if layout.drops is None else round(float(layout.drops[number]) * face.unit)
         placed.append((fill, round(pen) + left, top + drop))
-        pen += glyph.advance * factor + layout.spacing * unit
+        pen += glyph.advance * factor + layout.spacing * face.unit
         before = character
-    inked = [(fill, x, y) for fill, x, y in placed if fill.size > 1]
+    inked = [each for each in placed if each[0].size > 1]
     if not inked:
         raise ValueError(f"nothing is drawn for {text!r}")
-    pad = int(PADDING * unit) + 1
     low_x, low_y = min(x for _, x, _ in inked), min(y for _, _, y in inked)
-    width = max(x + fill.shape[1] for fill, x, _ in inked) - low_x
-    height = max(y + fill.shape[0] for fill, _, y in inked) - low_y
-    image = np.zeros((height + 2 * pad, width + 2 * pad), np.uint8)
+    high_x = max(x + fill.shape[1] for fill, x, _ in inked)
+    high_y = max(y + fill.shape[0] for fill, _, y in inked)
+    line = np.zeros((high_y - low_y, high_x - low_x), np.uint8)
     for fill, x, y in inked:
-        top, left = y - low_y + pad, x - low_x + pad
-        area = image[top : top + fill.shape[0], left : left + fill.shape[1]]
-        np.maximum(area, fill, out=area)
-    spans = tuple((x - low_x + pad, x - low_x + pad + fill.shape[1]) for fill, x, _ in placed)
-    return Letters(image, unit, (pad, pad, pad + width, pad + height), spans)
+        area = line[y - low_y : y - low_y + fill.shape[0], x - low_x : x - low_x + fill.shape[1]]
+        cv2.max(area, fill, dst=area)
+    scale = min(height / face.unit, 1.0)
+    if scale < 1:
+        size = max(1, round(line.shape[1] * scale)), max(1, round(line.shape[0] * scale))
+        line = cv2.resize(line, size, interpolation=cv2.INTER_AREA)
+    pad = int(PADDING * face.unit * scale) + 1
+    box = (pad, pad, pad + line.shape[1], pad + line.shape[0])
+    spans = tuple(((x - low_x) * scale + pad, (x - low_x + fill.shape[1]) * scale + pad) for fill, x, _ in placed)
+    line = cv2.copyMakeBorder(line, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=0)
+    return Letters(line, face.unit * scale, box, spans)

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 
 from rendering.blending import full, scaled
-from rendering.colours import draw_light_colour, luminance, with_luminance
+from rendering.colours import luminance, sample_light_colour, with_luminance
 from rendering.textures import ramp
 
 # Street lamps of sodium, mercury and LEDs, and the sky after sunset.
@@ -12,24 +12,24 @@ _NIGHT_COLOURS = np.array([(1.25, 0.95, 0.55), (0.85, 1.1, 0.95), (1.0, 1.0, 1.0
 
 
 def darken(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As seen by lamplight: dark, in the colour of the lamp."""
+    """Darken the image as under a lamp, in the colour of the lamp."""
     colour = _NIGHT_COLOURS[int(rng.integers(len(_NIGHT_COLOURS)))]
     left, black = 0.15 + 0.4 * rng.random() ** 1.5, 14 * rng.random()
-    # What is dark by itself is lit enough to be seen.
+    # Dark images stay bright enough to be seen.
     left = max(left, 60 / max(float(np.percentile(image[::2, ::2, 1], 95)), 60.0))
     return cv2.add(image * (np.float32(left) * colour), (black, black, black, 0.0))
 
 
 def veil(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Behind haze, dust or glass: hardly any contrast is left."""
-    colour = draw_light_colour(rng)
+    """Take most of the contrast, as haze, dust or glass do."""
+    colour = sample_light_colour(rng)
     colour = with_luminance(0.35 * colour + 0.65 * luminance(colour) * 255, rng.uniform(0.25, 0.9))
     share = 0.14 + 0.36 * rng.random()
     return cv2.addWeighted(image, share, full(image.shape[:2], colour), 1 - share, 0)
 
 
 def shine(image: np.ndarray, unit: float, rng: np.random.Generator) -> np.ndarray:
-    """Lamps in the image, or light that spreads from its bright parts."""
+    """Draw lamps into the image, or let light spread from its bright parts."""
     if rng.random() < 0.4:
         bright = cv2.subtract(image, (110.0, 110.0, 110.0, 0.0))
         np.maximum(bright, 0, out=bright)
@@ -43,6 +43,6 @@ def shine(image: np.ndarray, unit: float, rng: np.random.Generator) -> np.ndarra
         distance = x * x + (y * y)[:, None]
         core, reach = rng.uniform(0.02, 0.15), rng.uniform(0.25, 0.8)
         light = 260 * np.exp(-distance / (2 * core * core)) + rng.uniform(50, 150) * np.exp(-distance / (2 * reach**2))
-        colour = (draw_light_colour(rng) / 255).astype(np.float32)
+        colour = (sample_light_colour(rng) / 255).astype(np.float32)
         image = cv2.add(image, light.astype(np.float32)[..., None] * colour)
     return image

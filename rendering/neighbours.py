@@ -1,4 +1,4 @@
-"""Other text above, below and beside the word, on the same surface: it is warped with the word and cut by the crop."""
+"""Other text around the word, on the same surface: it is warped with the word and cut by the crop."""
 
 from dataclasses import dataclass
 
@@ -13,21 +13,18 @@ _SIDES = np.array([0.3, 0.6, 0.3, 0.6])  # chance of text left, above, right, be
 
 @dataclass(frozen=True)
 class Neighbours:
-    """`fill`: grey uint8 (h, w), as of `Letters`; `centre`: where the middle of the word's letters lies in it."""
+    """`fill`: grey uint8 (h, w), as in `Letters`; `centre`: the middle of the word's letters in it."""
 
     fill: np.ndarray
     centre: tuple[float, float]
 
 
-def place_neighbours(
-    letters: Letters, other: Letters, *, scale: float, space: np.ndarray, rng: np.random.Generator
-) -> Neighbours:
+def place_neighbours(letters: Letters, other: Letters, space: np.ndarray, rng: np.random.Generator) -> Neighbours:
     """Set pieces of `other` around the word.
 
     Args:
-        scale: size of the other text in the flat image of the word.
         space: left, top, right, bottom space in the image, heights of a capital letter: most of the other text
-            begins within it, so that it is seen.
+            begins within it and is seen.
     """
     unit = letters.unit
     left, top, right, bottom = letters.box
@@ -36,9 +33,6 @@ def place_neighbours(
     canvas = np.zeros((height + 2 * reach, width + 2 * reach), np.uint8)
     x, y, x_end, y_end = other.box
     piece = other.fill[y:y_end, x:x_end]
-    if scale != 1.0:
-        size = max(2, round(piece.shape[1] * scale)), max(2, round(piece.shape[0] * scale))
-        piece = cv2.resize(piece, size, interpolation=cv2.INTER_AREA)
     chances, along, near = rng.random(4), rng.random(4), rng.random(4)
     sides = np.flatnonzero(chances < _SIDES)
     for side in sides if sides.size else [1 if chances[0] < 0.5 else 3]:
@@ -56,9 +50,9 @@ def place_neighbours(
 
 
 def _paste(canvas: np.ndarray, piece: np.ndarray, x: int, y: int) -> None:
-    """Put `piece` with its corner at (x, y), in place, cut to the canvas."""
+    """Draw `piece` with its corner at (x, y), in place, cut to the canvas."""
     left, top = max(x, 0), max(y, 0)
     right, bottom = min(x + piece.shape[1], canvas.shape[1]), min(y + piece.shape[0], canvas.shape[0])
     if left < right and top < bottom:
         area = canvas[top:bottom, left:right]
-        np.maximum(area, piece[top - y : bottom - y, left - x : right - x], out=area)
+        cv2.max(area, piece[top - y : bottom - y, left - x : right - x], dst=area)

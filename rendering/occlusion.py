@@ -1,4 +1,4 @@
-"""Things before the letters: poles and wires, leaves, the edge of something near. What they cover is no text."""
+"""Things in front of the letters: poles, wires, leaves, the edge of something near. What they cover is not text."""
 
 import math
 
@@ -6,17 +6,17 @@ import cv2
 import numpy as np
 
 from rendering.blending import blend, full
-from rendering.colours import draw_background_colour, with_luminance
+from rendering.colours import sample_background_colour, with_luminance
 from rendering.textures import cut_texture
 
-_VISIBLE = 0.55  # least share of each part of the letters that stays
+_VISIBLE = 0.55  # smallest share of each part of the letters that stays
 _TRIES = 4
 
 
 def occlude(
     image: np.ndarray, alpha: np.ndarray, unit: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put something before a part of the word; every letter stays in part.
+    """Draw something in front of a part of the word; a part of every letter stays visible.
 
     Args:
         image: float32 RGB (h, w, 3), 0 to 255.
@@ -24,7 +24,7 @@ def occlude(
         unit: height of a capital letter, pixels.
 
     Returns:
-        image and alpha; both as they were where nothing fits.
+        image and alpha, unchanged where nothing fits.
     """
     kind = ("pole", "wires", "leaves", "edge")[int(rng.integers(4))]
     size = 1.0
@@ -41,7 +41,7 @@ def occlude(
 
 
 def _draw_cover(kind: str, shape: tuple[int, int], unit: float, rng: np.random.Generator) -> np.ndarray:
-    """Where the thing is, uint8 (h, w)."""
+    """Draw the shape of the thing, uint8 (h, w)."""
     height, width = shape
     cover = np.zeros(shape, np.uint8)
     if kind == "pole":
@@ -75,8 +75,8 @@ def _draw_bar(cover: np.ndarray, x: float, y: float, degrees: float, thick: floa
 
 
 def _draw_thing(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """What is seen where the thing is, float32 (h, w, 3)."""
-    colour = draw_background_colour(rng)
+    """Draw the surface of the thing, float32 (h, w, 3)."""
+    colour = sample_background_colour(rng)
     if kind == "leaves":
         colour = np.array([rng.uniform(30, 130), rng.uniform(80, 180), rng.uniform(20, 80)])
     elif kind == "wires" or rng.random() < 0.5:
@@ -88,7 +88,7 @@ def _draw_thing(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> 
 
 
 def _every_part_stays(alpha: np.ndarray, cover: np.ndarray, unit: float) -> bool:
-    """Whether enough is left of each connected part of the letters, and of each piece of one as wide as a letter."""
+    """Return whether enough is left of each connected part of the letters, and of each piece as wide as a letter."""
     ink = (alpha > 127).astype(np.uint8)
     count, labels = cv2.connectedComponents(ink, ltype=cv2.CV_32S)
     columns = (np.arange(alpha.shape[1]) / max(0.6 * unit, 4)).astype(np.int32)
@@ -97,7 +97,7 @@ def _every_part_stays(alpha: np.ndarray, cover: np.ndarray, unit: float) -> bool
     for numbers, number in ((labels, count), (pieces, int(pieces.max()) + 1)):
         before = np.bincount(numbers[inked], minlength=number)
         after = np.bincount(numbers[free], minlength=number)
-        # Small pieces are ends of letters and dots: what counts is that the letter stays.
+        # Small pieces are dots and ends of letters, which may go.
         counted = before > 0.03 * unit * unit
         if (after[counted] < _VISIBLE * before[counted]).any():
             return False

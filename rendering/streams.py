@@ -1,4 +1,4 @@
-"""Random numbers of a word: every concern draws from a stream of its own.
+"""Random numbers of a word: every concern has a stream of its own.
 
 The same index with another kind of background, or with another salt for one stream, keeps everything else.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """The concerns that draw by themselves; the numbers are part of what a seed means."""
+    """The concerns with a stream of their own; changed numbers give other words for the same seed."""
 
     WORD = 0
     FONT = 1
@@ -28,8 +28,8 @@ class Stream(IntEnum):
 class Streams:
     """The random generators of all words and concerns.
 
-    Philox counts: key and counter choose a place in its sequence, so that no two streams share numbers. One generator
-    is set to the place of each stream, which takes a third of the time of making one.
+    Key and counter of Philox choose a place in its sequence, so that no two streams share numbers. One generator is
+    moved to the place of each stream, which takes a third of the time of making one.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Streams:
         return Streams, ()
 
     def at(self, seed: int, index: int, stream: Stream, salts: Mapping[Stream, int]) -> np.random.Generator:
-        """The generator of one stream; the next call sets the same object to another one."""
+        """Return the generator of one stream; the next call moves the same object to another."""
         self._key[:] = seed, index
         self._counter[2:] = int(stream), salts.get(stream, 0)
         self._philox.state = self._start

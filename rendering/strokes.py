@@ -1,4 +1,4 @@
-"""What of the letters counts as text: the fill, or what a way of drawing them leaves of it."""
+"""The part of the letters that is text: the fill, or the line, dots or stencil that they are drawn with."""
 
 from functools import lru_cache
 
@@ -11,15 +11,15 @@ _BRIDGED = frozenset("ABCDGOPQRSUabdegopq0689")  # letters that a stencil holds 
 
 
 def hollow(letters: Letters, width: float) -> np.ndarray:
-    """The line of letters drawn by their outline alone, `width` heights of a capital letter wide, uint8 (h, w)."""
+    """Return the outlines of letters, `width` heights of a capital letter wide, uint8 (h, w)."""
     radius = max(1, round(width * letters.unit / 2))
     return cv2.dilate(letters.fill, disc(radius)) - cv2.erode(letters.fill, disc(radius))
 
 
 def dotted(letters: Letters, rows: float) -> np.ndarray:
-    """The letters as dots in a grid with `rows` rows to a capital letter, uint8 (h, w).
+    """Return the letters as dots in a grid with `rows` rows to a capital letter, uint8 (h, w).
 
-    Letters stay whole where the grid is too coarse for them: strokes that would vanish, gaps that would fill.
+    Letters stay whole where the grid is too coarse for them.
     """
     pitch = max(3, round(letters.unit / rows))
     height, width = letters.fill.shape
@@ -35,7 +35,7 @@ def dotted(letters: Letters, rows: float) -> np.ndarray:
 
 
 def stencilled(letters: Letters, text: str, width: float) -> np.ndarray:
-    """The letters without the bridges of a stencil, `width` heights of a capital letter wide, uint8 (h, w)."""
+    """Cut the bridges of a stencil, `width` heights of a capital letter wide, out of letters: uint8 (h, w)."""
     cut = letters.fill.copy()
     half = max(1, round(width * letters.unit)) / 2
     for character, (left, right) in zip(text, letters.spans, strict=True):
@@ -47,13 +47,13 @@ def stencilled(letters: Letters, text: str, width: float) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def disc(radius: int) -> np.ndarray:
-    """A round kernel for dilation and erosion."""
+    """Return a round kernel for dilation and erosion."""
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
 
 @lru_cache(maxsize=64)
 def _dot(pitch: int) -> np.ndarray:
-    """A dot in a cell of the grid, uint8 (pitch, pitch)."""
+    """Return a dot in a cell of the grid, uint8 (pitch, pitch)."""
     detail = 8
     large = np.zeros((pitch * detail, pitch * detail), np.uint8)
     cv2.circle(large, (pitch * detail // 2, pitch * detail // 2), round(0.43 * pitch * detail), 255, -1)

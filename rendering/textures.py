@@ -1,4 +1,4 @@
-"""Procedural textures: tiles that are made once in a process and cut from, so that a word costs only a cut."""
+"""Procedural textures: pieces of tiles that each process makes once."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,7 +12,7 @@ _SEED = 20
 
 
 def _noise(rng: np.random.Generator, *, finest: int = 256, falloff: float = 0.55) -> np.ndarray:
-    """Noise of several scales, (TILE, TILE), in [0, 1]."""
+    """Return noise of several scales, (TILE, TILE), in [0, 1]."""
     total = np.zeros((TILE, TILE), np.float32)
     size, strength = 4, 1.0
     while size <= finest:
@@ -126,25 +126,25 @@ def _wear(variant: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def ramp(length: int) -> np.ndarray:
-    """From -0.5 to 0.5 in `length` steps, float32 (length,), to be read only."""
+    """Return -0.5 to 0.5 in `length` steps, float32 (length,), read-only."""
     values = np.linspace(-0.5, 0.5, length, dtype=np.float32)
     values.flags.writeable = False
     return values
 
 
 def cut_texture(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random piece of a random texture at a random scale, float32 (h, w) in [0, 1]; `size` is (height, width)."""
+    """Sample a piece of a texture at any scale, float32 (h, w) in [0, 1]; `size` is (height, width)."""
     return _cut(_tile(int(rng.integers(len(_KINDS))), int(rng.integers(VARIANTS))), size, rng)
 
 
 def cut_wear(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """How worn the paint is, float32 (h, w) in [0, 1], mostly near 0; `size` is (height, width)."""
+    """Sample how worn paint is, float32 (h, w) in [0, 1], mostly near 0; `size` is (height, width)."""
     return _cut(_wear(int(rng.integers(VARIANTS))), size, rng)
 
 
 def _cut(tile: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     height, width = size
-    # At most the whole tile is shown; wide images show it enlarged.
+    # Wide images show a tile enlarged.
     span = min(TILE, max(height, width)) * rng.uniform(0.6, 1.0)
     piece_width = max(2, round(span * width / max(height, width)))
     piece_height = max(2, round(span * height / max(height, width)))

@@ -1,4 +1,4 @@
-"""What is written: words by frequency, numbers, random strings, and how they are cased and punctuated."""
+"""The texts: words by frequency, numbers and random strings, with their case and punctuation."""
 
 import string
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ PAIRS = (("(", ")"), ('"', '"'), ("'", "'"), ("[", "]"), ("<", ">"))
 
 
 class WordSource:
-    """Draws texts.
+    """Samples texts.
 
     Args:
         config: shares and limits.
@@ -41,19 +41,19 @@ class WordSource:
             raise UserError("words.cases: every weight is 0; give at least one case a weight")
         self._cases = np.cumsum(weights / weights.sum())
 
-    def draw(self, rng: np.random.Generator) -> str:
-        """A text of 1 to max_length allowed characters."""
+    def sample(self, rng: np.random.Generator) -> str:
+        """Sample a text of 1 to max_length allowed characters."""
         for _ in range(100):
-            text = self._draw_once(rng)
+            text = self._sample_once(rng)
             if 0 < len(text) <= self.config.max_length and self._allowed.issuperset(text):
                 return text
-        # Every attempt met a character that is not allowed: one that is, then.
+        # Every attempt had a character that is not allowed.
         return self.config.characters[int(rng.integers(len(self.config.characters)))]
 
-    def _draw_once(self, rng: np.random.Generator) -> str:
+    def _sample_once(self, rng: np.random.Generator) -> str:
         kind = rng.random()
         if kind < self.config.numbers:
-            return draw_number(rng)
+            return sample_number(rng)
         if kind < self.config.numbers + self.config.random:
             return self._random_string(rng)
         word = self._cased(self._words[int(np.searchsorted(self._cumulated, rng.random(), side="right"))], rng)
@@ -93,14 +93,14 @@ class WordSource:
         return iter(found)
 
     def _fits(self, word: str) -> bool:
-        """Whether some case of `word` can be written."""
+        """Return whether `word` can be written in any case."""
         return 0 < len(word) <= self.config.max_length and any(
             self._allowed.issuperset(form) for form in (word.lower(), word.upper(), word)
         )
 
 
 def read_words(path: Path) -> Iterator[tuple[str, float]]:
-    """(word, count) of each line of a word list; lines that begin with `#` and blank ones are no words.
+    """Yield (word, count) of each line of a word list; blank lines and lines that begin with `#` are skipped.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, or a count is not a positive number.
@@ -125,7 +125,7 @@ def read_words(path: Path) -> Iterator[tuple[str, float]]:
 
 
 def punctuated(word: str, rng: np.random.Generator) -> str:
-    """`word` with punctuation after it (mostly), before it, around it or inside."""
+    """Add punctuation after a word (mostly), before it, around it or inside."""
     kind = rng.random()
     if kind < 0.65:
         return word + SUFFIXES[int(rng.integers(len(SUFFIXES)))]
@@ -138,13 +138,13 @@ def punctuated(word: str, rng: np.random.Generator) -> str:
     return word[:middle] + "-'&./"[int(rng.integers(5))] + word[middle:]
 
 
-def draw_number(rng: np.random.Generator) -> str:
-    """A number as signs and labels have them."""
+def sample_number(rng: np.random.Generator) -> str:
+    """Sample a number as on signs and labels."""
     return _NUMBER_FORMS[int(rng.integers(len(_NUMBER_FORMS)))](rng)
 
 
 def _digits(rng: np.random.Generator, low: int, high: int) -> str:
-    """From `low` to `high` digits, the first one seldom 0."""
+    """Sample `low` to `high` digits, the first seldom 0."""
     digits = rng.integers(10, size=int(rng.integers(low, high + 1)))
     digits[0] = digits[0] or rng.integers(10)
     return "".join(map(str, digits))

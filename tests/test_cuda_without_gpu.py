@@ -333,7 +333,7 @@ def test_batches_are_handed_over_in_pinned_memory(name, tmp_path, pinned):
     loader = build_training_data(config, device=CUDA, process=Process())
     loader.batch_sampler.set_position(0, 0)
     batch = next(iter(loader))
-    tensors = dict(batch._tensors())
+    tensors = {field: value for field, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     assert len(tensors) >= 3
     for field, tensor in tensors.items():
         assert tensor.data_ptr() in pinned, field
@@ -410,7 +410,7 @@ def test_segmenter(precision):
 def test_reader(tmp_path):
     small_networks.save_networks(tmp_path)
     reader = Reader(tmp_path / "both.pth", device="cpu")
-    with fake_results() as arrived:
+    with fake_results() as arrived, mock.patch("reader.GPU_THREADS", 1):  # fake tensors are known to one thread alone
         to_fake_cuda(reader._model)
         to_fake_cuda(reader._segmenter._ssn)
         reader.device = reader._segmenter.device = CUDA

@@ -15,26 +15,23 @@ from loading.sampling import SampleKey
 from rendering import RenderConfig, RenderedWords, Stream, WordRenderer, load_render_config
 from rendering.backgrounds import find_photos, read_photo
 from rendering.colours import luminance, with_luminance
-from rendering.config import BACKGROUND_KINDS, DegradationConfig, LettersConfig, WordsConfig
+from rendering.config import BACKGROUND_KINDS, CHANCES, WordsConfig
 from rendering.fonts import FontBook, FontFamily, find_families, in_split
 from rendering.geometry import Bend
-from rendering.letters import Layout, draw_layout, set_letters
-from rendering.words import WordSource, draw_number, read_words
+from rendering.letters import Layout, sample_layout, set_letters
+from rendering.words import WordSource, read_words, sample_number
 from schema import Section, walk_schema
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = ["street", "market", "coffee", "open", "exit", "north", "jolly", "quiz", "don't"]
-# Letters of one paint, nothing of theirs beyond them.
+# Nothing of the letters beyond them.
 PLAIN_LETTERS = [
-    f"effects.{name}=0"
+    f"chances.{name}=0"
     for name in ("outline", "shadow", "extrusion", "glow", "relief", "dots", "stencil", "jersey", "neon")
 ]
-ALONE = ["surroundings.neighbours=0", "surroundings.occlusion=0"]
-NO_CAMERA = [
-    f"degradation.{name}=0" for name in DegradationConfig.model_fields if not name.endswith(("amount", "loss"))
-]
-NO_CAMERA.remove("degradation.jpeg_quality=0")
+ALONE = ["surroundings=0"]
+NO_CAMERA = ["degradation=0"]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +110,7 @@ class TestMasks:
 
     @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
     def test_recolouring_changes_the_mask_and_nothing_else(self, make, difficulty):
-        settings = [*PLAIN_LETTERS, *ALONE, *NO_CAMERA, f"difficulty={difficulty}", "colours.min_contrast=0"]
+        settings = [*PLAIN_LETTERS, *ALONE, *NO_CAMERA, f"difficulty={difficulty}", "contrast=0"]
         renderer = make(*settings)
         changed_letters = 0
         for index in range(30):
@@ -128,8 +125,8 @@ class TestMasks:
         assert changed_letters > 5
 
     def test_recolouring_by_the_mask_gives_the_rendered_image(self, make):
-        one_colour = [f"effects.{name}=0" for name in ("gradient", "two_colours", "worn", "emboss", "hollow")]
-        renderer = make(*PLAIN_LETTERS, *ALONE, *one_colour, *NO_CAMERA, "background=plain", "geometry.curve=0.5")
+        one_colour = [f"chances.{name}=0" for name in ("gradient", "two_colours", "worn", "emboss", "hollow")]
+        renderer = make(*PLAIN_LETTERS, *ALONE, *one_colour, *NO_CAMERA, "background=plain", "chances.curve=0.5")
         for index in range(20):
             word = renderer.render(0, index)
             ground = np.median(word.image[word.mask == 0], axis=0)
@@ -157,8 +154,8 @@ class TestMasks:
             assert same(word, renderer.render(0, 4, background=kind))
 
     def test_hollow_letters_are_their_line(self, make):
-        filled = make("effects.hollow=0").render(0, 2, text="HOB")
-        hollow = make("effects.hollow=1").render(0, 2, text="HOB")
+        filled = make("chances.hollow=0").render(0, 2, text="HOB")
+        hollow = make("chances.hollow=1").render(0, 2, text="HOB")
         inside = cv2.erode((filled.mask > 200).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
         if inside.any():
             assert hollow.mask[inside].mean() < 0.5 * filled.mask[inside].mean()
@@ -175,7 +172,7 @@ class TestMasks:
         assert changed > 5
 
     def test_letters_can_be_told_from_the_background(self, make):
-        renderer = make(*PLAIN_LETTERS, *NO_CAMERA, "difficulty=0", "effects.worn=0", "effects.gradient=0")
+        renderer = make(*PLAIN_LETTERS, *NO_CAMERA, "difficulty=0", "chances.worn=0", "chances.gradient=0")
         for index in range(60):
             word = renderer.render(0, index)
             grey = cv2.cvtColor(word.image, cv2.COLOR_RGB2GRAY) / 255.0
@@ -195,28 +192,25 @@ class TestKinds:
     @pytest.fixture
     def plain(self, make, renderer):
         """Words of one colour on one colour, upright, and nothing else but what `more` asks for."""
-        off = [f"effects.{name}=0" for name in ("gradient", "two_colours", "worn", "emboss", "hollow")]
-        off += [f"geometry.{name}=0" for name in ("rotation", "shear", "perspective", "curve", "cut")]
-        off += [f"geometry.{name}=0" for name in ("strong_rotation", "strong_curve", "loose", "tight")]
-        off += ["letters.height=40", "letters.height_spread=0", "letters.bounce=0", "letters.initial=0"]
+        off = ["effects=0", "geometry=0", "letters.height=40", "letters.height_spread=0"]
 
         @functools.cache
         def build(*more):
-            built = make(*PLAIN_LETTERS, *ALONE, *NO_CAMERA, *off, "background=plain", *more)
+            built = make(*ALONE, *NO_CAMERA, *off, "background=plain", *more)
             built.fonts = renderer.fonts  # their letters are drawn already
             return built
 
         return build
 
     def test_a_glow_has_the_colour_of_the_letters(self, plain):
-        for index, word in enumerate(render_range(plain("effects.glow=1"), 0, 12)):
+        for index, word in enumerate(render_range(plain("chances.glow=1"), 0, 12)):
             ground, ink = median_colours(plain().render(3, index))
             near = (cv2.dilate(word.mask, np.ones((5, 5))) > 0) & (word.mask == 0)
             towards = (word.image[near].astype(float) - ground) @ (ink - ground)
             assert np.mean(towards) > 0.1 * np.sum((ink - ground) ** 2), word.text
 
     def test_worn_paint_shows_the_ground(self, plain):
-        for index, word in enumerate(render_range(plain("effects.worn=1"), 0, 12)):
+        for index, word in enumerate(render_range(plain("chances.worn=1"), 0, 12)):
             ground, ink = median_colours(plain().render(3, index))
             letters = word.image[word.mask == 255].astype(float)
             assert (letters >= np.minimum(ground, ink) - 2).all(), word.text
@@ -224,11 +218,11 @@ class TestKinds:
             assert np.abs(letters - ink).max() > 8
 
     def test_relief_has_the_colour_of_the_ground_and_light_and_shade(self, plain):
-        for word in render_range(plain("effects.relief=1"), 0, 12):
+        for word in render_range(plain("chances.relief=1"), 0, 12):
             ground, ink = median_colours(word)
             assert np.abs(ground - ink).max() <= 20, word.text
             grey = cv2.cvtColor(word.image, cv2.COLOR_RGB2GRAY)
-            assert np.ptp(grey) > 25, word.text
+            assert np.ptp(grey) > 45, word.text
 
     def test_dots_are_apart_in_image_and_mask(self, plain):
         def parts(word):
@@ -236,7 +230,7 @@ class TestKinds:
 
         dotted = 0
         for index in range(8):
-            word = plain("effects.dots=1", "letters.height=70").render(3, index, text="HOLE")
+            word = plain("chances.dots=1", "letters.height=70").render(3, index, text="HOLE")
             whole = plain("letters.height=70").render(3, index, text="HOLE")
             if not np.array_equal(word.mask, whole.mask):  # else a face that the grid is too coarse for
                 dotted += parts(word) > 20
@@ -246,7 +240,7 @@ class TestKinds:
     def test_a_stencil_cuts_bridges(self, plain):
         changed = 0
         for index in range(8):
-            word = plain("effects.stencil=1").render(3, index, text="BOO")
+            word = plain("chances.stencil=1").render(3, index, text="BOO")
             whole = plain().render(3, index, text="BOO")
             assert (word.mask <= whole.mask).all()
             assert (word.image == whole.image)[whole.mask == 0].all()
@@ -254,7 +248,7 @@ class TestKinds:
         assert changed >= 6
 
     def test_a_jersey_has_two_outlines(self, plain):
-        for index, word in enumerate(render_range(plain("effects.jersey=1"), 0, 8)):
+        for index, word in enumerate(render_range(plain("chances.jersey=1"), 0, 8)):
             whole = plain().render(3, index)
             assert np.array_equal(word.mask, whole.mask)
             _, ink = median_colours(whole)
@@ -264,39 +258,36 @@ class TestKinds:
             assert (far > 60).any(), word.text  # the inner one another
 
     def test_neon_shines_before_the_dark(self, plain):
-        for word in render_range(plain("effects.neon=1", "effects.hollow=0"), 0, 12):
+        for word in render_range(plain("chances.neon=1", "chances.hollow=0"), 0, 12):
             if word.mask.max() == 255:
                 ground, ink = median_colours(word)
                 assert luminance(ink) > 0.15 + luminance(ground), word.text
 
     def test_large_initials(self, renderer):
-        face = renderer.fonts.face(renderer.fonts.choose("HHH", np.random.default_rng(0)), 30)
-        plain, large = set_letters(face, "HHH"), set_letters(face, "HHH", Layout(initial=1.5))
+        face = renderer.fonts.face(renderer.fonts.choose("HHH", np.random.default_rng(0)))
+        plain, large = set_letters(face, "HHH", 30), set_letters(face, "HHH", 30, Layout(initial=1.5))
         (left, right), (other_left, other_right) = (letters.spans[0] for letters in (plain, large))
         assert 1.3 < (other_right - other_left) / (right - left) < 1.7
         assert large.box[3] - large.box[1] > 1.3 * (plain.box[3] - plain.box[1])
-        config = LettersConfig(initial=1.0)
-        assert draw_layout("Market", config, np.random.default_rng(0)).initial > 1.1
-        assert draw_layout("market", config, np.random.default_rng(0)).initial == 1.0
+        config = load_render_config(None, ["chances.initial=1"])
+        assert sample_layout("Market", config, np.random.default_rng(0)).initial > 1.1
+        assert sample_layout("market", config, np.random.default_rng(0)).initial == 1.0
 
     def test_rotations_and_arcs_have_heavy_tails(self, make):
-        words = render_range(make("geometry.strong_rotation=1", "geometry.curve=0"), 0, 60)
+        words = render_range(make("chances.strong_rotation=1", "chances.curve=0"), 0, 60)
         angles = np.abs([word.rotation for word in words])
         assert 0.2 < np.mean(angles > 20) < 0.7
         assert np.mean(angles > 60) > 0.01
-        arcs = [word.arc for word in render_range(make("geometry.strong_curve=1"), 0, 60) if len(word.text) > 5]
+        arcs = [word.arc for word in render_range(make("chances.strong_curve=1"), 0, 60) if len(word.text) > 5]
         assert np.mean(np.array(arcs) > 90) > 0.3
         assert max(arcs) < 321
 
     def test_easy_words_have_no_steep_kinds(self, make):
-        names = ("night", "veil", "lights", "tiny")
-        settings = [f"degradation.{name}=1" for name in names] + ["geometry.strong_rotation=1", "geometry.loose=1"]
-        settings += ["effects.relief=1", "surroundings.occlusion=1", "geometry.strong_curve=1", "difficulty=0.3"]
-        without = [setting.replace("=1", "=0") for setting in settings[:-1]] + ["difficulty=0.3"]
-        first, second = make(*settings), make(*without)
+        steep = [name for name, chance in CHANCES.items() if chance.growth == "steep"]
+        first, second = (make("difficulty=0.3", *(f"chances.{name}={value}" for name in steep)) for value in (1, 0))
         assert all(same(*pair) for pair in zip(render_range(first, 0, 10), render_range(second, 0, 10), strict=True))
-        assert first.config.steep(0.1) == 0
-        assert make("difficulty=0.7").config.steep(0.1) == pytest.approx(0.2)
+        assert first.config.chance("night") == 0
+        assert make("difficulty=0.7", "chances.night=0.1").config.chance("night") == pytest.approx(0.2)
 
     def test_loose_and_tight_crops(self, plain):
         def spaces(word):
@@ -304,8 +295,8 @@ class TestKinds:
             height, width = word.mask.shape
             return np.array([columns[0:].min(), rows.min(), width - 1 - columns.max(), height - 1 - rows.max()]) / 40
 
-        loose = np.array([spaces(word) for word in render_range(plain("geometry.loose=1"), 0, 12)])
-        tight = np.array([spaces(word) for word in render_range(plain("geometry.tight=1"), 0, 12)])
+        loose = np.array([spaces(word) for word in render_range(plain("chances.loose=1"), 0, 12)])
+        tight = np.array([spaces(word) for word in render_range(plain("chances.tight=1"), 0, 12)])
         assert loose.min() > 0.1
         assert np.abs(loose[:, 0] - loose[:, 2]).max() > 0.5  # off the middle
         assert tight.max() < 0.15
@@ -316,15 +307,33 @@ class TestKinds:
 
         for index in range(12):
             day = grey(plain().render(3, index))
-            night = grey(plain("degradation.night=1").render(3, index))
-            veiled = grey(plain("degradation.veil=1").render(3, index))
+            night = grey(plain("chances.night=1").render(3, index))
+            veiled = grey(plain("chances.veil=1").render(3, index))
             assert night.mean() < 0.75 * day.mean() + 15
             assert np.ptp(veiled) < 0.6 * np.ptp(day)
             assert np.ptp(veiled) > 10
 
+    @pytest.mark.parametrize("kind", ["night", "veil", "exposure", "tiny"])
+    def test_letters_keep_a_contrast(self, plain, kind):
+        """Letters of low contrast, a degradation on top: the mean grey of letters and of what is near them differs."""
+        renderer = plain(f"chances.{kind}=1", "chances.low_contrast=1", "difficulty=0.8")
+        for word in render_range(renderer, 0, 25):
+            image, letters = word.image.astype(float), word.mask > 127
+            near = (cv2.dilate(word.mask, np.ones((9, 9))) > 127) & (word.mask < 32)
+            if letters.sum() > 30 and near.sum() > 30:
+                difference = image[letters].mean(axis=0) - image[near].mean(axis=0)
+                contrast = max(abs(float(luminance(difference))), 0.5 * np.abs(difference).max() / 255)
+                assert contrast > 0.075, word.text
+
+    def test_relief_is_neither_dark_nor_veiled_nor_tiny(self, plain):
+        names = ("night", "veil", "tiny")
+        bad = plain("chances.relief=1", *(f"chances.{name}=1" for name in names))
+        good = plain("chances.relief=1")
+        assert all(same(*pair) for pair in zip(render_range(bad, 0, 5), render_range(good, 0, 5), strict=True))
+
     def test_lights_add_light(self, plain):
         for index in range(12):
-            dark, lit = plain().render(3, index), plain("degradation.lights=1").render(3, index)
+            dark, lit = plain().render(3, index), plain("chances.lights=1").render(3, index)
             brighter = lit.image.astype(int) - dark.image
             assert brighter.max() > 8 or dark.image.max() < 120 or dark.image.min() > 230, dark.text
             assert np.array_equal(dark.mask, lit.mask)
@@ -336,18 +345,18 @@ class TestKinds:
             return np.abs(grey - cv2.resize(small, grey.shape[::-1], interpolation=cv2.INTER_CUBIC)).mean()
 
         for index in range(8):
-            sharp, tiny = plain().render(3, index), plain("degradation.tiny=1").render(3, index)
+            sharp, tiny = plain().render(3, index), plain("chances.tiny=1").render(3, index)
             assert sharp.image.shape == tiny.image.shape
             assert np.array_equal(sharp.mask, tiny.mask)
             assert detail(tiny) < 0.6 * detail(sharp)
 
-    @pytest.mark.parametrize("warp", [[], ["geometry.curve=1", "geometry.rotation=1", "geometry.perspective=1"]])
+    @pytest.mark.parametrize("warp", [[], ["chances.curve=1", "chances.rotation=1", "chances.perspective=1"]])
     def test_neighbours_are_seen_and_not_in_the_mask(self, plain, warp):
-        warp = [*warp, "geometry.margin=0.5"]
+        warp = [*warp, "letters.margin=0.5"]
         seen = 0
         for index in range(20):
             alone = plain(*warp).render(3, index)
-            among = plain(*warp, "surroundings.neighbours=1").render(3, index)
+            among = plain(*warp, "chances.neighbours=1").render(3, index)
             assert np.array_equal(alone.mask, among.mask)
             assert (alone.image == among.image)[alone.mask == 255].all()
             seen += (np.abs(alone.image.astype(int) - among.image).max(axis=2)[alone.mask == 0] > 30).sum() > 20
@@ -356,8 +365,8 @@ class TestKinds:
     def test_what_is_covered_is_no_text_and_every_letter_stays(self, plain):
         covered = 0
         for index in range(40):
-            free = plain("geometry.curve=1").render(3, index)
-            word = plain("geometry.curve=1", "surroundings.occlusion=1").render(3, index)
+            free = plain("chances.curve=1").render(3, index)
+            word = plain("chances.curve=1", "chances.occlusion=1").render(3, index)
             assert (word.mask <= free.mask).all()
             assert (word.image == free.image)[(word.mask == free.mask) & (free.mask == 255)].all()
             covered += (free.mask.astype(int) - word.mask).max() > 200
@@ -369,13 +378,13 @@ class TestKinds:
 
     def test_saturated_grounds(self, make):
         def saturation(share):
-            words = render_range(make(f"colours.saturated={share}", "background=plain", *NO_CAMERA), 0, 30)
+            words = render_range(make(f"saturated={share}", "background=plain", *NO_CAMERA), 0, 30)
             return np.mean([cv2.cvtColor(word.image, cv2.COLOR_RGB2HSV)[..., 1].mean() for word in words])
 
         assert saturation(1.0) > 1.5 * saturation(0.0)
 
     def test_words_may_share_their_letters(self, make):
-        renderer = make("letters.reuse=3", "surroundings.occlusion=0")
+        renderer = make("letters.reuse=3", "chances.occlusion=0")
         words = render_range(renderer, 0, 12)
         for start in range(0, 12, 3):
             group = words[start : start + 3]
@@ -383,7 +392,7 @@ class TestKinds:
             assert len({word.image.tobytes() for word in group}) == 3
         assert len({word.text for word in words}) > 1
         # What was drawn before must not matter, nor the order.
-        again = [make("letters.reuse=3", "surroundings.occlusion=0").render(3, index) for index in (7, 4, 5)]
+        again = [make("letters.reuse=3", "chances.occlusion=0").render(3, index) for index in (7, 4, 5)]
         assert all(same(words[index], word) for index, word in zip((7, 4, 5), again, strict=True))
         assert not same(renderer.render(3, 7, difficulty=0.9), words[7])
         assert same(renderer.render(3, 7), words[7])
@@ -392,8 +401,7 @@ class TestKinds:
 class TestDifficulty:
     def test_easy_words_are_upright_and_sharp(self, make):
         config = make("difficulty=0").config
-        assert config.probability(config.geometry.rotation) == 0
-        assert config.probability(config.degradation.blur) == 0
+        assert config.chance("rotation") == config.chance("blur") == 0
 
     def test_a_word_may_have_a_difficulty_of_its_own(self, make, renderer):
         hard = make("difficulty=0.9")
@@ -405,7 +413,7 @@ class TestDifficulty:
 
     def test_hard_words_have_less_detail(self, make):
         def sharpness(difficulty):
-            renderer = make(f"difficulty={difficulty}", "background=plain", "degradation.noise=0")
+            renderer = make(f"difficulty={difficulty}", "background=plain", "chances.noise=0")
             greys = [cv2.cvtColor(renderer.render(0, i).image, cv2.COLOR_RGB2GRAY) for i in range(40)]
             return np.mean([cv2.Laplacian(grey, cv2.CV_64F).std() for grey in greys])
 
@@ -485,10 +493,10 @@ class TestFonts:
         rng = np.random.default_rng(0)
         for text in ("Il1.,'", "WORD", "jgy", '"-"'):
             typeface = renderer.fonts.choose(text, rng)
-            face = renderer.fonts.face(typeface, 40)
+            face = renderer.fonts.face(typeface)
             before = 0
             for count in range(1, len(text) + 1):
-                letters = set_letters(face, text[:count], Layout(spacing=0.1))
+                letters = set_letters(face, text[:count], 40, Layout(spacing=0.1))
                 ink = int((letters.fill > 0).sum())
                 assert ink > before
                 before = ink
@@ -501,14 +509,14 @@ class TestFonts:
         assert all(families.values())
         assert families["train"] | families["held-out"] == families["all"]
         assert not families["train"] & families["held-out"]
-        assert in_split("Some Family", "train", 0.3) == in_split("some family", "train", 0.3)
+        assert in_split("Some Family", "train") == in_split("some family", "train")
 
     def test_folder_of_fonts_and_exclusion(self, tmp_path, renderer, caplog):
         source = renderer.fonts.families[0].files[0]
         (tmp_path / "deep").mkdir()
         (tmp_path / "deep" / "one.ttf").write_bytes(Path(source).read_bytes())
         (tmp_path / "broken.ttf").write_bytes(b"no font")
-        settings = ["fonts.packages=false", f"fonts.folders=[{tmp_path}]"]
+        settings = [f"fonts.folders=[{tmp_path}]"]
         (family,) = find_families(load_render_config(None, settings).fonts)
         assert family == FontFamily(ImageFont.truetype(source, 10).getname()[0], (str(tmp_path / "deep" / "one.ttf"),))
         assert "broken.ttf" in caplog.text
@@ -525,9 +533,9 @@ class TestFonts:
                 break
         else:
             pytest.skip("no variable font is installed")
-        fonts = {renderer.fonts.choose("H", np.random.default_rng(n)).axes for n in range(200)}
-        assert len(fonts) > 10
-        assert 0.4 < renderer.fonts.capital_height(family.files[0]) < 1.2
+        chosen = {renderer.fonts.choose("H", np.random.default_rng(n)) for n in range(200)}
+        assert len({typeface.axes for typeface in chosen}) > 10
+        assert all(30 < renderer.fonts.face(typeface).unit < 90 for typeface in chosen)
 
 
 class TestWords:
@@ -535,7 +543,7 @@ class TestWords:
         source = WordSource(WordsConfig(file=str(word_file), max_length=5, characters="abcdeEXITxit0123"))
         rng = np.random.default_rng(0)
         for _ in range(300):
-            text = source.draw(rng)
+            text = source.sample(rng)
             assert 1 <= len(text) <= 5
             assert set(text) <= set("abcdeEXITxit0123")
 
@@ -547,7 +555,7 @@ class TestWords:
         def share(temperature):
             source = WordSource(WordsConfig(file=str(path), temperature=temperature, **quiet))
             rng = np.random.default_rng(0)
-            return np.mean([source.draw(rng).lower() == "often" for _ in range(1000)])
+            return np.mean([source.sample(rng).lower() == "often" for _ in range(1000)])
 
         assert share(1.0) == pytest.approx(0.9, abs=0.04)
         assert share(50.0) == pytest.approx(0.51, abs=0.06)
@@ -555,14 +563,14 @@ class TestWords:
     def test_cases(self, word_file):
         source = WordSource(WordsConfig(file=str(word_file), numbers=0.0, random=0.0, punctuation=0.0))
         rng = np.random.default_rng(0)
-        texts = [source.draw(rng) for _ in range(500)]
+        texts = [source.sample(rng) for _ in range(500)]
         assert 0.35 < np.mean([text.isupper() for text in texts]) < 0.55
         assert 0.15 < np.mean([text.islower() for text in texts]) < 0.35
         assert "Don't" in texts  # not "Don'T"
 
     def test_numbers_hold_digits(self):
         rng = np.random.default_rng(0)
-        assert all(any(c.isdigit() for c in draw_number(rng)) for _ in range(300))
+        assert all(any(c.isdigit() for c in sample_number(rng)) for _ in range(300))
 
     def test_word_lists(self, tmp_path):
         path = tmp_path / "words.txt"
@@ -585,7 +593,7 @@ class TestWords:
     def test_english_words(self):
         source = WordSource(WordsConfig(vocabulary=2000, numbers=0.0, random=0.0))
         rng = np.random.default_rng(0)
-        assert len({source.draw(rng).lower() for _ in range(200)}) > 100
+        assert len({source.sample(rng).lower() for _ in range(200)}) > 100
 
 
 class TestConfig:
@@ -598,11 +606,6 @@ class TestConfig:
             if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
                 assert field.description, dotted
 
-    def test_round_trip(self, tmp_path):
-        config = load_render_config(None, ["difficulty=0.25", "fonts.exclude=[A, B]"])
-        (tmp_path / "render.yaml").write_text(config.to_yaml())
-        assert load_render_config(tmp_path / "render.yaml") == config
-
     @pytest.mark.parametrize(
         ("override", "message"),
         [
@@ -611,6 +614,11 @@ class TestConfig:
             ("difficulty=2", "less than or equal to 1"),
             ("background=sky", "background"),
             ("words.cases=3", "words.cases"),
+            ("chances.curves=1", "curves is no effect; nearest known effect: curve"),
+            ("chances.curve=2", "chances.curve.*less than or equal to 1"),
+            ("geometry.curve=0.6", "no longer a setting; write chances.curve=PROBABILITY"),
+            ("degradation.noise_amount=3", "no longer a setting; leave it out"),
+            ("colours.min_contrast=0.2", "write contrast=NUMBER"),
         ],
     )
     def test_wrong_overrides(self, override, message):
@@ -622,9 +630,24 @@ class TestConfig:
         with pytest.raises(UserError, match=r"letters\.hight: unknown key; nearest known key: letters\.height"):
             load_render_config(tmp_path / "render.yaml")
 
-    def test_weights_that_leave_nothing(self, make):
-        with pytest.raises(UserError, match="every weight is 0"):
-            make(*(f"backgrounds.{kind}=0" for kind in BACKGROUND_KINDS if kind != "photo"))
+    def test_a_file_of_an_earlier_version_is_told_what_to_write(self, tmp_path):
+        (tmp_path / "render.yaml").write_text("geometry: {curve: 0.6, degrees: 3}\nfonts: {packages: true}\n")
+        with pytest.raises(UserError) as error:
+            load_render_config(tmp_path / "render.yaml")
+        assert str(error.value).splitlines() == [
+            f"{tmp_path / 'render.yaml'}: {line}"
+            for line in (
+                "geometry.curve: no longer a setting; write chances.curve=PROBABILITY",
+                "geometry.degrees: no longer a setting; leave it out",
+                "fonts.packages: no longer a setting; write fonts.folders=[FOLDER]",
+            )
+        ]
+
+    def test_a_section_has_one_strength(self):
+        config = load_render_config(None, ["degradation=0.5", "chances.blur=0.2"])
+        assert config.chance("noise") == pytest.approx(0.5 * CHANCES["noise"].probability)
+        assert config.chance("blur") == pytest.approx(0.2)  # as given
+        assert config.chance("rotation") == pytest.approx(CHANCES["rotation"].probability)
 
 
 class TestEndless:
@@ -677,14 +700,14 @@ def test_luminance_can_be_chosen():
 
 @pytest.mark.slow
 def test_speed(make):
-    """250 words with masks a second and core; the best time of each word, as other programs may want the core too."""
+    """400 words with masks a second: the best CPU time of each word, as other programs may want the core too."""
     cv2.setNumThreads(1)
     renderer = make()
     best = np.full(200, np.inf)
     for _ in range(10):
         for index in range(len(best)):
-            start = time.perf_counter()
+            start = time.process_time()
             renderer.render(3, index)
-            best[index] = min(best[index], time.perf_counter() - start)
+            best[index] = min(best[index], time.process_time() - start)
     cv2.setNumThreads(-1)
-    assert 1 / best.mean() > 250
+    assert 1 / best.mean() > 400

@@ -53,7 +53,7 @@ def test_an_lmdb_and_a_folder_of_the_same_words_are_alike(tmp_path, words, capsy
 def test_renderings_at_each_difficulty(tmp_path, capsys):
     (tmp_path / "words.txt").write_text("street\nmarket\n")
     (tmp_path / "easy.yaml").write_text(f"words: {{file: {tmp_path / 'words.txt'}, numbers: 0}}\n")
-    arguments = [str(tmp_path / "easy.yaml"), "geometry.strong_rotation=1", "--difficulty", "0.2", "0.6"]
+    arguments = [str(tmp_path / "easy.yaml"), "chances.strong_rotation=1", "--difficulty", "0.2", "0.6"]
     assert compare_words.main([*arguments, "--count", "30"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "easy 0.2" in lines[0]

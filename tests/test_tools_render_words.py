@@ -26,7 +26,7 @@ def words(tmp_path):
 
 
 def run(tmp_path, words, *more, count=12, name="w", workers=1):
-    arguments = ["--output", str(tmp_path / "out"), "--name", name, "--count", str(count), "--words", str(words)]
+    arguments = ["--output", str(tmp_path / "out"), "--name", name, "--count", str(count), f"words.file={words}"]
     return render_words.main([*arguments, "--workers", str(workers), *more])
 
 
@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_neither(tmp_path, words, monkeypatch, fails):
 
     def full(self):
         if self.path.parent.name == fails:
-            with self._clear_errors():
+            with self._explained_errors():
                 raise OSError(errno.ENOSPC, "No space left on device")
         commit(self)
 
@@ -120,12 +120,13 @@ def test_contact_sheet(tmp_path, words):
 
 
 def test_flags_reach_the_settings(tmp_path, words):
-    flags = ["--output", "o", "--name", "n", "--difficulty", "0.9", "--backgrounds", "plain", "--words", str(words)]
-    flags += ["--font-split", "held-out", "--exclude-fonts", "Roboto", "Lobster", "--config", "configs/render.yaml"]
-    options = render_words.build_parser().parse_intermixed_args([*flags, "--seed", "1", "letters.height=30"])
+    flags = ["--output", "o", "--name", "n", "--difficulty", "0.9", "--photos", "p", f"words.file={words}"]
+    options = render_words.build_parser().parse_intermixed_args(
+        [*flags, "--config", "configs/render.yaml", "--seed", "1", "letters.height=30", "difficulty=0.1"]
+    )
     config = render_words.read_settings(options)
-    assert (config.difficulty, config.background, config.words.file) == (0.9, "plain", str(words))
-    assert (config.fonts.split, config.fonts.exclude, config.letters.height) == ("held-out", ["Roboto", "Lobster"], 30)
+    assert (config.difficulty, config.photos, config.words.file) == (0.9, "p", str(words))
+    assert config.letters.height == 30
 
 
 @pytest.mark.parametrize(
@@ -133,10 +134,10 @@ def test_flags_reach_the_settings(tmp_path, words):
     [
         (["dificulty=1"], "nearest known key: difficulty"),
         (["--config", "none.yaml"], "none.yaml"),
-        (["--words", "none.txt"], "none.txt"),
-        (["--fonts", "none"], "none"),
+        (["words.file=none.txt"], "none.txt"),
+        (["fonts.folders=[none]"], "none"),
         (["--photos", "none"], "none"),
-        (["--backgrounds", "photo"], "photos"),
+        (["background=photo"], "photos"),
     ],
 )
 def test_wrong_settings_write_nothing(tmp_path, words, arguments, message):
@@ -153,8 +154,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         str(tmp_path / "o"),
         "--name",
         "n",
-        "--words",
-        "none",
+        "words.file=none",
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2

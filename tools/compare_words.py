@@ -1,7 +1,7 @@
-"""Print what words are like, side by side: renderings and real words by the same statistics, a column for each source.
+"""Compare words: print the same statistics of renderings and real words, a column for each source.
 
 A source is an LMDB of words, a folder with `gt.txt` (IMAGE<TAB>LABEL, images relative to the folder), or a YAML file of
-render settings, of which words are rendered at each of the difficulties.
+render settings, whose words are rendered at each difficulty.
 """
 
 import sys
@@ -22,7 +22,7 @@ from tools.support import RejectedError, decode_image, make_parser, positive, pr
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/compare_words.py configs/render.yaml data/training/words --difficulty 0.3 0.5 0.7
-  python tools/compare_words.py configs/render.yaml colours.saturated=0.6 data/iiit5k_folder"""
+  python tools/compare_words.py configs/render.yaml saturated=0.6 data/iiit5k_folder"""
 
 _HEIGHT = 32  # pixels that words are scaled to before their detail is measured
 
@@ -65,7 +65,7 @@ def measure(image: np.ndarray, text: str, rotation: float | None = None, arc: fl
 
 
 def summarize(words: list[Measured]) -> dict[str, str]:
-    """The table's column of some words: the value of each row, as text."""
+    """Return the value of each row of the table for some words, as text."""
 
     def share(values: Iterable[bool]) -> str:
         return f"{100 * np.mean(list(values)):.0f} %"
@@ -92,22 +92,18 @@ def summarize(words: list[Measured]) -> dict[str, str]:
 
 
 def format_table(columns: dict[str, dict[str, str]]) -> str:
-    """Lines of a table with a column for each source."""
+    """Return a table with a column for each source."""
     names = list(next(iter(columns.values())))
     lines = [["", *columns], *([name, *(column[name] for column in columns.values())] for name in names)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    padded = (
-        [
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
+    first, *others = (max(map(len, cells)) for cells in zip(*lines, strict=True))
+    return "\n".join(
+        name.ljust(first) + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, others, strict=True))
+        for name, *cells in lines
     )
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def rendered(settings: str, overrides: list[str], count: int, seed: int) -> Iterator[Measured]:
-    """Words of a YAML file of render settings."""
+    """Render and measure words of a YAML file of render settings."""
     cv2.setNumThreads(1)
     renderer = WordRenderer(load_render_config(settings, overrides))
     for index in range(count):
@@ -116,10 +112,10 @@ def rendered(settings: str, overrides: list[str], count: int, seed: int) -> Iter
 
 
 def stored(source: Path, count: int) -> Iterator[Measured]:
-    """Words of an LMDB or of a folder with gt.txt, evenly spread; images that cannot be decoded are left out.
+    """Measure words of an LMDB or of a folder with gt.txt, evenly spread; images that cannot be decoded are left out.
 
     Raises:
-        UserError: it is neither, or holds no word.
+        UserError: the source is neither of both, or empty.
     """
     found = _lmdb_words(source) if is_lmdb(source) else _folder_words(source)
     total = next(found)
@@ -134,7 +130,7 @@ def stored(source: Path, count: int) -> Iterator[Measured]:
 
 
 def _lmdb_words(source: Path) -> Iterator:
-    """The number of words, then (what reads the encoded image, label) of each."""
+    """Yield the number of words, then (function that reads the encoded image, label) of each."""
     reader = LmdbReader(source)
     yield len(reader)
     for index in range(1, len(reader) + 1):
@@ -143,7 +139,7 @@ def _lmdb_words(source: Path) -> Iterator:
 
 
 def _folder_words(source: Path) -> Iterator:
-    """As `_lmdb_words`."""
+    """Yield the same for a folder with gt.txt."""
     try:
         lines = (source / "gt.txt").read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -165,10 +161,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("sources", nargs="+", metavar="SOURCE|key=value", help="sources, and settings for renderings")
     parser.add_argument(
-        "--difficulty", nargs="+", type=float, metavar="0..1", help="of renderings (default: the file's)"
+        "--difficulty",
+        nargs="+",
+        type=float,
+        metavar="0..1",
+        help="difficulties of renderings (default: as in the file)",
     )
-    parser.add_argument("--count", type=positive, default=1000, help="most words of each source (default: 1000)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of renderings (default: 0)")
+    parser.add_argument("--count", type=positive, default=1000, help="words of each source at most (default: 1000)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of renderings (default: 0)")
     options = parser.parse_args(arguments)
     overrides = [source for source in options.sources if "=" in source]
     columns = {}
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_column(columns: dict[str, dict[str, str]], name: str, words: Iterator[Measured], total: int) -> None:
     measured = list(progress(words, total=total, unit="word", description=name))
     if not measured:
-        raise UserError(f"{name}: holds no word that can be decoded")
+        raise UserError(f"{name}: no word of it can be decoded")
     while name in columns:
         name += "'"
     columns[name] = summarize(measured)

@@ -14,6 +14,7 @@ sys.path.insert(
 )  # lets `python tools/NAME.py` find the repository's modules
 
 import argparse
+import json
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from evaluation.contact_sheet import Cell, save_contact_sheet
 from loading.lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
-from rendering.config import BACKGROUND_KINDS, SPLITS, OutputConfig
+from rendering.config import BACKGROUND_KINDS, OutputConfig
 from tools.support import make_parser, map_in_processes, positive, print_summary, progress, seed_number, usable_cores
 from utils import is_folder_name, run_command_line
 
@@ -31,10 +32,11 @@ EXAMPLE = """  python tools/render_words.py --output data/rendered --name words 
 train on them with dataset.train.roots=[data/rendered/images] dataset.masks.root=data/rendered/masks"""
 
 SHEET_WORDS = 64
+_JPEG_QUALITY = 95
 
 
 class EncodedWord(NamedTuple):
-    """A word as the LMDBs hold it, and what the summary counts."""
+    """A word as stored in the LMDBs, and what the summary counts."""
 
     image: bytes
     mask: bytes
@@ -50,35 +52,35 @@ def encode_word(word: RenderedWord, output: OutputConfig) -> EncodedWord:
         encoded = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1]
     else:
         full_colour = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-        encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, output.quality, *full_colour])[1]
+        encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY, *full_colour])[1]
     mask = cv2.imencode(".png", word.mask, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1]
     return EncodedWord(encoded.tobytes(), mask.tobytes(), word.text, word.family, word.background)
 
 
 @functools.lru_cache(maxsize=1)
 def _renderer(settings: str) -> WordRenderer:
-    """The renderer of this process for settings as JSON; forked workers inherit the one of the main process."""
+    """Build the renderer of this process from settings as JSON; forked workers inherit that of the main process."""
     cv2.setNumThreads(1)  # the workers share the cores already
     return WordRenderer(RenderConfig.model_validate_json(settings))
 
 
 def render_and_encode(index: int, *, settings: str, seed: int) -> EncodedWord:
-    """Word `index` of `seed`, encoded; runs in a worker."""
+    """Render word `index` of `seed` and encode it; runs in a worker."""
     renderer = _renderer(settings)
     return encode_word(renderer.render(seed, index), renderer.config.output)
 
 
 def render_words(config: RenderConfig, count: int, *, seed: int, workers: int) -> Iterator[EncodedWord]:
-    """Words 0 to count - 1 of `seed`, in order, with a progress bar; the same for any number of workers."""
+    """Yield words 0 to count - 1 of `seed`, the same for any number of workers, with a progress bar."""
     settings = config.model_dump_json()
-    _renderer(settings)  # errors of the settings come from here, once
+    _renderer(settings)  # raises the errors of the settings before any worker starts
     render = functools.partial(render_and_encode, settings=settings, seed=seed)
     words = map_in_processes(render, range(count), workers=workers, chunk_size=32)
     return progress(words, total=count, unit="word", description="words")
 
 
 def store_words(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> list[EncodedWord]:
-    """Write both LMDBs, which appear together at the end; returns the first words, for a contact sheet, and counts."""
+    """Write both LMDBs, which appear together at the end; return the words, all but the first without their images."""
     paths = output / "images" / name, output / "masks" / name
     new = [path for path in paths if not path.exists()]
     kept: list[EncodedWord] = []
@@ -99,7 +101,7 @@ def store_words(words: Iterator[EncodedWord], output: Path, name: str, *, overwr
 
 
 def draw_sheet(words: list[EncodedWord], path: Path) -> None:
-    """Save a sheet of the first words: image, mask, and the mask over the image."""
+    """Save a sheet of the first words: image, mask, and mask over the image."""
     cells = []
     for word in words[:SHEET_WORDS]:
         image = cv2.imdecode(np.frombuffer(word.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
@@ -109,25 +111,10 @@ def draw_sheet(words: list[EncodedWord], path: Path) -> None:
 
 
 def read_settings(options: argparse.Namespace) -> RenderConfig:
-    """The settings of the YAML file, then the overrides, then the flags."""
-    config = load_render_config(options.config, options.overrides)
-    flags = {
-        "difficulty": options.difficulty,
-        "background": options.backgrounds,
-        "photos": options.photos,
-        "words.file": options.words,
-        "fonts.folders": options.fonts,
-        "fonts.exclude": options.exclude_fonts,
-        "fonts.split": options.font_split,
-    }
-    data = config.model_dump()
-    for dotted, value in flags.items():
-        if value is not None:
-            section, _, name = dotted.rpartition(".")
-            (data[section] if section else data)[name] = value
-    if options.fonts:
-        data["fonts"]["packages"] = False  # a folder that is named is meant to be used alone
-    return RenderConfig.model_validate(data)
+    """Return the settings of the YAML file, then those of the overrides, then those of the flags."""
+    flags = {"difficulty": options.difficulty, "photos": options.photos}
+    chosen = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    return load_render_config(options.config, [*options.overrides, *chosen])
 
 
 def share(text: str) -> float:
@@ -146,21 +133,16 @@ def folder_name(text: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as letters.height=30")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as background=clutter")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of images/ and masks/")
     parser.add_argument("--name", required=True, type=folder_name, help="name of both LMDBs")
     parser.add_argument("--count", type=positive, default=10000, help="number of words (default: 10000)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="another seed, other words (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the words (default: 0)")
     parser.add_argument("--config", metavar="YAML", help="settings, such as configs/render.yaml (default: built in)")
     parser.add_argument("--difficulty", type=share, metavar="0..1", help="0: clear words, 1: hard ones")
-    parser.add_argument("--backgrounds", choices=("mixed", *BACKGROUND_KINDS), help="one kind for all words, or mixed")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs for backgrounds")
-    parser.add_argument("--words", metavar="FILE", help="word list, one a line, with a count after a tab where known")
-    parser.add_argument("--fonts", action="append", metavar="FOLDER", help="use the fonts of this folder (repeatable)")
-    parser.add_argument("--exclude-fonts", nargs="+", metavar="FAMILY", help="families to leave out")
-    parser.add_argument("--font-split", choices=SPLITS, help="use one side of a fixed split of the families")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help=f"image of the first {SHEET_WORDS} words")
     parser.add_argument(
         "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"

@@ -25,10 +25,10 @@ EXAMPLE = """  python tools/show_training_words.py --config configs/small.yaml -
 
 
 def read_training_words(config: Config, count: int, *, epoch: int = 0) -> list[Cell]:
-    """The first `count` words that a run trains on from `epoch` on, with their labels as stored.
+    """Return the first `count` words that a run trains on from `epoch` on, with their labels as stored.
 
     Raises:
-        UserError: the network of the config reads no words from images, or its data cannot be opened.
+        UserError: the network of the config is not trained on word images, or its data cannot be opened.
     """
     if config.model.kind not in ("vision", "recogniser"):
         raise UserError(f"model.name {config.model.name}: is not trained on words; give the config of a recogniser")
@@ -59,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
+    """Parse the command line; see `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--config", required=True, metavar="YAML", help="as main.py reads it")
     parser.add_argument("--output", required=True, type=Path, metavar="PNG", help="sheet to write")
     parser.add_argument("--count", type=positive, default=60, help="words on the sheet (default: 60)")
-    parser.add_argument("--epoch", type=seed_number, default=0, help="epoch that they are of, from 0 (default: 0)")
+    parser.add_argument("--epoch", type=seed_number, default=0, help="their epoch, from 0 (default: 0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
     return parser.parse_intermixed_args(arguments)
 

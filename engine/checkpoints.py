@@ -245,10 +245,11 @@ def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.call("on_resume")
     except UserError:
         raise
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # the state may lack anything
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]  # a damaged state may lack anything
         raise UserError(
-            f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {first_line(error)}); resume "
-            "with its model and optimizer.type, or start from its weights with --checkpoint"
+            f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {reason}); resume with the "
+            "model and the optimizer.type that it was trained with, or start from its weights with --checkpoint"
         ) from error
 
 

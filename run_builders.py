@@ -253,7 +253,7 @@ def _build_lexicons(config: Config, datasets: Sequence[Any], *, split: str) -> d
     for dataset in datasets:
         if not isinstance(dataset, WordDataset):
             raise UserError(
-                f"dataset.{split}.lexicon {settings.lexicon}: is no file, and {dataset.name} is no LMDB of words"
+                f"dataset.{split}.lexicon {settings.lexicon}: is not a file, and {dataset.name} is not an LMDB of words"
             )
     return {dataset.name: StoredLexicons(dataset.reader, settings.lexicon, make) for dataset in datasets}
 

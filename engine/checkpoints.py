@@ -33,7 +33,7 @@ UNUSED_PUBLISHED = re.compile(
 # Prefixes of DistributedDataParallel and DataParallel, and of torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 LARGEST_EXPANSION = 16  # largest size of the tensors over that of their file, in which they may share memory
-NAMES_SHOWN = 5
+NAMES_SHOWN = 3  # of each kind of difference: a message stays below the length at which its middle is left out
 CHECKPOINT_LIST = "checkpoint.yaml"
 
 
@@ -132,11 +132,11 @@ def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     missing = [name for name in expected if name not in weights]
     extra = [name for name in weights if name not in expected]
     reshaped = [
-        f"{name} is {_form(weights[name], tensor)} in the file, {_form(tensor, weights[name])} in the network"
+        f"{name} {_form(weights[name], tensor)}, not {_form(tensor, weights[name])}"
         for name, tensor in expected.items()
         if name in weights and not _fits(weights[name], tensor)
     ]
-    kinds = (("missing", missing), ("not in the network", extra), ("other shapes", reshaped))
+    kinds = (("missing", missing), ("not in the network", extra), ("of other shapes in the file", reshaped))
     return [f"{len(names)} {kind}: {_shown(names)}" for kind, names in kinds if names]
 
 

@@ -171,7 +171,7 @@ class Trainer:
                 raise
             if self.stop_signal:
                 name = self.stop_signal.name
-                logger.info("stopped by %s after iteration %d; go on with --resume", name, self.iteration)
+                logger.info("stopped by %s after iteration %d; continue with --resume", name, self.iteration)
             self.call("on_fit_end")
 
     def _run(self) -> None:

@@ -59,7 +59,8 @@ class BrokenImageError(ValueError):
 def decode_image(data: bytes | memoryview, *, oriented: bool = False) -> ImageArray:
     """Decode an image of any depth, colour model and usual format to RGB.
 
-    Deeper samples are scaled to 8 bits (`to_8_bits`), grey is repeated, transparent pixels show a white background.
+    Deeper levels within [0, 1] (floats only), [0, 255] or [0, 65535] are scaled by that range, others by their own;
+    grey is repeated; transparent pixels show a white background.
 
     Args:
         oriented: turn the image as its EXIF orientation says; not in data sets: their masks and boxes are those of the
@@ -126,30 +127,27 @@ def _header(data: bytes | memoryview) -> tuple[Size, bool]:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to Pillow's mode `RGB` or `L`, 8 bits: deeper levels are scaled; in RGB, transparency becomes white."""
+    """Convert to Pillow's mode `RGB` or `L`, 8 bits; in RGB, transparency becomes white.
+
+    Pillow's own conversions clip deep levels at 255, so they are scaled here: 16 bits lose their lower 8.
+    """
     if mode == "RGB" and image.has_transparency_data:
         ground = Image.new("RGB", image.size, "white")
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         ground.paste(image, mask=image.getchannel("A"))
         return ground
-    return to_8_bits(image).convert(mode)
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Bring an image of deep greys to 8 bits, leave any other; Pillow's own conversions clip levels at 255.
-
-    16 bits lose their lower 8. Floats and 32-bit levels within [0, 1] (floats only), [0, 255] or [0, 65535] are scaled
-    by that range, all others by the range of their own levels; what is not finite becomes 0.
-    """
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode not in ("I", "F"):
-        return image
-    return Image.fromarray(_scaled(np.asarray(image), FLOAT_RANGES if image.mode == "F" else INTEGER_RANGES))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_scaled(np.asarray(image), FLOAT_RANGES if image.mode == "F" else INTEGER_RANGES))
+    return image.convert(mode)
 
 
 def _scaled(levels: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
-    """Scale deep levels to uint8: see `to_8_bits`."""
+    """Scale deep levels to uint8 by the first of `ranges` that holds them all, else by the range of their own.
+
+    What is not finite becomes 0.
+    """
     levels = np.nan_to_num(levels, posinf=0, neginf=0).astype(np.float32, copy=False)
     low, high = float(levels.min(initial=0)), float(levels.max(initial=0))
     if low < 0 or high > ranges[-1]:

@@ -88,8 +88,8 @@ class LmdbWriter:
         overwrite: replace an LMDB that exists at `path` (in one step, at the end) instead of raising UserError; nothing
             but an LMDB is ever replaced. The partial folder of an earlier run is discarded.
         identity: a text that names input and settings. With one, the partial folder is kept after an interruption, even
-            by SIGKILL, and a writer of the same path and identity goes on with it: `get` and `in` find what was
-            committed, and `resumed` is true. Each commit is flushed to the disk. None: nothing is kept.
+            by SIGKILL, and a writer of the same path and identity goes on with what was committed. Each commit is
+            flushed to the disk. None: nothing is kept.
         in_order: the keys come in ascending order, each once: LMDB then fills its pages, which makes the file a quarter
             smaller.
 
@@ -110,19 +110,20 @@ class LmdbWriter:
         self.overwrite = overwrite
         self.identity = identity
         self.in_order = in_order
-        self.resumed = False
         self._pending: dict[bytes, bytes] = {}
         self._pending_bytes = 0
         self._environment: lmdb.Environment | None = None
         self._check_target()
         with self._explained_errors():
+            self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = self._claim_partial()
             try:
-                self._open_partial()
+                self._environment = self._open_partial()
             except BaseException:
                 self._leave()
                 raise
-        self.count = int(self.get(NUM_SAMPLES) or 0)  # samples added by `append`
+        with self._environment.begin() as transaction:
+            self.count = int(transaction.get(NUM_SAMPLES.encode(), b"0"))  # samples added by `append`
 
     def __enter__(self) -> "LmdbWriter":
         return self
@@ -132,17 +133,6 @@ class LmdbWriter:
             self.close()
         else:
             self.abort()
-
-    def __contains__(self, key: str) -> bool:
-        return self.get(key) is not None
-
-    def get(self, key: str) -> bytes | None:
-        """Return the value put under `key` by this run or by the one that it resumes, None when there is none."""
-        name = key.encode()
-        if name in self._pending:
-            return self._pending[name]
-        with self._environment.begin() as transaction:
-            return transaction.get(name)
 
     def put(self, key: str, value: bytes | str) -> None:
         """Store `value` (text is encoded as UTF-8) under `key`; a later value replaces an earlier one."""
@@ -180,13 +170,11 @@ class LmdbWriter:
 
     def close(self) -> None:
         """Commit, flush to the disk, and give the LMDB its final name."""
-        if self._environment is None:
-            return
         try:
             self.commit()
             with self._explained_errors():
                 self._environment.sync(True)
-                self._close_environment()
+                self._environment.close()
                 self._rename()
         except BaseException:
             self._leave()
@@ -195,8 +183,6 @@ class LmdbWriter:
 
     def abort(self) -> None:
         """Stop without a result; with an identity, what is pending is committed and the partial folder kept."""
-        if self._environment is None:
-            return
         try:
             if self.identity is not None:
                 self.commit()
@@ -218,8 +204,7 @@ class LmdbWriter:
             raise UserError(f"{self.path}: exists already; choose another output or replace it with --overwrite")
 
     def _claim_partial(self) -> int:
-        """Make the partial folder, or take the one to resume, and lock it against other processes; return the lock."""
-        self.partial.mkdir(parents=True, exist_ok=True)
+        """Lock the partial folder against other processes; return the lock."""
         lock = os.open(self.partial / _WRITER_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,31 +213,28 @@ class LmdbWriter:
             raise UserError(f"{self.path}: another process is writing it; wait or choose another output") from None
         return lock
 
-    def _open_partial(self) -> None:
+    def _open_partial(self) -> lmdb.Environment:
         """Open the LMDB of the partial folder, emptied unless it is the one to go on with."""
         data_file, identity_file = self.partial / DATA_FILE, self.partial / _IDENTITY_FILE
-        self.resumed = self.identity is not None and not self.overwrite and data_file.exists()
-        if not self.resumed:
+        size = _FIRST_MAP_SIZE
+        if self.identity is None or self.overwrite or not data_file.exists():
             data_file.unlink(missing_ok=True)
             identity_file.write_text(self.identity or "", encoding="utf-8")
-        elif (found := identity_file.read_text(encoding="utf-8") if identity_file.exists() else "") != self.identity:
-            raise UserError(
-                f"{self.partial}: was begun with other input or settings ({found or 'none named'}); "
-                "remove it or start anew with --overwrite"
-            )
-        size = max(_FIRST_MAP_SIZE, 2 * data_file.stat().st_size if self.resumed else 0)
+        else:
+            size = max(size, 2 * data_file.stat().st_size)
+            found = identity_file.read_text(encoding="utf-8") if identity_file.exists() else ""
+            if found != self.identity:
+                raise UserError(
+                    f"{self.partial}: was begun with other input or settings ({found or 'none named'}); "
+                    "remove it or start anew with --overwrite"
+                )
         flushed = self.identity is not None
         try:
-            self._environment = lmdb.open(
+            return lmdb.open(
                 str(self.partial), map_size=size, lock=False, sync=flushed, metasync=False, readahead=False
             )
         except (lmdb.InvalidError, lmdb.CorruptedError) as error:
             raise UserError(f"{self.partial}: is damaged ({error}); remove it and run again") from error
-
-    def _close_environment(self) -> None:
-        if self._environment is not None:
-            self._environment.close()
-            self._environment = None
 
     def _rename(self) -> None:
         """Give the finished file its name; an existing LMDB is replaced in one step."""
@@ -267,24 +249,23 @@ class LmdbWriter:
 
     def _leave(self) -> None:
         """Close everything; the partial folder is kept only when it can be resumed."""
-        self._close_environment()
+        if self._environment is not None:
+            self._environment.close()
         if self.identity is None:
             shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self._lock)
 
     @contextlib.contextmanager
     def _explained_errors(self) -> Iterator[None]:
-        """Turn write errors of the system and of LMDB into a UserError that names the output and the room left."""
+        """Turn write errors of the system and of LMDB into a UserError that names the output."""
         try:
             yield
         except (OSError, lmdb.Error) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
-            folder = next(parent for parent in self.path.parents if parent.exists())
-            kept = "nothing was left behind" if self.identity is None else "what was committed is kept, run again"
             raise UserError(
-                f"{self.path}: cannot be written ({error}); the disk is full or a file size limit was met "
-                f"({shutil.disk_usage(folder).free / 2**20:.0f} MiB free); make room ({kept})"
+                f"{self.path}: cannot be written ({error}); the disk is full or a file size limit was met; make room "
+                "and run again"
             ) from error
 
 
@@ -303,9 +284,6 @@ class LmdbReader:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._environment: lmdb.Environment | None = None
-
-    def __repr__(self) -> str:
-        return f"LmdbReader({str(self.path)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_environment": None}

@@ -481,3 +481,9 @@ def test_a_config_that_holds_itself_is_refused():
     mapping["model"]["vision"] = mapping
     with pytest.raises(UserError, match=r"weights\.pth: nested too deeply"):
         Config.from_dict(mapping, source="weights.pth")
+
+
+def test_a_list_of_the_wrong_length_is_named_once():
+    with pytest.raises(UserError) as caught:
+        load_config("configs/small.yaml", ["model.vision.widths=[1, 2]"])
+    assert str(caught.value) == "override model.vision.widths=[1, 2]: must have at least 5 items, not [1, 2]"

@@ -126,7 +126,7 @@ def test_torchrun_writes_once_and_stops_cleanly_at_a_signal(config):
     iterations = [entry["iteration"] for entry in history(config)]
     assert iterations == list(range(1, len(iterations) + 1)), output
     assert list(folder_of(config).glob(f"{NAME}_*_{iterations[-1]}.pth")), output
-    assert f"after iteration {iterations[-1]}; go on with --resume" in output
+    assert f"after iteration {iterations[-1]}; continue with --resume" in output
     run(config, "--resume", f"training.iterations={iterations[-1] + 2}")
     assert len(history(config)) == iterations[-1] + 2
 

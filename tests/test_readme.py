@@ -217,6 +217,14 @@ def test_named_configs_and_images_exist():
     assert "![" in README
 
 
+def test_work_folders_have_the_names_of_runs_not_of_config_files():
+    files = {path.stem for path in CONFIGS} - {
+        load_config(path).run.name for path in CONFIGS if "render" not in path.stem
+    }
+    texts = [*PAGES.values(), *(path.read_text(encoding="utf-8") for path in (ROOT / "tools").glob("*.py"))]
+    assert not files & {name for text in texts for name in re.findall(r"workdir/([\w-]+)", text)}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[page]):

@@ -73,11 +73,11 @@ def _rejected(path):
     ],
 )
 def test_forms_of_a_line(line, expected):
-    assert next(split_line(line, ("\t", ","))) == expected
+    assert next(split_line(line)) == expected
 
 
 def test_line_without_separator_has_no_reading():
-    assert not list(split_line("a.png word", ("\t", ",")))
+    assert not list(split_line("a.png word"))
 
 
 def test_every_format_is_stored_unchanged_and_in_order(tmp_path):
@@ -122,11 +122,11 @@ def test_hostile_input_is_counted_by_reason_and_the_rest_is_stored(tmp_path):
     os.mkfifo(folder / "pipe.png")
     lines = {
         b"good.png\tone": None,
-        b"zero.png\tx": "empty file",
+        b"zero.png\tx": "damaged image",
         b"cut.png\tx": "damaged image",
         b"cut.jpg\tx": "damaged image",
-        b"text.png\tx": "not an image",
-        b"bomb.png\tx": "too large",
+        b"text.png\tx": "damaged image",
+        b"bomb.png\tx": "damaged image",
         b"folder.png\tx": "not a file",
         b"pipe.png\tx": "not a file",
         b"missing.png\tx": "no such file",
@@ -152,14 +152,6 @@ def test_hostile_input_is_counted_by_reason_and_the_rest_is_stored(tmp_path):
         reasons = [reason for _, reason in _rejected(tmp_path / "out-rejected.tsv")]
         assert reasons == [reason for reason in lines.values() if reason]
         reader.close()
-
-
-def test_image_size_limit_is_a_flag(tmp_path):
-    _image(tmp_path / "small.png", size=(10, 10))
-    _image(tmp_path / "large.png", size=(11, 10))
-    labels, rejected = _convert(tmp_path, "small.png\ta\nlarge.png\tb\n", "--max-pixels", "100")
-    assert labels == ["a"]
-    assert rejected == [("large.png", "too large")]
 
 
 def test_second_run_is_refused_and_loses_nothing(tmp_path):
@@ -226,7 +218,8 @@ def test_real_words_are_all_usable(tmp_path, name, count):
     assert not (tmp_path / "out-rejected.tsv").exists()
 
 
-def test_bomb_header_is_whole():
+def test_bomb_header_is_whole(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with Image.open(BytesIO(_bomb())) as image:
         assert image.size == (20_000, 20_000)
 
@@ -234,7 +227,7 @@ def test_bomb_header_is_whole():
 def test_a_line_of_many_separators_costs_no_more_than_its_length():
     tracemalloc.start()
     try:
-        predictions = sum(1 for _ in split_line("a," * 300_000, (",",)))
+        predictions = sum(1 for _ in split_line("a," * 300_000))
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:
         tracemalloc.stop()

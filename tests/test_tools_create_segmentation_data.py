@@ -87,7 +87,7 @@ def test_icdar13_words_are_groups_of_characters_with_a_margin(icdar13):
 def test_icdar13_reads_its_lines():
     words = tool.parse_icdar13('1 2 3 4 5 6 7 8 9 "a"\n\n\n#1,2,3,4,5,6,7,8,9,"#"\n')
     assert [[character.ignored for character in word] for word in words] == [[False], [True]]
-    assert words[0][0].box == (6, 7, 9, 10)
+    assert tool.box_around(words[0][0].corners) == (6, 7, 9, 10)
     with pytest.raises(tool.RejectedError, match="damaged text file"):
         tool.parse_icdar13("1 2 3\n")
 
@@ -131,6 +131,13 @@ def test_a_damaged_polygon_is_a_reason(totaltext):
         each.write_text("x: [[1 2 3]], y: [[1 2]], ornt: [u'h'], transcriptions: [u'a']\n")
     with pytest.raises(UserError, match="damaged polygons"):
         run(totaltext, "totaltext")
+
+
+def test_corners_that_are_no_place_are_a_reason(totaltext):
+    path = next((totaltext / "source").rglob("poly_gt_img1.txt"))
+    path.write_text("x: [[nan 9 9]], y: [[1 2 3]], ornt: [u'h'], transcriptions: [u'a']\n")
+    assert names(run(totaltext, "totaltext", "--words")) == ["img11_001"]
+    assert "img1\tdamaged box" in (totaltext / "out-rejected.tsv").read_text()
 
 
 def test_totaltext_without_polygons_has_no_words(totaltext):

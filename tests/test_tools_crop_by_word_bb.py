@@ -3,7 +3,6 @@
 import os
 from io import BytesIO
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +10,8 @@ from scipy.io import savemat
 
 from loading.lmdb_io import LmdbReader, image_key, label_key
 from tools import crop_by_word_bb
-from tools.crop_by_word_bb import check_box, crop_rectified, crop_upright, parse_scene
+from tools.crop_by_word_bb import check_box, crop_rectified, crop_upright, crop_word, parse_scene
+from tools.support import RejectedError
 from utils import UserError
 
 WIDTH, HEIGHT = 200, 120
@@ -156,14 +156,14 @@ def test_words_are_parted_at_white_space_and_line_ends():
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_extreme_boxes_are_rejected(scale):
-    assert check_box(_box(1, 1, 5, 5).T * np.float32(scale), 100, 100) is not None
+    with pytest.raises(RejectedError):
+        check_box(_box(1, 1, 5, 5).T * np.float32(scale), 100, 100)
 
 
-def test_huge_gt_image_is_refused_by_its_header(tmp_path):
-    gt = _save_archive(tmp_path / "set", [("a.jpg", _boxes(_box(1, 1, 9, 9)), ["x"]), ENTRIES[1]])
-    cv2.imwrite(str(tmp_path / "set" / "a.jpg"), np.zeros((500, 500), np.uint8))
-    crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--max-pixels", "100000"])
-    assert _reasons(tmp_path / "out") == {"a.jpg": "too large"}
+@pytest.mark.parametrize("rectify", [True, False])
+def test_words_that_are_too_long_for_their_format_are_rejected(rectify):
+    with pytest.raises(RejectedError, match="too large"):
+        crop_word(np.zeros((8, 66_000, 3), np.uint8), _box(0, 0, 66_000, 8).T.copy(), rectify=rectify, form="jpg")
 
 
 @pytest.mark.parametrize("content", [b"", b"no mat file " * 50])
@@ -204,7 +204,7 @@ def test_mjsynth_labels_come_from_the_file_names(tmp_path):
     assert [label for label, _ in _words(tmp_path / "out")] == ["Lube", "Spencerian", "a_b"]
     assert LmdbReader(tmp_path / "out").get(image_key(1)) == (root / names[0]).read_bytes()
     assert list(_reasons(tmp_path / "out").values()) == [
-        "empty file",
+        "damaged image",
         "no such file",
         "path leaves the folder",
         "no label in the file name",
@@ -219,9 +219,13 @@ def test_second_run_is_refused(tmp_path):
     assert len(LmdbReader(tmp_path / "out")) == 4
 
 
+def _crash(*_arguments, **_options):
+    os.abort()
+
+
 def test_a_crash_of_the_matlab_reader_is_a_user_error(tmp_path, monkeypatch):
     """As on a damaged file that scipy reads outside its memory."""
     savemat(tmp_path / "gt.mat", {"imnames": 1})
-    monkeypatch.setattr(crop_by_word_bb, "_LOAD", "import os; os.abort()")
-    with pytest.raises(UserError, match=r"not a valid MATLAB file \(its reader crashed\)"):
+    monkeypatch.setattr("scipy.io.loadmat", _crash)
+    with pytest.raises(UserError, match=r"gt\.mat: crashes the reader"):
         crop_by_word_bb.read_synthtext(tmp_path / "gt.mat")

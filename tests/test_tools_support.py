@@ -9,11 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 
-from tools.support import RejectionLog, decode_image, inside, map_in_processes
+from tools.support import RejectionLog, inside, map_in_processes
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,19 +115,3 @@ def test_log_of_nothing_removes_that_of_an_earlier_run(tmp_path):
 )
 def test_paths_that_climb_out_are_refused(name, expected):
     assert inside("/data/set", name) == expected
-
-
-def test_log_replaces_only_another_log(tmp_path):
-    (tmp_path / "labels.txt").write_text("a.png\tword\n")
-    (tmp_path / "folder").mkdir()
-    for name in ("labels.txt", "folder"):
-        with pytest.raises(UserError, match="--rejected"), RejectionLog(tmp_path / name):
-            pass
-    assert (tmp_path / "labels.txt").read_text() == "a.png\tword\n"
-
-
-def test_greys_of_16_bits_are_scaled_to_8():
-    levels = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    data = cv2.imencode(".png", levels)[1].tobytes()
-    image = decode_image(data, mode="RGB")
-    assert np.array_equal(np.asarray(image)[..., 0], levels >> 8)

@@ -29,9 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 import numpy as np
 import torch
@@ -129,7 +127,7 @@ class Benchmark:
         flops = count_flops(forms["eager"].call)["Global"]
         for form in forms.values():
             form.flops = flops
-        forms[YARDSTICK] = self._yardstick_step(self.options.batch_size)
+        forms[YARDSTICK] = self._yardstick(self.options.batch_size, training=True)
         self._measure("training", forms)
 
     def loading(self) -> None:
@@ -175,10 +173,9 @@ class Benchmark:
             self.rows.append(row | {"memory": peak_memory(form.call, self.device)})
 
     def _inputs(self, words: int) -> tuple[Tensor, Tensor | None]:
-        height, width = image_size(self.config)
-        image = torch.randn(words, 3, height, width, device=self.device)
-        mask = torch.rand(words, 1, height, width, device=self.device) if self.config.model.takes_masks else None
-        return image, mask
+        size = image_size(self.config)
+        mask = torch.rand(words, 1, *size, device=self.device) if self.config.model.takes_masks else None
+        return torch.randn(words, 3, *size, device=self.device), mask
 
     def _autocast(self, model: nn.Module) -> Callable:
         def call(*inputs: Tensor | None) -> object:
@@ -187,13 +184,15 @@ class Benchmark:
 
         return call
 
-    def _yardstick(self, images: int) -> Form:
-        network, image = self._resnet50(images)
-        network.eval().requires_grad_(False)
-        return Form(lambda: network(image), images)
+    def _yardstick(self, images: int, *, training: bool = False) -> Form:
+        """Return resnet50, or a training step of it, on as many images."""
+        from torchvision.models import resnet50
 
-    def _yardstick_step(self, images: int) -> Form:
-        network, image = self._resnet50(images)
+        network = resnet50().to(self.device)
+        image = torch.randn(images, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
+        if not training:
+            network.eval().requires_grad_(False)
+            return Form(lambda: network(image), images)
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
         target = torch.zeros(images, dtype=torch.int64, device=self.device)
 
@@ -203,12 +202,6 @@ class Benchmark:
             optimizer.zero_grad(set_to_none=True)
 
         return Form(step, images)
-
-    def _resnet50(self, images: int) -> tuple[nn.Module, Tensor]:
-        from torchvision.models import resnet50
-
-        image = torch.randn(images, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
-        return resnet50().to(self.device), image
 
 
 # --- what tools/gpu_check.py shares -----------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Check word LMDBs: broken entries, label and size statistics, masks, words shared with another LMDB."""
+"""Check word LMDBs: broken entries, statistics of labels and sizes, masks, images shared with another LMDB."""
 
-import bisect
+import argparse
 import functools
 import hashlib
 import json
+import math
 import sys
 from array import array
 from collections import Counter
@@ -13,21 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from evaluation.contact_sheet import Cell, save_contact_sheet
 from loading.charset import Charset
-from loading.decoding import to_8_bits
+from loading.decoding import decode_image, decode_mask
 from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
 from loading.masks import find_mask_lmdb
 from tools.support import (
-    MAX_PIXELS,
     RejectedError,
     RejectionLog,
     add_run_arguments,
-    decode_image,
+    checked_image,
     make_parser,
     map_in_processes,
     positive,
@@ -42,35 +41,29 @@ EXAMPLE = """  python tools/check_lmdb.py data/training --charset data/charset_3
 
 exit status: 0 clean, 1 problems found, 2 cannot be checked"""
 
-HEIGHT_EDGES = (8, 16, 32, 64, 128)  # pixels
-ASPECT_EDGES = (1, 2, 4, 8)  # width / height
-FINGERPRINT_SIDE = 16  # a fingerprint has this squared bits
-NEAR_BITS = 10  # fingerprints of re-encoded copies of a word differ by less
 SHARED = "image is in the other LMDB too"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was found at one index: `reason` is empty when nothing is wrong with it.
-
-    `digest` (16 bytes) is equal for equal pixels; `fingerprint` (32 bytes) is alike for images that look alike.
-    """
+    """What was found at one index: `reason` is empty when nothing is wrong; equal pixels have equal `digest`s."""
 
     index: int
     reason: str = ""
     detail: str = ""
     label: str = ""
-    format: str = ""
     width: int = 0
     height: int = 0
     digest: bytes = b""
-    fingerprint: bytes = b""
     mask_empty: bool = False
 
 
 @dataclass
 class Report:
-    """The findings about one LMDB; `problems` counts entries by reason and is empty when it is clean."""
+    """The findings about one LMDB; `problems` counts entries by reason and is empty when it is clean.
+
+    `heights` (pixels) and `aspects` (width / height) count valid samples up to each power of two.
+    """
 
     path: str
     num_samples: int | None
@@ -78,16 +71,18 @@ class Report:
     valid: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    formats: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
-    heights: Counter[str] = field(default_factory=Counter)
-    aspects: Counter[str] = field(default_factory=Counter)
+    heights: Counter[float] = field(default_factory=Counter)
+    aspects: Counter[float] = field(default_factory=Counter)
     foreign_characters: Counter[str] = field(default_factory=Counter)
     good: array = field(default_factory=lambda: array("q"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the list of good indices, for JSON."""
         return {name: value for name, value in vars(self).items() if name != "good"}
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
 
 
 def scan_keys(reader: LmdbReader) -> tuple[np.ndarray, int]:
@@ -103,34 +98,40 @@ def scan_keys(reader: LmdbReader) -> tuple[np.ndarray, int]:
     return np.union1d(known["image"], known["label"]).astype(np.int64), others
 
 
-def check_sample(
-    index: int, *, reader: LmdbReader, masks: LmdbReader | None, segmentation: bool, max_pixels: int
-) -> Sample:
+def checked_samples(
+    reader: LmdbReader, masks: LmdbReader | None, indices: np.ndarray, *, workers: int
+) -> Iterator[Sample]:
+    """Check the samples of `indices` in order, with a progress bar."""
+    segmentation = next(reader.keys("mask-"), None) is not None  # labels, where it has some, name the pairs
+    check = functools.partial(check_sample, reader=reader, masks=masks, segmentation=segmentation)
+    results = map_in_processes(check, map(int, indices), workers=workers, chunk_size=64)
+    return progress(results, total=len(indices), unit="word", description=reader.path.name)
+
+
+def check_sample(index: int, *, reader: LmdbReader, masks: LmdbReader | None, segmentation: bool) -> Sample:
     """Read and decode everything at `index`; runs in a worker."""
-    label = ""
+    label, mask_empty = "", False
     try:
         stored = reader.get(image_key(index))
         if stored is None:
             raise RejectedError("image missing")
         if not segmentation:
-            label = _label(reader.get(label_key(index)))
-        image = decode_image(stored, max_pixels)
-        pixels = to_8_bits(image).convert("RGB")
-        mask_empty = False
-        if segmentation:
-            mask_empty = _is_empty(reader.get(mask_key(index)), image.size, max_pixels)
-        elif masks is not None:
-            mask_empty = _is_empty(masks.get(image_key(index)), image.size, max_pixels)
-            copied = masks.get(label_key(index))  # training does without
-            if copied is not None and copied != label.encode():
-                raise RejectedError("mask of another word", f"its label is {copied!r}")
+            label = checked_label(reader.get(label_key(index)))
+        image = checked_image(stored)
+        height, width = image.shape[:2]
+        if segmentation or masks is not None:
+            mask_empty = not checked_mask(stored_mask(index, reader, masks), (height, width)).any()
+        copied = masks and masks.get(label_key(index))  # training does without
+        if copied is not None and copied != label.encode():
+            raise RejectedError("mask of another word", f"its label is {copied!r}")
     except RejectedError as error:
         return Sample(index, *error.args, label=label)
-    digest = hashlib.blake2b(repr(image.size).encode() + pixels.tobytes(), digest_size=16).digest()
-    return Sample(index, "", "", label, image.format or "", *image.size, digest, fingerprint(pixels), mask_empty)
+    digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).digest()
+    return Sample(index, "", "", label, width, height, digest, mask_empty)
 
 
-def _label(data: bytes | None) -> str:
+def checked_label(data: bytes | None) -> str:
+    """Decode a label; raises RejectedError."""
     if data is None:
         raise RejectedError("label missing")
     try:
@@ -142,70 +143,48 @@ def _label(data: bytes | None) -> str:
     return label
 
 
-def _is_empty(data: bytes | None, size: tuple[int, int], max_pixels: int) -> bool:
-    """Check the encoded mask of an image of `size`; tell whether it has no text."""
+def stored_mask(index: int, reader: LmdbReader, masks: LmdbReader | None) -> bytes | None:
+    """Return the encoded mask of a sample, from the mask LMDB or, for segmentation data, from `reader` itself."""
+    return reader.get(mask_key(index)) if masks is None else masks.get(image_key(index))
+
+
+def checked_mask(data: bytes | None, size: tuple[int, int]) -> np.ndarray:
+    """Decode the mask (H, W, 3) of an image of `size` (height, width); raises RejectedError."""
     if data is None:
         raise RejectedError("mask missing")
     try:
-        mask = decode_image(data, max_pixels)
+        mask = checked_image(data)
     except RejectedError as error:
         raise RejectedError(f"mask: {error.reason}", error.detail) from error
-    if mask.size != size:
-        raise RejectedError("mask of another size", f"{mask.size} for an image of {size}")
-    if mask.mode not in ("L", "1"):
-        raise RejectedError("mask is not 8-bit grey", f"mode {mask.mode}")
-    return mask.getextrema()[1] == 0
+    if mask.shape[:2] != size:
+        raise RejectedError("mask of another size", f"{mask.shape[:2]} for an image of {size}")
+    if (mask != mask[..., :1]).any():
+        raise RejectedError("mask is not grey")
+    return mask
 
 
-def fingerprint(image: Image.Image) -> bytes:
-    """Return a difference hash: for each cell of a small grey copy, whether it is brighter than its left neighbour."""
-    side = FINGERPRINT_SIDE
-    grey = np.asarray(image.convert("L").resize((side + 1, side), Image.Resampling.BOX))
-    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
+def digests_of(root: str, *, workers: int) -> set[bytes]:
+    """Return the digests of the images in every LMDB of `root`; those that cannot be decoded are passed over."""
+    readers = map(LmdbReader, find_lmdbs(root))
+    return {
+        sample.digest
+        for reader in readers
+        for sample in checked_samples(reader, None, scan_keys(reader)[0], workers=workers)
+        if sample.digest
+    }
 
 
-class ImageSet:
-    """The images of other LMDBs, to ask whether one is among them, exactly or nearly."""
-
-    def __init__(self, *, near: bool) -> None:
-        self._near = near
-        self._digests: set[bytes] = set()
-        self._fingerprints = bytearray()
-
-    def add(self, sample: Sample) -> None:
-        """Add the image of a sample."""
-        self._digests.add(sample.digest)
-        self._fingerprints += sample.fingerprint
-
-    def holds(self, sample: Sample) -> bool:
-        """Tell whether an image with the same pixels, or with `near` one that looks the same, was added."""
-        if sample.digest in self._digests:
-            return True
-        if not self._near or not self._fingerprints:
-            return False
-        bits = np.frombuffer(self._fingerprints, np.uint64).reshape(-1, FINGERPRINT_SIDE**2 // 64)
-        distances = np.bitwise_count(bits ^ np.frombuffer(sample.fingerprint, np.uint64)).sum(axis=1)
-        return bool(distances.min() <= NEAR_BITS)
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Checker:
-    """Checks LMDBs with the same settings: `charset` and `max_length` as in training; `other` may be None."""
+    """Checks LMDBs with the same settings: `charset` and `max_length` as in training, `others` are digests."""
 
-    charset: Charset | None = None
-    max_length: int = 25
-    max_pixels: int = MAX_PIXELS
-    workers: int = 1
-    other: ImageSet | None = None
-
-    def samples(self, reader: LmdbReader, masks: LmdbReader | None, indices: np.ndarray) -> Iterator[Sample]:
-        """Check the samples of `indices` in order, with a progress bar."""
-        segmentation = next(reader.keys("mask-"), None) is not None  # labels, where it has some, name the pairs
-        check = functools.partial(
-            check_sample, reader=reader, masks=masks, segmentation=segmentation, max_pixels=self.max_pixels
-        )
-        results = map_in_processes(check, map(int, indices), workers=self.workers, chunk_size=64)
-        return progress(results, total=len(indices), unit="word", description=reader.path.name)
+    charset: Charset | None
+    max_length: int
+    workers: int
+    others: set[bytes]
 
     def check(self, path: Path, mask_path: Path | None, log: RejectionLog) -> Report:
         """Check one LMDB, with its masks when `mask_path` is given."""
@@ -222,14 +201,13 @@ class Checker:
             report.problems[reason] += count
             log.add(str(path), reason, detail, count)
         report.notes["keys that nothing reads"] = others
-        digests = bytearray()
-        for sample in self.samples(reader, masks, indices):
+        digests = bytearray()  # small: there may be millions
+        for sample in checked_samples(reader, masks, indices, workers=self.workers):
             report.samples += 1
-            if not sample.reason and self.other is not None and self.other.holds(sample):
-                sample = Sample(sample.index, SHARED, sample.label)
-            if sample.reason:
-                report.problems[sample.reason] += 1
-                log.add(f"{path}:{sample.index}", sample.reason, sample.detail)
+            reason = sample.reason or (SHARED if sample.digest in self.others else "")
+            if reason:
+                report.problems[reason] += 1
+                log.add(f"{path}:{sample.index}", reason, sample.detail or sample.label)
             else:
                 self._describe(sample, report)
                 digests += sample.digest[:8]
@@ -241,10 +219,9 @@ class Checker:
         """Add a valid sample to the statistics."""
         report.valid += 1
         report.good.append(sample.index)
-        report.formats[sample.format] += 1
         report.lengths[len(sample.label)] += 1
-        report.heights[_bucket(sample.height, HEIGHT_EDGES)] += 1
-        report.aspects[_bucket(sample.width / sample.height, ASPECT_EDGES)] += 1
+        report.heights[_power_of_two(sample.height)] += 1
+        report.aspects[_power_of_two(sample.width / sample.height)] += 1
         report.notes["masks without text"] += sample.mask_empty
         read = sample.label
         if self.charset is not None:
@@ -268,53 +245,9 @@ def _count_problems(num_samples: int | None, indices: np.ndarray) -> Iterator[tu
         yield f"beyond {NUM_SAMPLES}", len(indices) - within, f"{NUM_SAMPLES} is {num_samples}, last is {indices[-1]}"
 
 
-def _bucket(value: float, edges: tuple[int, ...]) -> str:
-    place = bisect.bisect_right(edges, value)
-    return f"{(0, *edges)[place]}-{(*edges, '')[place]}"
-
-
-def write_clean_copy(report: Report, mask_path: Path | None, root: str, output: Path, *, overwrite: bool) -> None:
-    """Write the valid samples of a checked LMDB anew, numbered without gaps.
-
-    The copy lies below `output` as the LMDB does below `root`; with masks, below `output/images`, and the masks
-    likewise below `output/masks`.
-    """
-    source = LmdbReader(report.path)
-    place = Path(report.path).relative_to(root)
-    if mask_path:
-        place = place if place.name else Path(report.path).name
-        output, mask_output = output / "images" / place, output / "masks" / place
-    else:
-        output = output / place
-    if not report.good:
-        raise UserError(f"{report.path}: has no valid sample, so there is no clean copy to write")
-    with LmdbWriter(output, overwrite=overwrite) as writer:
-        for index in report.good:
-            writer.append(source.get(image_key(index)), source.get(label_key(index)), source.get(mask_key(index)))
-    if mask_path:
-        masks = LmdbReader(mask_path)
-        with LmdbWriter(mask_output, overwrite=overwrite) as writer:
-            for index in report.good:
-                writer.append(masks.get(image_key(index)), masks.get(label_key(index)))
-
-
-def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, count: int) -> None:
-    """Draw `count` valid samples, evenly spread over the LMDB."""
-    if not report.good:
-        return
-    reader = LmdbReader(report.path)
-    masks = LmdbReader(mask_path) if mask_path else None
-    chosen = [report.good[i] for i in np.unique(np.linspace(0, len(report.good) - 1, count).astype(int))]
-    cells = []
-    for index in chosen:
-        mask = masks.get(image_key(index)) if masks else reader.get(mask_key(index))
-        label = reader.get(label_key(index)) or b""
-        image, mask = (
-            None if data is None else np.asarray(decode_image(data, sys.maxsize, mode))  # its size was checked
-            for data, mode in ((reader.get(image_key(index)), "RGB"), (mask, "L"))
-        )
-        cells.append(Cell(image, f"{index} {label.decode()}", mask))
-    save_contact_sheet(cells, output)
+def _power_of_two(value: float) -> float:
+    """Return the smallest power of two that is not below a positive value."""
+    return 2 ** math.ceil(math.log2(value))
 
 
 def print_report(report: Report) -> None:
@@ -328,38 +261,59 @@ def print_report(report: Report) -> None:
     counts |= {f"  {reason}": count for reason, count in report.problems.most_common()}
     counts |= {f"note: {note}": count for note, count in report.notes.most_common()}
     print_summary(report.path, counts)
-    _print_histogram("format", report.formats)
-    _print_histogram("label length", {str(length): count for length, count in sorted(report.lengths.items())})
-    for title, counts, edges in (
-        ("height in pixels", report.heights, HEIGHT_EDGES),
-        ("width / height", report.aspects, ASPECT_EDGES),
-    ):
-        _print_histogram(title, {_bucket(low, edges): counts[_bucket(low, edges)] for low in (0, *edges)})
+    histograms = {
+        "label length": report.lengths,
+        "height up to, pixels": report.heights,
+        "width / height up to": report.aspects,
+    }
+    for title, histogram in histograms.items():
+        for number, (value, count) in enumerate(sorted(histogram.items())):
+            bar = "#" * round(40 * count / max(histogram.values()))
+            print(f"  {'' if number else title:20} {value:>8} {count:>10,} {bar}".rstrip())
     if report.foreign_characters:
         shown = " ".join(f"{character!r}:{count}" for character, count in report.foreign_characters.most_common(30))
         print(f"  characters outside the charset: {shown}")
 
 
-def _print_histogram(title: str, counts: dict[str, int]) -> None:
-    most = max(counts.values(), default=0)
-    if most:
-        print(f"  {title}")
-        for name, count in counts.items():
-            print(f"    {name:>8} {count:>10,} {'#' * round(40 * count / most)}".rstrip())
+# --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def collect_images(root: str, checker: Checker, *, near: bool) -> ImageSet:
-    """Return the images of every LMDB of `root`; those that cannot be decoded are passed over."""
-    images = ImageSet(near=near)
-    for path in find_lmdbs(root):
-        reader = LmdbReader(path)
-        for sample in checker.samples(reader, None, scan_keys(reader)[0]):
-            if sample.digest:
-                images.add(sample)
-    return images
+def write_clean_copy(report: Report, mask_path: Path | None, root: str, output: Path, *, overwrite: bool) -> None:
+    """Write the valid samples of a checked LMDB anew, numbered without gaps.
+
+    The copy lies below `output` as the LMDB does below `root`; with masks, below `output/images`, and the masks
+    likewise below `output/masks`.
+    """
+    if not report.good:
+        raise UserError(f"{report.path}: has no valid sample, so there is no clean copy to write")
+    place = Path(report.path).relative_to(root)
+    copies = {Path(report.path): output / place}
+    if mask_path:
+        place = place if place.name else Path(report.path).name
+        copies = {Path(report.path): output / "images" / place, mask_path: output / "masks" / place}
+    for source, target in copies.items():
+        reader = LmdbReader(source)
+        with LmdbWriter(target, overwrite=overwrite) as writer:
+            for index in report.good:
+                writer.append(reader.get(image_key(index)), reader.get(label_key(index)), reader.get(mask_key(index)))
 
 
-def _parse(arguments: list[str] | None) -> Any:
+def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, count: int) -> None:
+    """Draw `count` valid samples, evenly spread over the LMDB."""
+    reader = LmdbReader(report.path)
+    masks = LmdbReader(mask_path) if mask_path else None
+    cells = []
+    for place in np.unique(np.linspace(0, len(report.good) - 1, count).astype(int)):
+        index = report.good[place]
+        mask = stored_mask(index, reader, masks)
+        label = reader.get(label_key(index)) or b""
+        image = decode_image(reader.get(image_key(index)))
+        cells.append(Cell(image, f"{index} {label.decode()}", None if mask is None else decode_mask(mask)))
+    save_contact_sheet(cells, output)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("lmdb", metavar="LMDB", help="an LMDB, or a folder of LMDBs")
     parser.add_argument(
@@ -368,46 +322,44 @@ def _parse(arguments: list[str] | None) -> Any:
     parser.add_argument("--charset", metavar="FILE", help="count label characters outside this charset")
     parser.add_argument("--max-length", type=positive, default=25, help="count longer labels (default: 25)")
     parser.add_argument("--against", metavar="LMDB", help="images that these LMDBs (test sets) have too are problems")
-    parser.add_argument("--near", action="store_true", help="with --against: look-alikes too (slow on large sets)")
     parser.add_argument("--contact-sheet", metavar="PNG", help="draw words from all over the LMDB to look at")
     parser.add_argument("--cells", type=positive, default=64, help="words on the contact sheet (default: 64)")
-    parser.add_argument("--json", metavar="FILE", help="write the findings here (-: to stdout, instead of the text)")
+    parser.add_argument("--json", metavar="FILE", help="write the findings here as well")
+    parser.add_argument("--rejected", metavar="FILE", help="list the problems here (default: with --fix, beside it)")
     parser.add_argument("--fix", metavar="OUTPUT", help="write a copy without the problems")
-    add_run_arguments(parser, log="with --fix OUTPUT-rejected.tsv, else none")
+    add_run_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parse(arguments)
-    if options.fix and Path(options.fix).exists() and not options.overwrite:
-        raise UserError(f"{options.fix}: exists already; choose another --fix or replace it with --overwrite")
+    options = parse_arguments(arguments)
+    for flag in ("fix", "rejected"):
+        path = getattr(options, flag)
+        if path and Path(path).exists() and not options.overwrite:
+            raise UserError(f"{path}: exists already; choose another --{flag} or replace it with --overwrite")
     lmdbs = find_lmdbs(options.lmdb)
     mask_paths = [options.masks and find_mask_lmdb(options.masks, options.lmdb, path) for path in lmdbs]
     charset = Charset.from_file(options.charset) if options.charset else None
-    settings = (charset, options.max_length, options.max_pixels, options.workers)
-    other = collect_images(options.against, Checker(*settings), near=options.near) if options.against else None
-    checker = Checker(*settings, other)
+    others = digests_of(options.against, workers=options.workers) if options.against else set()
+    checker = Checker(charset, options.max_length, options.workers, others)
     reports = []
-    with RejectionLog(options.rejected or (f"{options.fix.rstrip('/')}-rejected.tsv" if options.fix else None)) as log:
+    beside = options.fix and f"{options.fix.rstrip('/')}-rejected.tsv"
+    with RejectionLog(options.rejected or beside) as log:
         for path, mask_path in zip(lmdbs, mask_paths, strict=True):
             report = checker.check(path, mask_path, log)
             reports.append(report)
-            if options.json != "-":
-                print_report(report)
-            if options.contact_sheet:
+            print_report(report)
+            if options.contact_sheet and report.good:
                 sheet = Path(options.contact_sheet)
                 if len(lmdbs) > 1:
-                    name = "-".join([sheet.stem, *path.relative_to(options.lmdb).parts])
-                    sheet = sheet.with_name(name + sheet.suffix)
+                    sheet = sheet.with_stem("-".join([sheet.stem, *path.relative_to(options.lmdb).parts]))
                 write_contact_sheet(report, mask_path, sheet, options.cells)
             if options.fix and len(lmdbs) > 1 and not report.good:
                 log.add(str(path), "no valid sample, no copy")
             elif options.fix:
                 write_clean_copy(report, mask_path, options.lmdb, Path(options.fix), overwrite=options.overwrite)
-    text = json.dumps([report.to_dict() for report in reports], indent=2, ensure_ascii=False)
-    if options.json == "-":
-        print(text)
-    elif options.json:
+    if options.json:
+        text = json.dumps([report.to_dict() for report in reports], indent=2, ensure_ascii=False)
         write_atomically(Path(options.json), lambda file: file.write(text.encode() + b"\n"))
     return 1 if any(report.problems for report in reports) else 0
 

@@ -2,7 +2,7 @@
 
 A and B are work folders of `main.py --phase test` on the same words. For each data set and for all words together: the
 accuracies, the difference B - A with its 95 % interval (paired, Bonett and Price 2012), the words that only one of them
-reads right, and the p-value of McNemar's exact test. An HTML page in B's report shows every word that flipped.
+predicts correctly, and the p-value of McNemar's exact test. An HTML page in B's report shows every word that flipped.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from loading.charset import PROTOCOLS, protocol_normalizer
 from tools.support import make_parser
 from utils import UserError, run_command_line, write_atomically
 
-EXAMPLE = """  python tools/compare_runs.py workdir/train_abinet workdir/train
+EXAMPLE = """  python tools/compare_runs.py workdir/train-abinet workdir/train
   python tools/compare_runs.py workdir/train workdir/train --model_eval vision alignment"""
 
 ALL = "all words"
@@ -46,7 +46,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Flip:
-    """A word that one of two evaluations reads right and the other wrong; `image` is a data URI, or empty."""
+    """A word that one of two evaluations gets right and the other wrong; `image` is a data URI, or empty."""
 
     dataset: str
     label: str
@@ -185,7 +185,7 @@ def shown_p(row: Row) -> str:
 def verdict(row: Row) -> str:
     """What the test says, in a sentence."""
     if row.p_value >= 0.05:
-        return "The difference may be chance (p ≥ 0.05)."
+        return "The difference may be due to chance (p ≥ 0.05)."
     return f"{'B' if row.difference > 0 else 'A'} is better (p {'< 0.001' if row.p_value < 0.001 else '< 0.05'})."
 
 
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows=rows if len(rows) > 2 else rows[:1],
         bound=bound,
         flips=[
-            (f"Only {side} reads right", [each for each in flips if each.gained == gained])
+            (f"Correct only in {side}", [each for each in flips if each.gained == gained])
             for side, gained in (("B", True), ("A", False))
         ],
         sides=sides,
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Path(options.output or default)
     write_atomically(output, lambda file: file.write(page.encode(errors="backslashreplace")))
     print(*(f"{name} = {side}" for name, side in sides.items()), "", table(rows), "", verdict(rows[-1]), sep="\n")
-    for heading, gained in (("only A reads right", False), ("only B reads right", True)):
+    for heading, gained in (("correct only in A", False), ("correct only in B", True)):
         chosen = [flip for flip in flips if flip.gained == gained]
         print(f"\n{heading}: {len(chosen)} words (label, A, B)")
         for flip in chosen[: options.words]:

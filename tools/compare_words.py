@@ -16,9 +16,10 @@ sys.path.insert(
 import cv2
 import numpy as np
 
+from loading.decoding import BrokenImageError, decode_image
 from loading.lmdb_io import LmdbReader, image_key, is_lmdb, label_key
 from rendering import WordRenderer, load_render_config
-from tools.support import RejectedError, decode_image, make_parser, positive, progress, seed_number
+from tools.support import make_parser, positive, progress, seed_number
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/compare_words.py configs/render.yaml data/training/words --difficulty 0.3 0.5 0.7
@@ -123,10 +124,10 @@ def stored(source: Path, count: int) -> Iterator[Measured]:
     for number, (data, text) in enumerate(found):
         if number in wanted and text:
             try:
-                image = decode_image(data(), mode="RGB")
-            except RejectedError:
+                image = decode_image(data())
+            except BrokenImageError:
                 continue
-            yield measure(np.asarray(image), text)
+            yield measure(image, text)
 
 
 def _lmdb_words(source: Path) -> Iterator:

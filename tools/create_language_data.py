@@ -10,13 +10,13 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import lzma
 import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,33 +42,16 @@ CASE_SHARES = (0.5, 0.25, 0.25)  # lower, Capitalised, UPPER, for word lists tha
 
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _FOREIGN = "\0"  # marks a letter or digit that the charset lacks
-_PIECE = 1 << 20  # bytes that are read at once
 
 
-class _CharacterTable(dict):
-    """A table for `str.translate` that works out what becomes of a character when it first meets it."""
-
-    def __init__(self, charset: Charset) -> None:
-        self._charset = charset
-
-    def __missing__(self, code: int) -> str:
-        character = chr(code)
-        foreign = _FOREIGN if character.isalnum() else "" if character in APOSTROPHES else " "
-        self[code] = self._charset.normalize(character) or foreign
-        return self[code]
-
-
-@dataclass(frozen=True)
 class WordRule:
     """Tells which words are kept: characters of `charset`, and a length in characters from `shortest` to `longest`."""
 
-    charset: Charset
-    shortest: int = 1
-    longest: int = 25
-
-    @functools.cached_property
-    def _table(self) -> _CharacterTable:
-        return _CharacterTable(self.charset)
+    def __init__(self, charset: Charset, shortest: int = 1, longest: int = 25) -> None:
+        self.charset = charset
+        self.shortest = shortest
+        self.longest = longest
+        self._normalize = functools.cache(self._normalized)
 
     def words(self, token: str) -> tuple[list[str], str]:
         """Return the words in `token` as the charset writes them, and the reason why there are none.
@@ -78,7 +61,7 @@ class WordRule:
         """
         if token in MARKERS:
             return [], "marker"
-        text = token.translate(self._table)
+        text = "".join(map(self._normalize, token))
         if _FOREIGN in text:
             return [], "outside the charset"
         words = text.split()
@@ -88,6 +71,10 @@ class WordRule:
         if fitting:
             return fitting, ""
         return [], "too long" if max(map(len, words)) > self.longest else "too short"
+
+    def _normalized(self, character: str) -> str:
+        foreign = _FOREIGN if character.isalnum() else "" if character in APOSTROPHES else " "
+        return self.charset.normalize(character) or foreign
 
 
 def find_corpora(paths: Iterable[str]) -> list[Path]:
@@ -112,26 +99,13 @@ def read_corpora(files: list[Path], log: RejectionLog) -> Counter[str]:
     Lines that begin with # before the first other line are a header. Files may be packed (.gz, .bz2, .xz).
     """
     encoded: Counter[bytes] = Counter()
-    bar = progress((), total=sum(file.stat().st_size for file in files), unit="B", description="corpora")
-    for path in files:
+    for path in progress(files, total=len(files), unit="file", description="corpora"):
         try:
-            with open(path, "rb") as raw:
-                text: BinaryIO = _OPENERS[path.suffix](raw) if path.suffix in _OPENERS else raw
-                rest = text.readline(_PIECE)
-                while rest.startswith(b"#"):
-                    rest = text.readline(_PIECE)
-                position = 0
-                while piece := text.read(_PIECE):
-                    rest += piece
-                    cut = max(rest.rfind(blank) for blank in (b" ", b"\n", b"\t")) + 1
-                    encoded.update(rest[:cut].split())
-                    rest = rest[cut:]
-                    bar.update(raw.tell() - position)
-                    position = raw.tell()
-                encoded.update(rest.split())
+            with _OPENERS.get(path.suffix, open)(path, "rb") as lines:
+                for line in itertools.dropwhile(lambda line: line.startswith(b"#"), lines):
+                    encoded.update(line.split())
         except (OSError, EOFError, lzma.LZMAError) as error:
             raise UserError(f"{path}: cannot be read ({error}); copy or unpack it again") from error
-    bar.close()
     tokens: Counter[str] = Counter()
     for token, count in encoded.items():
         try:
@@ -249,14 +223,6 @@ def write_rows(path: str | os.PathLike, rows: list[str]) -> None:
     write_atomically(Path(path), write)
 
 
-def sizes_of(parts: Sequence[dict[str, float]], *, count: int | None, distinct: bool) -> list[int]:
-    """Return the rows of each part: shares of `count` by distinct words, or each word once, or as often as it came."""
-    if count is not None:
-        held = round(count * len(parts[1]) / sum(map(len, parts)))
-        return [count - held, held]
-    return [len(part) if distinct else int(sum(part.values())) for part in parts]
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("train", metavar="TRAIN_CSV", help="file to make")
@@ -288,7 +254,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--validation-share", type=float, default=0.05, help="of the distinct words (default: 0.05)")
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
-    parser.add_argument("--rejected", metavar="FILE", help="what was left out (default: TRAIN-rejected.tsv)")
     options = parser.parse_args(arguments)
     for output in (options.train, options.validation):
         if os.path.exists(output) and not options.overwrite:
@@ -301,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--validation-share {options.validation_share:g}: is not from 0 to below 1")
     rule = WordRule(Charset.from_file(options.charset), options.min_length, options.max_length)
     temperature, count = float("inf") if options.flatten else options.temperature, options.count
-    with RejectionLog.beside(os.path.splitext(options.train)[0], options.rejected) as log:
+    with RejectionLog.beside(os.path.splitext(options.train)[0]) as log:
         if options.corpus:
             words = select_words(read_corpora(find_corpora(options.corpus), log), rule, log, countable=True)
         else:
@@ -309,7 +274,13 @@ def main(arguments: list[str] | None = None) -> int:
             words = vary_case(words) if rule.charset.has_upper_case else words
             count = count or (None if temperature == float("inf") else DEFAULT_COUNT)
         parts = split_words(words, options.validation_share, options.seed)
-        sizes = sizes_of(parts, count=count, distinct=temperature == float("inf"))
+        if count is not None:
+            held_back = round(count * len(parts[1]) / len(words))
+            sizes = [count - held_back, held_back]
+        elif temperature == float("inf"):
+            sizes = [len(part) for part in parts]
+        else:
+            sizes = [int(sum(part.values())) for part in parts]
         rows = [draw_rows(part, size, temperature, options.seed) for part, size in zip(parts, sizes, strict=True)]
         write_rows(options.train, rows[0])
         write_rows(options.validation, rows[1])

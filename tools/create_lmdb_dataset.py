@@ -9,7 +9,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from tools.support import (
-    MAX_PIXELS,
     RejectedError,
     Word,
     add_run_arguments,
@@ -17,7 +16,7 @@ from tools.support import (
     make_parser,
     map_in_processes,
     progress,
-    read_image,
+    read_word,
     store_words,
 )
 from utils import UserError, run_command_line
@@ -27,8 +26,6 @@ EXAMPLE = """  python tools/create_lmdb_dataset.py words/ words/gt.txt data/trai
 each line of GT_FILE is `path<TAB>label`, `path,label` or `path, "label"`; paths are relative to IMAGE_FOLDER"""
 
 LONGEST_PATH = 4096  # bytes, of any system
-
-SEPARATORS = {"auto": ("\t", ","), "tab": ("\t",), "comma": (",",)}
 
 
 def read_entries(gt_file: str | os.PathLike) -> Iterator[bytes]:
@@ -50,15 +47,13 @@ def read_entries(gt_file: str | os.PathLike) -> Iterator[bytes]:
         raise UserError(f"{gt_file}: cannot be read ({error.strerror}); name the list of labels") from error
 
 
-def split_line(line: str, separators: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield every way to read `line` as (path, label), the likeliest first.
+def split_line(line: str) -> Iterator[tuple[str, str]]:
+    """Yield every way to take `line` apart into (path, label), the likeliest first.
 
-    The first separator of `separators` that occurs is used. Later places of it are tried too, for paths that hold it.
-    Label text in double quotes after a comma loses the quotes (ICDAR's form).
+    The separator is the first tab, or the first comma where there is no tab. Later ones are tried too, for paths that
+    hold it. A label in double quotes after a comma loses the quotes (ICDAR's form).
     """
-    separator = next((s for s in separators if s in line), None)
-    if separator is None:
-        return
+    separator = "\t" if "\t" in line else ","
     for place in (i for i, character in enumerate(line[:LONGEST_PATH]) if character == separator):
         name, label = line[:place].strip(), line[place + 1 :].strip()
         yield name, _unquote(label) if separator == "," else label
@@ -70,14 +65,14 @@ def _unquote(label: str) -> str:
     return label
 
 
-def read_word(entry: bytes, *, folder: str, separators: tuple[str, ...], max_pixels: int) -> Word:
+def word_of_line(entry: bytes, *, folder: str) -> Word:
     """Read and check the image and label of one line; runs in a worker."""
     try:
         line = entry.decode("utf-8")
     except UnicodeDecodeError as error:
         return Word(entry.decode(errors="backslashreplace"), reason="line is not UTF-8", detail=str(error))
-    missing: Word | None = None
-    for name, label in split_line(line, separators):
+    missing = None
+    for name, label in split_line(line):
         if not name:
             missing = missing or Word(line, reason="no path")
             continue
@@ -90,22 +85,16 @@ def read_word(entry: bytes, *, folder: str, separators: tuple[str, ...], max_pix
             return Word(name, reason="empty label")
         if "\t" in label:
             return Word(name, reason="tab in label", detail=label)
-        return read_image(name, path, label, max_pixels)
+        return read_word(name, path, label)
     return missing or Word(line, reason="no separator", detail="neither tab nor comma between path and label")
 
 
-def read_words(
-    image_folder: str, gt_file: str, *, separator: str = "auto", max_pixels: int = MAX_PIXELS, workers: int = 1
-) -> Iterator[Word]:
+def words_of_list(image_folder: str, gt_file: str, *, workers: int) -> Iterator[Word]:
     """Yield the words of `gt_file` in its order, each read and checked, with a progress bar."""
     if not os.path.isdir(image_folder):
-        raise UserError(
-            f"{image_folder}: no such folder; IMAGE_FOLDER is the folder that the paths of {gt_file} are relative to"
-        )
+        raise UserError(f"{image_folder}: no such folder; IMAGE_FOLDER is what the paths of {gt_file} are relative to")
     total = sum(1 for _ in read_entries(gt_file))
-    read = functools.partial(
-        read_word, folder=os.path.abspath(image_folder), separators=SEPARATORS[separator], max_pixels=max_pixels
-    )
+    read = functools.partial(word_of_line, folder=os.path.abspath(image_folder))
     words = map_in_processes(read, read_entries(gt_file), workers=workers, chunk_size=64)
     yield from progress(words, total=total, unit="word", description="images")
 
@@ -115,19 +104,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("image_folder", metavar="IMAGE_FOLDER", help="folder that the paths in GT_FILE are relative to")
     parser.add_argument("gt_file", metavar="GT_FILE", help="UTF-8 text, one image and label a line")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
-    parser.add_argument(
-        "--separator", choices=SEPARATORS, default="auto", help="between path and label (default: auto)"
-    )
     add_run_arguments(parser)
     options = parser.parse_args(arguments)
-    words = read_words(
-        options.image_folder,
-        options.gt_file,
-        separator=options.separator,
-        max_pixels=options.max_pixels,
-        workers=options.workers,
-    )
-    store_words(words, options.output, overwrite=options.overwrite, rejected=options.rejected)
+    words = words_of_list(options.image_folder, options.gt_file, workers=options.workers)
+    store_words(words, options.output, overwrite=options.overwrite)
     return 0
 
 

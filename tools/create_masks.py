@@ -54,7 +54,6 @@ of processes; until then its masks are in OUTPUT.part-*.partial. A word whose im
 is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how the masks were made."""
 
 CHUNK_PIXELS = 1 << 23  # of images that are held at once, whatever their number: scenes are larger than words
-CHUNK_WORDS = 4096  # that are committed in one transaction
 SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the others
 
 Word = tuple[int, np.ndarray | str]  # number from 1, and image (H, W, 3) or why there is none
@@ -347,7 +346,7 @@ def load_chunks(reader: LmdbReader, blocks: Sequence[Sequence[int]]) -> Iterator
             except BrokenImageError as error:
                 image = str(error)
             chunk.append((index, image))
-            if len(chunk) == CHUNK_WORDS or pixels >= CHUNK_PIXELS:
+            if pixels >= CHUNK_PIXELS:
                 yield chunk
                 chunk, pixels = [], 0
         if chunk:

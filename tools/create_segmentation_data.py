@@ -13,7 +13,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +22,17 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from loading.decoding import MAX_PIXELS, BrokenImageError, decode_image
+from loading.decoding import IMAGE_ERRORS, MAX_PIXELS
 from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
-from tools.support import IMAGE_ERRORS, RejectedError, RejectionLog, make_parser, print_summary, progress
+from tools.support import (
+    RejectedError,
+    RejectionLog,
+    checked_image,
+    make_parser,
+    print_summary,
+    progress,
+    read_file,
+)
 from utils import UserError, explain_full_disk, run_command_line
 
 EXAMPLE = """  python tools/create_segmentation_data.py --format totaltext --source Total-Text --split Train \\
@@ -106,9 +113,8 @@ def find_entries(
         stem = stem_of(mask)
         found = images.get(stem, [])  # of several images, the one whose folder has the name of the mask's
         image = next((each for each in found if each.parent.name == mask.parent.name), found[0] if found else None)
-        name = stem if stem not in names else f"{mask.parent.name}_{stem}"
-        numbered = (f"{name}_{number}" for number in itertools.count(2))
-        name = next(each for each in itertools.chain([name], numbered) if each not in names)
+        candidates = itertools.chain([stem, f"{mask.parent.name}_{stem}"], (f"{stem}_{n}" for n in itertools.count(2)))
+        name = next(each for each in candidates if each not in names)
         if image is not None:
             names.add(name)
         entries.append(Entry(name, image, mask, read))
@@ -121,12 +127,10 @@ def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
         with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise RejectedError("mask too large", f"{path.name}: {opened.width} x {opened.height} pixels")
-            if colours:
-                return np.asarray(opened.convert("RGB"))
-            if opened.mode not in ("P", "L", "RGB"):
-                opened = opened.convert("RGB" if opened.mode in ("RGBA", "CMYK", "YCbCr", "PA") else "L")
-            values = np.asarray(opened)
-            return values if values.ndim == 2 else values.max(axis=2)  # three equal channels
+            if opened.mode == "P" and not colours:
+                return np.asarray(opened)
+            values = np.asarray(opened.convert("RGB"))
+            return values if colours else values.max(axis=2)  # three equal channels
     except RejectedError:
         raise
     except IMAGE_ERRORS as error:
@@ -146,12 +150,11 @@ def classes_of(values: np.ndarray, *, text: int) -> np.ndarray:
 _CHARACTER = re.compile(r'^(#?)\s*((?:-?\d+(?:\.\d+)?[\s,]+){9})"(.*)"\s*$')
 
 
-@dataclass(frozen=True)
-class Character:
+class Character(NamedTuple):
     """One line of an ICDAR 2013 text file."""
 
-    color: tuple[int, int, int]
-    box: Box
+    color: tuple[int, ...]
+    corners: np.ndarray  # (2, 2): x and y of the top left and the bottom right pixel
     ignored: bool
 
 
@@ -165,10 +168,9 @@ def parse_icdar13(text: str) -> list[list[Character]]:
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
         match = _CHARACTER.match(line.strip())
         if match:
-            values = [float(value) for value in re.split(r"[\s,]+", match[2].strip(" ,\t"))]
-            left, top, right, bottom = values[5:]
-            color = tuple(int(value) for value in values[:3])
-            words[-1].append(Character(color, (left, top, right + 1, bottom + 1), bool(match[1])))
+            values = [float(value) for value in match[2].replace(",", " ").split()]
+            color, corners = tuple(map(int, values[:3])), np.reshape(values[5:], (2, 2))
+            words[-1].append(Character(color, corners, bool(match[1])))
         elif not line.strip():
             words.append([])
         elif not line.lstrip().startswith("#"):
@@ -187,11 +189,11 @@ def read_icdar13(mask_path: Path) -> Truth:
     words = parse_icdar13(text_path.read_text(encoding="utf-8", errors="replace"))
     for character in itertools.chain.from_iterable(words):
         if character.ignored:
-            rows, columns = pixel_slices(character.box, mask.shape)
+            rows, columns = pixel_slices(box_around(character.corners), mask.shape)
             own = (colors[rows, columns] == character.color).all(axis=2) | white[rows, columns]
             mask[rows, columns][own] = IGNORED
-    known = [[each.box for each in word if not each.ignored] for word in words]
-    return Truth(mask, [enclosing(boxes) for boxes in known if boxes])
+    known = [[each.corners for each in word if not each.ignored] for word in words]
+    return Truth(mask, [box_around(np.concatenate(corners)) for corners in known if corners])
 
 
 def icdar13_entries(source: Path, split: str | None) -> list[Entry]:
@@ -225,14 +227,14 @@ def read_totaltext(mask_path: Path, polygons: dict[str, Path]) -> Truth:
     for match in filter(None, map(_POLYGON.search, records)):
         try:
             points = np.array([match[axis].replace(",", " ").split() for axis in (1, 2)], dtype=float).T  # (points, 2)
-            if not len(points):
-                continue
         except ValueError as error:
             raise RejectedError("damaged polygons", f"{polygons[mask_path.stem].name}: {match[0][:60]!r}") from error
+        if not len(points):
+            continue
         if match[3].strip().strip("u'\"") == "#":
             cv2.fillPoly(mask, [points.astype(np.int32)], IGNORED)
         else:
-            boxes.append((*points.min(axis=0).tolist(), *(points.max(axis=0) + 1).tolist()))
+            boxes.append(box_around(points))
     return Truth(mask, boxes)
 
 
@@ -291,18 +293,13 @@ def read_textseg(mask_path: Path, annotation: Path | None) -> Truth:
         return Truth(mask)
     try:
         words = json.loads(annotation.read_text(encoding="utf-8"))
-        boxes = [_box_of_numbers(word["bbox"]) for word in (words.values() if isinstance(words, dict) else words)]
+        boxes = [
+            box_around(np.array(word["bbox"], dtype=float).reshape(-1, 2))  # two corners or four
+            for word in (words.values() if isinstance(words, dict) else words)
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise RejectedError("damaged annotation", f"{annotation.name}: {error}") from error
     return Truth(mask, boxes)
-
-
-def _box_of_numbers(numbers: Sequence[float]) -> Box:
-    """Return the box around x, y, x, y, ...: two corners or four."""
-    points = np.array(numbers, dtype=float).reshape(-1, 2)
-    if not len(points) or not np.isfinite(points).all():
-        raise ValueError(f"{numbers} are not corners")
-    return (*points.min(axis=0).tolist(), *(points.max(axis=0) + 1).tolist())
 
 
 def textseg_entries(source: Path, split: str | None) -> list[Entry]:
@@ -334,10 +331,11 @@ FORMATS = {
 # --- boxes -----------------------------------------------------------------------------------------------------------
 
 
-def enclosing(boxes: Sequence[Box]) -> Box:
-    """Return the smallest box around some boxes."""
-    edges = np.array(boxes)
-    return (*edges[:, :2].min(axis=0).tolist(), *edges[:, 2:].max(axis=0).tolist())
+def box_around(points: np.ndarray) -> Box:
+    """Return the smallest box around pixels, (N, 2) of x and y; raises RejectedError if there is none."""
+    if not len(points) or not np.isfinite(points).all():
+        raise RejectedError("damaged box", f"corners {points.tolist()}")
+    return (*points.min(axis=0).tolist(), *(points.max(axis=0) + 1).tolist())
 
 
 def pixel_slices(box: Box, shape: tuple[int, ...], *, margin: float = 0.0) -> tuple[slice, slice]:
@@ -382,27 +380,21 @@ def pair_lmdb(path: Path) -> Iterator[Callable[[str, str, bytes, bytes], None]]:
         yield lambda name, suffix, image, mask: writer.append(image, name, mask)
 
 
-def pairs_of(entry: Entry, *, words: bool, margin: float) -> Iterator[tuple[str, str, bytes, bytes] | tuple[str, str]]:
+def pairs_of(
+    entry: Entry, rejected: RejectionLog, *, words: bool, margin: float
+) -> Iterator[tuple[str, str, bytes, bytes]]:
     """Yield (name, file ending, encoded image, encoded mask) of a whole image or of each of its words.
-
-    A word that cannot be cut out is (name, reason).
 
     Raises:
         RejectedError: the image or its ground truth cannot be used.
     """
     if entry.image is None:
         raise RejectedError("image missing")
-    try:
-        data = entry.image.read_bytes()
-        image = decode_image(data)
-    except OSError as error:
-        raise RejectedError("image cannot be read", str(error.strerror)) from error
-    except BrokenImageError as error:
-        raise RejectedError("damaged image", str(error)) from error
+    data = read_file(entry.image)
+    image = checked_image(data)
     truth = entry.read(entry.mask)
     if truth.mask.shape != image.shape[:2]:
-        sizes = f"image {image.shape[1]} x {image.shape[0]}, mask {truth.mask.shape[1]} x {truth.mask.shape[0]}"
-        raise RejectedError("mask of another size", sizes)
+        raise RejectedError("mask of another size", f"(height, width) {truth.mask.shape}, image {image.shape[:2]}")
     if not words:
         yield entry.name, entry.image.suffix.lower(), data, _png(truth.mask)
         return
@@ -410,12 +402,11 @@ def pairs_of(entry: Entry, *, words: bool, margin: float) -> Iterator[tuple[str,
         raise RejectedError("no word boxes")
     for number, box in enumerate(truth.boxes, start=1):
         rows, columns = pixel_slices(box, image.shape, margin=margin)
-        crop = image[rows, columns]
-        name = f"{entry.name}_{number:03d}"
+        name, crop = f"{entry.name}_{number:03d}", image[rows, columns]
         if crop.size:
             yield name, ".png", _png(crop[..., ::-1]), _png(truth.mask[rows, columns])
         else:
-            yield name, "box outside the image"
+            rejected.add(name, "box outside the image")
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -457,9 +448,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with RejectionLog.beside(output) as rejected, (pair_lmdb if options.lmdb else pair_folder)(output) as add:
         for entry in progress(entries, total=len(entries), unit="image", description=options.format):
             try:
-                for pair in pairs_of(entry, words=options.words, margin=options.margin):
-                    (rejected.add if len(pair) == 2 else add)(*pair)
-                    kept += len(pair) > 2
+                for pair in pairs_of(entry, rejected, words=options.words, margin=options.margin):
+                    add(*pair)
+                    kept += 1
             except RejectedError as error:
                 rejected.add(entry.name if entry.image else str(entry.mask), error.reason, error.detail)
         if not kept:

@@ -3,14 +3,13 @@
 import functools
 import itertools
 import os
-import pickle
 import re
 import struct
-import subprocess
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tool
 
 from tools.create_lmdb_dataset import read_entries
 from tools.support import (
-    MAX_PIXELS,
     RejectedError,
     Word,
     add_run_arguments,
-    decode_image,
+    checked_image,
     find_image,
     make_parser,
     map_in_processes,
     progress,
     read_file,
-    read_image,
+    read_word,
     store_words,
 )
 from utils import UserError, run_command_line
@@ -42,6 +40,7 @@ EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
 
 MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
 MIN_VISIBLE = 0.5  # share of a box that must lie inside the image
+FORMATS = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, 95], "png": []}
 _MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
 
 
@@ -53,32 +52,26 @@ class Scene(NamedTuple):
     words: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class CropSettings:
-    """How words are cut out and stored."""
-
-    rectify: bool = False
-    extension: str = ".jpg"
-    quality: int = 95
-    max_pixels: int = MAX_PIXELS
-
-
 DAMAGE = (zlib.error, struct.error, EOFError)  # of compressed parts
 
 
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     """Return the raw (imname, wordBB, txt) of every image in a gt.mat; the large `charBB` is not read."""
+    from scipy import io
     from scipy.io.matlab import MatReadError
 
     fields = ("imnames", "wordBB", "txt")
     try:
-        content = _load_apart(gt_file, fields)
+        with ProcessPoolExecutor(1) as process:  # scipy's reader can crash on a damaged file
+            content = process.submit(io.loadmat, gt_file, variable_names=fields).result()
     except OSError as error:
         raise UserError(f"{gt_file}: cannot be read ({error.strerror or error}); name SynthText's gt.mat") from error
     except NotImplementedError as error:
         raise UserError(f"{gt_file}: is a MATLAB 7.3 file; save it in MATLAB as version 7") from error
     except (MatReadError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, *DAMAGE) as error:
         raise UserError(f"{gt_file}: is not a valid MATLAB file ({error}); copy or unpack it again") from error
+    except BrokenProcessPool as error:
+        raise UserError(f"{gt_file}: crashes the reader of MATLAB files; copy or unpack it again") from error
     missing = [field for field in fields if field not in content]
     if missing:
         raise UserError(f"{gt_file}: has no {', '.join(missing)}; name SynthText's gt.mat")
@@ -86,29 +79,6 @@ def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     if not len(names) == len(boxes) == len(texts):
         raise UserError(f"{gt_file}: imnames, wordBB and txt have {len(names)}, {len(boxes)} and {len(texts)} entries")
     return list(zip(names, boxes, texts, strict=True))
-
-
-# A process of its own: scipy's reader can crash on a damaged file. It hands over the content, or what was raised.
-_LOAD = """
-import pickle, sys
-from scipy.io import loadmat
-try:
-    content = loadmat(sys.argv[1], variable_names=sys.argv[2:])
-except Exception as error:
-    content = error
-pickle.dump(content, sys.stdout.buffer)
-"""
-
-
-def _load_apart(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, Any]:
-    """Call `scipy.io.loadmat` for some variables; a crash of it is a `ValueError` here."""
-    done = subprocess.run([sys.executable, "-c", _LOAD, os.fspath(path), *fields], stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        raise ValueError("its reader crashed")
-    content = pickle.loads(done.stdout)
-    if isinstance(content, Exception):
-        raise content
-    return content
 
 
 def parse_scene(raw: tuple[Any, Any, Any]) -> Scene:
@@ -125,55 +95,53 @@ def _text(value: Any) -> str:
     return " ".join(map(_text, np.ravel(value))) if isinstance(value, np.ndarray) else str(value)
 
 
-def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, settings: CropSettings) -> list[Word]:
+def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, rectify: bool, form: str) -> list[Word]:
     """Cut every word out of one image of SynthText; runs in a worker."""
     name, boxes, words = parse_scene(raw)
     if not boxes.size and not words:
         return []
     is_sound = boxes.ndim == 3 and boxes.shape[:2] == (2, 4) and boxes.dtype.kind in "fiu"
-    count = max(1, len(words), boxes.shape[2] if is_sound else 0)
     try:
         if not is_sound:
             raise RejectedError("boxes are not 2 x 4 x N", f"shape {boxes.shape} of {boxes.dtype}")
         if boxes.shape[2] != len(words):
             raise RejectedError("boxes and words differ in number", f"{boxes.shape[2]} boxes, {len(words)} words")
-        data = read_file(find_image(folder, name), settings.max_pixels)
-        image = np.asarray(decode_image(data, settings.max_pixels, "RGB"))
+        image = checked_image(read_file(find_image(folder, name)))
     except RejectedError as error:
+        count = max(1, len(words), boxes.shape[2] if is_sound else 0)
         return [Word(name, reason=error.reason, detail=error.detail, words=count)]
-    pairs = zip(boxes.transpose(2, 1, 0).astype(np.float32), words, strict=True)
-    return [_crop_word(f"{name}#{number}", image, *pair, settings) for number, pair in enumerate(pairs, start=1)]
+    found = []
+    for number, (box, label) in enumerate(zip(boxes.transpose(2, 1, 0).astype(np.float32), words, strict=True), 1):
+        place = f"{name}#{number}"
+        try:
+            found.append(Word(place, image=crop_word(image, box, rectify=rectify, form=form), label=label))
+        except RejectedError as error:
+            found.append(Word(place, reason=error.reason, detail=f"corners {np.round(box, 1).tolist()}"))
+    return found
 
 
-def _crop_word(name: str, image: np.ndarray, box: np.ndarray, word: str, settings: CropSettings) -> Word:
-    """Cut one word out of `image` (H, W, 3) by its corners `box` (4, 2)."""
-    problem = check_box(box, image.shape[1], image.shape[0])
-    if problem is None and settings.rectify and not cv2.isContourConvex(box):
-        problem = ("crossed box", "")
-    if problem is not None:
-        return Word(name, reason=problem[0], detail=problem[1] or f"corners {np.round(box, 1).tolist()}")
-    crop = crop_rectified(image, box) if settings.rectify else crop_upright(image, box)
-    parameters = [cv2.IMWRITE_JPEG_QUALITY, settings.quality] if settings.extension == ".jpg" else []
-    try:
-        _, encoded = cv2.imencode(settings.extension, np.ascontiguousarray(crop[..., ::-1]), parameters)
-    except cv2.error:
-        encoded = None
-    if not isinstance(encoded, np.ndarray):
-        return Word(name, reason="too large for the format", detail=f"{crop.shape[1]} x {crop.shape[0]} pixels")
-    return Word(name, image=encoded.tobytes(), label=word)
+def crop_word(image: np.ndarray, box: np.ndarray, *, rectify: bool, form: str) -> bytes:
+    """Cut one word out of `image` (H, W, 3) by its corners `box` (4, 2), and encode it; raises RejectedError."""
+    check_box(box, image.shape[1], image.shape[0])
+    if rectify and not cv2.isContourConvex(box):
+        raise RejectedError("crossed box")
+    crop = crop_rectified(image, box) if rectify else crop_upright(image, box)
+    done, encoded = cv2.imencode(f".{form}", crop[..., ::-1], FORMATS[form])
+    if not done:
+        raise RejectedError("too large for the format")
+    return encoded.tobytes()
 
 
-def check_box(box: np.ndarray, width: int, height: int) -> tuple[str, str] | None:
-    """Tell why the corners `box` (4, 2) cannot be cut out of a width x height image: (reason, detail), or None."""
+def check_box(box: np.ndarray, width: int, height: int) -> None:
+    """Raise RejectedError when the corners `box` (4, 2) cannot be cut out of a width x height image."""
     if not np.isfinite(box).all():
-        return "box is not finite", ""
+        raise RejectedError("box is not finite")
     low, high = box.min(axis=0), box.max(axis=0)
     if (high - low).min() < MIN_SIDE or cv2.contourArea(cv2.convexHull(box)) < MIN_SIDE**2:
-        return "degenerate box", ""
+        raise RejectedError("degenerate box")
     visible = np.minimum(high, (width, height)) - np.maximum(low, 0)
     if visible.min() <= 0 or visible.prod() < MIN_VISIBLE * (high - low).prod():
-        return "box outside the image", ""
-    return None
+        raise RejectedError("box outside the image")
 
 
 def crop_upright(image: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -195,7 +163,7 @@ def crop_rectified(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     )
 
 
-def mjsynth_word(content: bytes, *, folder: str, max_pixels: int) -> Word:
+def mjsynth_word(content: bytes, *, folder: str) -> Word:
     """Read the word of one annotation line, `./2425/1/115_Lube_45484.jpg 45484`; runs in a worker."""
     line = content.decode(errors="backslashreplace")
     name = line.rsplit(maxsplit=1)[0]
@@ -203,27 +171,26 @@ def mjsynth_word(content: bytes, *, folder: str, max_pixels: int) -> Word:
     if match is None:
         return Word(line, reason="no label in the file name")
     try:
-        return read_image(name, find_image(folder, name), match["label"], max_pixels)
+        return read_word(name, find_image(folder, name), match["label"])
     except RejectedError as error:
         return Word(name, reason=error.reason)
 
 
 def words_of(options: Any) -> Iterator[Word]:
     """Yield the words of the archive that the command line names, in its order, with a progress bar."""
-    annotation, max_pixels = options.annotation, options.max_pixels
+    annotation = options.annotation
     folder = os.path.abspath(options.images or os.path.dirname(os.path.abspath(annotation)))
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; --images names the folder that the images' paths are relative to")
     if annotation.endswith(".mat"):
         scenes = read_synthtext(annotation)
-        settings = CropSettings(options.rectify, f".{options.format}", options.quality, max_pixels)
-        crop = functools.partial(crop_scene, folder=folder, settings=settings)
+        crop = functools.partial(crop_scene, folder=folder, rectify=options.rectify, form=options.format)
         results = map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
         bar = progress(results, total=len(scenes), unit="image", description="SynthText")
         yield from itertools.chain.from_iterable(bar)
     elif annotation.endswith(".txt"):
         total = sum(1 for _ in read_entries(annotation))
-        read = functools.partial(mjsynth_word, folder=folder, max_pixels=max_pixels)
+        read = functools.partial(mjsynth_word, folder=folder)
         words = map_in_processes(read, read_entries(annotation), workers=options.workers, chunk_size=64)
         yield from progress(words, total=total, unit="word", description="MJSynth")
     else:
@@ -240,13 +207,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--rectify", action="store_true", help="SynthText: turn each box upright by perspective, not cut around it"
     )
-    parser.add_argument(
-        "--format", choices=("jpg", "png"), default="jpg", help="SynthText: of the crops (default: jpg)"
-    )
-    parser.add_argument("--quality", type=int, choices=range(1, 101), default=95, metavar="1-100", help="of JPEG (95)")
+    parser.add_argument("--format", choices=FORMATS, default="jpg", help="SynthText: of the crops (default: jpg)")
     add_run_arguments(parser)
     options = parser.parse_args(arguments)
-    store_words(words_of(options), options.output, overwrite=options.overwrite, rejected=options.rejected)
+    store_words(words_of(options), options.output, overwrite=options.overwrite)
     return 0
 
 

@@ -34,9 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 import torch
 from torch import Tensor, nn

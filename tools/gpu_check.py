@@ -21,9 +21,7 @@ from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 import torch
 import torchvision

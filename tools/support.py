@@ -5,21 +5,18 @@ import itertools
 import os
 import stat
 import sys
-import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
 from tqdm import tqdm
 
-from loading.decoding import IMAGE_ERRORS, MAX_PIXELS, convert
+from loading.decoding import MAX_PIXELS, BrokenImageError, ImageArray, decode_image
 from loading.lmdb_io import LmdbWriter
 from loading.workers import use_one_thread
 from utils import ArgumentParser, UserError, write_atomically
@@ -27,10 +24,7 @@ from utils import ArgumentParser, UserError, write_atomically
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-REJECTION_HEADER = "entry\treason\tdetail\n"
-
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first; decode_image refuses by the header instead
+MAX_FILE_SIZE = 8 * MAX_PIXELS  # bytes of an image file
 
 
 def make_parser(description: str, example: str) -> ArgumentParser:
@@ -63,16 +57,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, log: str = "OUTPUT-rejected.tsv") -> None:
-    """Add the arguments that all tools on LMDBs of words share; `log` is where rejected entries go by default."""
-    parser.add_argument(
-        "--max-pixels", type=positive, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)"
-    )
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that all tools on LMDBs of words share."""
     parser.add_argument(
         "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
-    parser.add_argument("--rejected", metavar="FILE", help=f"where to list what was left out and why (default: {log})")
 
 
 def progress(
@@ -120,28 +110,19 @@ class RejectionLog:
         self._rows: list[str] = []
 
     @classmethod
-    def beside(cls, output: str | os.PathLike, chosen: str | None = None) -> "RejectionLog":
-        """Return the log of an output folder: `chosen`, or `<output>-rejected.tsv`."""
-        return cls(chosen or f"{os.path.abspath(output)}-rejected.tsv")
+    def beside(cls, output: str | os.PathLike) -> "RejectionLog":
+        """Return the log of an output: `<output>-rejected.tsv`."""
+        return cls(f"{os.path.abspath(output)}-rejected.tsv")
 
     def __enter__(self) -> "RejectionLog":
-        if self.path is not None and self.path.exists() and not self._is_a_log():
-            raise UserError(f"{self.path}: exists and is not a list of rejected entries; name another with --rejected")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: Any) -> None:
         if kind is None and self._rows:
-            text = REJECTION_HEADER + "".join(self._rows)
+            text = "entry\treason\tdetail\n" + "".join(self._rows)
             write_atomically(self.path, lambda file: file.write(text.encode(errors="backslashreplace")))
         elif kind is None and self.path is not None:
             self.path.unlink(missing_ok=True)  # of an earlier run
-
-    def _is_a_log(self) -> bool:
-        try:
-            with self.path.open("rb") as file:
-                return file.readline() == REJECTION_HEADER.encode()
-        except OSError:  # a folder
-            return False
 
     def add(self, entry: str, reason: str, detail: str = "", words: int = 1) -> None:
         """Note that `entry`, which stands for so many words, was left out."""
@@ -173,26 +154,12 @@ def _show(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value)
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, mode: str | None = None) -> Image.Image:
-    """Decode an image, into Pillow's `mode` if one is given; raises RejectedError.
-
-    An image of more than `max_pixels` is refused by its header, before it is decoded. Pillow's image tells format and
-    mode, which the checker reports; training decodes with `loading.decoding`.
-    """
-    if not data:
-        raise RejectedError("empty file")
+def checked_image(data: bytes) -> ImageArray:
+    """Decode an image as training does; raises RejectedError."""
     try:
-        image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > max_pixels:
-            raise RejectedError("too large", f"{image.width} x {image.height} pixels")
-        image.load()
-        return image if mode is None else convert(image, mode)
-    except RejectedError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise RejectedError("not an image", f"begins with {data[:8]!r}") from error
-    except IMAGE_ERRORS as error:
-        raise RejectedError("damaged image", f"{type(error).__name__}: {error}") from error
+        return decode_image(data)
+    except BrokenImageError as error:
+        raise RejectedError("damaged image", str(error)) from error
 
 
 def inside(folder: str, name: str) -> str | None:
@@ -210,10 +177,8 @@ def find_image(folder: str, name: str) -> str:
 
     Raises RejectedError when there is none, or when it lies outside the folder.
     """
-    if "\0" in name:
-        raise RejectedError("no such file")
-    forms = [] if name.isascii() else [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
-    for spelling in (name, *forms):
+    forms = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    for spelling in itertools.chain([name], forms):
         for candidate in (spelling, spelling.replace("\\", "/")):
             path = inside(folder, candidate)
             if path is not None and os.path.lexists(path):
@@ -221,38 +186,36 @@ def find_image(folder: str, name: str) -> str:
     raise RejectedError("no such file" if inside(folder, name) else "path leaves the folder")
 
 
-def read_file(path: str, max_pixels: int) -> bytes:
-    """Return the bytes of an image file; `max_pixels` bounds the file's size, too. Raises RejectedError."""
+def read_file(path: str | os.PathLike) -> bytes:
+    """Return the bytes of an image file; raises RejectedError."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe or a device would never end
             raise RejectedError("not a file")
-        if status.st_size > 8 * max_pixels:
+        if status.st_size > MAX_FILE_SIZE:
             raise RejectedError("too large", f"{status.st_size} bytes")
-        with open(path, "rb") as file:
-            return file.read()
+        return Path(path).read_bytes()
     except OSError as error:
         raise RejectedError("cannot be read", str(error.strerror)) from error
 
 
-def read_image(name: str, path: str, label: str, max_pixels: int) -> Word:
+def read_word(name: str, path: str, label: str) -> Word:
     """Return the word with the unchanged bytes of the image file `path`, checked, or the reason why it is rejected."""
     try:
-        data = read_file(path, max_pixels)
-        decode_image(data, max_pixels)
+        data = read_file(path)
+        checked_image(data)
     except RejectedError as error:
         return Word(name, reason=error.reason, detail=error.detail)
     return Word(name, image=data, label=label)
 
 
-def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False, rejected: str | None = None) -> int:
-    """Store `words` in the LMDB `output` in their order, list the rejected ones, print the summary; return the number.
+def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False) -> None:
+    """Store `words` in the LMDB `output` in their order, list the rejected ones, and print the summary.
 
     Nothing is taken from `words` before the output is known to be free. Raises UserError when no word is usable; then
     there is no LMDB, and the message counts the reasons.
     """
-    start = time.perf_counter()
-    with LmdbWriter(output, overwrite=overwrite) as writer, RejectionLog.beside(output, rejected) as log:
+    with LmdbWriter(output, overwrite=overwrite) as writer, RejectionLog.beside(output) as log:
         for word in words:
             if word.reason:
                 log.add(word.name, word.reason, word.detail, word.words)
@@ -261,11 +224,7 @@ def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False, 
         if not writer.count:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in log.counts.most_common())
             raise UserError(f"{output}: not written, the input has no usable word ({reasons or 'it is empty'})")
-    seconds = time.perf_counter() - start
-    rate = round((writer.count + log.counts.total()) / seconds)
-    counts = {"words": writer.count, "seconds": seconds, "words a second": rate}
-    print_summary(f"wrote {output}", counts, log)
-    return writer.count
+    print_summary(f"wrote {output}", {"words": writer.count}, log)
 
 
 def map_in_processes(
@@ -296,4 +255,4 @@ def map_in_processes(
 
 
 def _map_chunk(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:
-    return [function(item) for item in chunk]
+    return list(map(function, chunk))

@@ -53,56 +53,35 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
     Raises:
         UserError: a checkpoint is missing or does not fit.
     """
-    if config.model.kind == "ssn":
+    kind = config.model.kind
+    charset = charset or (None if kind == "ssn" else build_charset(config))
+    if kind == "ssn":
         model = build_ssn(config)
+    elif kind == "vision":
+        model = VisionRecogniser(build_vision_model(config, charset))
+    elif kind == "language":
+        model = LanguageRecogniser(build_language_model(config, charset))
     else:
-        build = {"vision": build_vision_network, "language": build_language_network, "recogniser": build_recogniser}
-        model = build[config.model.kind](config, charset or build_charset(config))
+        model = BINet(
+            vision=build_vision_model(config, charset),
+            language=build_language_model(config, charset),
+            alignment=build_alignment_model(config, charset),
+            iter_size=config.model.iter_size,
+        )
     return _with_weights(model, config.model.checkpoint, config)
-
-
-def build_recogniser(config: Config, charset: Charset) -> nn.Module:
-    """Return vision, language and alignment in `iter_size` rounds (BINet, or ABINet without masks)."""
-    return BINet(
-        vision=build_vision_model(config, charset),
-        language=build_language_model(config, charset),
-        alignment=build_alignment_model(config, charset),
-        iter_size=config.model.iter_size,
-    )
-
-
-def build_vision_network(config: Config, charset: Charset) -> VisionRecogniser:
-    """Return a vision model as a network of its own."""
-    return VisionRecogniser(build_vision_model(config, charset))
-
-
-def build_language_network(config: Config, charset: Charset) -> LanguageRecogniser:
-    """Return a language model as a network of its own."""
-    return LanguageRecogniser(build_language_model(config, charset))
 
 
 def build_vision_model(config: Config, charset: Charset) -> VisionModel:
     """Return backbone, mask blocks if `model.vision.segmentation` is enabled, attention and classifier."""
     vision, size = config.model.vision, image_size(config)
     backbone = ResNet(
-        stem_width=vision.stem_width,
-        widths=vision.widths,
-        depths=vision.depths,
-        strides=vision.strides,
         mask_branch=vision.segmentation.enabled,
         side_channels=vision.segmentation.side_channels,
+        **vision.model_dump(include={"stem_width", "widths", "depths", "strides"}),
     )
     if vision.backbone == "transformer":
-        backbone = TransformerBackbone(
-            resnet=backbone,
-            image_size=size,
-            num_layers=vision.backbone_ln,
-            nhead=vision.nhead,
-            d_inner=vision.d_inner,
-            dropout=vision.dropout,
-            activation=vision.activation,
-            positional_encoding=vision.positional_encoding,
-        )
+        options = vision.model_dump(include={"nhead", "d_inner", "dropout", "activation", "positional_encoding"})
+        backbone = TransformerBackbone(resnet=backbone, image_size=size, num_layers=vision.backbone_ln, **options)
     common = {
         "backbone": backbone,
         "attention": build_attention(config, cells=backbone.output_size(size)),
@@ -112,23 +91,18 @@ def build_vision_model(config: Config, charset: Charset) -> VisionModel:
     if not vision.segmentation.enabled:
         model = VisionModel(**common)
     else:
-        blocks = ("normalize", "sft_blocks", "sft_channels", "condition_channels", "hidden_channels")
-        model = MaskedVisionModel(**common, **{name: getattr(vision.segmentation, name) for name in blocks})
+        blocks = {"normalize", "sft_blocks", "sft_channels", "condition_channels", "hidden_channels"}
+        model = MaskedVisionModel(**common, **vision.segmentation.model_dump(include=blocks))
     return _started(model, vision, config)
 
 
 def build_attention(config: Config, *, cells: tuple[int, int]) -> nn.Module:
     """Return attention over the cells (h, w) of the feature map, with one map for each step of a text."""
-    vision, steps = config.model.vision, config.dataset.max_length + 1
+    vision = config.model.vision
+    common = {"num_steps": config.dataset.max_length + 1, "cells": cells, "d_model": vision.d_model}
     if vision.attention == "attention":
-        return ReadingOrderAttention(num_steps=steps, cells=cells, d_model=vision.d_model)
-    return PositionAttention(
-        num_steps=steps,
-        cells=cells,
-        d_model=vision.d_model,
-        attention_channels=vision.attention_channels,
-        attention_mode=vision.attention_mode,
-    )
+        return ReadingOrderAttention(**common)
+    return PositionAttention(**common, **vision.model_dump(include={"attention_channels", "attention_mode"}))
 
 
 def build_language_model(config: Config, charset: Charset) -> LanguageModel:
@@ -295,12 +269,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimiser of all parameters that are trained."""
     settings = config.optimizer
     groups = parameter_groups(
-        model,
-        lr=settings.lr,
-        weight_decay=settings.wd,
-        decay_norms=settings.bn_wd,
-        lr_factors=settings.lr_groups,
+        model, lr=settings.lr, weight_decay=settings.wd, decay_norms=settings.bn_wd, lr_factors=settings.lr_groups
     )
-    return make_optimizer(
-        settings.type, groups, decoupled_decay=settings.true_wd and settings.wd > 0, **settings.args.model_dump()
-    )
+    decoupled = settings.true_wd and settings.wd > 0
+    return make_optimizer(settings.type, groups, decoupled_decay=decoupled, **settings.args.model_dump())

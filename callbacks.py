@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import torch
 from engine.checkpoints import iteration_of, save_atomically, saved_checkpoints, set_aside_later, write_list
 from engine.writers import Record, Scores, Writer
 from evaluation.drawing import draw_words, grid
-from evaluation.evaluator import score_table
+from evaluation.evaluator import Observer, score_table
 
 if TYPE_CHECKING:
     from engine.trainer import Step, Trainer
@@ -71,7 +71,7 @@ class Callback:
         """Restore what `state_dict` returned; the dict is empty if the checkpoint has none."""
 
 
-class MetricLog(Callback):
+class MetricLog(Callback, Observer):
     """Collects losses, speed and scores, and gives them to the writers each `interval` iterations and at the last one.
 
     A loss is its mean over the steps since the record before; a step with a term that is not finite does not count. The
@@ -150,15 +150,11 @@ class MetricLog(Callback):
             missing = self.WORDS - len(self._images)
             self._images.extend(itertools.islice(draw_words(batch, output, predictions), missing))
 
-    def on_end(self, scores: Mapping[str, Any]) -> None:
-        """Do nothing: scores are written when the evaluation ends."""
-
     def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
         words = grid(self._images, columns=2) if self._images else None
         self._images = []
-        table = score_table(scores, list(scores["mean"]))
         for writer in self.writers:
-            writer.write_scores(Scores(trainer.iteration, scores, table, words))
+            writer.write_scores(Scores(trainer.iteration, scores, score_table(scores), words))
 
     def on_fit_end(self, trainer: Trainer) -> None:
         for writer in self.writers:

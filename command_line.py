@@ -87,7 +87,7 @@ def check_request(options: argparse.Namespace, config: Config) -> None:
         raise UserError("global.stage: train-semi-super is not built; set train-super to train on labelled words alone")
 
 
-def named_checkpoint(options: argparse.Namespace, config: Config) -> str | None:
+def requested_checkpoint(options: argparse.Namespace, config: Config) -> str | None:
     """Return the weights that the command line names, as `--checkpoint` or as `model.checkpoint=FILE`."""
     keys = [override.partition("=")[0].strip() for override in overrides_of(options)]
     return config.model.checkpoint if "model.checkpoint" in keys else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
-from rapidfuzz import fuzz, process
+from rapidfuzz import fuzz
 
 from engine.optimization import SSN_HEAD
 from schema import (
@@ -44,9 +44,9 @@ GONE_KEYS = (
     "training.max_skipped_steps",
     "training.log_images",
     "model.ensemble",
+    "optimizer.head_lr_factor",
     "model.use_vision",
 )
-HEAD_FACTOR = "optimizer.head_lr_factor"  # of older versions; `optimizer.lr_groups: {semrfnhead: ...}` today
 
 
 class Config(Section):
@@ -92,7 +92,7 @@ class Config(Section):
 
 
 def _migrated(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Translate the resolved config of an older checkpoint, where `multiscales` meant what `align_left` means now."""
+    """Translate the config of the weights in `weights/`, where `multiscales` means what `align_left` means now."""
     dataset = mapping.get("dataset")
     if isinstance(dataset, dict) and "cache_dir" in dataset and "align_left" not in dataset:  # resolved, and older
         align_left = dataset.get("multiscales", False)
@@ -202,7 +202,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not equals:
         raise UserError(f"{_named(override)}: not of the form key=value, such as training.epochs=1")
     known = [name for name, _ in walk_schema(Config)]
-    if dotted not in (*known, *GONE_KEYS, HEAD_FACTOR):
+    if dotted not in (*known, *GONE_KEYS):
         raise UserError(f"{_named(override)}: {_unknown_key(dotted)}")
     return dotted, parse_yaml(text, _named(override)).data
 
@@ -251,24 +251,14 @@ def _validated(
 
 
 def _without_gone_keys(data: dict[str, Any], source: str, places: dict[str, str], *, warn: bool) -> dict[str, Any]:
-    """Return the data without keys that have gone, and with the ones that have been renamed under their new names."""
-    for dotted in (*GONE_KEYS, HEAD_FACTOR):
+    """Return the data without keys that have gone."""
+    for dotted in GONE_KEYS:
         section, name = dotted.split(".")
         values = data.get(section)
-        if not isinstance(values, dict) or name not in values:
-            continue
-        old = values[name]
-        values = {other: value for other, value in values.items() if other != name}
-        message = "nothing reads this key any more; ignored"
-        if dotted == HEAD_FACTOR:
-            groups = values.get("lr_groups") or {}
-            if old != 1 and isinstance(groups, dict):
-                values["lr_groups"] = {SSN_HEAD: old} | groups
-                places.setdefault(f"optimizer.lr_groups.{SSN_HEAD}", places.get(dotted, source))
-            message = f"this key is optimizer.lr_groups={{{SSN_HEAD}: {old}}} now; taken as that"
-        if warn:
-            logger.warning("%s: %s", _located(dotted, source, places), message)
-        data = data | {section: values}
+        if isinstance(values, dict) and name in values:
+            data = data | {section: {other: value for other, value in values.items() if other != name}}
+            if warn:
+                logger.warning("%s: nothing reads this key any more; ignored", _located(dotted, source, places))
     return data
 
 
@@ -300,25 +290,24 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
         for name, d_model in (("language", language.d_model), ("alignment", model.alignment.d_model)):
             if d_model != vision.d_model:
                 yield f"model.{name}.d_model", f"{d_model} must equal model.vision.d_model {vision.d_model}"
-    if config.run.phase == "train":
-        yield from _loss_problems(config)
-        yield from _freeze_problems(config)
-        training = config.training
-        if training.compile and training.compile_mode != "default" and training.accumulation > 1:
-            yield (
-                "training.compile_mode",
-                f"{training.compile_mode} keeps the gradients of one part only, and training.accumulation is "
-                f"{training.accumulation}; set one of them to its default",
-            )
     smallest, largest = config.dataset.segmentation.scale_range
     if smallest > largest:
         yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
     if config.dataset.multiscales and config.dataset.align_left:
         yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
     if config.run.phase == "train":
-        yield from _mixture_problems(config.dataset.train)
-    reads_files = [root for root in config.dataset.train.roots if not root.startswith(RENDER_SCHEME)]
-    if config.run.phase == "train" and reads_files and model.takes_masks:
+        yield from _training_problems(config)
+
+
+def _training_problems(config: Config) -> Iterator[tuple[str, str]]:
+    training = config.training
+    yield from _loss_problems(config)
+    yield from _freeze_problems(config)
+    if training.compile and training.compile_mode != "default" and training.accumulation > 1:
+        yield "training.compile_mode", f"{training.compile_mode} needs training.accumulation=1; change one of them"
+    yield from _mixture_problems(config.dataset.train)
+    reads_files = any(not root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
+    if reads_files and config.model.takes_masks:
         yield from _mask_problems(config)
 
 
@@ -331,6 +320,8 @@ def _vision_problems(config: Config) -> Iterator[tuple[str, str]]:
         )
     if vision.backbone == "transformer" and vision.d_model % vision.nhead:
         yield "model.vision.nhead", f"{vision.nhead} does not divide model.vision.d_model {vision.d_model}"
+    if vision.segmentation.enabled and vision.strides[-1] not in (1, [1, 1]):
+        yield "model.vision.strides", f"the last is {vision.strides[-1]}; the mask branch needs 1 there"
     for axis, name in enumerate(("image_height", "image_width")):
         stride = math.prod(each if isinstance(each, int) else each[axis] for each in vision.strides)
         if getattr(dataset, name) % stride:
@@ -363,10 +354,7 @@ def _freeze_problems(config: Config) -> Iterator[tuple[str, str]]:
     weights = {part: getattr(model, part).loss_weight for part in parts}
     weights["refinement"] = model.takes_masks and model.vision.segmentation.loss_weight
     if frozen and not any(weights.get(loss) for part in parts if part not in frozen for loss in losses[part]):
-        yield (
-            f"model.{frozen[0]}.freeze",
-            "true, and no part that is not frozen has a loss to learn from; set it to false",
-        )
+        yield f"model.{frozen[0]}.freeze", "true, and no part that is not frozen has a loss to learn from"
 
 
 def _mixture_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:
@@ -414,17 +402,12 @@ def _unknown_key(dotted: str) -> str:
 
 
 def _nearest_key(dotted: str) -> str:
-    """Return a similar key of the same section, else the same word elsewhere, else the section's nearest key."""
-    known = [name for name, _ in walk_schema(Config)]
-    parent, _, leaf = dotted.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
-    close = process.extractOne(leaf, [name.rpartition(".")[2] for name in siblings], scorer=fuzz.ratio, score_cutoff=70)
-    return (
-        siblings[close[2]]
-        if close
-        else process.extractOne(dotted, elsewhere or siblings or known, scorer=fuzz.ratio)[0]
-    )
+    """Return the known key that is nearest, as a whole and in its last word."""
+
+    def likeness(name: str) -> float:
+        return fuzz.ratio(name, dotted) + fuzz.ratio(name.rpartition(".")[2], dotted.rpartition(".")[2])
+
+    return max((name for name, _ in walk_schema(Config)), key=likeness)
 
 
 def _located(dotted: str, source: str, places: Mapping[str, str]) -> str:

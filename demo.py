@@ -22,8 +22,8 @@ import cv2
 
 from engine.precision import PRECISIONS
 from evaluation.drawing import draw_prediction, on_image
-from evaluation.lexicon import Word, read_words
-from evaluation.prediction_page import page_entry, prediction_page
+from evaluation.lexicon import Candidate, read_lexicon
+from evaluation.prediction_page import fitted, page_entry, prediction_page
 from loading.transforms import resize, turn
 from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
 from utils import ArgumentParser, UserError, run_command_line, write_atomically
@@ -49,14 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     overlays = overlay_paths(paths, Path(options.overlay)) if options.overlay else [None] * len(paths)
     read_any, entries = False, []
-    lexicon = None if options.lexicon is None else read_words(options.lexicon)
+    lexicon = None if options.lexicon is None else read_lexicon(options.lexicon)
     predictions = reader.stream(paths, topk=options.topk, lexicon=lexicon)
     for path, prediction, overlay in zip(paths, predictions, overlays, strict=True):
         if overlay is not None and prediction.error is None:
             draw_overlay(path, prediction, overlay)
         if options.html:
             entries.append(page_entry(path.name, None if prediction.error else to_image(path), prediction))
-        print(as_json(path, prediction, overlay) if options.json else as_line(path, prediction), flush=True)
+        line = f"{str(path).translate(ESCAPES)}\t{prediction.text}\t{prediction.confidence:.4f}"
+        print(as_json(path, prediction, overlay) if options.json else line, flush=True)
         if prediction.error and not options.json:
             print(f"error: {prediction.error}".translate(ESCAPES), file=sys.stderr, flush=True)
         read_any = read_any or prediction.error is None
@@ -102,7 +103,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            matches = [each for each in sorted(path.iterdir()) if is_image(each)]
+            files = filter(Path.is_file, sorted(path.iterdir()))
+            matches = [each for each in files if each.suffix.lower() in IMAGE_SUFFIXES]
         elif path.exists():
             matches = [path]
         else:
@@ -111,16 +113,6 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             raise UserError(f"--input {name}: no image there; give an image, a folder of images or a pattern")
         found += matches
     return found
-
-
-def is_image(path: Path) -> bool:
-    """Return whether this is a file with the name of an image."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-
-
-def as_line(path: Path, prediction: Prediction) -> str:
-    """Return a row of the table: three columns, whatever the path is."""
-    return f"{str(path).translate(ESCAPES)}\t{prediction.text}\t{prediction.confidence:.4f}"
 
 
 def as_json(path: Path, prediction: Prediction, overlay: Path | None) -> str:
@@ -142,7 +134,7 @@ def as_json(path: Path, prediction: Prediction, overlay: Path | None) -> str:
     return json.dumps(fields, ensure_ascii=False)
 
 
-def as_fields(each: Prediction | Character | Word) -> dict[str, object]:
+def as_fields(each: Prediction | Character | Candidate) -> dict[str, object]:
     """Return a text and its confidence for JSON."""
     return {"text": each.text, "confidence": round(each.confidence, 6)}
 
@@ -167,12 +159,11 @@ def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 def draw_overlay(path: Path, prediction: Prediction, output: Path) -> None:
     """Draw the image as it was read, with its mask, the refined mask and the attention of each character."""
-    image = turn(to_image(path), prediction.turned)
-    scale = min(OVERLAY_HEIGHT / image.shape[0], OVERLAY_WIDTH / image.shape[1])
-    size = tuple(max(round(side * scale), 1) for side in image.shape[:2])
+    image = fitted(turn(to_image(path), prediction.turned), OVERLAY_HEIGHT, OVERLAY_WIDTH)
+    size = image.shape[:2]
     refined, mask = prediction.refined_mask, prediction.mask_levels
     drawing = draw_prediction(
-        resize(image, size),
+        image,
         caption=f"{prediction.text} {prediction.confidence:.2f}",
         characters=prediction.text,
         attention=[on_image(weights, size, prediction.extent) for weights in prediction.attention],

@@ -5,7 +5,8 @@ unweighted, and `total`, the sum that is minimised. Terms with weight 0 are not 
 whole (global) batch; the mean of an empty set is 0. Nothing here waits for the device.
 
 For a batch in parts (`training.accumulation`), `criterion.counts` returns how many steps and pixels the means of a part
-are taken over. With the sums of these counts as `whole`, terms and gradients of the parts add up to those of the batch.
+are taken over. With the sums of these counts as `whole`, terms and gradients of the parts add up to those of the batch;
+without `whole`, a batch is the whole one.
 """
 
 import torch
@@ -77,11 +78,7 @@ class RecogniserCriterion(nn.Module):
     def forward(
         self, output: RecogniserOutput, labels: Tensor, lengths: Tensor, whole: Counts | None = None
     ) -> dict[str, Tensor]:
-        """Return the terms of one batch; labels (N, T), lengths (N,) with the end token counted.
-
-        Args:
-            whole: sums of `counts` over all parts of the batch; None: this is the whole batch.
-        """
+        """Return the terms of one batch; labels (N, T), lengths (N,) with the end token counted."""
         if whole is None:  # several processes exchange all counts in one message
             whole = summed_counts([self.counts(output, labels, lengths)]) if is_distributed() else {}
         terms = {}
@@ -155,9 +152,8 @@ def trimap(labels: Tensor, ignore_index: int) -> Tensor:
     Pixels at the border of the image, and those that are ignored or have an ignored neighbour, do not count.
     """
     padded = F.pad(labels, (1, 1, 1, 1), value=ignore_index)
-    neighbours = torch.stack(
-        [padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]]
-    )  # (4, N, H, W)
+    shifted = padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]
+    neighbours = torch.stack(shifted)  # (4, N, H, W)
     known = (neighbours != ignore_index).all(dim=0) & (labels != ignore_index)
     return known & (neighbours != labels).any(dim=0)
 
@@ -176,20 +172,15 @@ class SegmentationCriterion(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, output: SegmentationOutput, labels: Tensor, whole: Counts | None = None) -> dict[str, Tensor]:
-        """Return the terms of one batch; labels (N, H, W) of any size are 0, 1 or `ignore_index`.
-
-        Args:
-            whole: sums of `counts` over all parts of the batch; None: this is the whole batch.
-        """
+        """Return the terms of one batch; labels (N, H, W) of any size are 0, 1 or `ignore_index`."""
         if whole is None:  # several processes exchange all counts in one message
             whole = summed_counts([self.counts(output, labels)]) if is_distributed() else {}
         labels = resize_labels(labels, output.refined_logits.shape[-2:])  # (N, h, w)
         terms = {}
         for name, where in self._where(labels).items():
             logits = output.semantic_logits if name == "semantic" else output.refined_logits
-            each = F.cross_entropy(
-                logits.float(), labels, ignore_index=self.ignore_index, reduction="none"
-            )  # (N, h, w)
+            ignored = {"ignore_index": self.ignore_index, "reduction": "none"}
+            each = F.cross_entropy(logits.float(), labels, **ignored)  # (N, h, w)
             terms[name] = batch_mean((each * where).sum(), where.sum(), whole.get(name))
         return with_total(terms, self.weights)
 

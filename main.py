@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from builders import build_criterion, build_model, checked_model_eval, with_checkpoint
-from command_line import check_request, named_checkpoint, overrides_of, parse_arguments
+from command_line import check_request, overrides_of, parse_arguments, requested_checkpoint
 from config import Config, continued, load_config, save_config
 from engine import distributed
 from engine.checkpoints import load_training_state, resume_state, weights_to_test
 from engine.distributed import Process
 from engine.precision import choose_algorithms, use_tf32
 from engine.run_folder import claimed, log_to
-from evaluation.evaluator import write_scores
+from evaluation.evaluator import score_table, write_scores
 from inference.prepare import prepare_for_inference
 from run_builders import build_evaluator, build_observers, build_trainer
-from utils import UserError, explain_full_disk, first_line, run_command_line, seed_everything
+from utils import UserError, explain_full_disk, first_line, run_command_line
 
 __all__ = ["build_criterion", "build_model", "main", "prepare_for_inference"]
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             process=process,
             model_eval=options.model_eval,
             image_only=options.image_only,
-            checkpoint=named_checkpoint(options, config),
+            checkpoint=requested_checkpoint(options, config),
         )
         status = 0
     else:
@@ -76,13 +76,13 @@ def train(
     """
     folder = config.work_folder
     log_to(folder, process, debug=debug)
-    seed_everything(config.run.seed)
+    torch.manual_seed(config.run.seed)
     torch.autograd.set_detect_anomaly(debug)
     state = resume_state(folder, config.run.name, resume) if resume is not None else None
     if state is not None:
         config = continued(config, state.get("config"))
     trainer = build_trainer(config, device=device, process=process, resumed=state is not None)
-    seed_everything(config.run.seed + process.rank)  # equal weights everywhere, but not equal dropout
+    torch.manual_seed(config.run.seed + process.rank)  # equal weights everywhere, but not equal dropout
     if process.is_main:
         save_config(config, folder / "config.yaml")
         parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -132,8 +132,8 @@ def test(
     scores = evaluator.evaluate(model, observers) | {"checkpoint": checkpoint}
     if process.is_main:
         for file in ("metrics", f"metrics-{model_eval}"):  # of the last test, and of the last one of this sub-model
-            write_scores(folder, scores, evaluator.columns, name=file)
-        print(evaluator.table(scores))
+            write_scores(folder, scores, name=file)
+        print(score_table(scores))
         logger.info("scores, predictions and report (report/index.html) are in %s", folder)
     return scores
 

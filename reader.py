@@ -27,7 +27,7 @@ from config import Config, load_config
 from engine.distributed import pick_device
 from engine.precision import PRECISIONS, fastest_precision, use_tf32
 from evaluation.evaluator import chosen_logits, most_confident, read_logits
-from evaluation.lexicon import Lexicon, Word, log_probabilities, most_probable
+from evaluation.lexicon import Candidate, Lexicon, log_probabilities, most_probable
 from inference.pipeline import in_order, single_threads
 from inference.prepare import prepare_for_inference
 from inference.segmenter import IMAGE_PIXELS, Segmenter
@@ -85,9 +85,9 @@ class Prediction:
     text: str
     confidence: float
     characters: tuple[Character, ...] = ()
-    candidates: tuple[Word, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     steps: tuple[tuple[Character, ...], ...] = ()
-    match: Word | None = None
+    match: Candidate | None = None
     mask_levels: np.ndarray | None = field(default=None, compare=False, repr=False)
     attention: np.ndarray | None = field(default=None, compare=False, repr=False)
     refined_mask: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -145,7 +145,9 @@ class Reader:
             raise UserError(f"masks {masks!r} is unknown; give {' or '.join(MASK_SOURCES)}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size {batch_size!r} must be a whole number from 1")
-        self.checkpoint = checkpoint_or_default(checkpoint)
+        self.checkpoint = DEFAULT_CHECKPOINT if checkpoint is None else Path(checkpoint)
+        if checkpoint is None and not DEFAULT_CHECKPOINT.is_file():
+            raise UserError(f"no checkpoint is named and {DEFAULT_CHECKPOINT} does not exist; give --checkpoint FILE")
         config = load_config(config) if isinstance(config, str | os.PathLike) else config
         bundle = load_bundle(self.checkpoint, config)
         self.device = pick_device(name=device)
@@ -265,12 +267,7 @@ class Reader:
 
     @torch.inference_mode()
     def _read_images(
-        self,
-        images: Sequence[np.ndarray],
-        given: Sequence[np.ndarray | None],
-        *,
-        topk: int,
-        lexicon: Lexicon | None,
+        self, images: Sequence[np.ndarray], given: Sequence[np.ndarray | None], *, topk: int, lexicon: Lexicon | None
     ) -> list[Prediction]:
         masks = self._complete(images, given) if self.takes_masks else [None] * len(images)
         pairs = enumerate(zip(images, masks, strict=True))
@@ -331,15 +328,10 @@ class Reader:
 
     def _complete(self, images: Sequence[np.ndarray], given: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """Return a mask, uint8 (H, W), for each image: the given one, else SSN's, else an empty one."""
-        missing = [place for place, mask in enumerate(given) if mask is None]
-        masks = list(given)
-        if self._segmenter is not None:
-            made = self._segmenter([images[place] for place in missing]) if missing else []
-        else:
-            made = [np.zeros(images[place].shape[:2], np.uint8) for place in missing]
-        for place, mask in zip(missing, made, strict=True):
-            masks[place] = mask
-        return masks
+        missing = [image for image, mask in zip(images, given, strict=True) if mask is None]
+        empty = (np.zeros(image.shape[:2], np.uint8) for image in missing)
+        made = empty if self._segmenter is None else iter(self._segmenter(missing))
+        return [next(made) if mask is None else mask for mask in given]
 
     def _make_segmenter(self, bundle: Bundle, ssn: str | os.PathLike | None) -> Segmenter:
         network, areas = load_ssn(ssn) if ssn is not None else (bundle.ssn, bundle.areas)
@@ -349,17 +341,6 @@ class Reader:
                 "(--ssn FILE), bundle one with tools/bundle_weights.py, or do without (--masks none)"
             )
         return Segmenter(network, areas, device=self.device, precision="bf16" if self.precision == "bf16" else "fp32")
-
-
-def checkpoint_or_default(checkpoint: str | os.PathLike | None) -> Path:
-    """Return the file to read with.
-
-    Raises:
-        UserError: no file is named, and the one that comes with the project does not exist.
-    """
-    if checkpoint is None and not DEFAULT_CHECKPOINT.is_file():
-        raise UserError(f"no checkpoint is named and {DEFAULT_CHECKPOINT} does not exist; give --checkpoint FILE")
-    return DEFAULT_CHECKPOINT if checkpoint is None else Path(checkpoint)
 
 
 def to_image(source: Source) -> np.ndarray:
@@ -384,31 +365,23 @@ def to_mask(mask: Source, image: np.ndarray) -> np.ndarray:
 
 
 def _decoded(image: Source, decode: Callable[..., np.ndarray], mode: str) -> np.ndarray:
-    if isinstance(image, str | os.PathLike):
-        return _from_file(Path(image), functools.partial(decode, oriented=True))
-    if isinstance(image, bytes):
-        try:
-            return decode(image, oriented=True)
-        except BrokenImageError as error:
-            raise BrokenImageError(f"{len(image)} bytes: {error}") from error
     if isinstance(image, Image.Image):
         return _from_pillow(image, mode)
     if isinstance(image, Tensor):
         image = _from_tensor(image)
     if isinstance(image, np.ndarray):
         return _from_array(image, mode)
-    raise TypeError(f"an image is a path, bytes, PIL image, array or tensor, not {type(image).__name__}")
-
-
-def _from_file(path: Path, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    if not isinstance(image, str | os.PathLike | bytes):
+        raise TypeError(f"an image is a path, bytes, PIL image, array or tensor, not {type(image).__name__}")
+    name = f"{len(image)} bytes" if isinstance(image, bytes) else Path(image)
     try:
-        if not path.is_file():
+        if isinstance(name, Path) and not name.is_file():
             raise BrokenImageError("no such file")
-        return decode(path.read_bytes())
+        return decode(image if isinstance(image, bytes) else name.read_bytes(), oriented=True)
     except OSError as error:
-        raise BrokenImageError(f"{path}: cannot be read ({error.strerror})") from error
+        raise BrokenImageError(f"{name}: cannot be read ({error.strerror})") from error
     except BrokenImageError as error:
-        raise BrokenImageError(f"{path}: {error}") from error
+        raise BrokenImageError(f"{name}: {error}") from error
 
 
 def _from_pillow(image: Image.Image, mode: str) -> np.ndarray:

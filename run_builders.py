@@ -25,29 +25,16 @@ from builders import (
     segmenter_checkpoint,
     with_checkpoint,
 )
-from callbacks import (
-    Callback,
-    Checkpoints,
-    Evaluation,
-    MetricLog,
-    NotFiniteBatches,
-    UnreadableSamples,
-)
+from callbacks import Callback, Checkpoints, Evaluation, MetricLog, NotFiniteBatches, UnreadableSamples
 from config import Config
-from dataset import (
-    JoinedDataset,
-    LanguageDataset,
-    WordDataset,
-    open_segmentation_datasets,
-    open_word_datasets,
-)
+from dataset import JoinedDataset, LanguageDataset, WordDataset, open_segmentation_datasets, open_word_datasets
 from engine import distributed
 from engine.distributed import Process
 from engine.trainer import Trainer
 from engine.writers import Console, History, TensorBoard, WeightsAndBiases, Writer
 from evaluation.dumps import AttentionImages, PredictionFiles
 from evaluation.evaluator import Evaluator, SegmentationEvaluator, WordEvaluator
-from evaluation.lexicon import Lexicon, StoredLexicons, read_words
+from evaluation.lexicon import Lexicon, StoredLexicons, read_lexicon
 from evaluation.report import Report
 from inference.segmenter import Segmenter
 from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
@@ -66,7 +53,7 @@ SPLITS = TRAIN, TEST, VALID = (
     "train",
     "test",
     "valid",
-)  # sections of `dataset`; a render:// root has other words in each
+)  # sections of `dataset`; render:// roots have other words in each
 AUGMENTATIONS = {True: AugmentWord, "rand": RandAugmentWord}  # by dataset.data_aug
 MIN_TRAINING_SIDE = 7  # pixels; words of smaller images are left out of training, as published
 
@@ -261,7 +248,7 @@ def _build_lexicons(config: Config, datasets: Sequence[Any], *, split: str) -> d
         Lexicon, charset=build_charset(config), steps=config.dataset.max_length + 1, match=settings.lexicon_match
     )
     if Path(settings.lexicon).is_file():
-        lexicon = make(read_words(settings.lexicon))
+        lexicon = make(read_lexicon(settings.lexicon))
         return {dataset.name: lambda number: lexicon for dataset in datasets}
     for dataset in datasets:
         if not isinstance(dataset, WordDataset):
@@ -346,7 +333,8 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
 
 def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, process: Process) -> list[Callback]:
     """Return the callbacks of training, in the order in which they run."""
-    folder, name, training = config.work_folder, config.run.name, config.training
+    folder, training = config.work_folder, config.training
+    common = {"folder": folder, "name": config.run.name, "start": training.start_iters}
     metric_log = MetricLog(writers=build_writers(config), interval=training.show_iters)
 
     def interval(iterations: int | str) -> int:
@@ -360,26 +348,12 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
             "other words there to keep the test sets unseen"
         )
     if getattr(config.dataset, split).roots:
-        evaluator = build_evaluator(
-            config,
-            device=device,
-            process=process,
-            model_eval=checked_model_eval(config, None),
-            precision=training.precision,
-            split=split,
-        )
-        callbacks.append(
-            Evaluation(
-                evaluator=evaluator,
-                interval=interval(training.eval_iters),
-                start=training.start_iters,
-                folder=folder,
-                name=name,
-                observers=[metric_log],
-            )
-        )
-    kept = {"start": training.start_iters, "keep": training.keep_checkpoints}
-    return [*callbacks, Checkpoints(folder=folder, name=name, interval=interval(training.save_iters), **kept)]
+        scored = {"model_eval": checked_model_eval(config, None), "precision": training.precision, "split": split}
+        evaluator = build_evaluator(config, device=device, process=process, **scored)
+        often = {"interval": interval(training.eval_iters), **common}
+        callbacks.append(Evaluation(evaluator=evaluator, observers=[metric_log], **often))
+    often = {"interval": interval(training.save_iters), **common}
+    return [*callbacks, Checkpoints(keep=training.keep_checkpoints, **often)]
 
 
 def build_writers(config: Config) -> list[Writer]:
@@ -390,7 +364,7 @@ def build_writers(config: Config) -> list[Writer]:
     """
     folder, project = config.work_folder, config.training.wandb
     writers = [Console(), History(folder / "history.jsonl"), TensorBoard(folder / "tensorboard")]
-    if project is None:
-        return writers
-    about = {"name": config.run.name, "config": config.to_dict()}
-    return [*writers, WeightsAndBiases(project=project, folder=folder, **about)]
+    if project is not None:
+        about = {"name": config.run.name, "config": config.to_dict()}
+        writers.append(WeightsAndBiases(project=project, folder=folder, **about))
+    return writers

@@ -21,9 +21,7 @@ PUBLISHED_NAMES = {  # model.name in published YAMLs -> ours
 }
 
 # Defaults of `name: abinet`: no masks, sinusoidal positions, position queries.
-ABINET_DEFAULTS = {
-    "vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}},
-}
+ABINET_DEFAULTS = {"vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}}}
 
 
 def key(default: Any, description: str, **limits: Any) -> Any:
@@ -57,7 +55,7 @@ def _known_augmentation(value: Any) -> Any:
 
 
 def _known_interval(value: Any) -> Any:
-    if value == "epoch" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+    if value == "epoch" or (type(value) is int and value >= 1):
         return value
     raise ValueError("must be a whole number from 1 on, or epoch")
 
@@ -74,11 +72,12 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 FeatureWidth = Annotated[int, Field(ge=2, multiple_of=2)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
-Five = Field(min_length=5, max_length=5)
-Share = Annotated[list[Weight], Field(min_length=2, max_length=2), BeforeValidator(_as_pair)]
+Pair, Three, Four, Five = (Field(min_length=count, max_length=count) for count in (2, 3, 4, 5))
+Share = Annotated[list[Weight], Pair, BeforeValidator(_as_pair)]
 Stride = Annotated[int | list[int], BeforeValidator(_known_stride)]
-Pair = Field(min_length=2, max_length=2)
 Interval = Annotated[int | Literal["epoch"], BeforeValidator(_known_interval)]
+Augmentation = Annotated[bool | Literal["rand"], BeforeValidator(_known_augmentation)]
+FolderName = Annotated[str, BeforeValidator(_folder_name)]
 
 
 class Section(BaseModel):
@@ -112,14 +111,10 @@ def walk_schema(section: type[Section], prefix: str = "") -> Iterator[tuple[str,
 class GlobalConfig(Section):
     """The run as a whole."""
 
-    name: Annotated[str, BeforeValidator(_folder_name)] = key(
-        "run", "Name of the run: its folder below workdir and its checkpoint files."
-    )
+    name: FolderName = key("run", "Name of the run: its folder below workdir and its checkpoint files.")
     phase: Literal["train", "test"] = key("train", "train, or test: evaluate only (--phase sets it).")
     stage: Literal["pretrain-vision", "pretrain-language", "train-semi-super", "train-super", "train-ssn"] = key(
-        "train-super",
-        "Published name of the stage; informative, model.name decides what is trained. Training refuses "
-        "train-semi-super, which is not built.",
+        "train-super", "Published name of the stage; model.name decides what is trained. train-semi-super is not built."
     )
     workdir: str = key("workdir", "Folder that holds one folder for each run.", min_length=1)
     seed: Annotated[int, BeforeValidator(lambda seed: 0 if seed is None else seed)] = key(  # published YAMLs say null
@@ -136,8 +131,7 @@ class TrainDataConfig(Section):
     batch_size: PositiveInt = key(384, "Samples in one optimiser step over all processes.")
     length: PositiveInt | None = key(
         None,
-        "Samples in an epoch: of each render:// root (null: its own number), or, with shares, of the mixture (null: "
-        "all samples).",
+        "Samples in an epoch: of each render:// root (null: its own number); with shares, of all (null: their sum).",
     )
     shares: list[Share] | None = key(
         None,
@@ -177,9 +171,7 @@ class MasksConfig(Section):
     """Source of the text masks."""
 
     source: Literal["lmdb", "online", "none"] = key(
-        "lmdb",
-        "lmdb: files (rendered words bring their own); online: SSN in the loop; none (the default of a "
-        "network without segmentation).",
+        "lmdb", "lmdb: files (rendered words bring their own); online: SSN in the loop; none: without segmentation."
     )
     root: str | None = key(None, "Folder of mask LMDBs; the masks of <root of images>/X are in <masks.root>/X.")
     cache: bool = key(False, "Keep the online mask of each word on disk, in cache_dir, for later epochs and runs.")
@@ -189,15 +181,10 @@ class SegmentationDataConfig(Section):
     """Samples for training SSN."""
 
     crop_size: Annotated[list[PositiveInt], Pair] = key([513, 513], "Height and width of a training crop, pixels.")
-    scale_range: Annotated[list[PositiveFloat], Pair] = key(
-        [0.5, 2.0], "Smallest and largest random resizing before the crop, factor."
-    )
+    scale_range: Annotated[list[PositiveFloat], Pair] = key([0.5, 2.0], "Factors of random resizing before the crop.")
     ignore_index: int = key(255, "Label of pixels that no loss and no score counts.", ge=2, le=255)
     ignore_level: int | None = key(
-        128,
-        "Grey level of masks that marks pixels to ignore; null: none (soft masks).",
-        ge=1,
-        le=254,
+        128, "Grey level of masks that marks pixels to ignore; null: none (soft masks).", ge=1, le=254
     )
 
 
@@ -218,17 +205,14 @@ class DatasetConfig(Section):
     image_width: PositiveInt = key(128, "Width of the network's input, pixels.")
     case_sensitive: bool = key(False, "Keep the case of labels in training (needs a charset with upper case).")
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
-    data_aug: Annotated[bool | Literal["rand"], BeforeValidator(_known_augmentation)] = key(
+    data_aug: Augmentation = key(
         True, "Augmentation of training samples: true, the published one; rand, RandAugment as in PARSeq; false, none."
     )
     multiscales: bool = key(
         False,
-        "Keep the aspect when resizing, centred, borders replicated; in training, half of the time, a random aspect.",
+        "Keep the aspect when resizing: centred, borders replicated; in training, half of the time, a random one.",
     )
-    align_left: bool = key(
-        False,
-        "Keep the aspect when resizing, at the left edge, the rest black: a letter's position tells its step.",
-    )
+    align_left: bool = key(False, "Keep the aspect when resizing: at the left edge, the rest black.")
     turn_tall: float | None = key(
         None,
         "Height / width of an image above which it is read as stored and turned by 90 degrees both ways (test, Reader, "
@@ -240,16 +224,12 @@ class DatasetConfig(Section):
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
     use_sm: bool = key(False, "Spelling mutation of language inputs.")
     smooth_label: bool = key(False, "Smooth the language inputs' one-hot characters.")
-    smooth_factor: float = key(
-        0.1, "Largest share of a character that smoothing spreads over all; drawn for each word.", ge=0, lt=1
-    )
+    smooth_factor: float = key(0.1, "Largest share of a character that smoothing spreads over all.", ge=0, lt=1)
     multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = key(
-        None, "How workers start; null: the platform's way."
+        None, "How workers start; null: torch's way."
     )
     cache_dir: str | None = key(
-        None,
-        "Folder that keeps which samples pass the filter, so that opening an LMDB again is instant, and cached masks; "
-        "null: the user's cache folder.",
+        None, "Folder for indices of LMDBs, which open at once then, and for masks; null: the user's cache folder."
     )
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)
@@ -275,15 +255,12 @@ class TrainingConfig(Section):
         "Let a GPU round the inputs of float32 convolutions and matrix multiplications to 10 bits (TF32), in training "
         "and test: several times faster, errors of about 1e-3. false: fp32 means float32 on every device.",
     )
-    deterministic: bool = key(
-        False,
-        "Use only GPU algorithms that give the same bits each time, so that a run repeats and resumes exactly; slower.",
-    )
+    deterministic: bool = key(False, "Use only GPU algorithms that give the same bits each time; slower.")
     compile: bool = key(False, "Compile the network with torch.compile.")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = key(
         "default",
-        "Mode of torch.compile. reduce-overhead: a GPU replays the network as one graph, for hosts too slow to launch "
-        "its kernels; max-autotune: the same, with kernels chosen by timing. Both need accumulation: 1.",
+        "reduce-overhead: a GPU replays the network as one graph; max-autotune: also with kernels chosen by timing. "
+        "Both need accumulation: 1.",
     )
     accumulation: PositiveInt = key(
         1,
@@ -291,17 +268,11 @@ class TrainingConfig(Section):
         "norms use the statistics of each part; BINet and SSN need one more forward pass, to count pixels.",
     )
     ema: float | None = key(
-        None,
-        "Decay of the averaged weights (EMA) that are evaluated; less in the first steps: (1 + step) / (10 + step). "
-        "null: no average.",
-        gt=0,
-        lt=1,
+        None, "Decay of the averaged weights (EMA), at most (1 + step) / (10 + step); they are evaluated.", gt=0, lt=1
     )
     sync_batchnorm: bool = key(False, "Batch statistics over all processes instead of each one's own.")
     keep_checkpoints: PositiveInt = key(3, "Newest checkpoints that stay on disk, beside the best one.")
-    wandb: str | None = key(
-        None, "Project of Weights & Biases that the run is logged to (pip install wandb); null: none.", min_length=1
-    )
+    wandb: str | None = key(None, "Project of Weights & Biases (pip install wandb); null: none.", min_length=1)
 
 
 class OptimizerArgsConfig(Section):
@@ -349,12 +320,8 @@ class SegmentationConfig(Section):
     """Mask refinement and mask embedding of BINet."""
 
     enabled: bool = key(True, "Refine the text mask and modulate the features with it (ABINet: false by default).")
-    threshold: float = key(
-        0.7, "Refinement loss: mask value above which a pixel is pulled to 1, below to 0.", gt=0, lt=1
-    )
-    normalize: Literal["sample", "batch"] = key(
-        "sample", "Minimum and maximum over one image, or the batch (published)."
-    )
+    threshold: float = key(0.7, "Refinement loss: pixels above it are pulled to 1, others to 0.", gt=0, lt=1)
+    normalize: Literal["sample", "batch"] = key("sample", "Extremes of one image, or of the batch (published).")
     loss_weight: Weight = key(1.0, "Weight of the refinement loss; 0: not computed.")
     sft_blocks: PositiveInt = key(16, "Residual blocks of the spatial feature transform.")
     sft_channels: PositiveInt = key(64, "Channels of those blocks.")
@@ -383,9 +350,7 @@ class VisionConfig(Section):
     stem_width: PositiveInt = key(32, "Channels after the ResNet's first convolution.")
     widths: Annotated[list[PositiveInt], Five] = key([32, 64, 128, 256, 512], "Channels of the five stages.")
     depths: Annotated[list[PositiveInt], Five] = key([3, 4, 6, 6, 3], "Blocks of the five stages.")
-    strides: Annotated[list[Stride], Five] = key(
-        [2, 1, 2, 1, 1], "Stride of each stage's first block; [2, 1] keeps the columns."
-    )
+    strides: Annotated[list[Stride], Five] = key([2, 1, 2, 1, 1], "Strides of the stages; [2, 1] keeps the columns.")
     attention_channels: PositiveInt = key(64, "position: channels of the U-net.")
     positional_encoding: bool = key(False, "Sinusoidal positions before the encoder (ABINet: true by default).")
     segmentation: SegmentationConfig = Field(default_factory=SegmentationConfig)
@@ -427,13 +392,9 @@ class SSNConfig(Section):
     """Text segmentation network: HRNet and head."""
 
     checkpoint: str | None = key(None, "Weights of SSN; online masks need them.")
-    widths: Annotated[list[PositiveInt], Field(min_length=4, max_length=4)] = key(
-        [48, 96, 192, 384], "Channels of the four branches."
-    )
+    widths: Annotated[list[PositiveInt], Four] = key([48, 96, 192, 384], "Channels of the four branches.")
     stem_width: PositiveInt = key(64, "Channels of the two first convolutions.")
-    num_modules: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)] = key(
-        [1, 4, 3], "Modules of stages 2, 3, 4."
-    )
+    num_modules: Annotated[list[PositiveInt], Three] = key([1, 4, 3], "Modules of stages 2, 3, 4.")
     num_blocks: PositiveInt = key(4, "Basic blocks of each branch of a module.")
     bottlenecks: PositiveInt = key(4, "Bottleneck blocks of stage 1.")
     bottleneck_width: PositiveInt = key(64, "Inner channels of those; they give four times as many.")

@@ -1,4 +1,4 @@
-"""Command lines, errors, logging, seeds and files written all or nothing: shared by every part."""
+"""Command lines, errors, logging and files written all or nothing: shared by every part."""
 
 import argparse
 import contextlib
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
@@ -94,11 +93,6 @@ def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> Non
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
         handlers[1].setFormatter(logging.Formatter(LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=level, handlers=handlers, force=True)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch on every device. Data sets use their own generators, one per sample (dataset.py)."""
-    torch.manual_seed(seed)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

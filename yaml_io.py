@@ -92,10 +92,8 @@ def parse_yaml(text: str | bytes, source: str) -> Document:
         mark = error.problem_mark or error.context_mark
         place = source if mark is None or source.startswith("override ") else f"{source}:{mark.line + 1}"
         raise UserError(f"{place}: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:  # not text at all
+    except (yaml.YAMLError, TypeError, ValueError) as error:  # no text at all, or a collection unlike its tag
         raise UserError(f"{source}:1: not YAML: {' '.join(str(error).split())}") from error
-    except (TypeError, ValueError) as error:  # a collection that is not what its tag says
-        raise UserError(f"{source}:1: not YAML: {error}") from error
     except RecursionError as error:
         raise UserError(f"{source}:1: nested too deeply") from error
     return Document(data, source, dict(_key_lines(node)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,32 +32,13 @@ UNUSED_PUBLISHED = re.compile(
 )
 # Prefixes of DistributedDataParallel and DataParallel, and of torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-# What torch's unpickler raises on bytes that are no pickle or a hostile one.
-UNPICKLING_ERRORS = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-    struct.error,
-    zipfile.BadZipFile,
-)
 LARGEST_EXPANSION = 16  # largest size of the tensors over that of their file, in which they may share memory
 NAMES_SHOWN = 3  # of each kind of difference: a message stays below the length at which its middle is left out
 CHECKPOINT_LIST = "checkpoint.yaml"
 
 
 def save_atomically(state: Mapping[str, Any], path: Path) -> None:
-    """Save `state` to `path` with torch, all or nothing.
-
-    Raises:
-        UserError: the disk is full; an older file at `path` is untouched.
-    """
+    """Save `state` to `path` with torch, all or nothing; raises as `write_atomically`."""
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -82,7 +62,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         foreign = re.search(r"(?i)unsupported (global|class)|unrecognized function|can only build", str(error))
         reason = "it holds objects other than tensors and plain values" if foreign else "damaged"
         raise UserError(f"checkpoint {path} is refused ({reason}); save a state_dict with torch.save") from error
-    except UNPICKLING_ERRORS as error:
+    except Exception as error:  # what the unpickler runs into depends on the bytes that it takes for a pickle
         raise UserError(f"checkpoint {path} is damaged or no torch file ({first_line(error)}); use another") from error
     if _bytes_declared(state) > most:
         raise UserError(f"checkpoint {path} is refused: its tensors claim far more than the file holds; use another")
@@ -168,9 +148,8 @@ def _fits(tensor: Tensor, expected: Tensor) -> bool:
 
 def _form(tensor: Tensor, other: Tensor) -> str:
     """Return what distinguishes a tensor from another one: its shape, else its type."""
-    return (
-        f"{tuple(tensor.shape)}" if tensor.shape != other.shape else f"{tensor.dtype} {tensor.layout} {tensor.device}"
-    )
+    same_shape = tensor.shape == other.shape
+    return f"{tensor.dtype} {tensor.layout} {tensor.device}" if same_shape else f"{tuple(tensor.shape)}"
 
 
 def _shown(names: list[str]) -> str:
@@ -262,21 +241,19 @@ def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
         UserError: it is of another network or optimiser, or of other data.
     """
     try:
-        callbacks = state["training"]["callbacks"]
-        callbacks.setdefault("MetricLog", callbacks.get("History", {}))  # its name in older checkpoints
         trainer.load_state_dict(state)
         trainer.call("on_resume")
     except UserError:
         raise
-    except UNPICKLING_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]  # a damaged state may lack anything
         raise UserError(
             f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {reason}); resume with the "
             "model and the optimizer.type that it was trained with, or start from its weights with --checkpoint"
         ) from error
 
 
-def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Module) -> None:
+def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Restore momenta and step counts; learning rate, decay and the like stay those of the config.
 
     Raises:
@@ -287,16 +264,12 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any], model: nn.
     if taken != own:
         raise ValueError("it holds the state of another optimizer.type")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries = state["state"]
-    if len(theirs) == 1 < len(ours):  # an older version put all in one group, in the network's order, without decay
-        trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
-        entries = {place: entries.get(trained.index(id(each)), {}) for place, each in enumerate(parameters)}
-    elif [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
+    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
         raise ValueError("it groups the parameters in another way")
     names = {"exp_avg", "exp_avg_sq"} if "betas" in own else {"momentum_buffer"}
     restored = {}
     for place, parameter in enumerate(parameters):
-        momenta = {name: value for name, value in entries.get(place, {}).items() if value is not None}
+        momenta = {name: value for name, value in state["state"].get(place, {}).items() if value is not None}
         if not momenta:
             continue
         if not all(isinstance(value, Tensor | int | float) for value in momenta.values()):

@@ -58,10 +58,9 @@ def pick_device(local_rank: int | None = None, *, name: torch.device | str | Non
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {name}: not usable ({first_line(error)}); give cpu or cuda") from error
     if not torch.cuda.is_available():
-        if (reason := _why_no_gpu()) is not None:
-            logger.warning(
-                "on the CPU: this machine has a GPU, but torch %s cannot use it (%s)", torch.__version__, reason
-            )
+        if _has_gpu() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # torch names an old driver itself
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            logger.warning("on the CPU: torch %s (%s) cannot use this machine's GPU", torch.__version__, built)
         return torch.device("cpu")
     number, gpus = os.environ.get("LOCAL_RANK", local_rank), torch.cuda.device_count()
     rank = torch.cuda.current_device() if number is None else int(number)
@@ -69,19 +68,6 @@ def pick_device(local_rank: int | None = None, *, name: torch.device | str | Non
         raise UserError(f"process {rank + 1} of this machine has no GPU, there are {gpus}; lower --nproc_per_node")
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)
-
-
-def _why_no_gpu() -> str | None:
-    """Return why torch cannot use this machine's GPU; None if there is none or the user hides it."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not _has_gpu():
-        return None
-    if not torch.backends.cuda.is_built():
-        return "it is built without CUDA: install another build"
-    try:
-        torch.cuda.init()
-    except RuntimeError as error:  # the driver is too old for this build, or broken
-        return first_line(error)
-    return "CUDA finds no device"
 
 
 def _has_gpu() -> bool:
@@ -164,17 +150,13 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(values)
         normalised, mean, variance, count = _Normalised.apply(values, self.weight, self.bias, self.eps)
-        self._remember(mean, variance * count / (count - 1).clamp(min=1))
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
         return normalised
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        if not self.track_running_stats:
-            return
-        self.num_batches_tracked += 1
-        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance, share)
 
 
 def _synchronized(norm: _BatchNorm) -> SyncBatchNorm:

@@ -80,20 +80,13 @@ def make_optimizer(
 ) -> Optimizer:
     """Return Adam, AdamW or SGD in torch's fused form, whose step can be cancelled on the device."""
     if kind == "SGD":
-        return _with_velocities(torch.optim.SGD(groups, momentum=momentum, fused=True))
+        optimizer = torch.optim.SGD(groups, momentum=momentum, fused=True)
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            # As torch's first step does; but if that is cancelled, it leaves momenta uninitialised to the next one.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     family = torch.optim.AdamW if kind == "AdamW" or decoupled_decay else torch.optim.Adam
     return family(groups, betas=tuple(betas), eps=eps, fused=True)
-
-
-def _with_velocities(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """Set all momenta to 0, as torch's first step does.
-
-    That step leaves them uninitialised when it is cancelled, and the next step would use them.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
 
 
 def with_warmup(schedule: Schedule, iterations: int) -> Schedule:

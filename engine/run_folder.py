@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +33,12 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{folder} is in use by another run; give this one another --name") from error
-            logger.warning(
-                "%s: its file system has no locks (%s), so nothing stops a second run in this folder; start none, "
-                "or set global.workdir to another disk",
-                folder,
-                error.strerror,
-            )
+            remedy = "start no second run in this folder, or set global.workdir to another disk"
+            logger.warning("%s: its file system has no locks (%s): %s", folder, error.strerror, remedy)
         if not keep and (folder / "history.jsonl").exists():
-            _move_aside(folder)
+            names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+            moved = folder.rename(next(name for name in names if not name.exists()))
+            print(f"an earlier run was in {folder}; it is now {moved} (to go on with it, use --resume)")
         folder.mkdir(parents=True, exist_ok=True)
         distributed.barrier()
         yield
@@ -52,14 +51,6 @@ def _open_lock(folder: Path):
         return open(folder.parent / f".{folder.name}.lock", "w")
     except OSError as error:
         raise UserError(f"{folder.parent} cannot be written ({error.strerror}); set global.workdir") from error
-
-
-def _move_aside(folder: Path) -> None:
-    number = 1
-    while (moved := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(moved)
-    print(f"an earlier run was in {folder}; it is now {moved} (to go on with it, use --resume)")
 
 
 def log_to(folder: Path, process: Process, *, debug: bool = False) -> None:

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,6 @@ logger = logging.getLogger(__name__)
 STOP_CHECK_ITERATIONS = 10  # several processes agree on a stop signal only this often, since that costs a message
 LOSS_SCALE = 2.0**10  # initial scale of fp16; torch doubles it every 2,000 finite steps
 SECOND_SIGNAL_AFTER = 2.0  # seconds; before that it is the same Ctrl-C, from the terminal and from the launcher
-
-
-class Hooks(Protocol):
-    """A callback as the loop sees it; the hooks, which it calls by name, are those of `callbacks.Callback`."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -86,6 +78,7 @@ class Trainer:
         find_unused_parameters: some parameters may get no gradient (a loss term has weight 0); several processes then
             look for them at every step.
         max_skipped_steps: the run stops after this many steps in a row that are not finite, or unreadable batches.
+        callbacks: called by name at each hook of `callbacks.Callback`.
         extra_state: values that every checkpoint carries (config, charset).
     """
 
@@ -101,7 +94,7 @@ class Trainer:
         iterations: int,
         device: torch.device,
         process: Process,
-        callbacks: Sequence[Hooks] = (),
+        callbacks: Sequence[Any] = (),
         precision: str = "fp32",
         accumulation: int = 1,
         clip_grad: float | None = 20.0,
@@ -444,7 +437,7 @@ class Trainer:
             KeyError, RuntimeError, ValueError: the run had another network or optimiser.
         """
         training = state["training"]
-        if (batches := training.get("batches_per_epoch", self.batches_per_epoch)) != self.batches_per_epoch:
+        if (batches := training["batches_per_epoch"]) != self.batches_per_epoch:
             raise UserError(
                 f"dataset.train.roots: an epoch of the run to resume has {batches} batches, not "
                 f"{self.batches_per_epoch}; resume with the same data, or start from its weights with --checkpoint"
@@ -452,12 +445,11 @@ class Trainer:
         self.model.load_state_dict(training.get("model", state["model"]))
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model"])
-            if "ema_steps" in training:
-                self.ema.steps = int(training["ema_steps"])
-        restore_optimizer(self.optimizer, training["optimizer"], self.model)
+            self.ema.steps = training.get("ema_steps", 0)  # none, if that run had no average
+        restore_optimizer(self.optimizer, training["optimizer"])
         if training["scaler"] and self.scales_loss:  # empty unless that run had fp16
             self.scaler.load_state_dict(training["scaler"])
-        self._skipped_in_a_row = training.get("skipped_in_a_row", 0)
+        self._skipped_in_a_row = training["skipped_in_a_row"]
         self.iteration = training["iteration"]
         # A checkpoint of the last step of an epoch was taken before that epoch was counted.
         finished, self.batch_in_epoch = divmod(training["batch_in_epoch"], self.batches_per_epoch)
@@ -465,25 +457,18 @@ class Trainer:
         self.provenance.resume(state.get("provenance", {}), self.iteration)
         for callback in self.callbacks:
             callback.load_state_dict(training["callbacks"].get(type(callback).__name__, {}))
-        if len(training["random"]) == self.process.world_size:
-            self._set_random_state(training["random"][self.process.rank])
-        else:
-            logger.warning(
-                "resumed with %d processes after %d: dropout draws other numbers than before",
-                self.process.world_size,
-                len(training["random"]),
-            )
+        before, now = len(training["random"]), self.process.world_size
+        if before != now:
+            logger.warning("resumed with %d processes after %d: dropout draws other numbers than before", now, before)
+            return
+        random = training["random"][self.process.rank]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
 
     def _random_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def _set_random_state(self, state: dict[str, Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return {"cpu": torch.get_rng_state(), **cuda}
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Run one hook of every callback, in order."""

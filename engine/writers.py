@@ -101,22 +101,15 @@ class Console(Writer):
             self._bar.update()
 
     def write(self, record: Record) -> None:
-        loss = record.losses["total"]
+        loss, rate = f"{record.losses['total']:.4f}", f"{record.samples_per_second:.0f}"
         if self._bar is not None:
-            rate = f"{record.samples_per_second:.0f}/s"
-            self._bar.set_postfix(loss=f"{loss:.4f}", rate=rate, epoch=record.epoch)
-        logger.info(
-            "epoch %d  iteration %d/%d  loss %.4f  %s  lr %.2e  %.0f samples/s  %s left",
-            record.epoch,
-            record.iteration,
-            self._iterations,
-            loss,
-            "  ".join(f"{name} {mean:.4f}" for name, mean in record.losses.items() if name != "total"),
-            record.learning_rate,
-            record.samples_per_second,
-            tqdm.format_interval(record.seconds_left),
-            extra={FILE_ONLY: self._bar is not None},
+            self._bar.set_postfix(loss=loss, rate=f"{rate}/s", epoch=record.epoch)
+        terms = "  ".join(f"{name} {mean:.4f}" for name, mean in record.losses.items() if name != "total")
+        line = (
+            f"epoch {record.epoch}  iteration {record.iteration}/{self._iterations}  loss {loss}  {terms}  "
+            f"lr {record.learning_rate:.2e}  {rate} samples/s  {tqdm.format_interval(record.seconds_left)} left"
         )
+        logger.info("%s", line, extra={FILE_ONLY: self._bar is not None})
 
     def write_scores(self, scores: Scores) -> None:
         logger.info("iteration %d\n%s", scores.iteration, scores.table)

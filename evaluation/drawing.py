@@ -4,18 +4,22 @@ Images are RGB, (H, W, 3) uint8; masks and maps are (H, W) float in [0, 1] and o
 image.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from modules.outputs import RecogniserOutput
 
 TEXT_COLOUR = (255, 60, 60)  # of a mask laid over its word
 MARGIN = 2  # pixels between two images of a grid
-CAPTION_HEIGHT = 14
+CAPTION_SIZE, CAPTION_HEIGHT = 12, 16  # of the letters, of the line; pixels
+MAX_CHARACTERS = 200  # of a caption that are measured
 BACKGROUND = 245
 
 
@@ -46,11 +50,27 @@ def heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
 
 
 def captioned(image: np.ndarray, text: str) -> np.ndarray:
-    """Return the image with a line of text under it; characters that OpenCV's font lacks show as question marks."""
-    strip = np.full((CAPTION_HEIGHT, image.shape[1], 3), BACKGROUND, np.uint8)
-    shown = text.encode("ascii", "replace").decode()
-    cv2.putText(strip, shown, (1, CAPTION_HEIGHT - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (20, 20, 20), 1, cv2.LINE_AA)
-    return np.concatenate([image, strip])
+    """Return the image with a line of text under it, shortened to the image's width."""
+    width, font = image.shape[1], caption_font()
+    text = " ".join(text[:MAX_CHARACTERS].split())
+    if font.getlength(text) > width:
+        while text and font.getlength(text + "...") > width:
+            text = text[:-1]
+        text += "..."
+    strip = Image.new("RGB", (width, CAPTION_HEIGHT), (BACKGROUND,) * 3)
+    ImageDraw.Draw(strip).text((1, 0), text, fill=(20, 20, 20), font=font)
+    return np.concatenate([image, np.asarray(strip)])
+
+
+@functools.cache
+def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return Matplotlib's font, which has the letters of Europe's languages, or else Pillow's own."""
+    try:
+        import matplotlib
+
+        return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", CAPTION_SIZE)
+    except (ImportError, OSError):
+        return ImageFont.load_default(CAPTION_SIZE)
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:

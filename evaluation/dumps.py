@@ -8,7 +8,7 @@ import cv2
 
 from engine import distributed
 from evaluation.drawing import draw_words
-from evaluation.evaluator import ScoredWord
+from evaluation.evaluator import Observer, ScoredWord
 from modules.outputs import RecogniserOutput
 
 ONE_FIELD = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # keeps a label one field of one line
@@ -46,7 +46,7 @@ class PredictionFiles:
             (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
 
 
-class AttentionImages:
+class AttentionImages(Observer):
     """Writes `<dataset>-<model_eval>/attn/<number>.jpg`: each word with its masks and the attention of each character.
 
     The number is that of the word in its LMDB.
@@ -63,6 +63,3 @@ class AttentionImages:
         folder.mkdir(parents=True, exist_ok=True)
         for prediction, image in zip(predictions, draw_words(batch, output, predictions), strict=True):
             cv2.imwrite(str(folder / f"{prediction.number:09d}.jpg"), image[..., ::-1])
-
-    def on_end(self, scores: Mapping[str, Any]) -> None:
-        """Do nothing: every image is written already."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -54,26 +54,13 @@ class ScoredWord:
 
 
 class Observer(Protocol):
-    """An object that receives every evaluated batch: prediction files, attention images, a report."""
+    """Receives every evaluated batch: prediction files, attention images, a report; the methods here do nothing."""
 
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
         """Receive one batch of one data set."""
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
         """Receive the scores after the last data set."""
-
-
-class Evaluator(Protocol):
-    """The interface that training and test use."""
-
-    headline: str  # the score that decides which weights are best
-    columns: Sequence[str]  # the scores of each data set
-
-    def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
-        """Return the scores of the network in the form of `metrics.json`."""
-
-    def table(self, scores: Mapping[str, Any]) -> str:
-        """Return the scores as a table for people."""
 
 
 @torch.no_grad()
@@ -159,8 +146,7 @@ class WordEvaluator:
     precision: str = "fp32"
     numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
     lexicons: Mapping[str, Callable[[int], Lexicon]] = field(default_factory=dict)
-    headline: str = field(default="accuracy", init=False)
-    columns: Sequence[str] = field(default=("accuracy", "ccr", "ned", "ece"), init=False)
+    headline: ClassVar[str] = "accuracy"  # decides which weights are best
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
         """Read every word; a word that cannot be read or scored is counted in `skipped` under its reason."""
@@ -176,7 +162,7 @@ class WordEvaluator:
             scores = score_words(scored, normalize)
             datasets[name] = {"samples": len(scored), "skipped": dict(skipped), **scores}
         model.train(was_training)
-        scores = {"model_eval": self.model_eval, "protocol": self.protocol, **summarise(datasets)}
+        scores = {"model_eval": self.model_eval, "protocol": self.protocol, **with_means(datasets)}
         for observer in observers:
             observer.on_end(scores)
         return scores
@@ -227,10 +213,6 @@ class WordEvaluator:
         rows = zip(indices, batch.texts, texts, confidences, numbers, strict=True)
         return batch, output, [ScoredWord(*row) for row in rows]
 
-    def table(self, scores: Mapping[str, Any]) -> str:
-        """Return one row per data set, weighted and mean; in per cent."""
-        return score_table(scores, self.columns)
-
 
 @dataclass
 class SegmentationEvaluator:
@@ -245,8 +227,7 @@ class SegmentationEvaluator:
     areas: Sequence[int]
     device: torch.device
     ignore_index: int = 255
-    headline: str = field(default="iou", init=False)
-    columns: Sequence[str] = field(default=("iou", "f_score"), init=False)
+    headline: ClassVar[str] = "iou"
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
         """Segment every image at its own size and compare with its labels."""
@@ -264,7 +245,7 @@ class SegmentationEvaluator:
                 "iou": metrics.foreground_iou(true_positive, false_positive, false_negative),
                 "f_score": metrics.f_score(true_positive, false_positive, false_negative),
             }
-        return {"model_eval": "ssn", **summarise(datasets)}
+        return {"model_eval": "ssn", **with_means(datasets)}
 
     def _count(self, segmenter: Segmenter, loader: DataLoader) -> tuple[list[int], int, Counter]:
         """Return true positives, false positives and false negatives; images; counts of what could not be read."""
@@ -284,12 +265,11 @@ class SegmentationEvaluator:
         skipped = sum((Counter(share[2]) for share in shares), Counter())
         return totals, sum(share[1] for share in shares), skipped
 
-    def table(self, scores: Mapping[str, Any]) -> str:
-        """Return one row per data set, weighted and mean; in per cent."""
-        return score_table(scores, self.columns)
+
+Evaluator = WordEvaluator | SegmentationEvaluator
 
 
-def summarise(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def with_means(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the data sets' scores with their mean weighted by samples and their plain mean, without empty sets."""
     read = [entry for entry in datasets.values() if entry["samples"]]
     names = [name for name in next(iter(datasets.values()), {}) if name not in ("samples", "skipped")]
@@ -299,47 +279,40 @@ def summarise(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"datasets": dict(datasets), "weighted": {"samples": total, **weighted}, "mean": mean}
 
 
-def score_table(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """Format scores as a Markdown table: one row per data set, then weighted and mean."""
-    header = ["data set", "samples", "skipped", *(f"{column} %" for column in columns)]
-    rows = [
-        [name, str(entry["samples"]), str(sum(entry["skipped"].values())), *_per_cent(entry, columns)]
-        for name, entry in scores["datasets"].items()
-    ]
-    rows.append(["weighted", str(scores["weighted"]["samples"]), "", *_per_cent(scores["weighted"], columns)])
-    rows.append(["mean", "", "", *_per_cent(scores["mean"], columns)])
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    rule = ["-" * width for width in widths[:1]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    aligned = [
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows
-    ]
-    head = [header[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(header[1:], widths[1:], strict=True))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *aligned])
+def score_rows(scores: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """Yield name, samples, skipped and scores of each data set, of `weighted` and of `mean`; "" where there is none."""
+    means = [(name, scores[name]) for name in ("weighted", "mean")]
+    for name, entry in [*scores["datasets"].items(), *means]:
+        skipped = sum(entry["skipped"].values()) if "skipped" in entry else ""
+        yield [name, entry.get("samples", ""), skipped, *(entry[metric] for metric in scores["mean"])]
 
 
-def score_csv(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
+def score_table(scores: Mapping[str, Any]) -> str:
+    """Format scores as a Markdown table, in per cent: one row per data set, then weighted and mean."""
+    rows = [["data set", "samples", "skipped", *(f"{metric} %" for metric in scores["mean"])]]
+    for name, samples, skipped, *values in score_rows(scores):
+        rows.append([name, str(samples), str(skipped), *(f"{100 * value:.2f}" for value in values)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in aligned)
+
+
+def score_csv(scores: Mapping[str, Any]) -> str:
     """Format scores as comma-separated values, fractions in full: one row per data set, then weighted and mean."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["dataset", "samples", "skipped", *columns])
-    for name, entry in scores["datasets"].items():
-        values = [entry[column] for column in columns]
-        writer.writerow([name, entry["samples"], sum(entry["skipped"].values()), *values])
-    for name in ("weighted", "mean"):
-        writer.writerow([name, scores[name].get("samples", ""), "", *(scores[name][column] for column in columns)])
+    csv.writer(file, lineterminator="\n").writerows(
+        [["dataset", "samples", "skipped", *scores["mean"]], *score_rows(scores)]
+    )
     return file.getvalue()
 
 
-def write_scores(folder: Path, scores: Mapping[str, Any], columns: Sequence[str], *, name: str = "metrics") -> None:
+def write_scores(folder: Path, scores: Mapping[str, Any], *, name: str = "metrics") -> None:
     """Write `<name>.json`, and its table as `<name>.md` and `<name>.csv`, each all or nothing."""
     contents = {
         "json": json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
-        "md": score_table(scores, columns) + "\n",
-        "csv": score_csv(scores, columns),
+        "md": score_table(scores) + "\n",
+        "csv": score_csv(scores),
     }
     for suffix, content in contents.items():
         write_atomically(folder / f"{name}.{suffix}", lambda file, content=content: file.write(content.encode()))
-
-
-def _per_cent(entry: Mapping[str, float], columns: Sequence[str]) -> list[str]:
-    return [f"{100 * entry[column]:.2f}" for column in columns]

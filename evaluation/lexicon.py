@@ -29,7 +29,7 @@ SAME = 1e-6  # log-probabilities that differ by less are equal
 
 
 @dataclass(frozen=True)
-class Word:
+class Candidate:
     """A whole word and its probability."""
 
     text: str
@@ -42,7 +42,7 @@ def log_probabilities(logits: Tensor) -> np.ndarray:
     return np.nan_to_num(logs, nan=LOWEST).clip(LOWEST)
 
 
-def most_probable(logs: np.ndarray, charset: Charset, count: int) -> list[Word]:
+def most_probable(logs: np.ndarray, charset: Charset, count: int) -> list[Candidate]:
     """Return the most probable words under log-probabilities (T, C), best first; fewer where there are no more.
 
     Best-first search: steps are independent, so that the best continuation of every start is known, and words are found
@@ -55,12 +55,12 @@ def most_probable(logs: np.ndarray, charset: Charset, count: int) -> list[Word]:
     for step in reversed(range(steps)):
         best[step] = max(logs[step, NULL], logs[step, NULL + 1 :].max() + best[step + 1])
     logs = logs.tolist()
-    found: list[Word] = []
+    found: list[Candidate] = []
     queue: list[tuple[float, bool, tuple[int, ...], float]] = [(-best[0], False, (), 0.0)]
     while queue and len(found) < count:
         _, is_word, classes, total = heapq.heappop(queue)
         if is_word:
-            found.append(Word(charset.decode(classes), math.exp(total)))
+            found.append(Candidate(charset.decode(classes), math.exp(total)))
             continue
         step = len(classes)
         for each in ranked[step]:
@@ -102,7 +102,7 @@ class Lexicon:
         for row, text in zip(self._classes, self.readable, strict=True):
             row[: len(text) + 1] = [*charset.encode(text), NULL]
 
-    def __call__(self, logs: np.ndarray, greedy: str) -> Word:
+    def __call__(self, logs: np.ndarray, greedy: str) -> Candidate:
         """Return the word of the list for log-probabilities (T, C), and its share of the list's probability.
 
         Args:
@@ -115,10 +115,10 @@ class Lexicon:
         rivals = np.flatnonzero(is_rival).tolist()
         if len(rivals) > 1:
             rivals = sorted(rivals, key=lambda each: (Levenshtein.distance(self.readable[each], greedy), -scores[each]))
-        return Word(self.words[rivals[0]], float(shares[rivals[0]] / shares.sum()))
+        return Candidate(self.words[rivals[0]], float(shares[rivals[0]] / shares.sum()))
 
 
-def read_words(path: str | Path) -> list[str]:
+def read_lexicon(path: str | Path) -> list[str]:
     """Return the words of a text file with one a line; empty lines do not count.
 
     Raises:

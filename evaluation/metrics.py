@@ -8,7 +8,7 @@ from rapidfuzz.distance import Levenshtein
 
 def word_accuracy(predictions: Sequence[str], targets: Sequence[str]) -> float:
     """Return the fraction of words that are predicted without a mistake."""
-    return _mean([prediction == target for prediction, target in _pairs(predictions, targets)])
+    return _mean([prediction == target for prediction, target in zip(predictions, targets, strict=True)])
 
 
 def character_accuracy(predictions: Sequence[str], targets: Sequence[str]) -> float:
@@ -17,9 +17,9 @@ def character_accuracy(predictions: Sequence[str], targets: Sequence[str]) -> fl
     It is pooled over all characters, not averaged over words. A missing character shifts all characters after it, which
     then count as wrong; `normalized_edit_distance` counts the missing one alone.
     """
-    pairs = _pairs(predictions, targets)
+    pairs = zip(predictions, targets, strict=True)
     right = sum(a == b for prediction, target in pairs for a, b in zip(prediction, target, strict=False))
-    total = sum(len(target) for _, target in pairs)
+    total = sum(map(len, targets))
     return right / total if total else 0.0
 
 
@@ -28,7 +28,7 @@ def normalized_edit_distance(predictions: Sequence[str], targets: Sequence[str])
 
     The tables' `ned` is 1 minus this.
     """
-    return _mean([Levenshtein.normalized_distance(*pair) for pair in _pairs(predictions, targets)])
+    return _mean([Levenshtein.normalized_distance(*pair) for pair in zip(predictions, targets, strict=True)])
 
 
 def foreground_iou(true_positives: float, false_positives: float, false_negatives: float) -> float:
@@ -47,7 +47,7 @@ def expected_calibration_error(confidences: Sequence[float], correct: Sequence[b
     """Return the mean distance between confidence and accuracy over equally wide bins, weighted by their words.
 
     Args:
-        confidences: probability of each prediction, in [0, 1]. A bin includes its upper edge, the first one also 0.
+        confidences: probability of each prediction, in [0, 1].
         correct: whether each prediction is right.
         bins: number of bins.
 
@@ -60,17 +60,17 @@ def expected_calibration_error(confidences: Sequence[float], correct: Sequence[b
         raise ValueError(f"{confidence.size} confidences for {right.size} words")
     if not confidence.size:
         return 0.0
-    # Edges as i / bins compare exactly with confidences that were written as such fractions.
-    edges = np.arange(1, bins + 1) / bins
-    index = np.minimum(np.searchsorted(edges, confidence, side="left"), bins - 1)
-    gaps = np.bincount(index, weights=confidence - right, minlength=bins)
+    gaps = np.bincount(confidence_bins(confidence, bins), weights=confidence - right, minlength=bins)
     return float(np.abs(gaps).sum() / confidence.size)
 
 
-def _pairs(predictions: Sequence[str], targets: Sequence[str]) -> list[tuple[str, str]]:
-    if len(predictions) != len(targets):
-        raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
-    return list(zip(predictions, targets, strict=True))
+def confidence_bins(confidences: Sequence[float] | np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin of each confidence; all bins are equally wide and include their upper edge, the first one also 0.
+
+    Edges as i / bins compare exactly with confidences that were written as such fractions.
+    """
+    edges = np.arange(1, bins + 1) / bins
+    return np.minimum(np.searchsorted(edges, confidences, side="left"), bins - 1)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -36,7 +36,7 @@ def page_entry(name: str, image: np.ndarray | None, prediction: Any) -> dict[str
     if prediction.error is not None:
         return entry | {"images": [], "characters": []}
     image = turn(image, prediction.turned)
-    large, small = _fitted(image, HEIGHT, WIDTH), _fitted(image, STEP_HEIGHT, STEP_WIDTH)
+    large, small = fitted(image, HEIGHT, WIDTH), fitted(image, STEP_HEIGHT, STEP_WIDTH)
     images = [("image", _uri(large))]
     if prediction.mask_levels is not None:
         mask = resize(turn(prediction.mask_levels, prediction.turned), large.shape[:2])
@@ -53,13 +53,13 @@ def page_entry(name: str, image: np.ndarray | None, prediction: Any) -> dict[str
     return entry | {"images": images, "characters": characters}
 
 
-def _fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The image at the largest size that fits, its aspect kept."""
+def fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the image at the largest size that fits, its aspect kept."""
     scale = min(height / image.shape[0], width / image.shape[1])
     return resize(image, tuple(max(round(side * scale), 1) for side in image.shape[:2]))
 
 
 def _uri(image: np.ndarray) -> str:
-    """An RGB image as a data URI."""
+    """Return an RGB image as a data URI."""
     data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"

@@ -7,7 +7,6 @@ rendered from the files in `report_template/`.
 
 import bisect
 import json
-import logging
 import string
 import time
 from collections import Counter, defaultdict
@@ -24,11 +23,10 @@ from rapidfuzz.distance import Levenshtein
 from engine import distributed
 from evaluation.drawing import grey, to_images
 from evaluation.evaluator import ScoredWord, read_logits
+from evaluation.metrics import confidence_bins
 from loading.charset import Charset
 from modules.outputs import RecogniserOutput
 from utils import write_atomically
-
-logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "report_template"
 SPRITE_WORDS = 16  # on one sprite: few, because neighbours in a sorted list come from many sprites
@@ -38,7 +36,6 @@ JPEG_QUALITY = 88
 DARKEST = 48  # grey level without attention: the page multiplies the image by it, which should stay visible
 CALIBRATION_BINS = 10
 SHOWN_CONFUSIONS = 30
-NOTHING = ""  # in a confusion: no character
 BETWEEN = "\t"  # separates the characters of a confusion on the page; no protocol counts it
 
 
@@ -46,25 +43,19 @@ BETWEEN = "\t"  # separates the characters of a confusion on the page; no protoc
 class ReportedWord:
     """A word with the predictions of every sub-model, and where its images are.
 
-    `sprite` is the name of the sprite and `row` the word's place on it; None for a word without images.
+    `target` and `prediction` are what the protocol compares; `sprite` is the name of the sprite and `row` the word's
+    place on it, None for a word without images.
     """
 
     dataset: str
     word: ScoredWord
+    target: str
+    prediction: str
     vision: str | None
     language: tuple[str, ...]
     alignment: tuple[str, ...]
     sprite: str | None = None
     row: int = 0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A word with its target and prediction as the protocol compares them."""
-
-    reported: ReportedWord
-    target: str
-    prediction: str
 
     @property
     def right(self) -> bool:
@@ -116,7 +107,9 @@ class Report:
         if output.vision is not None:
             places = [self._draw(*tiles) for tiles in self._tiles(batch, output, words)]
         for row, word in enumerate(words):
-            self._words.append(ReportedWord(dataset, word, vision[row], language[row], alignment[row], *places[row]))
+            compared = self.normalize(word.label), self.normalize(word.text)
+            read = vision[row], language[row], alignment[row]
+            self._words.append(ReportedWord(dataset, word, *compared, *read, *places[row]))
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
         """Write the page."""
@@ -162,11 +155,10 @@ class Report:
         return self._sprites.add(images, attention)
 
     def _write(self, words: Sequence[ReportedWord], layout: dict[str, Any] | None, scores: Mapping[str, Any]) -> None:
-        compared = [Comparison(each, self.normalize(each.word.label), self.normalize(each.word.text)) for each in words]
-        compared = [each for each in compared if each.target]
-        order = {name: place for place, name in enumerate(scores["datasets"])}
-        compared.sort(key=lambda each: (order[each.reported.dataset], each.reported.word.index))
-        listed = [each for each in compared if layout is None or each.reported.sprite is not None][: self.max_words]
+        datasets = list(scores["datasets"])
+        compared = [each for each in words if each.target]
+        compared.sort(key=lambda each: (datasets.index(each.dataset), each.word.index))
+        listed = [each for each in compared if layout is None or each.sprite is not None][: self.max_words]
         facts = {"scored": scores["model_eval"], "protocol": f"{scores['protocol']} characters"}
         page = render_page(
             "index.html.j2",
@@ -178,18 +170,21 @@ class Report:
             confusions=most_confused(compared, SHOWN_CONFUSIONS),
             between=BETWEEN,
             total=len(compared),
-            data=self._page_data(listed, layout, list(order)),
+            data=self._page_data(listed, layout, datasets),
         )
         write_atomically(self.folder / "index.html", lambda file: file.write(page.encode(errors="backslashreplace")))
-        self._remove_old({each.sprite for each in words})
+        used = {each.sprite for each in words}
+        for path in [*self.folder.glob("images/*.jpg"), *self.folder.glob("images/*.png")]:
+            if path.stem.partition("-")[2] not in used:  # of an earlier report
+                path.unlink()
 
     def _page_data(
-        self, listed: Sequence[Comparison], layout: Mapping[str, Any] | None, datasets: Sequence[str]
+        self, listed: Sequence[ReportedWord], layout: Mapping[str, Any] | None, datasets: Sequence[str]
     ) -> str:
         """Return the data of the page's script as JSON that is safe inside a script element."""
-        sprites = sorted({each.reported.sprite for each in listed if each.reported.sprite is not None})
+        sprites = sorted({each.sprite for each in listed if each.sprite is not None})
         content = {
-            "datasets": list(datasets),
+            "datasets": datasets,
             "sprites": sprites,
             "margin": MARGIN,
             "cellMargin": CELL_MARGIN,
@@ -202,12 +197,6 @@ class Report:
         }
         text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         return text.replace("<", "\\u003c")
-
-    def _remove_old(self, used: set[str | None]) -> None:
-        """Delete the sprites of an earlier report."""
-        for path in [*self.folder.glob("images/*.jpg"), *self.folder.glob("images/*.png")]:
-            if path.stem.partition("-")[2] not in used:
-                path.unlink()
 
 
 class SpriteWriter:
@@ -270,7 +259,7 @@ def _with_margin(image: np.ndarray, pixels: int) -> np.ndarray:
 # --- what the page shows ----------------------------------------------------------------------------------------------
 
 
-def accuracy_by_length(words: Sequence[Comparison]) -> list[dict[str, Any]]:
+def accuracy_by_length(words: Sequence[ReportedWord]) -> list[dict[str, Any]]:
     """Return `length`, `words` and `accuracy` for each length of a target that occurs, shortest first."""
     counts: dict[int, list[bool]] = defaultdict(list)
     for each in words:
@@ -281,22 +270,20 @@ def accuracy_by_length(words: Sequence[Comparison]) -> list[dict[str, Any]]:
     ]
 
 
-def calibration(words: Sequence[Comparison], bins: int) -> list[dict[str, Any]]:
+def calibration(words: Sequence[ReportedWord], bins: int) -> list[dict[str, Any]]:
     """Return bins of confidence of equal width: `low`, `high`, `words`, mean `confidence`, `accuracy` (None if empty).
 
-    A bin holds its upper edge, as in `metrics.expected_calibration_error`.
+    The bins are those of `metrics.expected_calibration_error`.
     """
-    edges = np.arange(1, bins + 1) / bins
-    members: list[list[Comparison]] = [[] for _ in range(bins)]
-    for each in words:
-        place = int(np.searchsorted(edges, each.reported.word.confidence, side="left"))
-        members[min(place, bins - 1)].append(each)
+    members: list[list[ReportedWord]] = [[] for _ in range(bins)]
+    for each, place in zip(words, confidence_bins([each.word.confidence for each in words], bins), strict=True):
+        members[place].append(each)
     return [
         {
             "low": number / bins,
             "high": (number + 1) / bins,
             "words": len(group),
-            "confidence": sum(each.reported.word.confidence for each in group) / len(group) if group else None,
+            "confidence": sum(each.word.confidence for each in group) / len(group) if group else None,
             "accuracy": sum(each.right for each in group) / len(group) if group else None,
         }
         for number, group in enumerate(members)
@@ -305,15 +292,16 @@ def calibration(words: Sequence[Comparison], bins: int) -> list[dict[str, Any]]:
 
 def confusions_of(target: str, prediction: str) -> list[tuple[str, str]]:
     """Return the single-character edits from target to prediction: (true, read), "" for no character."""
-    pairs = []
-    for edit in Levenshtein.editops(target, prediction):
-        true = NOTHING if edit.tag == "insert" else target[edit.src_pos]
-        read = NOTHING if edit.tag == "delete" else prediction[edit.dest_pos]
-        pairs.append((true, read))
-    return pairs
+    return [
+        (
+            "" if edit.tag == "insert" else target[edit.src_pos],
+            "" if edit.tag == "delete" else prediction[edit.dest_pos],
+        )
+        for edit in Levenshtein.editops(target, prediction)
+    ]
 
 
-def most_confused(words: Sequence[Comparison], most: int) -> list[dict[str, Any]]:
+def most_confused(words: Sequence[ReportedWord], most: int) -> list[dict[str, Any]]:
     """Return the most frequent confusions: `true`, `read`, `count`, `share` of the occurrences of the true character.
 
     `share` is None for characters that were inserted.
@@ -327,19 +315,19 @@ def most_confused(words: Sequence[Comparison], most: int) -> list[dict[str, Any]
     ]
 
 
-def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) -> list[Any]:
+def word_row(each: ReportedWord, datasets: Sequence[str], sprites: Sequence[str]) -> list[Any]:
     """Return a word as the page's script gets it, without names to save space.
 
     Data set, number, label, prediction, confidence in 1/10,000, right (0 or 1), length, similarity in 1/1,000, sprite
     (-1 for none), row, predictions of vision, language and alignment (0 where the same), confusions ("o\\t0").
     """
-    reported, word = each.reported, each.reported.word
+    word = each.word
 
     def short(text: str | None) -> str | int | None:
         return 0 if text == word.text else text
 
     return [
-        datasets.index(reported.dataset),
+        datasets.index(each.dataset),
         word.number,
         word.label,
         word.text,
@@ -347,11 +335,11 @@ def word_row(each: Comparison, datasets: Sequence[str], sprites: Sequence[str]) 
         int(each.right),
         len(each.target),
         round(Levenshtein.normalized_similarity(each.target, each.prediction) * 1_000),
-        -1 if reported.sprite is None else bisect.bisect_left(sprites, reported.sprite),
-        reported.row,
-        short(reported.vision),
-        [short(text) for text in reported.language],
-        [short(text) for text in reported.alignment],
+        -1 if each.sprite is None else bisect.bisect_left(sprites, each.sprite),
+        each.row,
+        short(each.vision),
+        [*map(short, each.language)],
+        [*map(short, each.alignment)],
         [f"{true}{BETWEEN}{read}" for true, read in confusions_of(each.target, each.prediction)],
     ]
 

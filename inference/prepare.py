@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,6 @@ from modules.ssn import PUBLISHED_AREAS, SSN
 # Images that go through the network together on a CPU. A larger batch is read in parts: its maps would leave the
 # caches, and from 32 MiB on the C library has the system clear the memory of each map anew.
 CPU_BATCH = 64
-
-# A compiler's name of a parameter or buffer.
-WEIGHT = re.compile(r"\._(parameters|buffers)\[")
 
 
 def prepare_for_inference(model: nn.Module, precision: str = "bf16", compile: bool = True) -> nn.Module:
@@ -45,23 +41,9 @@ def prepare_for_inference(model: nn.Module, precision: str = "bf16", compile: bo
     if PRECISIONS[precision] != torch.float32:
         _lower_precision(network, PRECISIONS[precision])
     if compile:
-        network.compile(fullgraph=True, dynamic=True, options={"guard_filter_fn": _checks_of_a_private_copy})
+        network.compile(fullgraph=True, dynamic=True)
     frozen = compile and next(network.parameters()).device.type == "cpu"
     return (PreparedSSN if isinstance(model, SSN) else PreparedNetwork)(network, frozen=frozen)
-
-
-def _checks_of_a_private_copy(guards: Sequence[Any]) -> list[bool]:
-    """Choose the checks that each call of the compiled network makes: those of its inputs, and one of its weights.
-
-    Nothing can change inside the copy; to check all its parts takes 2 ms, a tenth of the time of one word. The weight
-    tells networks of one class apart, which share a compiler's cache; it is known where weights are frozen (on a CPU).
-    """
-    kept = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
-    weights = [i for i, guard in enumerate(guards) if guard.guard_type == "ID_MATCH" and WEIGHT.search(guard.name)]
-    if not weights:
-        return [True] * len(guards)
-    kept[weights[0]] = True
-    return kept
 
 
 class PreparedNetwork(nn.Module):

@@ -2,13 +2,11 @@
 
 The procedure is the published one (`SSN.text_probability`), with the images that enter the network at one size sharing
 a forward pass. A mask holds round(255 * probability): storing it in 8 bits moves a probability by at most 1 / 510.
-Whatever is of an image's own size stays in 8 bits, but for a strip of it at a time.
 """
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from engine.precision import PRECISIONS, fastest_precision
-from inference.pipeline import single_threads
+from inference.pipeline import in_order, single_threads
 from loading.batches import normalize_images
 from modules.hrnet import resize_aligned
 from modules.ssn import PUBLISHED_AREAS, SSN, network_size
@@ -25,10 +23,6 @@ from utils import UserError
 # Pixels of the network's input in one forward pass: enough to keep a device busy; on a CPU more only leaves the caches.
 BATCH_PIXELS = {"cuda": 1 << 23, "cpu": 1 << 19}
 IMAGE_PIXELS = 1 << 24  # of the images, at their own size, whose masks are made together
-STRIP_PIXELS = 1 << 20  # of an image that are brought to floats together
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Segmenter:
@@ -101,7 +95,10 @@ class Segmenter:
 
         maps: list[list[Tensor]] = [[] for _ in tensors]
         overflows: list[Tensor] = []  # of each forward pass; a GPU is waited for once, not at each of them
-        for (_, members), made in zip(batches, self._map(text_maps, batches), strict=True):
+        # Threads that share each operation on maps as small as those of words wait more than they work.
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        pool = single_threads(threads) if len(batches) > 1 else None
+        for (_, members), made in zip(batches, in_order(text_maps, batches, pool, ahead=threads), strict=True):
             overflows.append((~made.isfinite()).any())
             for i, each in zip(members, made, strict=True):
                 maps[i].append(each[None])  # (1, 1, h, w); in the order of the areas, so that sums are the same always
@@ -119,50 +116,17 @@ class Segmenter:
             for start in range(0, len(members), step):
                 yield (height, width), members[start : start + step]
 
-    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
-        """Do as `map`; on a CPU the items run side by side, one thread each.
-
-        A batch of words is made of small maps: threads that share each operation wait for one another more than they
-        work.
-        """
-        threads = torch.get_num_threads()
-        if self.device.type != "cpu" or min(threads, len(items)) < 2:
-            return map(function, items)
-        return single_threads(threads).map(function, items)
-
     @torch.inference_mode()
     def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Return probabilities of text (N, 1, h, w), float32, of N images (1, 3, H, W) uint8, resized to `size`."""
-        batch = torch.cat([_resized(image, size) for image in images])
+        batch = torch.cat([resize_aligned(image.float(), size) for image in images])
         return self._ssn.probability(normalize_images(batch).to(self._dtype, memory_format=torch.channels_last))
 
 
 def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:
     """Return round(255 * mean of the maps), uint8 (H, W); the maps (1, 1, h, w) are resized to `size` first."""
-    height, width = size
-    step = max(STRIP_PIXELS // width, 1)
-    strips = []
-    for top in range(0, height, step):
-        rows = range(top, min(top + step, height))
-        total = sum(_resized(each, size, rows) for each in maps)  # (1, 1, rows, W)
-        strips.append((total / len(maps) * 255).round().byte()[0, 0].cpu().numpy())
-    return np.concatenate(strips)
-
-
-def _resized(image: Tensor, size: Sequence[int], rows: range | None = None) -> Tensor:
-    """Return some rows, by default all, of `resize_aligned(image, size)`: (1, C, H, W) -> (1, C, rows, size[1]).
-
-    A large image is interpolated to these rows first, so that only what they depend on becomes floats.
-    """
-    rows = range(size[0]) if rows is None else rows
-    height, width = image.shape[-2:]
-    if len(rows) == size[0] and height * width <= STRIP_PIXELS:
-        return resize_aligned(image.float(), size)
-    places = torch.arange(rows.start, rows.stop, device=image.device) * ((height - 1) / max(size[0] - 1, 1))
-    above = places.long()
-    below = (above + 1).clamp(max=height - 1)
-    blended = image[..., above, :].float().lerp(image[..., below, :].float(), (places - above)[:, None])
-    return resize_aligned(blended, (len(rows), size[1]))
+    total = sum(resize_aligned(each, size) for each in maps)  # (1, 1, H, W)
+    return (total / len(maps) * 255).round().byte()[0, 0].cpu().numpy()
 
 
 def _within(images: Sequence[np.ndarray], pixels: int) -> Sequence[np.ndarray]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from modules.transformer import PositionalEncoding
 
-UPSAMPLING_MODES = ("nearest", "nearest-exact", "bilinear", "bicubic", "area")
 # Strides of the key encoder's convolutions; the first halves the width only, because word images are wide.
 KEY_STRIDES = ((1, 2), (2, 2), (2, 2), (2, 2))
 
@@ -35,14 +34,7 @@ class PositionAttention(nn.Module):
         attention_mode: str = "nearest",
     ):
         super().__init__()
-        if attention_mode not in UPSAMPLING_MODES:
-            raise ValueError(
-                f"attention_mode={attention_mode!r} is unknown; choose one of {', '.join(UPSAMPLING_MODES)}"
-            )
-        if min(cells) < 1:
-            raise ValueError(f"position attention needs a feature map of at least 1 x 1 cells, got {cells}")
         self.cells = tuple(cells)
-        self.d_model = d_model
         sizes = [self.cells]
         for stride in KEY_STRIDES:
             sizes.append(tuple(math.ceil(n / s) for n, s in zip(sizes[-1], stride, strict=True)))
@@ -89,7 +81,6 @@ class ReadingOrderAttention(nn.Module):
     def __init__(self, *, num_steps: int = 26, cells: tuple[int, int] = (8, 32), d_model: int = 512):
         super().__init__()
         self.cells = tuple(cells)
-        self.d_model = d_model
         self.f0_embedding = nn.Embedding(num_steps, d_model)
         self.w0 = nn.Linear(num_steps, math.prod(cells))
         self.wv = nn.Linear(d_model, d_model)

@@ -46,10 +46,8 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = None
         if self.stride != (1, 1) or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False),
-                nn.BatchNorm2d(out_channels),
-            )
+            conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         # Not a strided 1x1 convolution, which gives the same numbers: its backward pass corrupts memory on a CPU
@@ -81,14 +79,6 @@ class ResNet(nn.Module):
         side_channels: int = 128,
     ):
         super().__init__()
-        if not len(widths) == len(depths) == len(strides):
-            raise ValueError(
-                f"widths {list(widths)}, depths {list(depths)} and strides {list(strides)} need an entry for each stage"
-            )
-        if mask_branch and (len(widths) < 2 or row_and_column(strides[-1]) != (1, 1)):
-            raise ValueError(
-                f"the mask branch needs at least two stages and a last stride of 1, got strides {list(strides)}"
-            )
         self.strides = tuple(row_and_column(stride) for stride in strides)
         self.out_channels = widths[-1]
         self.side_channels = side_channels
@@ -101,7 +91,9 @@ class ResNet(nn.Module):
             blocks += [ResidualBlock(in_channels=width, out_channels=width) for _ in range(depth - 1)]
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
             channels = width
-        self._initialise_trunk()
+        for module in self.modules():  # normal, variance 2 / (k * k * out); batch norms start as torch's
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if mask_branch:
             self.cls = _side_layer(widths[-1], widths[-1])
             self.side3_1 = _side_layer(widths[-2], side_channels, nn.ReLU(inplace=True))
@@ -124,15 +116,8 @@ class ResNet(nn.Module):
         if not self.mask_branch:
             return BackboneFeatures(feature=x)
         a, b = stages[-2:]
-        return BackboneFeatures(
-            feature=b, semantic=self.cls(b), side=self.side5_1(torch.cat((self.side3_1(a), b), dim=1))
-        )
-
-    def _initialise_trunk(self) -> None:
-        """Draw convolutions from a normal distribution of variance 2 / (k * k * out); batch norms start as torch's."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        side = self.side5_1(torch.cat((self.side3_1(a), b), dim=1))
+        return BackboneFeatures(feature=b, semantic=self.cls(b), side=side)
 
 
 def _side_layer(in_channels: int, out_channels: int, *activation: nn.Module) -> nn.Sequential:
@@ -173,14 +158,8 @@ class TransformerBackbone(nn.Module):
         if positional_encoding:
             cells = math.prod(resnet.output_size(image_size))
             self.pos_encoder = PositionalEncoding(length=cells, d_model=self.out_channels, dropout=dropout)
-        self.transformer = TransformerEncoder(
-            num_layers=num_layers,
-            d_model=self.out_channels,
-            nhead=nhead,
-            d_inner=d_inner,
-            dropout=dropout,
-            activation=activation,
-        )
+        layer = {"nhead": nhead, "d_inner": d_inner, "dropout": dropout, "activation": activation}
+        self.transformer = TransformerEncoder(num_layers=num_layers, d_model=self.out_channels, **layer)
 
     def output_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return the size (h, w) of the feature map of an image of `image_size` (H, W)."""

@@ -15,7 +15,7 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+def resize_maps(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """Resize (N, C, h, w) to (N, C, *size) bilinearly, in the precision of `maps`.
 
     With `align_corners` the centres of the corner cells coincide. Under autocast a GPU would resize 16-bit maps in

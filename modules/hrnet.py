@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.functional import resize
+from modules.functional import resize_maps
 
 
 def resize_aligned(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Resize (N, C, h, w) to (N, C, *size) bilinearly with aligned corners."""
-    return resize(maps, size, align_corners=True)
+    return resize_maps(maps, size, align_corners=True)
 
 
 def _conv3x3(inputs: int, outputs: int, *, stride: int = 1) -> nn.Conv2d:
@@ -121,9 +121,6 @@ class HRNet(nn.Module):
         num_blocks: basic blocks of a branch in each module.
         bottlenecks: bottleneck blocks after the stem.
         bottleneck_width: inner channels of these; they return four times as many.
-
-    Raises:
-        ValueError: `num_modules` does not have one number less than `widths`.
     """
 
     def __init__(
@@ -137,11 +134,6 @@ class HRNet(nn.Module):
         bottleneck_width: int = 64,
     ) -> None:
         super().__init__()
-        if len(widths) < 2 or len(num_modules) != len(widths) - 1:
-            raise ValueError(
-                f"num_modules {list(num_modules)} must have one number less than widths {list(widths)}, "
-                "and widths at least two"
-            )
         self.conv1 = _conv3x3(3, stem_width, stride=2)
         self.bn1 = nn.BatchNorm2d(stem_width)
         self.conv2 = _conv3x3(stem_width, stem_width, stride=2)
@@ -165,11 +157,7 @@ class HRNet(nn.Module):
         self.last_layer = nn.Sequential(
             nn.Conv2d(self.outputs, self.outputs, 1), nn.BatchNorm2d(self.outputs), nn.ReLU(inplace=True)
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Draw convolutions with variance 2 / (k * k * outputs); with less, a network this deep does not learn."""
-        for module in self.modules():
+        for module in self.modules():  # variance 2 / (k * k * outputs); with less, a network this deep does not learn
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
@@ -180,14 +168,11 @@ class HRNet(nn.Module):
         maps = F.relu(self.bn2(self.conv2(maps)), inplace=True)  # (N, stem, h_0, w_0)
         branches = [self.layer1(maps)]
         for stage in range(self.num_stages):
-            branches = self._enter_stage(getattr(self, f"transition{stage + 1}"), branches)
+            # The new branch, half as large, starts from the smallest one so far.
+            paths = enumerate(getattr(self, f"transition{stage + 1}"))
+            branches = [path(branches[min(i, len(branches) - 1)]) for i, path in paths]
             branches = getattr(self, f"stage{stage + 2}")(branches)  # (N, E_i, h_i, w_i) for each i
         return self.mix(branches)
-
-    @staticmethod
-    def _enter_stage(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
-        """Add a branch, half as large, that starts from the smallest one so far."""
-        return [path(branches[min(i, len(branches) - 1)]) for i, path in enumerate(transition)]
 
     def mix(self, branches: list[Tensor]) -> Tensor:
         """Bring all branches to the first one's size, concatenate and mix them by `last_layer`: (N, E, h_0, w_0)."""

@@ -47,9 +47,10 @@ class ModulatedBlock(nn.Module):
 
     def __init__(self, *, sft_channels: int = 64, condition_channels: int = 32):
         super().__init__()
-        self.sft0 = SpatialFeatureTransform(sft_channels=sft_channels, condition_channels=condition_channels)
+        channels = {"sft_channels": sft_channels, "condition_channels": condition_channels}
+        self.sft0 = SpatialFeatureTransform(**channels)
         self.conv0 = nn.Conv2d(sft_channels, sft_channels, kernel_size=3, padding=1)
-        self.sft1 = SpatialFeatureTransform(sft_channels=sft_channels, condition_channels=condition_channels)
+        self.sft1 = SpatialFeatureTransform(**channels)
         self.conv1 = nn.Conv2d(sft_channels, sft_channels, kernel_size=3, padding=1)
 
     def forward(self, feature: Tensor, condition: Tensor) -> Tensor:
@@ -94,13 +95,10 @@ class MaskEmbedding(nn.Module):
         hidden_channels: int = 128,
     ):
         super().__init__()
-        self.condnet = ConditionNetwork(
-            stride=stride, hidden_channels=hidden_channels, condition_channels=condition_channels
-        )
+        condition = {"condition_channels": condition_channels}
+        self.condnet = ConditionNetwork(stride=stride, hidden_channels=hidden_channels, **condition)
         self.conv0 = nn.Conv2d(channels, sft_channels, kernel_size=3, padding=1)
-        self.sft = ModulatedStack(
-            sft_blocks=sft_blocks, sft_channels=sft_channels, condition_channels=condition_channels
-        )
+        self.sft = ModulatedStack(sft_blocks=sft_blocks, sft_channels=sft_channels, **condition)
         self.back = nn.Conv2d(sft_channels, channels, kernel_size=3, padding=1)
 
     def forward(self, feature: Tensor, refined_mask: Tensor) -> Tensor:

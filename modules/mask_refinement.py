@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.functional import resize, without_autocast
+from modules.functional import resize_maps, without_autocast
 
 EPSILON = 1e-8
 # A map whose range is less than this fraction of its largest value is constant up to rounding; stretched, it would be
 # noise.
 ROUNDING = 2e-6
-NORMALIZATIONS = ("sample", "batch")
 
 
 class MaskRefinement(nn.Module):
@@ -41,8 +40,8 @@ class MaskRefinement(nn.Module):
         normalize: str = "sample",
     ):
         super().__init__()
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize={normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
+        if normalize not in ("sample", "batch"):
+            raise ValueError(f"normalize={normalize!r} is unknown; choose sample or batch")
         self.image_size = tuple(image_size)
         self.normalize = normalize
         self.similarity = PrototypeSimilarity(cells=cells, image_size=image_size)
@@ -57,7 +56,7 @@ class MaskRefinement(nn.Module):
     def forward(self, semantic: Tensor, side: Tensor, mask: Tensor) -> Tensor:
         """semantic (N, E, h, w), side (N, S, h, w), mask (N, 1, H, W) in [0, 1] -> refined mask (N, 1, H, W)."""
         similarity = self.similarity(semantic, mask)  # s (N, 1, H, W)
-        side = resize(side, self.image_size)  # S (N, S, H, W)
+        side = resize_maps(side, self.image_size)  # S (N, S, H, W)
         evidence = self.exit_layer(self.classifier_6(side * similarity.to(side.dtype)))  # e (N, 1, H, W)
         evidence = stretch(evidence.float(), self.normalize)
         mask = scale_to_one(mask.float(), self.normalize)
@@ -93,10 +92,6 @@ class PrototypeSimilarity(nn.Module):
 
     def __init__(self, *, cells: tuple[int, int] = (8, 32), image_size: tuple[int, int] = (32, 128)):
         super().__init__()
-        if cells[0] > image_size[0] or cells[1] > image_size[1]:
-            raise ValueError(
-                f"the feature map of {cells} cells must not be larger than the image of {image_size} pixels"
-            )
         for axis, (size_in, size_out) in zip(("rows", "columns"), zip(cells, image_size, strict=True), strict=True):
             matrix = bilinear_matrix(size_in, size_out)
             self.register_buffer(axis, matrix, persistent=False)

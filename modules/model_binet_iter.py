@@ -17,8 +17,6 @@ class BINet(nn.Module):
 
     def __init__(self, *, vision: VisionModel, language: LanguageModel, alignment: AlignmentModel, iter_size: int = 3):
         super().__init__()
-        if iter_size < 1:
-            raise ValueError(f"iter_size={iter_size} must be at least 1")
         self.vision = vision
         self.language = language
         self.alignment = alignment

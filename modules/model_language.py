@@ -37,8 +37,6 @@ class LanguageModel(nn.Module):
         use_self_attn: bool = False,
     ):
         super().__init__()
-        if num_steps < SHORTEST_TEXT:
-            raise ValueError(f"num_steps={num_steps} must be at least {SHORTEST_TEXT}: one character and the end token")
         self.detach = detach
         self.proj = nn.Linear(num_classes, d_model, bias=False)
         self.token_encoder = PositionalEncoding(length=num_steps, d_model=d_model, dropout=dropout)
@@ -63,7 +61,8 @@ class LanguageModel(nn.Module):
         if self.detach:
             probabilities = probabilities.detach()
         memory = self.token_encoder(self.proj(probabilities))  # (N, T, E)
-        outside = self._outside_text(lengths)  # (N, T)
+        steps = torch.arange(memory.shape[1], device=lengths.device)
+        outside = steps >= lengths.clamp(SHORTEST_TEXT, memory.shape[1])[:, None]  # (N, T)
         feature = self.model(
             self.pos_encoder.positions().expand(memory.shape[0], -1, -1),
             memory,
@@ -72,8 +71,3 @@ class LanguageModel(nn.Module):
             tgt_key_padding_mask=outside,
         )  # (N, T, E)
         return LanguageOutput(logits=self.cls(feature), feature=feature)
-
-    def _outside_text(self, lengths: Tensor) -> Tensor:
-        steps = self.own_step.shape[0]
-        lengths = lengths.clamp(SHORTEST_TEXT, steps)
-        return torch.arange(steps, device=lengths.device) >= lengths[:, None]  # (N, T)

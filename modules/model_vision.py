@@ -33,16 +33,6 @@ class VisionModel(nn.Module):
         super().__init__()
         self.image_size = tuple(image_size)
         self.cells = backbone.output_size(self.image_size)
-        if attention.cells != self.cells:
-            raise ValueError(
-                f"the backbone makes {self.cells} cells of {self.image_size} pixels but attention is built for "
-                f"{attention.cells}"
-            )
-        if attention.d_model != backbone.out_channels:
-            raise ValueError(
-                f"the backbone's last width is {backbone.out_channels} but attention is built for "
-                f"d_model={attention.d_model}"
-            )
         self.backbone = backbone
         self.attention = attention
         self.cls = nn.Linear(backbone.out_channels, num_classes)
@@ -69,7 +59,8 @@ class VisionModel(nn.Module):
 class MaskedVisionModel(VisionModel):
     """BINet's vision model: refines the text mask, modulates the features with it, then attends and classifies.
 
-    `normalize` is explained at `MaskRefinement`, the other sizes at `MaskEmbedding`.
+    The backbone has a mask branch, and `image_size` is a multiple of its output size. `normalize` is
+    explained at `MaskRefinement`, the other sizes at `MaskEmbedding`.
     """
 
     def __init__(
@@ -86,13 +77,6 @@ class MaskedVisionModel(VisionModel):
         hidden_channels: int = 128,
     ):
         super().__init__(backbone=backbone, attention=attention, num_classes=num_classes, image_size=image_size)
-        if not backbone.mask_branch:
-            raise ValueError("BINet's vision model needs a ResNet that was built with mask_branch=True")
-        if any(pixels % cells for pixels, cells in zip(self.image_size, self.cells, strict=True)):
-            raise ValueError(
-                f"mask embedding needs an image size that is a multiple of the feature map's, got {self.image_size} "
-                f"pixels and {self.cells} cells"
-            )
         self.mask_refinement = MaskRefinement(
             channels=backbone.side_channels, cells=self.cells, image_size=self.image_size, normalize=normalize
         )

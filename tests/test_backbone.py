@@ -37,19 +37,6 @@ def test_initial_values():
     assert not resnet.side5_1[0].bias.any()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"depths": (1, 2)}, "an entry for each stage"),
-        ({"mask_branch": True, "strides": (2, 1, 2)}, "last stride of 1"),
-        ({"mask_branch": True, "widths": (8,), "depths": (1,), "strides": (1,)}, "two stages"),
-    ],
-)
-def test_impossible_stages_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        small_resnet(**options)
-
-
 def test_positions_are_added_only_when_asked_for():
     plain, positional = (
         TransformerBackbone(

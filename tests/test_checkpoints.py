@@ -3,7 +3,7 @@
 import pytest
 import tiny_run
 import torch
-from tiny_run import folder_of, history_text, run, write_config
+from tiny_run import folder_of, run, write_config
 
 from engine.checkpoints import newest_valid_checkpoint, saved_checkpoints, set_aside_later
 
@@ -48,22 +48,3 @@ def test_a_refused_resume_renames_nothing(tmp_path):
     refused = tiny_run.start(config, f"--resume={older}", "optimizer.type=SGD")
     assert refused.wait() == 2, refused.text()
     assert sorted(path.name for path in folder_of(config).glob("*.pth")) == before
-
-
-def test_a_checkpoint_of_a_version_with_three_loggers_is_resumed_exactly(tmp_path):
-    """Its means over half an interval are those of the history of that version."""
-    config = write_config(tmp_path)
-    options = ("training.show_iters=4", "training.ema=0.9")
-    run(config, "--name=whole", *options, "training.iterations=12")
-    run(config, "--name=old", *options, "training.iterations=12")
-    (path,) = folder_of(config, "old").glob("old_*_6.pth")
-    state = torch.load(path, weights_only=True)
-    states = state["training"]["callbacks"]
-    means = states.pop("MetricLog")
-    assert len(means["rows"]) == 2
-    torch.save(state | {"training": state["training"] | {"callbacks": states | {"History": means}}}, path)
-    for later in saved_checkpoints(folder_of(config, "old"), "old")[1:]:
-        (folder_of(config, "old") / later).unlink()
-    resumed = run(config, "--name=old", "--resume", *options, "training.iterations=12")
-    assert "resumed after iteration 6" in resumed.text()
-    assert history_text(config, "old") == history_text(config, "whole")

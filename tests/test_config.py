@@ -252,7 +252,6 @@ def test_keys_that_have_gone_are_named_in_a_yaml_and_dropped_silently_from_a_che
     gone = {"dataset": {"cache_index": True}, "training": {"max_skipped_steps": 10, "log_images": 8}}
     gone["optimizer"] = {"head_lr_factor": 10}
     config = Config.from_dict(gone, drop_unknown=True)
-    assert config.optimizer.lr_groups == {"semrfnhead": 10}
     assert not caplog.records
     text = yaml.safe_dump(gone)
     path = write(text)
@@ -261,7 +260,6 @@ def test_keys_that_have_gone_are_named_in_a_yaml_and_dropped_silently_from_a_che
         for key in keys:
             assert sum(f"{section}.{key}: " in message for message in caplog.messages) == 1
     assert f"{path}:{text.split('head_lr_factor')[0].count(chr(10)) + 1}: optimizer.head_lr_factor: " in caplog.text
-    assert load_config(path, ["optimizer.head_lr_factor=1"]).optimizer.lr_groups == {}  # the old default
 
 
 def test_a_seed_is_a_number_and_the_published_null_is_0(write):
@@ -305,7 +303,6 @@ def test_keys_of_a_checkpoint_that_have_gone_are_dropped_and_named(caplog):
         ("training: {eval_iters: 0}", "training.eval_iters: must be a whole number from 1 on, or epoch, not 0"),
         ("training: {save_iters: day}", "training.save_iters: must be a whole number from 1 on, or epoch, not 'day'"),
         ("optimizer: {lr_groups: {vision: 0}}", "optimizer.lr_groups.vision: must be greater than 0, not 0"),
-        ("optimizer: {head_lr_factor: x}", "optimizer.lr_groups.semrfnhead: must be a valid number, not 'x'"),
         ("optimizer: {scheduler: {type: cos}}", "optimizer.scheduler.type: must be step, poly, one_cycle or cosine"),
         ("dataset: {valid: {root: a}}", "dataset.valid.root: unknown key; nearest known key: dataset.valid.roots"),
         ("optimizer: {lr: true}", "optimizer.lr: must be a valid number, not True"),
@@ -351,6 +348,7 @@ def test_override_cannot_run_code(write):
         ("model: {language: {d_model: 256}}", "model.language.d_model", "must equal model.vision.d_model 512"),
         ("model: {alignment: {d_model: 256}}", "model.alignment.d_model", "must equal model.vision.d_model 512"),
         ("dataset: {image_width: 130}", "dataset.image_width", "not a multiple of 4"),
+        ("model: {vision: {strides: [2, 1, 2, 1, 2]}}", "model.vision.strides", "the mask branch needs 1"),
         (
             "{dataset: {image_height: 36}, model: {vision: {strides: [2, 2, [2, 1], 1, 1]}}}",
             "dataset.image_height",
@@ -459,7 +457,7 @@ def test_small_recipes_fit_each_other():
 def test_graphs_of_a_step_and_parts_of_a_batch_exclude_each_other():
     overrides = ["training.compile_mode=reduce-overhead", "training.accumulation=2"]
     load_config(FOLDER / "small.yaml", overrides)
-    with pytest.raises(UserError, match=r"training\.compile_mode=reduce-overhead.*training\.accumulation is 2"):
+    with pytest.raises(UserError, match=r"training\.compile_mode=reduce-overhead.*needs training\.accumulation=1"):
         load_config(FOLDER / "small.yaml", [*overrides, "training.compile=true"])
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from evaluation.contact_sheet import Cell, make_contact_sheet
+from evaluation.contact_sheet import GAP, Cell, make_contact_sheet
+from evaluation.drawing import CAPTION_HEIGHT, MARGIN
 
 
 def _image(value: int, height: int = 20, width: int = 60) -> np.ndarray:
@@ -13,10 +14,10 @@ def _image(value: int, height: int = 20, width: int = 60) -> np.ndarray:
 def test_every_cell_is_drawn_in_row_order():
     cells = [Cell(_image(value), caption=str(value)) for value in (10, 60, 110, 160, 210)]
     sheet = np.asarray(make_contact_sheet(cells, columns=3, cell_width=60, cell_height=20))
-    levels = [sheet[16, 6 + 66 * column + 30, 0] for column in range(3)]
-    assert levels == [10, 60, 110]
-    second_row = 6 + 22 + 16 + 6 + 10
-    assert [sheet[second_row, 6 + 66 * column + 30, 0] for column in range(2)] == [160, 210]
+    centres = [MARGIN + 30 + (60 + MARGIN) * column for column in range(3)]
+    assert [sheet[MARGIN + 10, x, 0] for x in centres] == [10, 60, 110]
+    second_row = MARGIN + 20 + GAP + CAPTION_HEIGHT + MARGIN + 10
+    assert [sheet[second_row, x, 0] for x in centres[:2]] == [160, 210]
 
 
 def test_masks_triple_the_height_of_the_images():

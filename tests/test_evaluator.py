@@ -142,14 +142,14 @@ def test_confidence_stops_at_the_end_of_the_text():
 def test_tables_hold_the_scores(tmp_path):
     judge = evaluator({"a,b": batches(LABELS[:3], 3)})
     scores = judge.evaluate(Says(READINGS))
-    write_scores(tmp_path, scores, judge.columns)
+    write_scores(tmp_path, scores)
     assert json.loads((tmp_path / "metrics.json").read_text()) == scores
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert [row["dataset"] for row in rows] == ["a,b", "weighted", "mean"]
     assert float(rows[0]["accuracy"]) == scores["datasets"]["a,b"]["accuracy"]
-    assert (tmp_path / "metrics.md").read_text() == score_table(scores, judge.columns) + "\n"
-    assert "66.67" in judge.table(scores)
-    assert score_csv(scores, ("ned",)).splitlines()[0] == "dataset,samples,skipped,ned"
+    assert (tmp_path / "metrics.md").read_text() == score_table(scores) + "\n"
+    assert "66.67" in score_table(scores)
+    assert score_csv(scores).splitlines()[0] == "dataset,samples,skipped,accuracy,ccr,ned,ece"
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from modules.functional import resize
+from modules.functional import resize_maps
 
 
 def test_resizing_to_the_same_size_changes_nothing():
     maps = torch.randn(1, 2, 5, 7)
-    assert resize(maps, (5, 7)) is maps
-    torch.testing.assert_close(resize(maps, (9, 13)), F.interpolate(maps, size=(9, 13), mode="bilinear"))
+    assert resize_maps(maps, (5, 7)) is maps
+    torch.testing.assert_close(resize_maps(maps, (9, 13)), F.interpolate(maps, size=(9, 13), mode="bilinear"))
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -21,4 +21,4 @@ def test_maps_stay_in_16_bits_under_autocast_of_a_gpu(monkeypatch, align_corners
     with FakeTensorMode(), torch.autocast("cuda", dtype=torch.bfloat16):
         maps = torch.empty(1, 2, 4, 4, device="cuda", dtype=torch.bfloat16)
         assert F.interpolate(maps, size=(8, 8), mode="bilinear").dtype == torch.float32  # why `resize` exists
-        assert resize(maps, (8, 8), align_corners=align_corners).dtype == torch.bfloat16
+        assert resize_maps(maps, (8, 8), align_corners=align_corners).dtype == torch.bfloat16

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.lexicon import LOWEST, Lexicon, StoredLexicons, log_probabilities, most_probable, read_words
+from evaluation.lexicon import LOWEST, Lexicon, StoredLexicons, log_probabilities, most_probable, read_lexicon
 from loading.charset import Charset
 from loading.lmdb_io import LmdbReader
 from utils import UserError
@@ -91,10 +91,10 @@ def test_words_are_given_as_they_stand_in_the_list_and_count_once(logs):
 
 def test_lists_come_from_files_and_lmdbs(tmp_path):
     (tmp_path / "words.txt").write_text("ab\ncd\n\n", encoding="utf-8-sig")
-    assert read_words(tmp_path / "words.txt")[:2] == ["ab", "cd"]
+    assert read_lexicon(tmp_path / "words.txt")[:2] == ["ab", "cd"]
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises(UserError, match="UTF-8"):
-        read_words(tmp_path / "latin.txt")
+        read_lexicon(tmp_path / "latin.txt")
     with lmdb.open(str(tmp_path / "set")) as environment, environment.begin(write=True) as transaction:
         for key, value in {"num-samples": "2", "lexicon-000000001": "ab,CD, ef", "lexicon-000000002": "ab cd"}.items():
             transaction.put(key.encode(), value.encode())

@@ -74,11 +74,6 @@ def test_bilinear_matrix_rows_sum_to_one():
     torch.testing.assert_close(bilinear_matrix(5, 13).sum(dim=1), torch.ones(13))
 
 
-def test_larger_feature_map_is_refused():
-    with pytest.raises(ValueError, match="must not be larger"):
-        PrototypeSimilarity(cells=(8, 8), image_size=(4, 32))
-
-
 def test_stretch_and_scale():
     maps = torch.stack((torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([[0.0, 5.0, 10.0]])))[:, None]
     assert stretch(maps).tolist() == [[[[0, 0.5, 1]]], [[[0, 0.5, 1]]]]

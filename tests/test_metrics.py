@@ -20,7 +20,7 @@ def test_bounds_and_empty_input(metric, best, worst):
     assert metric([], []) == 0.0
     assert metric(["a", "bc"], ["a", "bc"]) == best
     assert metric(["x", "y"], ["a", "bc"]) == worst
-    with pytest.raises(ValueError, match="1 predictions for 2 targets"):
+    with pytest.raises(ValueError, match="is longer than"):
         metric(["a"], ["a", "b"])
 
 

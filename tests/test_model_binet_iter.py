@@ -4,8 +4,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modules.model_alignment import AlignmentModel
-from modules.model_binet_iter import BINet, LanguageRecogniser, VisionRecogniser
+from modules.model_binet_iter import LanguageRecogniser, VisionRecogniser
 from modules.outputs import RecogniserOutput
 from tests.reference import (
     expected_arrays,
@@ -135,11 +134,6 @@ def test_export_takes_any_number_of_images(kind):
             tensors(program(image[:count], mask[:count])), tensors(model(image[:count], mask[:count])), strict=True
         ):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_no_rounds_are_refused():
-    with pytest.raises(ValueError, match="iter_size=0"):
-        BINet(vision=small_vision(), language=small_language(), alignment=AlignmentModel(d_model=32), iter_size=0)
 
 
 class MatrixProducts(TorchDispatchMode):

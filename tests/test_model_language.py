@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from modules.model_language import LanguageModel
 from tests.reference import NUM_CLASSES, NUM_STEPS, small_language
 
 
@@ -57,8 +56,3 @@ def test_every_parameter_gets_a_gradient(use_self_attn):
     model = small_language(use_self_attn=use_self_attn)
     model(texts(2), torch.tensor([5, 9])).logits.square().mean().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-
-
-def test_one_step_is_refused():
-    with pytest.raises(ValueError, match="num_steps=1"):
-        LanguageModel(num_steps=1)

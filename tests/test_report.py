@@ -14,14 +14,14 @@ import pytest
 import main
 from evaluation import report
 from evaluation.evaluator import ScoredWord
-from evaluation.report import Comparison, ReportedWord
+from evaluation.report import ReportedWord
 from tests.browser import fill, found, missing_images, overflow, page_data, show
 from tests.small_networks import save_network, small_config, write_masks, write_words
 
 
-def word(target: str, prediction: str, confidence: float = 0.5) -> Comparison:
+def word(target: str, prediction: str, confidence: float = 0.5) -> ReportedWord:
     scored = ScoredWord(0, target, prediction, confidence)
-    return Comparison(ReportedWord("set", scored, prediction, (), ()), target, prediction)
+    return ReportedWord("set", scored, target, prediction, prediction, (), ())
 
 
 def test_accuracy_by_length_counts_every_word():
@@ -140,7 +140,7 @@ def written(folder: Path, words: list[ReportedWord]) -> Path:
 def test_confusions_of_any_characters_are_told_apart(tmp_path):
     """A lost ">", one too many, and one that was read as another: the page's buttons find each among the words."""
     words = [word("a>", "a"), word("a", "a>"), word("x>", "xb"), word('b"', "b")]
-    page = written(tmp_path, [each.reported for each in words])
+    page = written(tmp_path, words)
     data = page_data(page)
     pairs = [tuple(pair.split(data["between"])) for row in data["words"] for pair in row[13]]
     assert pairs == [(">", ""), ("", ">"), (">", "b"), ('"', "")]
@@ -154,7 +154,7 @@ def test_hostile_labels_stay_text(tmp_path):
     )
     label = "</script><script>alert(1)</script>"
     scored = ScoredWord(0, label, "<img src=x>", 0.5)
-    writer._words = [ReportedWord("a<b", scored, None, (), ("<u>",))]
+    writer._words = [ReportedWord("a<b", scored, scored.label, scored.text, None, (), ("<u>",))]
     score = {"accuracy": 0.0, "ccr": 0.0, "ned": 0.0, "ece": 0.5}
     entry = {"samples": 1, "skipped": {}, **score}
     writer.on_end(

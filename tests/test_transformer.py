@@ -62,8 +62,3 @@ def test_sinusoids():
         torch.tensor([0.02]).cos(),
     )
     torch.testing.assert_close(positions[2], torch.cat(expected))
-
-
-def test_odd_features_are_refused():
-    with pytest.raises(ValueError, match="d_model=5"):
-        sinusoids(3, 5)

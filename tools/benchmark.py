@@ -48,7 +48,7 @@ from run_builders import build_trainer, build_training_data
 from schema import TrainDataConfig
 from tools.measuring import Call, count_flops, matrix_rate, peak_memory, time_in_turns
 from tools.support import make_parser, positive
-from utils import UserError, run_command_line, seed_everything, write_atomically
+from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/benchmark.py reading training --config configs/train.yaml --threads 2 --json speed.json
   python tools/benchmark.py reading --config configs/small.yaml --precision fp32 --no-compile
@@ -233,7 +233,7 @@ def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple
     config = config.model_copy(deep=True)
     config.dataset.test.roots = []
     config.training.iterations = config.training.iterations or 1000
-    seed_everything(0)
+    torch.manual_seed(0)
     trainer = build_trainer(config, device=device, process=Process())
     trainer.data.batch_sampler.set_position(0, 0)
     return trainer, [batch.to(device) for batch in islice(trainer.data, batches)]
@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    seed_everything(0)
+    torch.manual_seed(0)
     config = without_checkpoints(load_config(options.config, options.overrides)) if options.config else None
     benchmark = Benchmark(options, config)
     machine = describe_machine(benchmark.device)

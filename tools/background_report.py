@@ -273,9 +273,10 @@ def draw_plots(study: Study, tables: dict[str, dict]) -> dict[str, pyplot.Figure
             quality = 100 * np.array([[c[0].value, c[0].value - c[0].low, c[0].high - c[0].value] for _, c in of_one])
             style = {"linestyle": "none", "marker": "o", "color": f"C{number}", "xerr": quality[:, 1:].clip(0).T}
             _draw(axes, quality[:, 0], [cells[1] for _, cells in of_one], name, **style)
-            for masks, cells in of_one:
-                place = 100 * cells[0].value, 100 * cells[1].value
-                axes.annotate(masks, place, xytext=(5, 5), textcoords="offset points", fontsize=8, color=f"C{number}")
+            for place, (masks, cells) in enumerate(sorted(of_one, key=lambda each: each[1][0].value)):
+                offset = 5, (5, -11)[place % 2]  # neighbours above and below
+                point = 100 * cells[0].value, 100 * cells[1].value
+                axes.annotate(masks, point, xytext=offset, textcoords="offset points", fontsize=8, color=f"C{number}")
         axes.set(
             xlabel="overlap of the masks with the exact ones (IoU), %", ylabel="word accuracy on rendered words, %"
         )

@@ -1,6 +1,9 @@
 """torch's post-norm transformer layers and sinusoidal positions ("Attention Is All You Need", 2017), batch first.
 
 Legend: N images or texts, L query steps, S memory steps, E features.
+
+Inside, steps come first: torch's attention transposes a sequence whose batch comes first, and in inference its linear
+layers then multiply the transposed view step by step, each with a copy of the weights.
 """
 
 import math
@@ -15,6 +18,11 @@ def sinusoids(length: int, d_model: int) -> Tensor:
     frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float32) * (-math.log(10000.0) / d_model))
     angle = position * frequency  # (length, d_model / 2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+
+def steps_first(sequence: Tensor) -> Tensor:
+    """Return a sequence with its first two dimensions exchanged, (N, L, E) <-> (L, N, E), contiguous."""
+    return sequence.transpose(0, 1).contiguous()
 
 
 class PositionalEncoding(nn.Module):
@@ -46,13 +54,13 @@ class TransformerEncoder(nn.TransformerEncoder):
         dropout: float = 0.1,
         activation: str = "relu",
     ):
-        layers = [
-            nn.TransformerEncoderLayer(d_model, nhead, d_inner, dropout, activation, batch_first=True)
-            for _ in range(num_layers)
-        ]
+        layers = [nn.TransformerEncoderLayer(d_model, nhead, d_inner, dropout, activation) for _ in range(num_layers)]
         super().__init__(layers[0], num_layers, enable_nested_tensor=False)
         self.layers = nn.ModuleList(layers)  # torch copies one layer, so all would start from the same values
         _keep_parameter_order(self.layers)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        return steps_first(super().forward(steps_first(sequence)))
 
 
 class CrossAttentionLayer(nn.TransformerDecoderLayer):
@@ -71,7 +79,7 @@ class CrossAttentionLayer(nn.TransformerDecoderLayer):
         memory_key_padding_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """tgt (N, L, E), memory (N, S, E) -> (N, L, E); masks as in torch's layer, that of `tgt` is not used."""
+        """tgt (L, N, E), memory (S, N, E) -> (L, N, E); masks as in torch's layer, that of `tgt` is not used."""
         tgt = self.norm2(tgt + self._mha_block(tgt, memory, memory_mask, memory_key_padding_mask))
         return self.norm3(tgt + self._ff_block(tgt))
 
@@ -92,16 +100,15 @@ class TransformerDecoder(nn.Module):
     ):
         super().__init__()
         layer = nn.TransformerDecoderLayer if use_self_attn else CrossAttentionLayer
-        self.layers = nn.ModuleList(
-            layer(d_model, nhead, d_inner, dropout, activation, batch_first=True) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(layer(d_model, nhead, d_inner, dropout, activation) for _ in range(num_layers))
         _keep_parameter_order(self.layers)
 
     def forward(self, query: Tensor, memory: Tensor, **masks: Tensor) -> Tensor:
         """query (N, L, E), memory (N, S, E) -> (N, L, E); `masks` are those of `nn.TransformerDecoderLayer`."""
+        query, memory = steps_first(query), steps_first(memory)
         for layer in self.layers:
             query = layer(query, memory, **masks)
-        return query
+        return steps_first(query)
 
 
 def _keep_parameter_order(layers: nn.ModuleList) -> None:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.transformer import CrossAttentionLayer, TransformerDecoder, TransformerEncoder, sinusoids
 
@@ -62,3 +63,26 @@ def test_sinusoids():
         torch.tensor([0.02]).cos(),
     )
     torch.testing.assert_close(positions[2], torch.cat(expected))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_no_layer_multiplies_by_copies_of_its_weights(part):
+    """Transposed sequences would turn each linear layer into a batched multiplication in inference."""
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            called.append(function.name())
+            return function(*arguments, **(keywords or {}))
+
+    called = []
+    sizes = {"num_layers": 1, "d_model": 16, "nhead": 2, "d_inner": 32}
+    sequence = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        if part == "encoder":
+            network, inputs = TransformerEncoder(**sizes).eval(), (sequence,)
+        else:
+            network, inputs = TransformerDecoder(**sizes).eval(), (sequence, torch.randn(3, 7, 16))
+        with Operations():
+            assert network(*inputs).shape == sequence.shape
+    assert "aten::addmm" in called
+    assert "aten::bmm" not in called

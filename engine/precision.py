@@ -8,9 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# torch's encoder layers would use a fused kernel in evaluation, which ignores autocast on a CPU.
-torch.backends.mha.set_fastpath_enabled(False)
-
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from builders import SUB_MODELS, checked_model_eval
 from config import Config
+from engine.writers import import_wandb
 from utils import ArgumentParser, UserError
 
 
@@ -75,7 +76,7 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
 
 
 def check_request(options: argparse.Namespace, config: Config) -> None:
-    """Raise `UserError` for what would be ignored: a flag of the other phase, a stage that is not built."""
+    """Raise `UserError` for what would be ignored or cannot be done: a flag of the other phase, a missing wandb."""
     if config.run.phase == "test":
         if options.resume is not None:
             raise UserError("--resume continues a training; in a test give the weights with --checkpoint FILE")
@@ -85,6 +86,8 @@ def check_request(options: argparse.Namespace, config: Config) -> None:
         raise UserError(f"--model_eval {options.model_eval}: training scores {scored}; give it with --phase test")
     if config.run.stage == "train-semi-super":
         raise UserError("global.stage: train-semi-super is not built; set train-super to train on labelled words alone")
+    if config.training.wandb is not None:
+        import_wandb()
 
 
 def requested_checkpoint(options: argparse.Namespace, config: Config) -> str | None:

@@ -16,27 +16,31 @@ from typing import Any
 
 import torch
 
-from utils import write_atomically
+from utils import RENDER_SCHEME, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
+PATH_START = rf"(?:(?<![\w.~:/])|(?<={RENDER_SCHEME}))"
 # A path that starts at the root and names two folders or more; its last part says enough.
-ABSOLUTE_FOLDERS = re.compile(r"(?<![\w.~:/])/(?:[^\s/,'\"\]]+/)+")
+ABSOLUTE_FOLDERS = re.compile(PATH_START + r"/(?:[^/,'\"\]]+/)+")
+ARGUMENT = re.compile(r"'[^']*'|[^\s']+")  # of a command that `shlex.join` made; between quotes paths may have spaces
 
 
 class Provenance:
     """Counts the hours and samples of a run and remembers how it was started and resumed.
 
     Attributes:
-        starts: a dict for the start and for each resume: `iteration`, `time` (UTC), `command`, `versions`, `commit`
-            and `dirty` (None if this is no git checkout), `device`, `processes`.
+        starts: a dict for the start and for each resume: `iteration`, `time` (UTC), `command` (paths below the
+            current folder are relative to it), `versions`, `commit` and `dirty` (None if this is no git checkout),
+            `device`, `processes`.
         samples: words (images of an SSN) seen over all processes, repeated ones included.
     """
 
     def __init__(self, device: torch.device, processes: int):
+        here = re.compile(PATH_START + re.escape(f"{Path.cwd()}/"))
         start = {
             "iteration": 0,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": here.sub("", shlex.join(["python", *sys.argv])),
             **source(),
             "device": device_name(device),
             "processes": processes,
@@ -66,8 +70,11 @@ class Provenance:
 
 def without_folders(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return a provenance for files that are passed on: absolute paths in its commands keep their last part only."""
-    starts = provenance.get("starts", [])
-    starts = [start | {"command": ABSOLUTE_FOLDERS.sub("", str(start.get("command")))} for start in starts]
+
+    def shorten(command: str) -> str:
+        return ARGUMENT.sub(lambda argument: ABSOLUTE_FOLDERS.sub("", argument[0]), command)
+
+    starts = [start | {"command": shorten(str(start.get("command")))} for start in provenance.get("starts", [])]
     return {**provenance, "starts": starts}
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,19 @@ class TensorBoard(Writer):
             self._events.close()
 
 
+def import_wandb() -> ModuleType:
+    """Return the package wandb.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("training.wandb: wandb is not installed; pip install wandb, or set it to null") from error
+    return wandb
+
+
 class WeightsAndBiases(Writer):
     """A run of Weights & Biases with what TensorBoard shows; a resumed run goes on under the same id.
 
@@ -191,15 +205,11 @@ class WeightsAndBiases(Writer):
         config: shown beside the curves.
 
     Raises:
-        UserError: wandb is not installed.
+        UserError: as `import_wandb`.
     """
 
     def __init__(self, *, project: str, name: str, folder: Path, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("training.wandb: wandb is not installed; pip install wandb, or set it to null") from error
-        self._wandb = wandb
+        self._wandb = import_wandb()
         self._id_file = folder / "wandb-id.txt"
         self._settings = {"project": project, "name": name, "dir": str(folder), "config": dict(config)}
         self._run: Any = None

@@ -115,6 +115,27 @@ def test_a_bundle_keeps_it_without_the_paths_of_the_machine(tmp_path, monkeypatc
         assert start["versions"] == carried["starts"][0]["versions"]
 
 
+def test_paths_below_the_current_folder_are_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"{tmp_path}/main.py", f"a=[{tmp_path}/x, /other{tmp_path}/y]", f"--config={tmp_path}/my words/c.yaml"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    (start,) = Provenance(CPU, 1).starts
+    assert start["command"] == f"python main.py 'a=[x, /other{tmp_path}/y]' '--config=my words/c.yaml'"
+
+
+@pytest.mark.parametrize(
+    ("command", "passed_on"),
+    [
+        ("python '/home/My Name/main.py' a=b", "python 'main.py' a=b"),
+        ("python main.py '--config=/home/My Name/c.yaml' /data/x y/z", "python main.py '--config=c.yaml' x y/z"),
+        ("main.py a=[render:///home/me/words.yaml]", "main.py a=[render://words.yaml]"),
+        ("main.py 'never closed /home/me/x", "main.py 'never closed x"),
+    ],
+)
+def test_folders_with_spaces_and_those_of_renderers_are_left_out(command, passed_on):
+    assert without_folders({"starts": [{"command": command}]})["starts"][0]["command"] == passed_on
+
+
 def test_addresses_are_no_folders():
     command = "python main.py a=https://host/b/c ./x/y /one"
     assert without_folders({"starts": [{"command": command}]})["starts"][0]["command"] == command

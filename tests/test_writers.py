@@ -102,6 +102,16 @@ def test_without_wandb_the_key_is_named(tmp_path, monkeypatch):
         writer(tmp_path)
 
 
+def test_without_wandb_a_run_is_refused_before_its_data_is_opened(tmp_path, monkeypatch):
+    import main
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    command = [f"--config={write_config(tmp_path)}", "training.wandb=words", "dataset.train.roots=[gone]"]
+    with pytest.raises(UserError, match=r"^training\.wandb: wandb is not installed"):
+        main.main(command)
+    assert not folder_of(tmp_path / "tiny.yaml").exists()
+
+
 def test_a_run_logs_every_iteration_and_evaluation_to_it(tmp_path, wandb):
     import main
 

@@ -85,10 +85,12 @@ def show_provenance(heading: str, state: Mapping[str, Any]) -> None:
     if not carried:
         print(f"{heading}\n  {UNKNOWN}: command, versions, commit, device, hours, words seen")
         return
-    hours, samples = carried.get("hours"), carried.get("samples")
-    print_summary(heading, {"hours": known(hours), "words or images seen": known(samples)})
     starts = carried.get("starts")
     starts = [start for start in starts if isinstance(start, Mapping)] if isinstance(starts, list) else []
+    # Of a run that is older than its provenance, only what came after the first resume was counted.
+    least = ", at least" if starts and starts[0].get("iteration") else ""
+    counts = {f"hours{least}": carried.get("hours"), f"words or images seen{least}": carried.get("samples")}
+    print_summary(heading, {name: known(count) for name, count in counts.items()})
     for start in starts:
         versions = ", ".join(f"{name} {version}" for name, version in section(start, "versions").items())
         commit = known(start.get("commit"))
@@ -103,8 +105,10 @@ def show_provenance(heading: str, state: Mapping[str, Any]) -> None:
             "processes": known(start.get("processes")),
         }
         print_summary("resumed" if start.get("iteration") else "started", rows)
-    if starts and starts[0].get("iteration"):
-        print("  hours, words and commands before that are not known")
+    if least:
+        print(
+            f"  iterations up to {known(starts[0]['iteration'])} have no record: their hours, words and commands are missing"
+        )
 
 
 def section(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -4,14 +4,14 @@ Nothing else sees both a config and the parts: classes take named values, config
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from config import Config
+from config import Config, value_of
 from engine import distributed
 from engine.checkpoints import load_weights, read_checkpoint
 from engine.optimization import (
@@ -40,6 +40,11 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 SUB_MODELS = ("alignment", "vision", "language")
+KEYS_SHOWN = 4  # of those in which a config differs from a checkpoint's
+# Keys of `model` that change no tensor's shape, and the section of another network.
+NOT_OF_THE_NETWORK = {"activation", "areas", "attention_mode", "checkpoint", "detach", "dropout", "freeze"} | {
+    *("iter_size", "loss_weight", "loss_weights", "nhead", "normalize", "ssn", "strict", "threshold")
+}
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
@@ -93,7 +98,7 @@ def build_vision_model(config: Config, charset: Charset) -> VisionModel:
     else:
         blocks = {"normalize", "sft_blocks", "sft_channels", "condition_channels", "hidden_channels"}
         model = MaskedVisionModel(**common, **vision.segmentation.model_dump(include=blocks))
-    return _started(model, vision, config)
+    return _started(model, vision, config, "model.vision")
 
 
 def build_attention(config: Config, *, cells: tuple[int, int]) -> nn.Module:
@@ -110,7 +115,7 @@ def build_language_model(config: Config, charset: Charset) -> LanguageModel:
     language = config.model.language
     options = language.model_dump(exclude={"checkpoint", "freeze", "loss_weight"})
     model = LanguageModel(num_classes=charset.num_classes, num_steps=config.dataset.max_length + 1, **options)
-    return _started(model, language, config)
+    return _started(model, language, config, "model.language")
 
 
 def build_alignment_model(config: Config, charset: Charset) -> nn.Module:
@@ -146,16 +151,53 @@ def with_checkpoint(config: Config, checkpoint: str | None) -> Config:
     return config
 
 
-def _with_weights(model: nn.Module, path: str | None, config: Config) -> nn.Module:
+def _with_weights(model: nn.Module, path: str | None, config: Config, section: str = "model") -> nn.Module:
+    """Load the weights of `path`, if any, into the network that this section of the config describes."""
     if path is not None:
         state = read_checkpoint(path)
-        load_weights(model, ssn_part(state) if isinstance(model, SSN) else state, path, strict=config.model.strict)
+        if isinstance(model, SSN):
+            state, section = ssn_part(state), "model.ssn"
+        load_described(model, state, path, config, section, strict=config.model.strict)
     return model
 
 
-def _started(model: nn.Module, section: VisionConfig | LanguageConfig, config: Config) -> nn.Module:
+def load_described(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    path: Path | str,
+    config: Config,
+    section: str = "model",
+    *,
+    strict: bool = True,
+) -> None:
+    """Load a checkpoint as `load_weights` does; an error names keys of the section that differ in its own config."""
+    try:
+        load_weights(model, state, path, strict=strict)
+    except UserError as error:
+        differing = []
+        for key, ours in _network_keys(config.to_dict(), section):
+            theirs = value_of(state, f"config.{key}")
+            if theirs is not None and theirs != ours:
+                differing.append(f"{key} is {theirs} in its config, {ours} here")
+        if not differing:
+            raise
+        raise UserError(f"{error}. {'; '.join(differing[:KEYS_SHOWN])}") from error
+
+
+def _network_keys(config: Mapping[str, Any], section: str) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys of a section and their values, without those that change no tensor."""
+    for name, value in value_of(config, section).items():
+        if name in NOT_OF_THE_NETWORK:
+            continue
+        if isinstance(value, Mapping):
+            yield from _network_keys(config, f"{section}.{name}")
+        else:
+            yield f"{section}.{name}", value
+
+
+def _started(model: nn.Module, section: VisionConfig | LanguageConfig, config: Config, name: str) -> nn.Module:
     """Load the checkpoint of a sub-model's section, and freeze the sub-model if the section says so."""
-    return _with_weights(model, section.checkpoint, config).requires_grad_(not section.freeze)
+    return _with_weights(model, section.checkpoint, config, name).requires_grad_(not section.freeze)
 
 
 def checked_model_eval(config: Config, requested: str | None) -> str:

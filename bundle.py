@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builders import build_carried_ssn, build_charset, build_model, ssn_part, with_checkpoint
+from builders import build_carried_ssn, build_charset, build_model, load_described, ssn_part, with_checkpoint
 from config import Config
-from engine.checkpoints import checkpoint_weights, load_weights, read_checkpoint, save_atomically
+from engine.checkpoints import checkpoint_weights, read_checkpoint, save_atomically
 from engine.provenance import without_folders
 from inference.prepare import float32_names
 from loading.charset import Charset
@@ -62,7 +62,7 @@ def _built(state: Mapping[str, Any], path: Path | str, config: Config | None = N
         raise UserError(f"checkpoint {path} holds {config.model.name}, which reads no images; give a recogniser's")
     charset = Charset(state["charset"]) if "charset" in state else build_charset(config)
     model = build_model(config, charset)
-    load_weights(model, state, path)
+    load_described(model, state, path, config)
     ssn, areas = build_carried_ssn(state, path) or (None, ())
     return Bundle(
         model=model.eval().requires_grad_(False),

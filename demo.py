@@ -5,10 +5,11 @@ Examples:
     python demo.py --input "images/*.jpg" --checkpoint workdir/small/best-small.pth --json
     python demo.py --input images --checkpoint weights.pth --overlay seen --html seen.html
 
-Prints one line for each image: path, prediction, confidence (tab separated), or JSON objects with --json. With
---overlay each image is drawn with its mask and the attention of each character, with --html one page shows them all. An
-image that cannot be read has no prediction and confidence 0, and a line on stderr (with --json: its object) says why.
-Exit status: 0, also when some of the images are broken; 2 when all are, or for a mistake in the command.
+Prints one line for each image: path, prediction, confidence (tab separated), or JSON objects with --json. --topk and
+--lexicon add lines that begin with a tab: word and probability. With --overlay each image is drawn with its mask and
+the attention of each character, with --html one page shows them all. An image that cannot be read has no prediction and
+confidence 0, and a line on stderr (with --json: its object) says why. Exit status: 0, also when some of the images are
+broken; 2 when all are, or for a mistake in the command.
 """
 
 import argparse
@@ -56,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             draw_overlay(path, prediction, overlay)
         if options.html:
             entries.append(page_entry(path.name, None if prediction.error else to_image(path), prediction))
-        line = f"{str(path).translate(ESCAPES)}\t{prediction.text}\t{prediction.confidence:.4f}"
-        print(as_json(path, prediction, overlay) if options.json else line, flush=True)
+        print(as_json(path, prediction, overlay) if options.json else as_lines(path, prediction), flush=True)
         if prediction.error and not options.json:
             print(f"error: {prediction.error}".translate(ESCAPES), file=sys.stderr, flush=True)
         read_any = read_any or prediction.error is None
@@ -82,10 +82,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: 16 bits where the device has them"
     )
-    parser.add_argument("--topk", type=int, default=0, metavar="K", help="--json: the K most probable words as well")
-    parser.add_argument(
-        "--lexicon", metavar="FILE", help="--json: the closest word of a file with a word a line as well"
-    )
+    parser.add_argument("--topk", type=int, default=0, metavar="K", help="the K most probable words as well")
+    parser.add_argument("--lexicon", metavar="FILE", help="the closest word of a file with a word a line as well")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--overlay", metavar="FOLDER", help="draw mask and attention of each image there, as PNG")
@@ -113,6 +111,14 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             raise UserError(f"--input {name}: no image there; give an image, a folder of images or a pattern")
         found += matches
     return found
+
+
+def as_lines(path: Path, prediction: Prediction) -> str:
+    """Return path, prediction and confidence on one line, then a line with a leading tab for each word asked for."""
+    rows = [(str(path).translate(ESCAPES), prediction), *(("", each) for each in prediction.candidates)]
+    if prediction.match is not None:
+        rows.append(("\tclosest in the list", prediction.match))
+    return "\n".join(f"{name}\t{each.text}\t{each.confidence:.4f}" for name, each in rows)
 
 
 def as_json(path: Path, prediction: Prediction, overlay: Path | None) -> str:

@@ -21,7 +21,7 @@ from engine import distributed
 from engine.checkpoints import load_training_state, resume_state, weights_to_test
 from engine.distributed import Process
 from engine.precision import choose_algorithms, use_tf32
-from engine.run_folder import claimed, log_to
+from engine.run_folder import claimed, dropped_if_refused, log_to
 from evaluation.evaluator import score_table, write_scores
 from inference.prepare import prepare_for_inference
 from run_builders import build_evaluator, build_observers, build_trainer
@@ -46,14 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use_tf32(config.training.tf32)
     choose_algorithms(deterministic=config.training.deterministic, search=config.run.phase == "train")
     if config.run.phase == "test":
-        test(
-            config,
-            device=device,
-            process=process,
-            model_eval=options.model_eval,
-            image_only=options.image_only,
-            checkpoint=requested_checkpoint(options, config),
-        )
+        with dropped_if_refused(folder, process):
+            test(
+                config,
+                device=device,
+                process=process,
+                model_eval=options.model_eval,
+                image_only=options.image_only,
+                checkpoint=requested_checkpoint(options, config),
+            )
         status = 0
     else:
         with claimed(folder, process, keep=options.resume is not None), explain_full_disk(folder):

@@ -207,7 +207,9 @@ def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
         UserError: the file cannot be resumed from, or is no checkpoint of the run that the folder holds.
     """
     if not resume and not saved_checkpoints(folder, name):
-        logger.warning("%s has no checkpoint to resume from: starting from the beginning", folder)
+        runs = [each.name for each in sorted(folder.parent.glob("*")) if saved_checkpoints(each, each.name)]
+        others = f" (the runs in {folder.parent} that have one: {_shown(runs)})" if runs else ""
+        logger.warning("%s has no checkpoint to resume from: starting from the beginning%s", folder, others)
         return None
     path, state = (Path(resume), read_checkpoint(resume)) if resume else newest_valid_checkpoint(folder, name)
     if "training" not in state:

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import itertools
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from utils import UserError, setup_logging
 
 logger = logging.getLogger(__name__)
 
+LOG = "log.txt"
+
 
 @contextlib.contextmanager
 def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
     """Lock the work folder for this run; unless `keep` is set, rename the folder of an earlier run first.
+
+    A run that is refused leaves no folder, and the earlier run gets its name back.
 
     Raises:
         UserError: another run has locked it.
@@ -35,13 +40,32 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
                 raise UserError(f"{folder} is in use by another run; give this one another --name") from error
             remedy = "start no second run in this folder, or set global.workdir to another disk"
             logger.warning("%s: its file system has no locks (%s): %s", folder, error.strerror, remedy)
+        moved = None
         if not keep and (folder / "history.jsonl").exists():
             names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
             moved = folder.rename(next(name for name in names if not name.exists()))
             print(f"an earlier run was in {folder}; it is now {moved} (to go on with it, use --resume)")
         folder.mkdir(parents=True, exist_ok=True)
         distributed.barrier()
+        try:
+            with dropped_if_refused(folder, process):
+                yield
+        except UserError:
+            if moved is not None and not folder.exists():
+                moved.rename(folder)
+                print(f"{folder} is the earlier run again")
+            raise
+
+
+@contextlib.contextmanager
+def dropped_if_refused(folder: Path, process: Process) -> Iterator[None]:
+    """Remove the work folder of a run that a `UserError` ends before it has written more than its log."""
+    try:
         yield
+    except UserError:
+        if process.is_main and [each.name for each in folder.glob("*")] == [LOG]:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _open_lock(folder: Path):
@@ -58,7 +82,7 @@ def log_to(folder: Path, process: Process, *, debug: bool = False) -> None:
     if process.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            setup_logging(folder / "log.txt", level=logging.DEBUG if debug else logging.INFO)
+            setup_logging(folder / LOG, level=logging.DEBUG if debug else logging.INFO)
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}); set global.workdir") from error
     else:

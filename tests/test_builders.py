@@ -45,6 +45,34 @@ def test_an_ssn_is_loaded_from_beside_a_recogniser(beside_a_recogniser, ssn):
     assert all(torch.equal(tensor, built[name]) for name, tensor in ssn.state_dict().items())
 
 
+def test_an_error_names_the_keys_in_which_the_config_of_a_checkpoint_differs(tmp_path):
+    whole = small_networks.save_network(tmp_path / "binet.pth", small_networks.small_config("binet"))
+    config = small_networks.small_config("binet")
+    config.model.checkpoint, config.model.language.d_inner, config.model.vision.dropout = str(whole), 48, 0.5
+    with pytest.raises(UserError) as error:
+        build_model(config)
+    assert "does not fit the network" in str(error.value)
+    assert str(error.value).endswith(". model.language.d_inner is 32 in its config, 48 here")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"d_inner is 32 in its config, 48 here$"):
+        load_bundle(whole, config)
+
+    ssn = small_networks.save_network(tmp_path / "ssn.pth", small_networks.small_config("ssn"))
+    config = ssn_config(head_width=16, stem_width=4)
+    config.model.checkpoint = str(ssn)
+    with pytest.raises(
+        UserError, match=r"\. model\.ssn\.stem_width is 8 .*; model\.ssn\.head_width is 8 in .*, 16 here$"
+    ):
+        build_model(config)
+
+    vision = small_networks.save_network(tmp_path / "vision.pth", small_networks.small_config("vision"))
+    config = small_networks.small_config("binet")
+    config.model.vision.checkpoint, config.model.vision.d_inner = str(vision), 16
+    config.model.language.d_inner = 48  # no part of what is loaded
+    with pytest.raises(UserError, match=r"\. model\.vision\.d_inner is 32 in its config, 16 here$"):
+        build_model(config)
+
+
 def test_a_checkpoint_whose_config_has_a_key_that_has_gone_is_of_use(beside_a_recogniser, tmp_path, caplog):
     state = torch.load(beside_a_recogniser, weights_only=True)
     state["ssn"]["config"]["model"]["ssn"]["gone"] = 1

@@ -326,6 +326,35 @@ def test_what_would_be_ignored_is_refused_and_no_run_is_moved_for_it(data, argum
     assert not (data / "workdir" / "ignored.1").exists()
 
 
+def test_a_refused_test_leaves_no_folder(data):
+    for arguments in (["--checkpoint=gone.pth"], ["--model_eval=vision"], []):
+        with pytest.raises(UserError):
+            main([f"--config={data / 'language.yaml'}", "--name=refused-test", "--phase=test", *arguments])
+        assert not (data / "workdir" / "refused-test").exists()
+    kept = data / "workdir" / "refused-later"
+    kept.mkdir(parents=True)
+    (kept / "notes.txt").write_text("mine")
+    with pytest.raises(UserError):
+        main([f"--config={data / 'language.yaml'}", "--name=refused-later", "--phase=test"])
+    assert (kept / "notes.txt").exists()
+
+
+def test_a_refused_training_leaves_no_folder_and_moves_no_earlier_run(data, capsys):
+    run = [f"--config={data / 'language.yaml'}", "--name=refused", "training.iterations=1"]
+    gone = "dataset.train.roots=[gone.csv]"
+    folder = data / "workdir" / "refused"
+    with pytest.raises(UserError, match=r"gone\.csv"):
+        main([*run, gone])
+    assert not folder.exists()
+    assert main(run) == 0
+    history = (folder / "history.jsonl").read_text()
+    with pytest.raises(UserError, match=r"gone\.csv"):
+        main([*run, gone])
+    assert (folder / "history.jsonl").read_text() == history
+    assert not folder.with_name("refused.1").exists()
+    assert "is the earlier run again" in capsys.readouterr().out
+
+
 def test_print_config_prints_what_the_files_and_overrides_say_and_stops(data, tmp_path, capsys):
     (tmp_path / "sets.yaml").write_text("dataset: {test: {roots: [one, two]}}\n")
     files = [f"--config={data / 'vision.yaml'}", f"--config={tmp_path / 'sets.yaml'}"]

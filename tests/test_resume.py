@@ -81,6 +81,16 @@ def test_resume_before_the_first_checkpoint_starts_again(config):
     assert [entry["iteration"] for entry in history(config)] == list(range(1, 7))
 
 
+def test_resuming_a_run_that_does_not_exist_names_those_that_do(config):
+    run(config, "training.iterations=3")
+    run(config, "--name=started", "training.iterations=1", "training.save_iters=100")
+    resumed = run(config, "--name=tyni", "--resume", "training.iterations=1")
+    assert (
+        f"{folder_of(config, 'tyni')} has no checkpoint to resume from: starting from the beginning" in resumed.text()
+    )
+    assert f"(the runs in {folder_of(config).parent} that have one: started, {NAME})" in resumed.text()
+
+
 def test_a_run_resumes_for_longer_and_in_another_precision(config):
     run(config, "training.iterations=6")
     run(config, "--resume", "training.iterations=8", "training.precision=fp16")

@@ -106,9 +106,7 @@ def show_provenance(heading: str, state: Mapping[str, Any]) -> None:
         }
         print_summary("resumed" if start.get("iteration") else "started", rows)
     if least:
-        print(
-            f"  iterations up to {known(starts[0]['iteration'])} have no record: their hours, words and commands are missing"
-        )
+        print(f"  iterations up to {known(starts[0]['iteration'])} have no record; theirs are not in these numbers")
 
 
 def section(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -125,13 +125,13 @@ def test(
     model = build_model(with_checkpoint(config, checkpoint)).to(device)
     model = prepare_for_inference(model, precision="fp32", compile=False)
     evaluator = build_evaluator(config, device=device, process=process, model_eval=model_eval)
-    if process.is_main and not (folder / "config.yaml").exists():  # a training's own stays
-        save_config(config, folder / "config.yaml")
     observers = build_observers(
         config, process=process, model_eval=model_eval, image_only=image_only, weights=checkpoint
     )
     scores = evaluator.evaluate(model, observers) | {"checkpoint": checkpoint}
     if process.is_main:
+        if not (folder / "config.yaml").exists():  # a training's own stays
+            save_config(config, folder / "config.yaml")
         for file in ("metrics", f"metrics-{model_eval}"):  # of the last test, and of the last one of this sub-model
             write_scores(folder, scores, name=file)
         print(score_table(scores))

@@ -216,8 +216,12 @@ class Reader:
         Images are decoded while batches before them are read; on a CPU as many batches as it has threads are read side
         by side.
         """
-        if isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 4) != 4:
-            raise TypeError("images must be a list of images, or an array (N, H, W, 3); put a single one into a list")
+        single = isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 4) != 4
+        if single or not hasattr(images, "__len__"):
+            raise TypeError(
+                "images must be a list of images, or an array (N, H, W, 3); put a single one into a list, and name the "
+                'files of a folder: sorted(Path("FOLDER").iterdir())'
+            )
         masks = [None] * len(images) if masks is None else masks
         if len(masks) != len(images):
             raise ValueError(f"{len(masks)} masks for {len(images)} images")
@@ -376,7 +380,7 @@ def _decoded(image: Source, decode: Callable[..., np.ndarray], mode: str) -> np.
     name = f"{len(image)} bytes" if isinstance(image, bytes) else Path(image)
     try:
         if isinstance(name, Path) and not name.is_file():
-            raise BrokenImageError("no such file")
+            raise BrokenImageError("a folder; name its files" if name.is_dir() else "no such file")
         return decode(image if isinstance(image, bytes) else name.read_bytes(), oriented=True)
     except OSError as error:
         raise BrokenImageError(f"{name}: cannot be read ({error.strerror})") from error

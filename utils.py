@@ -124,7 +124,7 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from error
     finally:
         with contextlib.suppress(NotADirectoryError):

@@ -331,6 +331,11 @@ def test_a_refused_test_leaves_no_folder(data):
         with pytest.raises(UserError):
             main([f"--config={data / 'language.yaml'}", "--name=refused-test", "--phase=test", *arguments])
         assert not (data / "workdir" / "refused-test").exists()
+    torch.save(build_model(load_config(data / "vision.yaml")).state_dict(), data / "whole.pth")
+    arguments = [f"--checkpoint={data / 'whole.pth'}", "--phase=test", "dataset.test.lexicon=lexicon50"]
+    with pytest.raises(UserError, match="has no lexicon50"):  # found at the first word
+        main([f"--config={data / 'vision.yaml'}", "--name=refused-test", *arguments])
+    assert not (data / "workdir" / "refused-test").exists()
     kept = data / "workdir" / "refused-later"
     kept.mkdir(parents=True)
     (kept / "notes.txt").write_text("mine")

@@ -201,8 +201,15 @@ def test_a_single_image_is_a_mistake(reader):
     for single in (image(), torch.zeros(3, 9, 9), "word.png", b"bytes", Image.new("RGB", (9, 9))):
         with pytest.raises(TypeError, match="list"):
             reader.read(single)
+    with pytest.raises(TypeError, match="list of images"):
+        reader.stream(iter([image()]))
     with pytest.raises(ValueError, match="2 masks for 1"):
         reader.read([image()], masks=[None, None])
+
+
+def test_a_folder_is_told_from_a_missing_file(reader, tmp_path):
+    errors = [each.error for each in reader.read([tmp_path, tmp_path / "gone.png"])]
+    assert errors == [f"{tmp_path}: a folder; name its files", f"{tmp_path / 'gone.png'}: no such file"]
 
 
 def test_files_are_turned_as_their_orientation_says(reader, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoint files load in every form, name what does not fit, and execute nothing."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from torch import nn
 from builders import build_model
 from config import load_config
 from engine.checkpoints import load_checkpoint, read_checkpoint, save_atomically
-from utils import UserError
+from utils import UserError, write_atomically
 
 
 def small_network(width=4):
@@ -169,6 +170,14 @@ def test_a_failed_save_leaves_the_older_file_intact(weights, tmp_path):
     assert "no space left" in result.stderr
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["weights.pth"]
+
+
+def test_a_file_that_cannot_be_written_is_a_user_error(tmp_path):
+    def refuse(file):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.raises(UserError, match=r"page\.html: cannot be written \(Read-only file system\)"):
+        write_atomically(tmp_path / "page.html", refuse)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_folders_without_a_test_are_named(tmp_path):
     a = write_test(tmp_path / "a", {"one": WORDS})
     with pytest.raises(UserError, match=r"nothing/metrics\.json.*--phase test"):
         compare_runs.main([str(a), str(tmp_path / "nothing")])
-    with pytest.raises(UserError, match=r"metrics-vision\.json"):
+    with pytest.raises(UserError, match=r"metrics-vision\.json.*--phase test --model_eval vision first"):
         compare_runs.main([str(a), str(a), "--model_eval", "vision"])
     (a / "one-alignment" / "alignment.txt").write_text("no tab\n")
     with pytest.raises(UserError, match=r"alignment\.txt: missing or damaged"):

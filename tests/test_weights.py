@@ -70,12 +70,14 @@ def test_the_page_of_the_demo_shows_every_word(browser, demo_page, width):
     sizes = browser.execute_script(script.format("naturalWidth"), ".word img")
     assert len(sizes) == 3 * len(IMAGES) + sum(map(len, texts))
     assert all(sizes)
+    heights = browser.execute_script(script.format("clientHeight"), ".word .steps img")
+    assert min(heights) >= 16  # pixels, of long words too
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_picture_in_readme_is_that_page(browser, demo_page, tmp_path):
     """As seen from afar: fonts differ between machines. If it fails, copy what the test took to fig/demo_page.png."""
-    show(browser, demo_page, width=1000, height=804)  # four words
+    show(browser, demo_page, width=1000, height=896)  # four words
     browser.execute_script("document.documentElement.style.overflow = 'hidden'")  # no scroll bar
     taken = tmp_path / "demo_page.png"
     image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")

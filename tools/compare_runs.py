@@ -103,7 +103,8 @@ def load_evaluation(folder: Path, model_eval: str | None = None) -> Evaluation:
         scores = json.loads(path.read_text(encoding="utf-8"))
         model_eval, protocol, datasets = scores["model_eval"], scores["protocol"], scores["datasets"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no scores of recognised words; run main.py --phase test first") from error
+        test = "--phase test" + (f" --model_eval {model_eval}" if model_eval else "")
+        raise UserError(f"{path}: no scores of recognised words; run main.py {test} first") from error
     words = {}
     for name in datasets:
         path = folder / f"{name}-{model_eval}" / f"{model_eval}.txt"

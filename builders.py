@@ -40,7 +40,7 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 SUB_MODELS = ("alignment", "vision", "language")
-KEYS_SHOWN = 4  # of those in which a config differs from a checkpoint's
+KEYS_SHOWN = 3  # of those in which a config differs from a checkpoint's
 # Keys of `model` that change no tensor's shape, and the section of another network.
 NOT_OF_THE_NETWORK = {"activation", "areas", "attention_mode", "checkpoint", "detach", "dropout", "freeze"} | {
     *("iter_size", "loss_weight", "loss_weights", "nhead", "normalize", "ssn", "strict", "threshold")
@@ -314,4 +314,6 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         model, lr=settings.lr, weight_decay=settings.wd, decay_norms=settings.bn_wd, lr_factors=settings.lr_groups
     )
     decoupled = settings.true_wd and settings.wd > 0
-    return make_optimizer(settings.type, groups, decoupled_decay=decoupled, **settings.args.model_dump())
+    return make_optimizer(
+        settings.type, groups, lr=settings.lr, decoupled_decay=decoupled, **settings.args.model_dump()
+    )

@@ -73,20 +73,25 @@ def make_optimizer(
     kind: str,
     groups: list[dict],
     *,
+    lr: float = 1e-3,
     decoupled_decay: bool = False,
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
     momentum: float = 0.9,
 ) -> Optimizer:
-    """Return Adam, AdamW or SGD in torch's fused form, whose step can be cancelled on the device."""
+    """Return Adam, AdamW or SGD in torch's fused form, whose step can be cancelled on the device.
+
+    Args:
+        lr: the learning rate that is logged; each of the groups has its own.
+    """
     if kind == "SGD":
-        optimizer = torch.optim.SGD(groups, momentum=momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             # As torch's first step does; but if that is cancelled, it leaves momenta uninitialised to the next one.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     family = torch.optim.AdamW if kind == "AdamW" or decoupled_decay else torch.optim.Adam
-    return family(groups, betas=tuple(betas), eps=eps, fused=True)
+    return family(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)
 
 
 def with_warmup(schedule: Schedule, iterations: int) -> Schedule:

@@ -43,7 +43,7 @@ class Step:
     terms: dict[str, Tensor]  # every loss term, and `total`
     gradient_norm: Tensor  # before clipping
     finite: Tensor  # whether terms and norm are finite; if not, the weights did not change
-    learning_rate: float  # of this step, of the first parameter group
+    learning_rate: float  # of this step, without factors of parameter groups
     samples: int  # of the global batch
     data_wait: float  # seconds that this step waited for its batch
     duration: float  # seconds from the end of the step before, its callbacks left out, to the end of this one
@@ -291,7 +291,7 @@ class Trainer:
         factor = self.learning_rate_factor(self.iteration)
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = base * factor
-        return self.optimizer.param_groups[0]["lr"]
+        return self.optimizer.defaults["lr"] * factor
 
     def _network_for(self, batch: Any) -> Callable:
         """Return the compiled network, but the plain one if a sample of the batch could not be read.

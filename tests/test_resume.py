@@ -65,6 +65,7 @@ def test_a_cosine_run_of_named_groups_with_a_frozen_part_goes_on_exactly(config)
     run(config, "--name=cut", "--resume", *arguments)
     assert_same_runs(config, "whole", "cut")
     assert history_text(config, "whole").count("\n") == ITERATIONS
+    assert max(entry["lr"] for entry in history(config, "whole")) == 0.01  # of the config, not of a group
 
 
 def test_a_finished_run_resumed_does_nothing_more(config):

@@ -136,6 +136,9 @@ def test_the_example_reads_as_a_reader(files, graphs, images, tmp_path, capsys):
     ]
     for (*_, confidence), prediction in zip(lines, predictions, strict=True):
         assert abs(float(confidence) - prediction.confidence) < TOLERANCE
+    with pytest.raises(SystemExit):
+        read_with_onnx.main([str(graphs / "binet.onnx"), str(graphs / "ssn.onnx"), __file__])
+    assert f"{__file__} is missing or no image" in capsys.readouterr().err
 
 
 def test_mistakes_are_named(files, tmp_path):

@@ -118,7 +118,7 @@ def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIO
     data = DataLoader(
         ToyData(bad), batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=torch.Generator()
     )
-    optimizer = make_optimizer(kind, parameter_groups(network, lr=0.01, weight_decay=0.0))
+    optimizer = make_optimizer(kind, parameter_groups(network, lr=0.01, weight_decay=0.0), lr=0.01)
     return Trainer(
         model=network,
         criterion=ToyCriterion(),

@@ -27,7 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
     if facts["fit"] == "centre":
         parser.error("this example knows the fits stretch and left")
     for path in options.images:
-        image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)  # (H, W, 3) uint8
+        image = cv2.imread(path)
+        if image is None:
+            parser.error(f"{path} is missing or no image")
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # (H, W, 3) uint8
         pixels = image.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, H, W), 0 to 255
         probability = ssn.run(["text_probability"], {"image": pixels})[0][0, 0]  # (H, W)
         mask = np.rint(255 * probability).astype(np.uint8)

@@ -174,25 +174,23 @@ def load_described(
     try:
         load_weights(model, state, path, strict=strict)
     except UserError as error:
-        differing = []
-        for key, ours in _network_keys(config.to_dict(), section):
-            theirs = value_of(state, f"config.{key}")
-            if theirs is not None and theirs != ours:
-                differing.append(f"{key} is {theirs} in its config, {ours} here")
+        theirs = value_of(state, f"config.{section}")
+        differing = list(_differing(value_of(config.to_dict(), section), theirs, section))
         if not differing:
             raise
         raise UserError(f"{error}. {'; '.join(differing[:KEYS_SHOWN])}") from error
 
 
-def _network_keys(config: Mapping[str, Any], section: str) -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys of a section and their values, without those that change no tensor."""
-    for name, value in value_of(config, section).items():
-        if name in NOT_OF_THE_NETWORK:
+def _differing(ours: Mapping[str, Any], theirs: Any, section: str) -> Iterator[str]:
+    """Yield a phrase for each key of a section that shapes tensors and has another value in a checkpoint's config."""
+    for name, value in ours.items():
+        other = theirs.get(name) if isinstance(theirs, Mapping) else None
+        if name in NOT_OF_THE_NETWORK or other is None:
             continue
         if isinstance(value, Mapping):
-            yield from _network_keys(config, f"{section}.{name}")
-        else:
-            yield f"{section}.{name}", value
+            yield from _differing(value, other, f"{section}.{name}")
+        elif repr(other) != repr(value):
+            yield f"{section}.{name} is {other} in its config, {value} here"
 
 
 def _started(model: nn.Module, section: VisionConfig | LanguageConfig, config: Config, name: str) -> nn.Module:

@@ -1,40 +1,20 @@
-"""Reading a config: YAML files, `key=value` overrides, checks across keys, error messages, the template.
+"""The config of a run: reading it, checks across keys, what a resumed run keeps, the template.
 
 `load_config(path, overrides=["training.epochs=1"])` returns a `Config` whose every value is known, typed and in range,
 or raises one `UserError` that lists everything that is wrong. Keys and defaults are in `schema.py`.
 """
 
-import logging
 import math
-import re
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
-from rapidfuzz import fuzz
+from pydantic import Field, model_validator
 
-from engine.optimization import SSN_HEAD
-from schema import (
-    DatasetConfig,
-    GlobalConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Section,
-    TrainDataConfig,
-    TrainingConfig,
-    is_section,
-    merged,
-    walk_schema,
-)
+from schema import DatasetConfig, GlobalConfig, ModelConfig, OptimizerConfig, TrainDataConfig, TrainingConfig
+from settings import Section, is_section, load_settings, validate_settings, walk_schema
 from utils import RENDER_SCHEME, UserError
-from yaml_io import dump_yaml, parse_yaml, read_yaml
-
-logger = logging.getLogger(__name__)
-
-DEEPEST = 8  # levels of nested sections and lists in a config
-PROBLEMS_SHOWN = 30  # in one message
+from yaml_io import dump_yaml
 
 # Keys of published YAMLs and older versions that nothing reads any more; a YAML that has one gets a warning by name.
 GONE_KEYS = (
@@ -75,7 +55,11 @@ class Config(Section):
         Raises:
             UserError: with one line for each thing that is wrong.
         """
-        return _validated(_migrated(_plain(mapping, source)), source, {}, drop_unknown=drop_unknown)
+        return validate_settings(cls, _migrated(mapping), source, gone=GONE_KEYS, drop_unknown=drop_unknown)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (dotted key, what is wrong) for keys that do not fit together, in the parts that the network has."""
+        return _cross_key_problems(self)
 
     @property
     def work_folder(self) -> Path:
@@ -100,17 +84,6 @@ def _migrated(mapping: dict[str, Any]) -> dict[str, Any]:
     return mapping
 
 
-def _plain(value: Any, source: str, depth: int = 0) -> Any:
-    """Copy nested data to dicts and lists; a list that holds itself is refused."""
-    if depth > DEEPEST:
-        raise UserError(f"{source}: nested too deeply; it is no config")
-    if isinstance(value, Mapping):
-        return {name: _plain(item, source, depth + 1) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, source, depth + 1) for item in value]
-    return value
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,24 +95,7 @@ def load_config(path: str | Path | Sequence[str | Path], overrides: Sequence[str
     Raises:
         UserError: a file cannot be read, or any key or value of files or overrides is wrong; one line for each.
     """
-    data: dict[str, Any] = {}
-    places: dict[str, str] = {}  # dotted key -> FILE:LINE, or the override that set it
-    documents = [read_yaml(Path(each)) for each in ([path] if isinstance(path, str | Path) else path)]
-    for document in documents:
-        try:
-            data = merged(data, document.data)
-        except RecursionError as error:
-            raise UserError(f"{document.source}: nested too deeply; it is no config") from error
-        places |= {dotted: f"{document.source}:{line}" for dotted, line in document.lines.items()}
-    problems: list[str] = []
-    for override in overrides:
-        try:
-            dotted, value = _parse_override(override)
-            _set(data, dotted.split("."), value)
-            places[dotted] = _named(override)
-        except UserError as error:
-            problems.append(str(error))
-    return _validated(data, " + ".join(document.source for document in documents), places, problems)
+    return load_settings(Config, [path] if isinstance(path, str | Path) else path, overrides, gone=GONE_KEYS)
 
 
 def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
@@ -155,21 +111,12 @@ def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
     if before is None:
         return config
     now = config.to_dict()
-    fixed = dict.fromkeys(("global.seed", "dataset.train.batch_size"), "its place in the data means nothing with")
-    parts = ("vision", "language", "alignment")
-    fixed |= dict.fromkeys([f"model.{part}.freeze" for part in parts], "its optimiser's state does not fit")
-    for key, reason in fixed.items():
+    for key in ("global.seed", "dataset.train.batch_size"):
         if (value_of(before, key) or 0) != (value_of(now, key) or 0):
             raise UserError(
-                f"{key}: the run to resume has {value_of(before, key)}, not {value_of(now, key)}, and {reason} "
-                "another; keep it, or start from the run's weights with --checkpoint"
+                f"{key}: the run to resume has {value_of(before, key)}, not {value_of(now, key)}, and its place in the "
+                "data means nothing with another; keep it, or start from the run's weights with --checkpoint"
             )
-    prefixes = [set(value_of(each, "optimizer.lr_groups") or ()) - {SSN_HEAD} for each in (before, now)]
-    if prefixes[0] != prefixes[1]:
-        raise UserError(
-            f"optimizer.lr_groups: the run to resume has groups for {sorted(prefixes[0]) or 'no prefix'}; keep them "
-            "(their factors may change), or start from the run's weights with --checkpoint"
-        )
     sections = {"model": config.model, "model.vision": config.model.vision, "model.language": config.model.language}
     if config.model.kind == "ssn":
         sections["model.ssn"] = config.model.ssn
@@ -194,86 +141,6 @@ def value_of(config: Mapping[str, Any], key: str) -> Any:
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved config to a YAML file that `load_config` reads back equal."""
     Path(path).write_text(config.to_yaml(), encoding="utf-8")
-
-
-def _parse_override(override: str) -> tuple[str, Any]:
-    dotted, equals, text = override.partition("=")
-    dotted = dotted.strip()
-    if not equals:
-        raise UserError(f"{_named(override)}: not of the form key=value, such as training.epochs=1")
-    known = [name for name, _ in walk_schema(Config)]
-    if dotted not in (*known, *GONE_KEYS):
-        raise UserError(f"{_named(override)}: {_unknown_key(dotted)}")
-    return dotted, parse_yaml(text, _named(override)).data
-
-
-def _named(override: str) -> str:
-    """Return an override as messages name it, in one line whatever its value is."""
-    return f"override {override}".replace("\n", r"\n")
-
-
-def _set(data: Any, names: list[str], value: Any) -> None:
-    """Set a nested value; a value that stands wrongly in a section's place stays, to be reported."""
-    for name in names[:-1]:
-        if not isinstance(data.get(name) or {}, dict):
-            return
-        data[name] = dict(data.get(name) or {})  # a copy, as a YAML alias may share the section with another
-        data = data[name]
-    data[names[-1]] = value
-
-
-def _validated(
-    data: dict[str, Any],
-    source: str,
-    places: dict[str, str],
-    problems: Sequence[str] = (),
-    *,
-    drop_unknown: bool = False,
-) -> Config:
-    problems = list(problems)
-    data = _without_gone_keys(data, source, places, warn=not drop_unknown)
-    if drop_unknown:
-        _drop_unknown_keys(data, source)
-    config = None
-    try:
-        config = Config.model_validate(data)
-        found = list(_cross_key_problems(config))
-    except ValidationError as errors:
-        found = [_describe(error) for error in errors.errors(include_url=False)]
-    problems += [f"{_located(dotted, source, places)}: {message}" for dotted, message in found]
-    if problems or config is None:
-        shown = problems[:PROBLEMS_SHOWN]
-        if more := len(problems) - len(shown):
-            shown.append(f"and {more} more: fix these first")
-        head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration\n  "
-        raise UserError(head + "\n  ".join(shown))
-    return config
-
-
-def _without_gone_keys(data: dict[str, Any], source: str, places: dict[str, str], *, warn: bool) -> dict[str, Any]:
-    """Return the data without keys that have gone."""
-    for dotted in GONE_KEYS:
-        section, name = dotted.split(".")
-        values = data.get(section)
-        if isinstance(values, dict) and name in values:
-            data = data | {section: {other: value for other, value in values.items() if other != name}}
-            if warn:
-                logger.warning("%s: nothing reads this key any more; ignored", _located(dotted, source, places))
-    return data
-
-
-def _drop_unknown_keys(data: dict[str, Any], source: str) -> None:
-    try:
-        Config.model_validate(data)
-    except ValidationError as errors:
-        for error in errors.errors(include_url=False):
-            if error["type"] == "extra_forbidden":
-                *sections, name = error["loc"]
-                values = data
-                for section in sections:
-                    values = values[section]
-                del values[name]
-                logger.warning("%s: %s is no key of the config any more; ignored", source, _describe(error)[0])
 
 
 # --- checks across keys -----------------------------------------------------------------------------------------------
@@ -378,47 +245,6 @@ def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:
         )
     if masks.source == "online" and config.model.ssn.checkpoint is None and config.model.checkpoint is None:
         yield "model.ssn.checkpoint", "missing: dataset.masks.source=online needs the weights of a trained SSN"
-
-
-# --- error messages ---------------------------------------------------------------------------------------------------
-
-
-def _describe(error: Mapping[str, Any]) -> tuple[str, str]:
-    """Return a pydantic error as (dotted key, what is wrong)."""
-    dotted = re.sub(r"\.\[", "[", ".".join(f"[{part}]" if isinstance(part, int) else part for part in error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return dotted, _unknown_key(dotted)
-    if error["type"] == "invalid_key":
-        return dotted, f"{_unknown_key(re.sub(r'[][]', '', dotted))} (a key is text)"
-    if error["type"] in ("model_type", "model_attributes_type"):
-        return dotted, f"must be a section of `key: value` lines, not {reprlib.repr(error['input'])}"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("List should", "must")
-    message = re.sub(r", not \d+$", "", message.replace(" after validation", "").replace("'", ""))  # a list's length
-    return dotted, f"{message}, not {reprlib.repr(error['input'])}"
-
-
-def _unknown_key(dotted: str) -> str:
-    return f"unknown key; nearest known key: {_nearest_key(dotted)}"
-
-
-def _nearest_key(dotted: str) -> str:
-    """Return the known key that is nearest, as a whole and in its last word."""
-
-    def likeness(name: str) -> float:
-        return fuzz.ratio(name, dotted) + fuzz.ratio(name.rpartition(".")[2], dotted.rpartition(".")[2])
-
-    return max((name for name, _ in walk_schema(Config)), key=likeness)
-
-
-def _located(dotted: str, source: str, places: Mapping[str, str]) -> str:
-    """Return where a key was set, for the start of a message: the override itself, or file, line and key."""
-    names = re.split(r"[.\[]", dotted)
-    for size in range(len(names), 0, -1):
-        name = ".".join(names[:size])
-        if name in places:
-            is_override = name == dotted and places[name].startswith("override ")
-            return places[name] if is_override else f"{places[name]}: {dotted}"
-    return f"{source}: {dotted}"
 
 
 # --- template ---------------------------------------------------------------------------------------------------------

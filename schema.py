@@ -3,13 +3,12 @@
 It is the only place where these are written; `configs/template.yaml` is printed from it (`python config.py`).
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BeforeValidator, Field, model_validator
 
 from modules.ssn import PUBLISHED_AREAS
+from settings import Section, key, merged
 from utils import is_folder_name
 
 PUBLISHED_NAMES = {  # model.name in published YAMLs -> ours
@@ -22,11 +21,6 @@ PUBLISHED_NAMES = {  # model.name in published YAMLs -> ours
 
 # Defaults of `name: abinet`: no masks, sinusoidal positions, position queries.
 ABINET_DEFAULTS = {"vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}}}
-
-
-def key(default: Any, description: str, **limits: Any) -> Any:
-    """Define a key by its default, a sentence about its unit and effect, and pydantic's limits on the value."""
-    return Field(default, description=description, **limits)
 
 
 def _as_list(value: Any) -> Any:
@@ -78,34 +72,6 @@ Stride = Annotated[int | list[int], BeforeValidator(_known_stride)]
 Interval = Annotated[int | Literal["epoch"], BeforeValidator(_known_interval)]
 Augmentation = Annotated[bool | Literal["rand"], BeforeValidator(_known_augmentation)]
 FolderName = Annotated[str, BeforeValidator(_folder_name)]
-
-
-class Section(BaseModel):
-    """Base of all sections: refuses unknown keys, converts int to float only; an empty section is all defaults."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_section_means_defaults(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        sections = {field.alias or name for name, field in cls.model_fields.items() if is_section(field)}
-        return {name: value for name, value in data.items() if value is not None or name not in sections}
-
-
-def is_section(field: FieldInfo) -> bool:
-    """Return whether a field of the schema holds a section, not a value."""
-    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-
-
-def walk_schema(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield (dotted key, field) for every key below a section, in order; sections come before what they hold."""
-    for name, field in section.model_fields.items():
-        dotted = f"{prefix}{field.alias or name}"
-        yield dotted, field
-        if is_section(field):
-            yield from walk_schema(field.annotation, f"{dotted}.")
 
 
 class GlobalConfig(Section):
@@ -438,15 +404,3 @@ class ModelConfig(Section):
     def takes_masks(self) -> bool:
         """Return whether the network takes a text mask beside the image."""
         return self.kind in ("vision", "recogniser") and self.vision.segmentation.enabled
-
-
-def merged(defaults: dict, given: dict) -> dict:
-    """Return `given`, with `defaults` where it says nothing; neither is edited. A null section says nothing."""
-    result = dict(given)
-    for name, default in defaults.items():
-        value = given.get(name)
-        if isinstance(default, dict) and (value is None or isinstance(value, dict)):
-            result[name] = merged(default, value or {})
-        else:
-            result.setdefault(name, default)
-    return result

@@ -249,7 +249,8 @@ def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
         reason = " ".join(str(error).split())[:200]  # a damaged state may lack anything
         raise UserError(
             f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {reason}); resume with the "
-            "model and the optimizer.type that it was trained with, or start from its weights with --checkpoint"
+            "model, its freeze keys, optimizer.type and prefixes of optimizer.lr_groups that it was trained with, or "
+            "start from its weights with --checkpoint"
         ) from error
 
 

@@ -512,7 +512,7 @@ def config_file(rng: Rng, folder: Path, material: Path) -> Run:
 
 def override(rng: Rng, folder: Path, material: Path) -> Run:
     from config import Config
-    from schema import walk_schema
+    from settings import walk_schema
 
     keys = [name for name, _ in walk_schema(Config)]
     chosen = [keys[int(rng.integers(len(keys)))] for _ in range(int(rng.integers(1, 4)))]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("utils",),
     ("modules", "yaml_io"),
-    ("engine", "loading"),
+    ("engine", "loading", "settings"),
     ("inference", "losses", "schema"),
     ("config",),
     ("rendering", "evaluation"),

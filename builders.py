@@ -175,26 +175,19 @@ def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
     Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser.
     If the checkpoint carries a config, that describes the network, else `model.ssn` does. Areas that differ from the
     default in `model.ssn` are used in any case.
+
+    Raises:
+        UserError: the config names no weights.
     """
-    path = segmenter_checkpoint(config)
-    carried = build_carried_ssn(read_checkpoint(path), path)
+    path = config.model.ssn.checkpoint or config.model.checkpoint
+    state = {} if path is None else read_checkpoint(path)
+    if config.model.ssn.checkpoint is None and "ssn" not in state:
+        raise UserError("model.ssn.checkpoint is not set; name the weights of the network that makes the masks")
+    carried = build_carried_ssn(state, path)
     ssn, areas = carried or (build_ssn(config), config.model.ssn.areas)
     if config.model.ssn.areas != SSNConfig().areas:
         areas = config.model.ssn.areas
     return Segmenter(ssn, areas, device=device)
-
-
-def segmenter_checkpoint(config: Config) -> str:
-    """Return the file with the weights of the network that makes masks.
-
-    Raises:
-        UserError: the config names none.
-    """
-    if config.model.ssn.checkpoint is not None:
-        return config.model.ssn.checkpoint
-    if config.model.checkpoint is not None and "ssn" in read_checkpoint(config.model.checkpoint):
-        return config.model.checkpoint
-    raise UserError("model.ssn.checkpoint is not set; name the weights of the network that makes the masks")
 
 
 def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, list[int]] | None:

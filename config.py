@@ -20,6 +20,7 @@ from yaml_io import dump_yaml
 GONE_KEYS = (
     "dataset.one_hot_y",
     "dataset.cache_index",
+    "dataset.masks.cache",
     "training.stats_iters",
     "training.max_skipped_steps",
     "training.log_images",

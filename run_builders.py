@@ -4,7 +4,6 @@ With `builders.py`, which builds the networks, this is the only place that sees 
 """
 
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from builders import (
     build_segmenter,
     checked_model_eval,
     image_size,
-    segmenter_checkpoint,
     with_checkpoint,
 )
 from callbacks import Callback, Checkpoints, Evaluation, MetricLog, NotFiniteBatches, UnreadableSamples
@@ -40,7 +38,6 @@ from inference.segmenter import Segmenter
 from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
 from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
 from loading.charset import PROTOCOLS, protocol_normalizer
-from loading.masks import OnlineMasks
 from loading.sampling import MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
 from loading.transforms import ResizeWord
 from loading.word_index import default_cache_dir
@@ -121,18 +118,14 @@ def _open_words(config: Config, roots: list[str], *, split: str, device: torch.d
     return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
 
 
-def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks | None:
+def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | None:
     """Return the source of the masks; None for a network that takes none."""
     masks = config.dataset.masks
     if not config.model.takes_masks:
         return None
     if masks.source == "online":
         # Worker processes cannot use the GPU: with workers, SSN runs on their cores.
-        segmenter = build_segmenter(config, device="cpu" if config.dataset.num_workers else device)
-        if not masks.cache:
-            return OnlineMasks(segmenter)
-        folder = Path(config.dataset.cache_dir or default_cache_dir()) / "masks"
-        return OnlineMasks(segmenter, cache_dir=folder, fingerprint=_mask_fingerprint(config, segmenter))
+        return build_segmenter(config, device="cpu" if config.dataset.num_workers else device)
     only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
     if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.run.phase == "train"):
         raise UserError(
@@ -142,13 +135,6 @@ def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks |
     if masks.source == "none":
         raise UserError("dataset.masks.source is none, but the network takes masks; set lmdb or online")
     return masks.root or ""
-
-
-def _mask_fingerprint(config: Config, segmenter: Segmenter) -> str:
-    """Return a hash of what online masks depend on besides the image: weights, areas and precision."""
-    weights = Path(segmenter_checkpoint(config)).read_bytes()
-    settings = f"{segmenter.areas} {segmenter.precision}"
-    return hashlib.sha256(weights + settings.encode()).hexdigest()[:16]
 
 
 def _open_language(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:

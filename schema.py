@@ -140,7 +140,6 @@ class MasksConfig(Section):
         "lmdb", "lmdb: files (rendered words bring their own); online: SSN in the loop; none: without segmentation."
     )
     root: str | None = key(None, "Folder of mask LMDBs; the masks of <root of images>/X are in <masks.root>/X.")
-    cache: bool = key(False, "Keep the online mask of each word on disk, in cache_dir, for later epochs and runs.")
 
 
 class SegmentationDataConfig(Section):
@@ -195,7 +194,7 @@ class DatasetConfig(Section):
         None, "How workers start; null: torch's way."
     )
     cache_dir: str | None = key(
-        None, "Folder for indices of LMDBs, which open at once then, and for masks; null: the user's cache folder."
+        None, "Folder for indices of LMDBs, which open at once then; null: the user's cache folder."
     )
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)

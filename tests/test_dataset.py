@@ -29,7 +29,7 @@ from loading.augmentation import AugmentWord, CropSegmentation, mutate_spelling
 from loading.batches import Batch, LabelRule, LanguageCollate, SegmentationCollate, Skipped, WordCollate
 from loading.charset import Charset
 from loading.lmdb_io import LmdbReader, LmdbWriter
-from loading.masks import LmdbMasks, OnlineMasks, find_mask_lmdb
+from loading.masks import LmdbMasks, find_mask_lmdb
 from loading.pairs import PairFolder
 from loading.sampling import ResumableBatchSampler, SampleGenerators, SampleKey, ShardedSampler
 from loading.transforms import ResizeWord
@@ -338,33 +338,11 @@ class TestMasks:
             calls.append([each.shape for each in images])
             return [np.where(each[..., 0] > 128, 255, 0).astype(np.uint8) for each in images]
 
-        online, stored = open_set(words, masks=OnlineMasks(segmenter)), open_masked(words)
+        online, stored = open_set(words, segmenter=segmenter), open_masked(words)
         keys = [SampleKey(0, index) for index in (4, 0, 7)]
         for one, other in zip(online.__getitems__(keys), stored.__getitems__(keys), strict=True):
             np.testing.assert_array_equal(one.mask, other.mask)
         assert calls == [[(24, 45, 3), (24, 41, 3), (24, 48, 3)]]
-
-    def test_online_masks_are_kept_for_the_next_epoch_and_run(self, words, tmp_path):
-        calls = []
-
-        def segmenter(images):
-            calls.append(len(images))
-            return [np.full(each.shape[:2], 77, np.uint8) for each in images]
-
-        def open_kept(fingerprint="weights"):
-            return open_set(words, masks=OnlineMasks(segmenter, cache_dir=tmp_path / "cache", fingerprint=fingerprint))
-
-        data = open_kept()
-        data.__getitems__([0, 1, 2])
-        samples = data.__getitems__([1, 2, 3])
-        assert calls == [3, 1]
-        assert all((sample.mask == 77).all() for sample in samples)
-        assert (open_kept()[3].mask == 77).all()
-        assert calls == [3, 1]
-        _ = open_kept("other weights")[3]
-        assert calls == [3, 1, 1]
-        with pytest.raises(ValueError, match="fingerprint"):
-            OnlineMasks(segmenter, cache_dir=tmp_path)
 
 
 class Drawn:

@@ -104,11 +104,6 @@ class LettersConfig(Section):
     height_spread: Amount = key(0.5, "Standard deviation of the logarithm of that height.")
     margin: Amount = key(0.22, "Mean space on each side of the word, heights of a capital letter.")
     max_width: Annotated[int, Field(ge=32)] = key(480, "Widest image, pixels; longer words are made smaller.")
-    reuse: Annotated[int, Field(ge=1)] = key(
-        1,
-        "Consecutive words that share their letters, warp included, and differ in colours, background and camera. "
-        "Larger numbers render faster, where words are asked for in order, with fewer different texts.",
-    )
 
 
 class OutputConfig(Section):
@@ -182,4 +177,4 @@ def load_render_config(path: str | Path | None = None, overrides: Sequence[str] 
     Raises:
         UserError: the file cannot be read, or any key or value is unknown or wrong; one line for each.
     """
-    return load_settings(RenderConfig, [] if path is None else [path], overrides)
+    return load_settings(RenderConfig, [] if path is None else [path], overrides, gone=["letters.reuse"])

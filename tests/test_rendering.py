@@ -1,5 +1,6 @@
 """The renderer: what it promises of letters, masks, seeds, fonts, words and settings."""
 
+import dataclasses
 import functools
 import multiprocessing
 import pickle
@@ -16,7 +17,8 @@ from rendering import RenderConfig, RenderedWords, Stream, WordRenderer, load_re
 from rendering.backgrounds import find_photos, read_photo
 from rendering.colours import luminance, with_luminance
 from rendering.config import BACKGROUND_KINDS, CHANCES, WordsConfig
-from rendering.fonts import FontBook, FontFamily, find_families, in_split
+from rendering.engine import _Word
+from rendering.fonts import FontBook, FontFamily, find_families, in_split, open_face
 from rendering.geometry import Bend
 from rendering.letters import Layout, sample_layout, set_letters
 from rendering.words import WordSource, read_words, sample_number
@@ -109,13 +111,19 @@ class TestMasks:
             assert word.text
 
     @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
-    def test_recolouring_changes_the_mask_and_nothing_else(self, make, difficulty):
+    def test_recolouring_changes_the_mask_and_nothing_else(self, make, difficulty, monkeypatch):
+        def other_colours(word, stream):
+            return stream_of(dataclasses.replace(word, index=1000) if stream is Stream.COLOURS else word, stream)
+
+        stream_of = _Word.stream
         settings = [*PLAIN_LETTERS, *ALONE, *NO_CAMERA, f"difficulty={difficulty}", "contrast=0"]
         renderer = make(*settings)
         changed_letters = 0
         for index in range(30):
             word = renderer.render(0, index)
-            other = renderer.render(0, index, salts={Stream.COLOURS: 1})
+            with monkeypatch.context() as patch:
+                patch.setattr(_Word, "stream", other_colours)
+                other = renderer.render(0, index)
             assert np.array_equal(word.mask, other.mask)
             difference = np.abs(word.image.astype(int) - other.image).max(axis=2)
             assert not difference[word.mask == 0].any(), word.text
@@ -264,7 +272,7 @@ class TestKinds:
                 assert luminance(ink) > 0.15 + luminance(ground), word.text
 
     def test_large_initials(self, renderer):
-        face = renderer.fonts.face(renderer.fonts.choose("HHH", np.random.default_rng(0)))
+        face = open_face(renderer.fonts.choose("HHH", np.random.default_rng(0)))
         plain, large = set_letters(face, "HHH", 30), set_letters(face, "HHH", 30, Layout(initial=1.5))
         (left, right), (other_left, other_right) = (letters.spans[0] for letters in (plain, large))
         assert 1.3 < (other_right - other_left) / (right - left) < 1.7
@@ -383,20 +391,6 @@ class TestKinds:
 
         assert saturation(1.0) > 1.5 * saturation(0.0)
 
-    def test_words_may_share_their_letters(self, make):
-        renderer = make("letters.reuse=3", "chances.occlusion=0")
-        words = render_range(renderer, 0, 12)
-        for start in range(0, 12, 3):
-            group = words[start : start + 3]
-            assert len({(word.text, word.family, word.mask.tobytes()) for word in group}) == 1
-            assert len({word.image.tobytes() for word in group}) == 3
-        assert len({word.text for word in words}) > 1
-        # What was drawn before must not matter, nor the order.
-        again = [make("letters.reuse=3", "chances.occlusion=0").render(3, index) for index in (7, 4, 5)]
-        assert all(same(words[index], word) for index, word in zip((7, 4, 5), again, strict=True))
-        assert not same(renderer.render(3, 7, difficulty=0.9), words[7])
-        assert same(renderer.render(3, 7), words[7])
-
 
 class TestDifficulty:
     def test_easy_words_are_upright_and_sharp(self, make):
@@ -493,7 +487,7 @@ class TestFonts:
         rng = np.random.default_rng(0)
         for text in ("Il1.,'", "WORD", "jgy", '"-"'):
             typeface = renderer.fonts.choose(text, rng)
-            face = renderer.fonts.face(typeface)
+            face = open_face(typeface)
             before = 0
             for count in range(1, len(text) + 1):
                 letters = set_letters(face, text[:count], 40, Layout(spacing=0.1))
@@ -535,7 +529,7 @@ class TestFonts:
             pytest.skip("no variable font is installed")
         chosen = {renderer.fonts.choose("H", np.random.default_rng(n)) for n in range(200)}
         assert len({typeface.axes for typeface in chosen}) > 10
-        assert all(30 < renderer.fonts.face(typeface).unit < 90 for typeface in chosen)
+        assert all(30 < open_face(typeface).unit < 90 for typeface in chosen)
 
 
 class TestWords:

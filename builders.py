@@ -29,6 +29,7 @@ from loading.charset import Charset
 from losses import RecogniserCriterion, SegmentationCriterion
 from modules.attention import PositionAttention, ReadingOrderAttention
 from modules.backbone import ResNet, TransformerBackbone
+from modules.hrnet import HRNet
 from modules.model_alignment import AlignmentModel
 from modules.model_binet_iter import BINet, LanguageRecogniser, VisionRecogniser
 from modules.model_language import LanguageModel
@@ -62,10 +63,13 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
     elif kind == "language":
         model = LanguageRecogniser(build_language_model(config, charset))
     else:
+        alignment = config.model.alignment
         model = BINet(
             vision=build_vision_model(config, charset),
             language=build_language_model(config, charset),
-            alignment=build_alignment_model(config, charset),
+            alignment=AlignmentModel(num_classes=charset.num_classes, d_model=alignment.d_model).requires_grad_(
+                not alignment.freeze
+            ),
             iter_size=config.model.iter_size,
         )
     return _with_weights(model, config.model.checkpoint, config)
@@ -113,17 +117,11 @@ def build_language_model(config: Config, charset: Charset) -> LanguageModel:
     return _started(model, language, config)
 
 
-def build_alignment_model(config: Config, charset: Charset) -> nn.Module:
-    """Return the gate between vision and language."""
-    alignment = config.model.alignment
-    model = AlignmentModel(num_classes=charset.num_classes, d_model=alignment.d_model)
-    return model.requires_grad_(not alignment.freeze)
-
-
 def build_ssn(config: Config) -> SSN:
     """Return the text segmentation network, with the weights of `model.ssn.checkpoint`."""
-    options = config.model.ssn.model_dump(exclude={"checkpoint", "areas", "loss_weights"})
-    return _with_weights(SSN(**options), config.model.ssn.checkpoint, config)
+    settings = config.model.ssn
+    hrnet = HRNet(**settings.model_dump(exclude={"checkpoint", "areas", "loss_weights", "head_width"}))
+    return _with_weights(SSN(hrnet, head_width=settings.head_width), settings.checkpoint, config)
 
 
 def build_charset(config: Config) -> Charset:

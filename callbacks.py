@@ -88,11 +88,7 @@ class MetricLog(Callback, Observer):
         self._rows: list[list[float]] = []  # the terms of each step
         self._unread: list[torch.Tensor] = []
         self._images: list[np.ndarray] = []
-        self._reset_speed()
-
-    def _reset_speed(self) -> None:
-        self._samples = 0
-        self._seconds = self._waited = 0.0
+        self._samples, self._seconds, self._waited = 0, 0.0, 0.0  # since the record before
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if not trainer.process.is_main:
@@ -129,7 +125,7 @@ class MetricLog(Callback, Observer):
             data_wait_share=self._waited / seconds,
             seconds_left=(trainer.iterations - trainer.iteration) * step.samples / max(rate, 1e-9),
         )
-        self._reset_speed()
+        self._samples, self._seconds, self._waited = 0, 0.0, 0.0
         for writer in self.writers:
             writer.write(record)
 

@@ -111,31 +111,25 @@ def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
     config = config.model_copy(deep=True)
     if before is None:
         return config
-    now = config.to_dict()
-    for key in ("global.seed", "dataset.train.batch_size"):
-        if (value_of(before, key) or 0) != (value_of(now, key) or 0):
+    then = Config.from_dict(before, "the run to resume", drop_unknown=True)
+    fixed = {"global.seed": (then.run.seed, config.run.seed)}
+    fixed["dataset.train.batch_size"] = (then.dataset.train.batch_size, config.dataset.train.batch_size)
+    for key, (old, new) in fixed.items():
+        if old != new:
             raise UserError(
-                f"{key}: the run to resume has {value_of(before, key)}, not {value_of(now, key)}, and its place in the "
-                "data means nothing with another; keep it, or start from the run's weights with --checkpoint"
+                f"{key}: the run to resume has {old}, not {new}, and its place in the data means nothing with "
+                "another; keep it, or start from the run's weights with --checkpoint"
             )
-    sections = {"model": config.model, "model.vision": config.model.vision, "model.language": config.model.language}
-    if config.model.kind == "ssn":
-        sections["model.ssn"] = config.model.ssn
-    for name, section in sections.items():
-        started_from = value_of(before, f"{name}.checkpoint")
-        if section.checkpoint not in (None, started_from):
+    pairs = {"model": (then.model, config.model)}
+    parts = ("vision", "language", "ssn") if config.model.kind == "ssn" else ("vision", "language")
+    pairs |= {f"model.{part}": (getattr(then.model, part), getattr(config.model, part)) for part in parts}
+    for name, (old, new) in pairs.items():
+        if new.checkpoint not in (None, old.checkpoint):
             raise UserError(
-                f"{name}.checkpoint: the run to resume started from {started_from}, not {section.checkpoint}, and goes "
+                f"{name}.checkpoint: the run to resume started from {old.checkpoint}, not {new.checkpoint}, and goes "
                 f"on with its own weights; leave it out ({name}.checkpoint=null)"
             )
-        section.checkpoint = started_from
-    return config
-
-
-def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a dotted key of plain data; None if there is no such key."""
-    for name in key.split("."):
-        config = config.get(name) if isinstance(config, Mapping) else None
+        new.checkpoint = old.checkpoint
     return config
 
 
@@ -170,7 +164,6 @@ def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
 def _training_problems(config: Config) -> Iterator[tuple[str, str]]:
     training = config.training
     yield from _loss_problems(config)
-    yield from _freeze_problems(config)
     if training.compile and training.compile_mode != "default" and training.accumulation > 1:
         yield "training.compile_mode", f"{training.compile_mode} needs training.accumulation=1; change one of them"
     yield from _mixture_problems(config.dataset.train)
@@ -197,32 +190,23 @@ def _vision_problems(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
+    """Check that some part that is trained has a loss to learn from."""
     model = config.model
-    weights = {
-        "model.vision.loss_weight": model.vision.loss_weight,
-        "model.language.loss_weight": model.language.loss_weight,
-        "model.alignment.loss_weight": model.alignment.loss_weight,
-        "model.vision.segmentation.loss_weight": model.takes_masks and model.vision.segmentation.loss_weight,
-    }
     if model.kind == "ssn":
-        weights = {f"model.ssn.loss_weights.{name}": weight for name, weight in model.ssn.loss_weights}
-    elif model.kind != "recogniser":
-        weights = {name: weight for name, weight in weights.items() if name.startswith(f"model.{model.kind}.")}
-    if not any(weights.values()):
-        yield next(iter(weights)), f"all weights of the loss are 0; set one of {', '.join(weights)}"
-
-
-def _freeze_problems(config: Config) -> Iterator[tuple[str, str]]:
-    model, losses = config.model, {"vision": {"vision", "refinement", "alignment"}}  # part -> losses that train it
+        if not any(model.ssn.loss_weights.model_dump().values()):
+            yield "model.ssn.loss_weights", "all weights of the loss are 0; set one of semantic, refined, trimap"
+        return
+    losses = {"vision": {"vision", "refinement", "alignment"}}  # part -> losses that train it
     losses |= {"language": {"language", "alignment"}, "alignment": {"alignment"}}
     if not model.language.detach:
         losses = {part: names | {"language"} for part, names in losses.items()}
-    parts = losses if model.kind == "recogniser" else [model.kind] if model.kind in losses else []
-    frozen = [part for part in parts if getattr(model, part).freeze]
+    parts = list(losses) if model.kind == "recogniser" else [model.kind]
     weights = {part: getattr(model, part).loss_weight for part in parts}
     weights["refinement"] = model.takes_masks and model.vision.segmentation.loss_weight
-    if frozen and not any(weights.get(loss) for part in parts if part not in frozen for loss in losses[part]):
-        yield f"model.{frozen[0]}.freeze", "true, and no part that is not frozen has a loss to learn from"
+    frozen = [part for part in parts if getattr(model, part).freeze]
+    if not any(weights.get(loss) for part in parts if part not in frozen for loss in losses[part]):
+        key = f"model.{frozen[0]}.freeze" if frozen else f"model.{parts[0]}.loss_weight"
+        yield key, "no part that is trained has a loss to learn from; set a loss_weight above 0, or a freeze to false"
 
 
 def _mixture_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:

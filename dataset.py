@@ -16,7 +16,7 @@ from typing import Any
 
 import lmdb
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from loading.augmentation import CropSegmentation, mutate_spelling
 from loading.batches import LabelRule, LanguageSample, SegmentationSample, Skipped, WordSample
@@ -58,6 +58,10 @@ class SampleSet(Dataset):
     def __post_init__(self) -> None:
         self.filtered: dict[str, int] = {}  # reason -> samples that the filter left out
         self._generators = SampleGenerators(self.seed, self.stream)
+
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Any]:
+        """Return the samples of a batch."""
+        return [self[key] for key in keys]
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -197,22 +201,15 @@ class RenderedDataset(WordSet):
         ]
 
 
-class JoinedDataset(Dataset):
+class JoinedDataset(ConcatDataset):
     """Several data sets one after the other; indices go on from one to the next."""
-
-    def __init__(self, datasets: Sequence[Any]) -> None:
-        self.datasets = list(datasets)
-        self._ends = np.cumsum([len(each) for each in self.datasets], dtype=np.int64).tolist()
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the number of the data set that sample `index` is in, and its index there."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        place = bisect.bisect_right(self._ends, index)
-        return place, index - (self._ends[place - 1] if place else 0)
+        place = bisect.bisect_right(self.cumulative_sizes, index)
+        return place, index - (self.cumulative_sizes[place - 1] if place else 0)
 
     def __getitem__(self, key: SampleKey | int) -> Any:
         return self.__getitems__([key])[0]
@@ -225,8 +222,7 @@ class JoinedDataset(Dataset):
             by_dataset.setdefault(place, []).append((row, key.index, key._replace(index=local)))
         samples: list[Any] = [None] * len(keys)
         for place, entries in by_dataset.items():
-            dataset, keys = self.datasets[place], [key for _, _, key in entries]
-            read = dataset.__getitems__(keys) if isinstance(dataset, WordSet) else [dataset[key] for key in keys]
+            read = self.datasets[place].__getitems__([key for _, _, key in entries])
             for (row, index, _), sample in zip(entries, read, strict=True):
                 sample.index = index
                 samples[row] = sample

@@ -36,9 +36,9 @@ from evaluation.lexicon import Lexicon, StoredLexicons, read_lexicon
 from evaluation.report import Report
 from inference.segmenter import Segmenter
 from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
-from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
+from loading.batches import LabelRule, LanguageCollate, WordCollate, collate_segmentation
 from loading.charset import PROTOCOLS, protocol_normalizer
-from loading.sampling import MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
+from loading.sampling import MixtureBatchSampler, ResumableBatchSampler
 from loading.transforms import ResizeWord
 from loading.word_index import default_cache_dir
 from loading.workers import make_loader
@@ -94,14 +94,14 @@ def build_label_rule(config: Config, *, case_sensitive: bool) -> LabelRule:
 
 
 def _open_words(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
-    data, size, training = config.dataset, image_size(config), split == TRAIN
+    data, training = config.dataset, split == TRAIN
     labels = build_label_rule(config, case_sensitive=data.case_sensitive if training else data.eval_case_sensitive)
     if training and not data.case_sensitive and any(map(str.isupper, labels.charset.characters)):
         logger.warning(
             "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
             data.charset_path,
         )
-    resize = ResizeWord(size=size, fit=data.fit, random_aspect=training and data.multiscales)
+    resize = ResizeWord(size=image_size(config), fit=data.fit, random_aspect=training and data.multiscales)
     datasets = open_word_datasets(
         roots,
         labels=labels,
@@ -115,7 +115,7 @@ def _open_words(config: Config, roots: list[str], *, split: str, device: torch.d
         difficulty=data.train.difficulty if training else None,
         turn_tall=None if training else data.turn_tall,
     )
-    return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
+    return datasets, WordCollate(labels)
 
 
 def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | None:
@@ -169,7 +169,7 @@ def _open_segmentation(config: Config, roots: list[str], *, split: str, device: 
         ignore_level=settings.ignore_level,
         seed=config.run.seed,
     )
-    return datasets, SegmentationCollate(size=tuple(settings.crop_size))
+    return datasets, collate_segmentation
 
 
 def _loading(config: Config) -> dict:
@@ -203,12 +203,12 @@ def build_evaluator(
         raise UserError(f"dataset.{split}.roots is empty; name the LMDBs to test on, or give --test_root")
     open_sets = {"language": _open_language, "ssn": _open_segmentation}.get(config.model.kind, _open_words)
     datasets, collate = open_sets(config, settings.roots, split=split, device=device)
-    shard = {"rank": process.rank, "world_size": process.world_size}
     common = {"filtered": {dataset.name: dataset.filtered for dataset in datasets}, "device": device}
     is_ssn = config.model.kind == "ssn"
     loaders = {}
     for dataset in datasets:
-        options = {"sampler": ShardedSampler(len(dataset), **shard), "batch_size": settings.batch_size}
+        first, end = (rank * len(dataset) // process.world_size for rank in (process.rank, process.rank + 1))
+        options = {"sampler": range(first, end), "batch_size": settings.batch_size}  # this process's share
         loaders[dataset.name] = make_loader(dataset, list if is_ssn else collate, **options, **_loading(config))
     if is_ssn:
         areas, ignore_index = config.model.ssn.areas, config.dataset.segmentation.ignore_index

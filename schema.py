@@ -42,12 +42,6 @@ def _known_stride(value: Any) -> Any:
     raise ValueError("must be 1, 2 or [rows, columns] of these")
 
 
-def _known_augmentation(value: Any) -> Any:
-    if isinstance(value, bool) or value == "rand":
-        return value
-    raise ValueError("must be true, false or rand")
-
-
 def _known_interval(value: Any) -> Any:
     if value == "epoch" or (type(value) is int and value >= 1):
         return value
@@ -70,7 +64,6 @@ Pair, Three, Four, Five = (Field(min_length=count, max_length=count) for count i
 Share = Annotated[list[Weight], Pair, BeforeValidator(_as_pair)]
 Stride = Annotated[int | list[int], BeforeValidator(_known_stride)]
 Interval = Annotated[int | Literal["epoch"], BeforeValidator(_known_interval)]
-Augmentation = Annotated[bool | Literal["rand"], BeforeValidator(_known_augmentation)]
 FolderName = Annotated[str, BeforeValidator(_folder_name)]
 
 
@@ -170,7 +163,7 @@ class DatasetConfig(Section):
     image_width: PositiveInt = key(128, "Width of the network's input, pixels.")
     case_sensitive: bool = key(False, "Keep the case of labels in training (needs a charset with upper case).")
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
-    data_aug: Augmentation = key(
+    data_aug: Literal[True, False, "rand"] = key(
         True, "Augmentation of training samples: true, the published one; rand, RandAugment as in PARSeq; false, none."
     )
     multiscales: bool = key(

@@ -98,7 +98,7 @@ def load_settings(
         place = f"override {override}".replace("\n", r"\n")
         try:
             if not equals:
-                raise UserError(f"{place}: not of the form key=value, such as {_example(schema)}")
+                raise UserError(f"{place}: not of the form key=value")
             data = _with(data, dotted.strip().split("."), parse_yaml(text, place))
             places[dotted.strip()] = place
         except UserError as error:
@@ -162,12 +162,6 @@ def nearest(name: str, known: Sequence[str]) -> str:
         return fuzz.ratio(other, name) + fuzz.ratio(other.rpartition(".")[2], name.rpartition(".")[2])
 
     return max(known, key=likeness)
-
-
-def _example(schema: type[Section]) -> str:
-    """Return an override of the first number of a schema."""
-    dotted, field = next(each for each in walk_schema(schema) if type(each[1].default) is int)
-    return f"{dotted}={field.default}"
 
 
 def _with(data: Any, names: Sequence[str], value: Any) -> Any:

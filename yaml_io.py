@@ -15,13 +15,6 @@ MAX_BYTES = 256 << 10  # of a file: PyYAML takes seconds for a megabyte
 class Loader(yaml.SafeLoader):
     """Loads plain data only; the one tag besides YAML's own is `!!python/tuple`, which gives a list."""
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, KeyError, IndexError, AttributeError) as error:
-            # PyYAML's constructors raise whatever Python does for a malformed scalar (`!!int x`, a 13th month).
-            raise ConstructorError(None, None, f"not a value of its type: {node.value!r}", node.start_mark) from error
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key_node, _ in node.value:
@@ -81,7 +74,8 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = source if mark is None or source.startswith("override ") else f"{source}:{mark.line + 1}"
         raise UserError(f"{place}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, TypeError, ValueError) as error:  # no text at all, or a collection unlike its tag
+    except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # No text at all, or whatever Python raises for a malformed value (`!!int x`, a 13th month).
         raise UserError(f"{source}:1: not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise UserError(f"{source}:1: nested too deeply") from error

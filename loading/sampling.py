@@ -224,17 +224,3 @@ class MixtureBatchSampler(ResumableBatchSampler):
             chosen = passes == number
             indices[chosen] = self._orders[place][1][places[chosen]]
         return np.stack([passes, indices + self._starts[place]], axis=1)
-
-
-class ShardedSampler(Sampler[SampleKey]):
-    """Gives each sample once, in order, over all processes: this one's contiguous share, equal to within a sample."""
-
-    def __init__(self, length: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self.first = rank * length // world_size
-        self.end = (rank + 1) * length // world_size
-
-    def __len__(self) -> int:
-        return self.end - self.first
-
-    def __iter__(self) -> Iterator[SampleKey]:
-        return (SampleKey(0, index) for index in range(self.first, self.end))

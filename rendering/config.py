@@ -146,16 +146,6 @@ class RenderConfig(Section):
                 raise ValueError(f"must name known effects; nearest to {name}: {nearest(name, list(CHANCES))}")
         return chances
 
-    def with_difficulty(self, difficulty: float) -> "RenderConfig":
-        """Return the same settings at another difficulty.
-
-        Raises:
-            ValueError: it is not between 0 and 1.
-        """
-        if not 0 <= difficulty <= 1:
-            raise ValueError(f"difficulty={difficulty}: must be from 0 to 1")
-        return self.model_copy(update={"difficulty": float(difficulty)})
-
     def chance(self, name: str) -> float:
         """Return the probability of an effect of `CHANCES` at this difficulty."""
         section, probability, growth = CHANCES[name]

@@ -78,23 +78,16 @@ class WordRenderer:
 
         Raises:
             UserError: no font can draw `text`, or there is no such kind of background.
-            ValueError: `difficulty` is not between 0 and 1.
         """
-        config = self.config if difficulty is None else self.config.with_difficulty(difficulty)
+        config = self.config if difficulty is None else self.config.model_copy(update={"difficulty": difficulty})
         word = _Word(self, config, seed, index)
         kind = background or self.backgrounds.sample_kind(word.stream(Stream.BACKGROUND_KIND))
         return word.finish(word.draw(text), kind)
 
     def render_on_backgrounds(
-        self, seed: int, index: int, kinds: Sequence[str] | None = None, *, text: str | None = None
+        self, seed: int, index: int, kinds: Sequence[str], *, text: str | None = None
     ) -> dict[str, RenderedWord]:
-        """Render the same letters in the same place on each kind of background.
-
-        Args:
-            kinds: kinds to use; None: all, `photo` only where there are photographs.
-        """
-        if kinds is None:
-            kinds = [kind for kind in BACKGROUND_KINDS if kind != "photo" or self.config.photos]
+        """Render the same letters in the same place on each of some kinds of background."""
         word = _Word(self, self.config, seed, index)
         drawing = word.draw(text)
         return {kind: word.finish(drawing, kind) for kind in kinds}

@@ -24,15 +24,6 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".ttf", ".otf", ".ttc")
-SYSTEM_FOLDERS = (
-    "/usr/share/fonts",
-    "/usr/local/share/fonts",
-    "~/.fonts",
-    "~/.local/share/fonts",
-    "/Library/Fonts",
-    "/System/Library/Fonts",
-    "C:/Windows/Fonts",
-)
 ENTRY_POINTS = "fontpkg.family"  # each names a package with FAMILY and ROOT, its fonts in ROOT / "files"
 _NO_CHARACTER = "\uffff"  # a code point that is no character: every font draws its sign for a missing one
 _PROBE_SIZE = 32  # pixels; for looking at glyphs, not for words
@@ -89,10 +80,6 @@ def find_families(config: FontsConfig) -> list[FontFamily]:
         _add_folder(found, Path(folder))
     if not config.folders:
         _add_packages(found)
-        if not found:
-            logger.warning("no fontpkg-* package is installed; using the system's fonts")
-            for folder in SYSTEM_FOLDERS:
-                _add_folder(found, Path(folder).expanduser())
     excluded = {name.casefold() for name in config.exclude}
     families = [
         FontFamily(name, tuple(sorted(files)))

@@ -6,7 +6,6 @@ import torch
 from builders import build_model, build_optimizer, build_schedule, build_segmenter
 from bundle import load_bundle
 from config import Config
-from modules.ssn import SSN
 from tests import small_networks
 from utils import UserError
 
@@ -20,7 +19,7 @@ def ssn_config(**changes) -> Config:
 @pytest.fixture
 def ssn():
     torch.manual_seed(0)
-    return SSN(**TINY)
+    return small_networks.make_ssn(**TINY)
 
 
 @pytest.fixture

@@ -356,12 +356,12 @@ def test_override_cannot_run_code(write):
         (
             "model: {name: vision, vision: {freeze: true}}",
             "model.vision.freeze",
-            "no part that is not frozen has a loss",
+            "no part that is trained has a loss",
         ),
         (
             "model: {vision: {freeze: true}, language: {freeze: true}, alignment: {loss_weight: 0}}",
             "model.vision.freeze",
-            "no part that is not frozen has a loss",
+            "no part that is trained has a loss",
         ),
         ("dataset: {segmentation: {scale_range: [2, 1]}}", "dataset.segmentation.scale_range", "larger"),
         ("dataset: {train: {roots: [a]}}", "dataset.masks.root", "tools/create_masks.py"),

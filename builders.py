@@ -245,12 +245,7 @@ def build_schedule(config: Config, *, batches_per_epoch: int, iterations: int) -
     else:
         total, epochs = sum(scheduler.periods), config.training.epochs
         if config.training.iterations is None and total != epochs and distributed.is_main():
-            logger.warning(
-                "optimizer.scheduler.periods add up to %d epochs, training.epochs is %d: %s",
-                total,
-                epochs,
-                "the last period goes on to the end" if total < epochs else "the run ends before the last period does",
-            )
+            logger.warning("optimizer.scheduler.periods add up to %d epochs, training.epochs is %d", total, epochs)
         ends = [sum(scheduler.periods[: i + 1]) * batches_per_epoch for i in range(len(scheduler.periods) - 1)]
         schedule = step_schedule(ends, scheduler.gamma)
     return with_warmup(schedule, scheduler.warmup_iters)

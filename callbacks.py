@@ -286,38 +286,22 @@ class Checkpoints(Callback):
         trainer.provenance.write(self.folder / "provenance.json")
 
 
-class NotFiniteBatches(Callback):
-    """Saves the batch of a skipped step for study, as `not-finite-<iteration>-rank<r>.pth`; the last `keep` stay."""
-
-    def __init__(self, *, folder: Path, keep: int = 3):
-        self.folder = folder
-        self.keep = keep
-        self._saved: list[Path] = []
-
-    def on_step_skipped(self, trainer: Trainer, batch: Any, iteration: int) -> None:
-        path = self.folder / f"not-finite-{iteration}-rank{trainer.process.rank}.pth"
-        save_atomically({"batch": batch.state_dict(), "iteration": iteration}, path)
-        self._saved.append(path)
-        if len(self._saved) > self.keep:
-            self._saved.pop(0).unlink(missing_ok=True)
-
-
 class UnreadableSamples(Callback):
     """Counts the samples that could not be read, which their batches leave out, and names each of them once.
 
     Args:
         dataset: the one that the batches come from; `describe(index)` names a sample.
-        max_named: samples that are named; the others are only counted.
     """
 
-    def __init__(self, *, dataset: Any, max_named: int = 100):
+    MAX_NAMED = 100  # the others are only counted
+
+    def __init__(self, *, dataset: Any):
         self.dataset = dataset
-        self.max_named = max_named
         self._reasons: dict[int, str] = {}  # by index
 
     def on_batch_loaded(self, trainer: Trainer, batch: Any) -> None:
         for index, reason in batch.skipped.items():
-            if index not in self._reasons and len(self._reasons) < self.max_named:
+            if index not in self._reasons and len(self._reasons) < self.MAX_NAMED:
                 logger.warning("%s cannot be read (%s) and is skipped", self.dataset.describe(index), reason)
             self._reasons[index] = reason
 

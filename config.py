@@ -60,7 +60,22 @@ class Config(Section):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (dotted key, what is wrong) for keys that do not fit together, in the parts that the network has."""
-        return _cross_key_problems(self)
+        model, vision, language = self.model, self.model.vision, self.model.language
+        if model.kind in ("vision", "recogniser"):
+            yield from _vision_problems(self)
+        if model.kind in ("language", "recogniser") and language.d_model % language.nhead:
+            yield "model.language.nhead", f"{language.nhead} does not divide model.language.d_model {language.d_model}"
+        if model.kind == "recogniser":
+            for name, d_model in (("language", language.d_model), ("alignment", model.alignment.d_model)):
+                if d_model != vision.d_model:
+                    yield f"model.{name}.d_model", f"{d_model} must equal model.vision.d_model {vision.d_model}"
+        smallest, largest = self.dataset.segmentation.scale_range
+        if smallest > largest:
+            yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
+        if self.dataset.multiscales and self.dataset.align_left:
+            yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
+        if self.run.phase == "train":
+            yield from _training_problems(self)
 
     @property
     def work_folder(self) -> Path:
@@ -139,26 +154,6 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 # --- checks across keys -----------------------------------------------------------------------------------------------
-
-
-def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, what is wrong) for keys that do not fit together, in the parts that the network has."""
-    model, vision, language = config.model, config.model.vision, config.model.language
-    if model.kind in ("vision", "recogniser"):
-        yield from _vision_problems(config)
-    if model.kind in ("language", "recogniser") and language.d_model % language.nhead:
-        yield "model.language.nhead", f"{language.nhead} does not divide model.language.d_model {language.d_model}"
-    if model.kind == "recogniser":
-        for name, d_model in (("language", language.d_model), ("alignment", model.alignment.d_model)):
-            if d_model != vision.d_model:
-                yield f"model.{name}.d_model", f"{d_model} must equal model.vision.d_model {vision.d_model}"
-    smallest, largest = config.dataset.segmentation.scale_range
-    if smallest > largest:
-        yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
-    if config.dataset.multiscales and config.dataset.align_left:
-        yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
-    if config.run.phase == "train":
-        yield from _training_problems(config)
 
 
 def _training_problems(config: Config) -> Iterator[tuple[str, str]]:

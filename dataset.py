@@ -371,7 +371,7 @@ class SegmentationDataset(SampleSet):
 
     def __getitem__(self, key: SampleKey | int) -> SegmentationSample | Skipped:
         key = as_key(key)
-        stored, stored_mask = self.source.image(key.index), self.source.mask(key.index)
+        stored, stored_mask = self.source.read(key.index)
         if stored is None or stored_mask is None:
             return Skipped(key.index, MISSING if stored is None else "mask_missing")
         try:

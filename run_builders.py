@@ -23,7 +23,7 @@ from builders import (
     image_size,
     with_checkpoint,
 )
-from callbacks import Callback, Checkpoints, Evaluation, MetricLog, NotFiniteBatches, UnreadableSamples
+from callbacks import Callback, Checkpoints, Evaluation, MetricLog, UnreadableSamples
 from config import Config
 from dataset import JoinedDataset, LanguageDataset, WordDataset, open_segmentation_datasets, open_word_datasets
 from engine import distributed
@@ -173,12 +173,7 @@ def _open_segmentation(config: Config, roots: list[str], *, split: str, device: 
 
 
 def _loading(config: Config) -> dict:
-    data = config.dataset
-    return {
-        "num_workers": data.num_workers,
-        "multiprocessing_context": data.multiprocessing_context,
-        "pin_memory": data.pin_memory,
-    }
+    return config.dataset.model_dump(include={"num_workers", "multiprocessing_context", "pin_memory"})
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -326,7 +321,7 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
     def interval(iterations: int | str) -> int:
         return len(data.batch_sampler) if iterations == "epoch" else iterations
 
-    callbacks = [metric_log, NotFiniteBatches(folder=folder), UnreadableSamples(dataset=data.dataset)]
+    callbacks = [metric_log, UnreadableSamples(dataset=data.dataset)]
     split = VALID if config.dataset.valid.roots else TEST
     if split == TEST and config.dataset.test.roots and process.is_main:
         logger.warning(

@@ -184,21 +184,15 @@ class _Sum(torch.autograd.Function):
         return counted(gradient)
 
 
-def batch_mean(total: Tensor, count: Tensor, whole: Tensor | None = None) -> Tensor:
-    """Return the mean over the global batch, 0 if it is empty, from this process's sum `total` and number `count`.
+def batch_mean(total: Tensor, count: Tensor) -> Tensor:
+    """Return the mean over the global batch, 0 if it is empty, from this process's sum and the whole batch's number.
 
     With several processes the result is scaled so that its average over them is the mean over the global batch, because
     data parallelism averages gradients: the number of processes changes neither loss nor gradient.
-
-    Args:
-        whole: number in the whole global batch, if this is an accumulated part of it; None: `count` is summed over the
-            processes here.
     """
-    if whole is None:
-        whole = counted(count)
     if is_distributed():
         total = total * dist.get_world_size()
-    return total / whole.clamp(min=1)
+    return total / count.clamp(min=1)
 
 
 def counted(count: Tensor) -> Tensor:

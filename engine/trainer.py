@@ -399,8 +399,8 @@ class Trainer:
         self.call("on_step_skipped", batch, iteration)
         if is_last:
             raise UserError(
-                f"{in_a_row} steps in a row were not finite ({what}; words {words[:8]}...); the batch is saved in the "
-                "run's folder. Lower optimizer.lr, or use training.precision=fp32"
+                f"{in_a_row} steps in a row were not finite ({what}; words {words[:8]}...); "
+                "lower optimizer.lr, or use training.precision=fp32"
             )
 
     # --- state -------------------------------------------------------------------------------------------------------

@@ -247,38 +247,30 @@ class AugmentWord:
 class RandAugmentWord:
     """Applies RandAugment as PARSeq uses it (Bautista and Atienza, 2022), then resizes.
 
-    `layers` times, one of the fifteen operations is sampled, and applied half of the time, at `magnitude` (sampled with
+    Three times, one of the fifteen operations is sampled, and applied half of the time, at a magnitude of 5 (sampled with
     a deviation of 0.5), in either direction where it has two. Rotations and shears enlarge the canvas, so that letters
     are not cut off; borders are replicated.
 
     Args:
         resize: brings the result to the network's size; a larger image is first brought to four times its area.
-        layers: operations that are sampled.
-        magnitude: of 10.
         probability: of each sampled operation.
     """
 
-    def __init__(
-        self,
-        resize: ResizeWord | None = None,
-        *,
-        layers: int = 3,
-        magnitude: float = 5.0,
-        probability: float = 0.5,
-    ) -> None:
+    LAYERS = 3
+    MAGNITUDE = 5.0  # of 10
+
+    def __init__(self, resize: ResizeWord | None = None, *, probability: float = 0.5) -> None:
         self.resize = resize or ResizeWord()
         self.size = self.resize.size
-        self.layers = layers
-        self.magnitude = magnitude
         self.probability = probability
 
     def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator) -> tuple[ImageArray, Mask | None]:
         size = self._bounded(image.shape[:2])
         image, mask = resize(image, size), None if mask is None else resize(mask, size)
         pixels, matrices = list(PIXEL_OPERATIONS.values()), list(MATRIX_OPERATIONS.values())
-        for _ in range(self.layers):
+        for _ in range(self.LAYERS):
             number = int(rng.integers(len(pixels) + len(matrices)))
-            level = min(max(rng.normal(self.magnitude, 0.5), 0.0), 10.0) / 10
+            level = min(max(rng.normal(self.MAGNITUDE, 0.5), 0.0), 10.0) / 10
             applied, side = rng.random(2) < (self.probability, 0.5)
             if not applied:
                 continue

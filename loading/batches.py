@@ -162,10 +162,6 @@ class _Batch:
             result.append(dataclasses.replace(self, **rows, skipped=self.skipped if start == 0 else {}))
         return result
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fields, for a file."""
-        return dict(vars(self))
-
 
 @dataclass(kw_only=True)
 class _TextBatch(_Batch):

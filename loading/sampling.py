@@ -63,19 +63,18 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
     """Endless batches of sample keys, epoch after epoch, starting where `set_position` says.
 
     The global batches and their order depend on (seed, epoch, length, batch_size) only; every process takes its
-    contiguous part of each of them, so that the number of processes changes nothing.
+    contiguous part of each of them, so that the number of processes changes nothing. The last, smaller batch of an
+    epoch is left out, unless it is the only one.
 
     Args:
         length: samples of the data set.
         batch_size: samples of a global batch, over all processes.
         seed: of the order.
-        shuffle: sample a new order for every epoch; else samples come in their own.
-        drop_last: leave out the last, smaller batch of an epoch. An epoch with less than a batch keeps that one.
         rank, world_size: which part of each batch is this process's.
         run_batches: global batches of the run, for the keys' `progress`; None leaves that at 0.
 
     Raises:
-        UserError: the data set is empty, or a global batch cannot be shared evenly.
+        UserError: a global batch cannot be shared evenly.
     """
 
     def __init__(
@@ -84,14 +83,10 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         batch_size: int,
         *,
         seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
         run_batches: int | None = None,
     ) -> None:
-        if length < 1:
-            raise UserError("the training data has no samples; check dataset.train.roots and the filter's counts")
         if batch_size % world_size:
             raise UserError(
                 f"dataset.train.batch_size is {batch_size}, which {world_size} processes cannot share evenly; "
@@ -100,8 +95,6 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         self.length = length
         self.batch_size = batch_size
         self.seed = seed
-        self.shuffle = shuffle
-        self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
         self.run_batches = run_batches
@@ -115,15 +108,14 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        whole, rest = divmod(self.length, self.batch_size)
-        return max(whole, 1) if self.drop_last or not rest else whole + 1
+        return max(self.length // self.batch_size, 1)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, batch = self.epoch, self.batch
         while True:
             for samples in self._batches(epoch, batch):
                 progress = float(self._progress(epoch * len(self) + batch))
-                # This process's part; parts of a smaller last batch differ by one sample at most.
+                # This process's part; parts of a smaller batch differ by one sample at most.
                 part = np.array_split(samples, self.world_size)[self.rank]
                 yield [SampleKey(passed, index, progress) for passed, index in part.tolist()]
                 batch += 1
@@ -143,8 +135,7 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
     def _order(self, length: int, *numbers: int) -> np.ndarray:
         """Return indices (length,) in the order that the seed and some numbers decide."""
         order = np.arange(length, dtype=np.int32 if length < 1 << 31 else np.int64)
-        if self.shuffle:
-            np.random.Generator(np.random.PCG64([self.seed, *numbers])).shuffle(order)
+        np.random.Generator(np.random.PCG64([self.seed, *numbers])).shuffle(order)
         return order
 
 

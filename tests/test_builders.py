@@ -55,8 +55,8 @@ def test_a_checkpoint_whose_config_has_a_key_that_has_gone_is_of_use(beside_a_re
     state["config"]["training"]["departed"] = 1
     torch.save(state, path)
     assert load_bundle(path).config.model.kind == "vision"
-    assert "model.ssn.gone is no key" in caplog.text
-    assert "training.departed is no key" in caplog.text
+    assert "model.ssn.gone: nothing reads this key" in caplog.text
+    assert "training.departed: nothing reads this key" in caplog.text
 
 
 @pytest.mark.parametrize(

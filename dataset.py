@@ -26,7 +26,7 @@ from loading.lmdb_io import LmdbReader, image_key, label_key
 from loading.masks import LmdbMasks, MakeMasks, find_mask_lmdb
 from loading.pairs import PairFolder, PairLmdb, find_pairs
 from loading.roots import distinct_names, find_word_sets
-from loading.sampling import SampleGenerators, SampleKey, as_key
+from loading.sampling import PlacedGenerator, SampleKey, as_key
 from loading.transforms import WordTransform, views
 from loading.word_index import MISSING, open_word_index
 from utils import RENDER_SCHEME
@@ -57,7 +57,11 @@ class SampleSet(Dataset):
 
     def __post_init__(self) -> None:
         self.filtered: dict[str, int] = {}  # reason -> samples that the filter left out
-        self._generators = SampleGenerators(self.seed, self.stream)
+        self._generator = PlacedGenerator()
+
+    def random(self, key: SampleKey) -> np.random.Generator:
+        """Return the generator of one sample, a function of (seed, stream, epoch, index); valid until the next call."""
+        return self._generator.at((self.seed, 0), (self.stream, key.index, key.epoch))
 
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Any]:
         """Return the samples of a batch."""
@@ -103,7 +107,7 @@ class WordSet(SampleSet):
         if isinstance(word, str):
             return Skipped(key.index, word)
         image, mask, text = word
-        rng = self._generators.at(key)
+        rng = self.random(key)
         seen = views(image, mask, turn_tall=self.turn_tall)
         first, *turned = [self.transform(view.image, view.mask, rng) for view in seen]
         return WordSample(*first, text, key.index, turned)
@@ -319,7 +323,7 @@ class LanguageDataset(SampleSet):
 
     def __getitem__(self, key: SampleKey | int) -> LanguageSample:
         key = as_key(key)
-        rng = self._generators.at(key)
+        rng = self.random(key)
         text, target = self._pairs[self._rows[key.index]]
         if self.use_sm:
             text = mutate_spelling(text, self.labels.charset.characters, rng, max_length=self.labels.max_length)
@@ -382,7 +386,7 @@ class SegmentationDataset(SampleSet):
             return Skipped(key.index, "mask_size")
         labels = self._classes[mask]
         if self.transform is not None:
-            image, labels = self.transform(image, labels, self._generators.at(key))
+            image, labels = self.transform(image, labels, self.random(key))
         return SegmentationSample(image, labels, self.source.name(key.index), key.index)
 
     def describe(self, index: int) -> str:

@@ -247,9 +247,9 @@ class AugmentWord:
 class RandAugmentWord:
     """Applies RandAugment as PARSeq uses it (Bautista and Atienza, 2022), then resizes.
 
-    Three times, one of the fifteen operations is sampled, and applied half of the time, at a magnitude of 5 (sampled with
-    a deviation of 0.5), in either direction where it has two. Rotations and shears enlarge the canvas, so that letters
-    are not cut off; borders are replicated.
+    Three times, one of the fifteen operations is sampled, and applied half of the time, at a magnitude of 5 (sampled
+    with a deviation of 0.5), in either direction where it has two. Rotations and shears enlarge the canvas, so that
+    letters are not cut off; borders are replicated.
 
     Args:
         resize: brings the result to the network's size; a larger image is first brought to four times its area.

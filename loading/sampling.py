@@ -41,24 +41,6 @@ class PlacedGenerator:
         return self._generator
 
 
-class SampleGenerators:
-    """Gives the random generator of each sample: a function of (seed, stream, epoch, index) alone.
-
-    Args:
-        seed: of the run, not negative.
-        stream: tells data sets with equal indices apart.
-    """
-
-    def __init__(self, seed: int, stream: int = 0) -> None:
-        self.seed = seed
-        self.stream = stream
-        self._generator = PlacedGenerator()
-
-    def at(self, key: SampleKey) -> np.random.Generator:
-        """Return the generator of one sample, valid until the next call."""
-        return self._generator.at((self.seed, 0), (self.stream, key.index, key.epoch))
-
-
 class ResumableBatchSampler(Sampler[list[SampleKey]]):
     """Endless batches of sample keys, epoch after epoch, starting where `set_position` says.
 

@@ -18,6 +18,7 @@ from dataset import (
     JoinedDataset,
     LanguageDataset,
     RenderedDataset,
+    SampleSet,
     SegmentationDataset,
     WordDataset,
     open_segmentation_datasets,
@@ -31,7 +32,7 @@ from loading.charset import Charset
 from loading.lmdb_io import LmdbReader, LmdbWriter
 from loading.masks import LmdbMasks, find_mask_lmdb
 from loading.pairs import PairFolder
-from loading.sampling import ResumableBatchSampler, SampleGenerators, SampleKey
+from loading.sampling import ResumableBatchSampler, SampleKey
 from loading.transforms import ResizeWord
 from loading.workers import make_loader
 from utils import UserError
@@ -501,14 +502,14 @@ class TestSamplers:
         draws = {}
         for seed in (0, 1):
             for stream in (0, 1):
-                generators = SampleGenerators(seed, stream)
+                samples = SampleSet(seed=seed, stream=stream)
                 for epoch in (0, 1):
                     for index in (0, 1, 2**40):
-                        draws[seed, stream, epoch, index] = tuple(generators.at(SampleKey(epoch, index)).random(4))
+                        draws[seed, stream, epoch, index] = tuple(samples.random(SampleKey(epoch, index)).random(4))
         assert len(set(draws.values())) == len(draws)
-        generators = pickle.loads(pickle.dumps(SampleGenerators(1, 1)))
-        generators.at(SampleKey(0, 5)).integers(7, size=3)  # leaves half-used numbers behind
-        assert tuple(generators.at(SampleKey(1, 2**40)).random(4)) == draws[1, 1, 1, 2**40]
+        samples = pickle.loads(pickle.dumps(SampleSet(seed=1, stream=1)))
+        samples.random(SampleKey(0, 5)).integers(7, size=3)  # leaves half-used numbers behind
+        assert tuple(samples.random(SampleKey(1, 2**40)).random(4)) == draws[1, 1, 1, 2**40]
 
     @pytest.mark.parametrize("world_size", [1, 2, 4])
     def test_processes_share_the_same_global_batches(self, world_size):
@@ -581,10 +582,10 @@ class TestLanguage:
         assert batch.probabilities.max(-1).values[:, 0].unique().numel() == 20
 
     def test_mutations_have_the_published_shares(self):
-        generators = SampleGenerators(0)
+        samples = SampleSet(seed=0)
         text, count = "recognition", 4000
         results = [
-            mutate_spelling(text, ALPHANUMERIC, generators.at(SampleKey(0, i)), max_length=25) for i in range(count)
+            mutate_spelling(text, ALPHANUMERIC, samples.random(SampleKey(0, i)), max_length=25) for i in range(count)
         ]
         assert np.mean([each == text for each in results]) == pytest.approx(0.7, abs=0.03)
         longer = np.mean([len(each) > len(text) for each in results])
@@ -594,18 +595,18 @@ class TestLanguage:
 
     @pytest.mark.parametrize(("text", "most"), [("a", 1), ("abcd", 1), ("abcde", 2), ("abcdefgh", 3)])
     def test_mutations_are_few_and_never_empty(self, text, most):
-        generators = SampleGenerators(1)
+        samples = SampleSet(seed=1)
         for index in range(1500):
-            mutated = mutate_spelling(text, "#", generators.at(SampleKey(0, index)), max_length=len(text))
+            mutated = mutate_spelling(text, "#", samples.random(SampleKey(0, index)), max_length=len(text))
             assert 1 <= len(mutated) <= len(text)
             assert mutated.count("#") <= most
             assert len(mutated.replace("#", "")) >= len(text) - 2 * most
 
     def test_numbers_are_not_mutated(self):
-        generators = SampleGenerators(2)
+        samples = SampleSet(seed=2)
         for index in range(200):
             key = SampleKey(0, index)
-            assert mutate_spelling("1234a", ALPHANUMERIC, generators.at(key), max_length=25) == "1234a"
+            assert mutate_spelling("1234a", ALPHANUMERIC, samples.random(key), max_length=25) == "1234a"
 
     def test_wrong_files_are_named(self, tmp_path):
         (tmp_path / "bad.csv").write_text("a,b\n1,2\n")

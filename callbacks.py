@@ -115,10 +115,17 @@ class MetricLog(Callback, Observer):
     def _write(self, trainer: Trainer, step: Step) -> None:
         seconds = max(self._seconds, 1e-9)
         rate = self._samples / seconds
+        self._read()
+        finite = [row for row in self._rows if all(map(math.isfinite, row))] or [[math.nan] * len(self._names)]
+        self._rows = []
+        means = {
+            name: math.fsum(each) / len(finite)
+            for name, each in zip(self._names, zip(*finite, strict=True), strict=True)
+        }
         record = Record(
             iteration=trainer.iteration,
             epoch=trainer.epoch,
-            losses=self._take_means(),
+            losses=means,
             learning_rate=step.learning_rate,
             gradient_norm=float(step.gradient_norm),
             samples_per_second=rate,
@@ -128,13 +135,6 @@ class MetricLog(Callback, Observer):
         self._samples, self._seconds, self._waited = 0, 0.0, 0.0
         for writer in self.writers:
             writer.write(record)
-
-    def _take_means(self) -> dict[str, float]:
-        """Return the mean of each term, NaN if no step counts, and start anew."""
-        self._read()
-        finite = [row for row in self._rows if all(map(math.isfinite, row))] or [[math.nan] * len(self._names)]
-        self._rows = []
-        return {name: math.fsum(row[place] for row in finite) / len(finite) for place, name in enumerate(self._names)}
 
     def _read(self) -> None:
         if self._unread:

@@ -269,7 +269,7 @@ def open_word_datasets(
     for stream, found in enumerate(find_word_sets(roots)):
         common = {"labels": labels, "transform": transform, "turn_tall": turn_tall, "segmenter": segmenter}
         common |= {"name": found.name, "root": found.root, "seed": seed, "stream": stream}
-        if found.is_rendered:
+        if isinstance(found.path, str):  # render://
             from rendering.endless import RenderedWords  # the renderer is only needed for such roots
 
             path = found.path.removeprefix(RENDER_SCHEME)

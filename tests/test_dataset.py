@@ -275,7 +275,7 @@ class TestBrokenSamples:
 
     def test_key_that_went_missing_later(self, words):
         data = open_set(words)
-        data.reader.close()
+        data.reader = LmdbReader(words)
         edit(words, {"label-000000003": None})
         assert data[2] == Skipped(2, "missing")
 

@@ -219,8 +219,7 @@ def ssn_part(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def build_criterion(config: Config) -> nn.Module:
     """Return the loss of the network that `model.name` names: `criterion(output, *batch.targets())` -> named terms."""
     if config.model.kind == "ssn":
-        weights = config.model.ssn.loss_weights.model_dump()
-        return SegmentationCriterion(weights=weights, ignore_index=config.dataset.segmentation.ignore_index)
+        return SegmentationCriterion(weights=config.model.ssn.loss_weights.model_dump())
     vision = config.model.vision
     weights = {
         "vision": vision.loss_weight,

@@ -21,6 +21,7 @@ GONE_KEYS = (
     "dataset.one_hot_y",
     "dataset.cache_index",
     "dataset.masks.cache",
+    "dataset.segmentation.ignore_index",
     "training.stats_iters",
     "training.max_skipped_steps",
     "training.log_images",

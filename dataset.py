@@ -19,7 +19,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from loading.augmentation import CropSegmentation, mutate_spelling
-from loading.batches import LabelRule, LanguageSample, SegmentationSample, Skipped, WordSample
+from loading.batches import IGNORED, LabelRule, LanguageSample, SegmentationSample, Skipped, WordSample
 from loading.decoding import TEXT_THRESHOLD, BrokenImageError, ImageArray, Mask, decode_image, decode_mask
 from loading.language_csv import read_pairs
 from loading.lmdb_io import LmdbReader, image_key, label_key
@@ -347,19 +347,17 @@ class LanguageDataset(SampleSet):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SegmentationDataset(SampleSet):
-    """Images and the classes of their pixels: 0, 1 = text, `ignore_index` where nothing is known.
+    """Images and the classes of their pixels: 0, 1 = text, IGNORED where nothing is known.
 
     Args:
         source: pairs of a folder or of LMDBs.
         transform: makes crops of a fixed size for training; None keeps images as they are.
-        ignore_index: label of pixels that do not count.
         ignore_level: grey level of masks that marks them; None has none.
         name, root, seed, stream: as for SampleSet.
     """
 
     source: PairFolder | PairLmdb = field(kw_only=False)
     transform: CropSegmentation | None = None
-    ignore_index: int = 255
     ignore_level: int | None = None
 
     def __post_init__(self) -> None:
@@ -368,7 +366,7 @@ class SegmentationDataset(SampleSet):
         self.filtered = self.source.filtered
         self._classes = (np.arange(256) >= TEXT_THRESHOLD).astype(np.uint8)  # by grey level
         if self.ignore_level is not None:
-            self._classes[self.ignore_level] = self.ignore_index
+            self._classes[self.ignore_level] = IGNORED
 
     def __len__(self) -> int:
         return len(self.source)
@@ -399,12 +397,11 @@ def open_segmentation_datasets(
     *,
     mask_root: str | Path | None = None,
     transform: CropSegmentation | None = None,
-    ignore_index: int = 255,
     ignore_level: int | None = None,
     seed: int = 0,
 ) -> list[SegmentationDataset]:
     """Open every set of some roots: `roots` and `mask_root` as for `find_pairs`, the rest as in SegmentationDataset."""
-    common = {"transform": transform, "ignore_index": ignore_index, "ignore_level": ignore_level, "seed": seed}
+    common = {"transform": transform, "ignore_level": ignore_level, "seed": seed}
     found = find_pairs(roots, mask_root)
     names = distinct_names([source.path for _, source in found])
     return [

@@ -158,14 +158,11 @@ def _open_language(config: Config, roots: list[str], *, split: str, device: torc
 
 def _open_segmentation(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
     settings = config.dataset.segmentation
-    crop = CropSegmentation(
-        size=tuple(settings.crop_size), scale_range=tuple(settings.scale_range), ignore_index=settings.ignore_index
-    )
+    crop = CropSegmentation(size=tuple(settings.crop_size), scale_range=tuple(settings.scale_range))
     datasets = open_segmentation_datasets(
         roots,
         transform=crop if split == TRAIN else None,
         mask_root=config.dataset.masks.root,
-        ignore_index=settings.ignore_index,
         ignore_level=settings.ignore_level,
         seed=config.run.seed,
     )
@@ -206,8 +203,7 @@ def build_evaluator(
         options = {"sampler": range(first, end), "batch_size": settings.batch_size}  # this process's share
         loaders[dataset.name] = make_loader(dataset, list if is_ssn else collate, **options, **_loading(config))
     if is_ssn:
-        areas, ignore_index = config.model.ssn.areas, config.dataset.segmentation.ignore_index
-        return SegmentationEvaluator(loaders=loaders, areas=areas, ignore_index=ignore_index, **common)
+        return SegmentationEvaluator(loaders=loaders, areas=config.model.ssn.areas, **common)
     return WordEvaluator(
         loaders=loaders,
         charset=build_charset(config),

@@ -140,7 +140,6 @@ class SegmentationDataConfig(Section):
 
     crop_size: Annotated[list[PositiveInt], Pair] = key([513, 513], "Height and width of a training crop, pixels.")
     scale_range: Annotated[list[PositiveFloat], Pair] = key([0.5, 2.0], "Factors of random resizing before the crop.")
-    ignore_index: int = key(255, "Label of pixels that no loss and no score counts.", ge=2, le=255)
     ignore_level: int | None = key(
         128, "Grey level of masks that marks pixels to ignore; null: none (soft masks).", ge=1, le=254
     )

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
+from loading.batches import IGNORED
 from loading.decoding import ImageArray, Mask, Size
 from loading.transforms import FROM_OPENCV, MAX_SIDE, TO_OPENCV, ResizeWord, fit_canvas, limit_size, resize, warp_pair
 
@@ -352,7 +353,6 @@ class CropSegmentation:
     Args:
         size: height and width of the crop.
         scale_range: smallest and largest factor; sampled log-uniformly.
-        ignore_index: label of what lies outside the image.
         color: probability of colour jitter.
     """
 
@@ -361,12 +361,10 @@ class CropSegmentation:
         *,
         size: Size = (513, 513),
         scale_range: tuple[float, float] = (0.5, 2.0),
-        ignore_index: int = 255,
         color: float = 0.25,
     ) -> None:
         self.size = tuple(size)
         self.scale_range = tuple(scale_range)
-        self.ignore_index = ignore_index
         self.color = color
 
     def __call__(self, image: ImageArray, labels: np.ndarray, rng: Generator) -> tuple[ImageArray, np.ndarray]:
@@ -380,7 +378,7 @@ class CropSegmentation:
         matrix = (TO_OPENCV @ matrix @ FROM_OPENCV)[:2]
         canvas = (self.size[1], self.size[0])
         image = cv2.warpAffine(image, matrix, canvas, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        outside = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": self.ignore_index}
+        outside = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": IGNORED}
         labels = cv2.warpAffine(labels, matrix, canvas, flags=cv2.INTER_NEAREST, **outside)
         if rng.random() < self.color:
             image = color_jitter(image, rng)

@@ -26,6 +26,8 @@ _LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 EMPTY = "empty"  # nothing of the label is in the charset
 TOO_LONG = "too_long"
 
+IGNORED = 255  # label of pixels that no loss and no score counts
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -230,7 +232,7 @@ class SegmentationBatch(_Batch):
 
     Fields:
         images: (N, 3, H, W) uint8, RGB.
-        labels: (N, H, W) uint8: 0, 1 = text, ignore_index where nothing is known.
+        labels: (N, H, W) uint8: 0, 1 = text, IGNORED where nothing is known.
         names: N names of the samples.
     """
 

@@ -107,12 +107,9 @@ class LettersConfig(Section):
 
 
 class OutputConfig(Section):
-    """How words are stored; masks are always PNG."""
+    """How words are stored; masks are always PNG: the share of each pixel that letters cover, 255 = all."""
 
     image: Literal["jpeg", "png"] = key("jpeg", "Format of the images in the LMDB.")
-    mask: Literal["soft", "binary"] = key(
-        "soft", "soft: the share of each pixel that letters cover, 255 = all; binary: 0 or 255, cut at one half."
-    )
 
 
 class RenderConfig(Section):
@@ -167,4 +164,4 @@ def load_render_config(path: str | Path | None = None, overrides: Sequence[str] 
     Raises:
         UserError: the file cannot be read, or any key or value is unknown or wrong; one line for each.
     """
-    return load_settings(RenderConfig, [] if path is None else [path], overrides, gone=["letters.reuse"])
+    return load_settings(RenderConfig, [] if path is None else [path], overrides, gone=["letters.reuse", "output.mask"])

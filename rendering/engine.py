@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from loading.sampling import PlacedGenerator
@@ -149,6 +148,4 @@ class _Word:
             image, mask = occlude(image, mask, warp.unit, rng)
         rng = self.stream(Stream.DEGRADATION)
         image = degrade(image, mask, warp.unit, config, rng, faint=drawing.style.relief is not None)
-        if config.output.mask == "binary":
-            _, mask = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)
         return RenderedWord(image, mask, drawing.text, drawing.family, kind, warp.rotation, warp.arc)

@@ -446,7 +446,7 @@ def segmentation(rng: Rng, folder: Path, material: Path) -> Run:
         if rng.random() < 0.2:
             (root / "images" / "4.png").symlink_to(folder / "nowhere")
             (root / "masks" / "4.png").write_bytes(mask)
-    transform = CropSegmentation(size=(33, 33), scale_range=(0.5, 2.0), ignore_index=255)
+    transform = CropSegmentation(size=(33, 33), scale_range=(0.5, 2.0))
 
     def run() -> str:
         left_out = 0

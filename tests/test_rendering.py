@@ -144,13 +144,6 @@ class TestMasks:
             share = word.mask[..., None] / 255
             assert np.abs(ground * (1 - share) + ink * share - word.image).max() <= 2, word.text
 
-    def test_binary_masks(self, make):
-        renderer, soft = make("output.mask=binary"), make()
-        for index in range(10):
-            binary = renderer.render(0, index).mask
-            assert set(np.unique(binary)) <= {0, 255}
-            assert np.array_equal(binary > 0, soft.render(0, index).mask > 127)
-
     def test_letters_stay_when_the_background_changes(self, renderer):
         words = renderer.render_on_backgrounds(0, 4, [kind for kind in BACKGROUND_KINDS if kind != "photo"])
         assert set(words) == set(BACKGROUND_KINDS) - {"photo"}

@@ -395,8 +395,6 @@ class TestDifficulty:
         assert all(same(renderer.render(3, i, difficulty=0.9), hard.render(3, i)) for i in range(5))
         assert same(renderer.render(3, 0, difficulty=0.5), renderer.render(3, 0))
         assert renderer.config.difficulty == 0.5
-        with pytest.raises(ValueError, match="difficulty"):
-            renderer.render(3, 0, difficulty=1.1)
 
     def test_hard_words_have_less_detail(self, make):
         def sharpness(difficulty):

@@ -189,6 +189,7 @@ def _describe(error: Mapping[str, Any], schema: type[Section]) -> tuple[str, str
     if error["type"] in ("model_type", "model_attributes_type"):
         return dotted, f"must be a section of `key: value` lines, not {reprlib.repr(error['input'])}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("List should", "must")
+    message = message.replace("True, False", "true, false")
     message = re.sub(r", not \d+$", "", message.replace(" after validation", "").replace("'", ""))  # a list's length
     return dotted, f"{message}, not {reprlib.repr(error['input'])}"
 

@@ -39,7 +39,8 @@ class LmdbMasks:
             except BrokenImageError:
                 continue  # counted when it is read; tools/create_masks.py makes no mask of a broken image
             if isinstance(mask, str) and mask != MASK_BROKEN:
-                raise self._mismatch(words, f"{image_key(number)}: {mask}")
+                difference = "has no mask" if mask == MASK_MISSING else "and its mask differ in size"
+                raise self._mismatch(words, f"{image_key(number)} {difference}")
 
     def _mismatch(self, words: LmdbReader, difference: str) -> UserError:
         return UserError(

@@ -27,7 +27,7 @@ def parts(monkeypatch):
 
         return work
 
-    monkeypatch.setattr(gpu_check, "write_rendered_words", lambda *_: None)
+    monkeypatch.setattr(gpu_check.benchmark, "render_words_to", lambda *_: None)
     monkeypatch.setattr(gpu_check, "pick_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     for name in ("gpu_tests", "training", "two_runs", "kill_and_resume", "masks", "loading", "reading"):
@@ -81,7 +81,7 @@ def test_a_loss_far_from_fp32s_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(check, "_trainer", lambda _, key, **__: (Trainer(losses[key.partition("=")[2]]), [[0] * 4]))
     monkeypatch.setattr(check, "_flops_of_a_word", lambda network: 1e9)
-    monkeypatch.setattr(gpu_check, "matrix_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(gpu_check.benchmark, "matrix_rate", lambda device, dtype: 1e12)
     verdicts = {form: check.training("small", form) for form in losses}
     assert verdicts["fp32"][1] == "measured"
     assert verdicts["bf16"][1] == "ok"

@@ -1,4 +1,4 @@
-"""Measure speed: reading, training, loading, rendering and masks, with resnet50 beside the networks.
+"""Measure speed: inference, training, loading, rendering and masks, with resnet50 beside the networks.
 
 Tasks:
   reading    predict words with a recogniser: a batch, and one word (latency)
@@ -10,18 +10,18 @@ Tasks:
 Forms of reading and training:
   eager     float32
   autocast  --precision under autocast
-  prepared  for reading: the form that prepare_for_inference returns
+  prepared  for inference: the form that prepare_for_inference returns
   compiled  for training: autocast, compiled
 
 Training of words needs no data, as words are rendered; so does loading if the config names no training data.
 """
 
 import argparse
+import functools
 import json
 import os
-import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -34,19 +34,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tool
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Measurement, Timer, timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from builders import build_model, build_ssn, image_size
 from config import Config, load_config
 from engine.distributed import Process
 from engine.precision import PRECISIONS, autocast
+from engine.provenance import device_name, source
 from engine.trainer import Trainer
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from run_builders import build_trainer, build_training_data
 from schema import TrainDataConfig
-from tools.measuring import Call, count_flops, matrix_rate, peak_memory, time_in_turns
 from tools.support import make_parser, positive
 from utils import UserError, run_command_line, write_atomically
 
@@ -58,11 +59,16 @@ EXAMPLE = """  python tools/benchmark.py reading training --config configs/train
 
 YARDSTICK = "resnet50 224x224 fp32"
 YARDSTICK_SIZE = 224
+ROUND_SECONDS = 0.2  # a round repeats a short call for so long
 RENDERED_WORDS = 100  # of a call of the task rendering
+LOADED_BATCHES = 10  # of a call of the task loading, at least
 MADE_WORDS = 1000  # rendered where the config names no training data
 WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the images that masks are made of
 # Blocks of a recogniser in the table of FLOPs.
 BLOCKS = ("resnet", "transformer", "mask_refinement", "mask_embedding", "attention", "language", "alignment")
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+
+Call = Callable[[], object]
 
 
 @dataclass
@@ -73,6 +79,59 @@ class Form:
     words: int
     dtype: torch.dtype = torch.float32
     flops: int | None = None  # of a call
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def time_in_turns(calls: Mapping[str, Call], *, runs: int = 5) -> dict[str, Measurement]:
+    """Time all calls in each of `runs` rounds, so that other load on the machine slows all of them alike.
+
+    Each is called at least once before it is timed, and a GPU is waited for. `median` and `iqr` of a measurement are
+    over the calls of all rounds.
+    """
+    threads = torch.get_num_threads()
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
+    rounds = [
+        {name: each.blocked_autorange(min_run_time=ROUND_SECONDS) for name, each in timers.items()} for _ in range(runs)
+    ]
+    return {name: Measurement.merge([found[name] for found in rounds])[0] for name in calls}
+
+
+def peak_memory(call: Call, device: torch.device) -> float | None:
+    """Return the MiB that a call takes on a GPU beyond what is allocated before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def count_flops(call: Call) -> dict[str, int]:
+    """Return the floating-point operations of matrix multiplications and convolutions, a multiply-add counting as two.
+
+    Keys are `Global` for all of them, and the names of the modules that were called, such as `BINet.vision.backbone`.
+    """
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()} or {"Global": 0}
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large square matrix multiplication: the best that this machine can do."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / time_in_turns({"product": lambda: a @ b})["product"].median
+
+
+def count_launches(call: Call) -> int:
+    """Return how many kernels and graphs the host launches on a GPU in a call."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        call()
+        timer()  # waits for the GPU
+    return sum(event.count for event in found.key_averages() if event.key in LAUNCHES)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -90,7 +149,7 @@ class Benchmark:
         self.blocks: dict[str, int] = {}  # FLOPs for a word
 
     def reading(self) -> None:
-        """Read a batch and one word."""
+        """Predict the words of a batch, and one word."""
         if self.config.model.kind != "recogniser":
             raise UserError(f"{self.options.config}: is of kind {self.config.model.kind}; name a recogniser's config")
         model = build_model(self.config).to(self.device).eval().requires_grad_(False)
@@ -98,7 +157,7 @@ class Benchmark:
         networks = {"eager": (model, torch.float32), "autocast": (self._autocast(model), self.dtype)}
         networks["prepared"] = prepared, self.dtype
         for task, words in (("reading", self.options.batch_size), ("latency", 1)):
-            inputs = self._inputs(words)
+            inputs = random_inputs(self.config, words, self.device)
             flops = count_flops(partial(model, *inputs))
             forms = {
                 name: Form(partial(network, *inputs), words, dtype, flops["Global"])
@@ -117,7 +176,7 @@ class Benchmark:
             del settings["compiled"]
         forms: dict[str, Form] = {}
         with TemporaryDirectory() as folder:
-            config = with_data(self.config, Path(folder), self.options.render_config, always=True)
+            config = self._with_words(folder)
             config.dataset.train.batch_size, config.dataset.num_workers = self.options.batch_size, 0
             for name, (precision, compiled) in settings.items():
                 config.training.precision, config.training.compile = precision, compiled
@@ -127,17 +186,13 @@ class Benchmark:
         flops = count_flops(forms["eager"].call)["Global"]
         for form in forms.values():
             form.flops = flops
-        forms[YARDSTICK] = self._yardstick(self.options.batch_size, training=True)
         self._measure("training", forms)
 
     def loading(self) -> None:
         """Load batches with the config's number of workers."""
         with TemporaryDirectory() as folder:
-            config = with_data(self.config, Path(folder), self.options.render_config)
-            loader = build_training_data(config, device=self.device, process=Process())
-            workers = config.dataset.num_workers
-            each = max(1, workers)
-            call = loading_call(loader, -(-self.options.batches // each) * each)  # equally many for all workers
+            config = self.config if self.config.dataset.train.roots else self._with_words(folder)
+            call, workers = loading_call(config, self.device, LOADED_BATCHES), config.dataset.num_workers
             self._measure("loading", {f"workers: {workers}": Form(call, call())})
 
     def rendering(self) -> None:
@@ -153,12 +208,10 @@ class Benchmark:
         areas = self.config.model.ssn.areas
         ssn = build_ssn(self.config).to(self.device)
         segmenter = Segmenter(ssn, areas, device=self.device, precision=self.options.precision)
-        images = word_images(self.options.batch_size)
+        images = noise_images(self.options.batch_size)
         name = f"scales {', '.join(map(str, areas))}"
         forms = {name: Form(lambda: segmenter(images), len(images)), YARDSTICK: self._yardstick(len(images))}
         self._measure("masks", forms)
-
-    # --- parts --------------------------------------------------------------------------------------------------------
 
     def _measure(self, task: str, forms: dict[str, Form]) -> None:
         """Time the forms of a task in turns, measure the memory of each, and note a row for each."""
@@ -172,10 +225,12 @@ class Benchmark:
             row |= {"ratio": rates[name] / rates[YARDSTICK] if YARDSTICK in rates else None}
             self.rows.append(row | {"memory": peak_memory(form.call, self.device)})
 
-    def _inputs(self, words: int) -> tuple[Tensor, Tensor | None]:
-        size = image_size(self.config)
-        mask = torch.rand(words, 1, *size, device=self.device) if self.config.model.takes_masks else None
-        return torch.randn(words, 3, *size, device=self.device), mask
+    def _with_words(self, folder: str) -> Config:
+        """Return a copy of the config that trains on words rendered into a folder, if it is one of word images."""
+        if self.config.model.kind not in ("vision", "recogniser"):
+            return self.config.model_copy(deep=True)
+        render_words_to(Path(folder), MADE_WORDS, self.options.render_config)
+        return trained_on(self.config, Path(folder))
 
     def _autocast(self, model: nn.Module) -> Callable:
         def call(*inputs: Tensor | None) -> object:
@@ -184,48 +239,36 @@ class Benchmark:
 
         return call
 
-    def _yardstick(self, images: int, *, training: bool = False) -> Form:
-        """Return resnet50, or a training step of it, on as many images."""
+    def _yardstick(self, images: int) -> Form:
+        """Return resnet50 on as many images."""
         from torchvision.models import resnet50
 
-        network = resnet50().to(self.device)
+        network = resnet50().to(self.device).eval().requires_grad_(False)
         image = torch.randn(images, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
-        if not training:
-            network.eval().requires_grad_(False)
-            return Form(lambda: network(image), images)
-        optimizer = torch.optim.Adam(network.parameters(), fused=True)
-        target = torch.zeros(images, dtype=torch.int64, device=self.device)
-
-        def step() -> None:
-            F.cross_entropy(network(image), target).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return Form(step, images)
+        return Form(lambda: network(image), images)
 
 
 # --- what tools/gpu_check.py shares -----------------------------------------------------------------------------------
 
 
-def with_data(config: Config, folder: Path, render_config: str, *, always: bool = False) -> Config:
-    """Return a copy of a config that trains on words rendered into `folder`, `always` or if it names no data."""
-    config = config.model_copy(deep=True)
-    if (always or not config.dataset.train.roots) and config.model.kind in ("vision", "recogniser"):
-        write_rendered_words(folder, MADE_WORDS, render_config)
-        batch_size = config.dataset.train.batch_size
-        config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
-        config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
-        config.dataset.cache_dir = str(folder / "cache")
-    return config
-
-
-def write_rendered_words(folder: Path, words: int, render_config: str) -> None:
-    """Write rendered words: JPEG images to the LMDB folder/images/made, their masks to folder/masks/made."""
+def render_words_to(folder: Path, words: int, render_config: str) -> None:
+    """Render words: their JPEG images to the LMDB folder/images/made, their masks to folder/masks/made."""
     from rendering import load_render_config  # the engine is only needed here
-    from tools.render_words import render_words, store_words
+    from tools.render_words import render_words, write_lmdbs
 
     rendered = render_words(load_render_config(render_config), words, seed=0, workers=1)
-    store_words(rendered, folder, "made", overwrite=False)
+    write_lmdbs(rendered, folder, "made", overwrite=False)
+
+
+def trained_on(config: Config, folder: Path) -> Config:
+    """Return a copy of a config that trains on the words that `render_words_to` wrote."""
+    config = config.model_copy(deep=True)
+    batch_size = config.dataset.train.batch_size
+    config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
+    config.dataset.test.roots = []
+    config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
+    config.dataset.cache_dir = str(folder / "cache")
+    return config
 
 
 def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple[Trainer, list[Any]]:
@@ -239,13 +282,22 @@ def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple
     return trainer, [batch.to(device) for batch in islice(trainer.data, batches)]
 
 
-def loading_call(loader: DataLoader, batches: int) -> Callable[[], int]:
-    """Return a call that takes batches from an endless loader, brings them to the network's form and counts words."""
-    iterator = iter(loader)
-    return lambda: sum(len(batch.inputs()[0]) for batch in islice(iterator, batches))
+def loading_call(config: Config, device: torch.device, batches: int) -> Callable[[], int]:
+    """Return a call that loads batches, as many for each worker, brings them to the network's form and counts words."""
+    loader = build_training_data(config, device=device, process=Process())
+    each = max(1, config.dataset.num_workers)
+    iterator, number = iter(loader), -(-batches // each) * each
+    return lambda: sum(len(batch.inputs()[0]) for batch in islice(iterator, number))
 
 
-def word_images(number: int) -> list[np.ndarray]:
+def random_inputs(config: Config, words: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return images (words, 3, H, W) of noise, and masks (words, 1, H, W) if the network takes them."""
+    size = image_size(config)
+    mask = torch.rand(words, 1, *size, device=device) if config.model.takes_masks else None
+    return torch.randn(words, 3, *size, device=device), mask
+
+
+def noise_images(number: int) -> list[np.ndarray]:
     """Return images (H, W, 3) uint8 of noise, of a few sizes that words have."""
     random = np.random.default_rng(0)
     heights = np.linspace(*WORD_HEIGHTS, num=min(number, 8)).astype(int)
@@ -256,13 +308,12 @@ def word_images(number: int) -> list[np.ndarray]:
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return what the numbers depend on beside the code."""
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    name = capabilities.get("cpu_name", platform.processor())
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "native 16 bits": [key for key in ("amx_bf16", "avx512_bf16", "amx_fp16") if capabilities.get(key)],
         "load before": os.getloadavg()[0],
-        "torch": torch.__version__,
+        **source()["versions"],
     }
 
 
@@ -277,24 +328,23 @@ def without_checkpoints(config: Config) -> Config:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def table(machine: dict[str, Any], rows: Sequence[dict[str, Any]], blocks: dict[str, int]) -> str:
+def as_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]], blocks: dict[str, int]) -> str:
     """Return all numbers as Markdown."""
+    columns = {  # of a row -> heading and form of its numbers
+        "ms": ("ms a word", "{:.2f}"),
+        "rate": ("words/s", "{:.1f}"),
+        "spread": ("spread", "{:.0%}"),
+        "ratio": ("x resnet50", "{:.2f}"),
+        "memory": ("MiB", "{:.0f}"),
+        "gflop": ("GFLOP a word", "{:.1f}"),
+        "matrix_share": ("of matrix rate", "{:.0%}"),
+    }
     lines = [", ".join(f"{key}: {value}" for key, value in machine.items()), ""]
-    lines += [
-        "| task | form | words | ms a word | words/s | spread | x resnet50 | MiB | GFLOP a word | of matrix rate |"
-    ]
-    lines += ["|---|---|" + "---:|" * 8]
+    lines += ["| task | form | words | " + " | ".join(heading for heading, _ in columns.values()) + " |"]
+    lines += ["|---|---|" + "---:|" * (1 + len(columns))]
     for row in rows:
-        values = (
-            ("{:.2f}", 1000 / row["rate"]),
-            ("{:.1f}", row["rate"]),
-            ("{:.0%}", row["spread"]),
-            ("{:.2f}", row["ratio"]),
-            ("{:.0f}", row["memory"]),
-            ("{:.1f}", row["flops"] and row["flops"] / row["words"] / 1e9),
-            ("{:.0%}", row["matrix_share"]),
-        )
-        cells = ["" if value is None else form.format(value) for form, value in values]
+        row = row | {"ms": 1000 / row["rate"], "gflop": row["flops"] and row["flops"] / row["words"] / 1e9}
+        cells = ["" if row[name] is None else form.format(row[name]) for name, (_, form) in columns.items()]
         lines.append("| " + " | ".join([row["task"], row["form"], str(row["words"]), *cells]) + " |")
     if blocks:
         lines += ["", "| block | GFLOP a word |", "|---|---:|"]
@@ -308,26 +358,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("tasks", nargs="+", metavar="TASK|key=value", help="what to measure; config overrides")
     parser.add_argument("--config", metavar="YAML", help="config of the network and its data")
-    parser.add_argument(
-        "--render-config", metavar="YAML", default="configs/render.yaml", help="look of words (%(default)s)"
-    )
+    parser.add_argument("--render-config", metavar="YAML", default="configs/render.yaml", help="look of rendered words")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of all forms but eager (%(default)s)")
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure compiled networks (default: yes)",
-    )
-    parser.add_argument(
-        "--batch-size", metavar="N", type=positive, default=32, help="words in a batch (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batches", metavar="N", type=positive, default=10, help="batches loaded in a call (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--runs", metavar="N", type=positive, default=5, help="rounds; medians are reported (default: %(default)s)"
-    )
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled networks")
+    parser.add_argument("--batch-size", metavar="N", type=positive, default=32, help="words in a batch (%(default)s)")
+    parser.add_argument("--runs", metavar="N", type=positive, default=5, help="rounds of the medians (%(default)s)")
     parser.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: torch's)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there as well")
     options = parser.parse_intermixed_args(arguments)
@@ -335,7 +371,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options.tasks = [each for each in options.tasks if "=" not in each]
     unknown = [each for each in options.tasks if each not in tasks]
     if unknown:
-        raise UserError(f"{unknown[0]}: is no task; choose from {', '.join(tasks)}")
+        raise UserError(f"{unknown[0]}: unknown task; choose from {', '.join(tasks)}")
     if options.config is None and set(options.tasks) - {"rendering"}:
         raise UserError("--config: name the YAML of the network to measure, such as configs/train.yaml")
     return options
@@ -352,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine(benchmark.device)
     for task in options.tasks:
         getattr(benchmark, task)()
-    print(table(machine, benchmark.rows, benchmark.blocks))
+    print(as_markdown(machine, benchmark.rows, benchmark.blocks))
     if options.json:
         content = json.dumps({"machine": machine, "rows": benchmark.rows, "blocks": benchmark.blocks}, indent=2)
         write_atomically(Path(options.json), lambda file: file.write(content.encode()))

@@ -8,7 +8,6 @@ the others use the small network.
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -30,22 +29,13 @@ from torch.utils.benchmark import timer
 from builders import build_model
 from bundle import load_ssn
 from config import Config, load_config
-from engine.distributed import Process, pick_device
+from engine.distributed import pick_device
 from engine.precision import PRECISIONS, choose_algorithms, use_tf32
 from engine.trainer import Trainer
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from modules.ssn import PUBLISHED_AREAS, SSN
-from run_builders import build_training_data
-from tools.benchmark import (
-    describe_machine,
-    loading_call,
-    make_trainer,
-    without_checkpoints,
-    word_images,
-    write_rendered_words,
-)
-from tools.measuring import count_flops, count_launches, host_seconds, matrix_rate, time_in_turns
+from tools import benchmark
 from tools.support import make_parser, positive, usable_cores
 from utils import run_command_line, write_atomically
 
@@ -78,7 +68,7 @@ ON_CPU = Scale(48, 12, 0, 3, 8, 16, 4, 3)
 
 
 @dataclass
-class Row:
+class PartResult:
     """One line of the table; `verdict` is ok, failed, measured or left out."""
 
     part: str
@@ -99,13 +89,13 @@ class GpuCheck:
         self.scale = scale
         self.folder = folder
         self.deadline = time.monotonic() + seconds
-        self.rows: list[Row] = []
+        self.rows: list[PartResult] = []
         self.losses: dict[str, dict[str, list[float]]] = {"small": {}, "full size": {}}
         self.flops: dict[str, float] = {}  # of a word in a training step
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[PartResult]:
         """Run all parts, those that need no compiler first."""
-        write_rendered_words(self.folder, self.scale.words, str(RENDERING))
+        benchmark.render_words_to(self.folder, self.scale.words, str(RENDERING))
         self.part("tests that need a GPU", "pytest -m gpu", self.gpu_tests, gpu=True)
         for form in PRECISIONS:
             self.part("small network", form, lambda form=form: self.training("small", form), gpu=form == "fp16")
@@ -144,7 +134,7 @@ class GpuCheck:
             torch.compiler.reset()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        self.rows.append(Row(name, form, result, verdict))
+        self.rows.append(PartResult(name, form, result, verdict))
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -170,11 +160,13 @@ class GpuCheck:
             losses.append(trainer._step(batches[step % len(batches)], 0.0).terms["total"])
         rate = (steps - warm) * len(batches[0]) / (timer() - started)
         losses[:] = torch.stack(losses).tolist()
-        share = rate * self._flops_of_a_word(network) / matrix_rate(self.device, PRECISIONS[precision])
+        share = rate * self._flops_of_a_word(network) / benchmark.matrix_rate(self.device, PRECISIONS[precision])
         result = [f"{rate:.3g} words/s", f"{100 * share:.0f} % of the matrix rate"]
         if self.device.type == "cuda":
             call = partial(trainer._step, batches[0], 0.0)
-            launches, (host, step) = count_launches(call), host_seconds(call)
+            launches, start = benchmark.count_launches(call), timer()
+            call()
+            host, step = time.perf_counter() - start, timer() - start  # `timer` waits for the GPU
             result += [f"{launches} launches", f"host {1000 * host:.1f} of {1000 * step:.1f} ms a step"]
         reference = self.losses[network].get("fp32")
         if reference is None or precision == "fp32":
@@ -224,19 +216,16 @@ class GpuCheck:
         else:
             name, (ssn, areas) = "shipped weights", load_ssn(ROOT / "weights" / "binet-small.pth")
         segmenter = Segmenter(ssn, areas, device=self.device)
-        images = word_images(self.scale.mask_words)
-        rate = len(images) / time_in_turns({"masks": partial(segmenter, images)}, runs=1)["masks"].median
+        images = benchmark.noise_images(self.scale.mask_words)
+        rate = _rate(partial(segmenter, images), len(images), runs=1)
         return f"{name}: {rate:.1f} words/s in {segmenter.precision}", "measured"
 
     def loading(self, workers: int) -> tuple[str, str]:
         """Load words of an LMDB: decoding, augmentation, collation."""
         config = self._config("small", f"dataset.num_workers={workers}", "dataset.data_aug=true")
-        loader = build_training_data(config, device=self.device, process=Process())
-        call = loading_call(loader, self.scale.loaded_batches * workers)
-        call()  # waits for the workers to start
-        started = timer()
-        words = call()
-        return f"{words / (timer() - started):.0f} words/s", "measured"
+        call = benchmark.loading_call(config, self.device, self.scale.loaded_batches * workers)
+        words = call()  # waits for the workers to start
+        return f"{_rate(call, words, runs=1):.0f} words/s", "measured"
 
     def reading(self, precision: str, *, compiled: bool) -> tuple[str, str]:
         """Read with the prepared form of the full-size network, or of the small one on a CPU."""
@@ -246,29 +235,21 @@ class GpuCheck:
         config = self._config(network)
         model = build_model(config).to(self.device)
         model = prepare_for_inference(model, precision=precision, compile=compiled)
-        height, width, words = config.dataset.image_height, config.dataset.image_width, self.scale.reading_batch
-        images = torch.randn(words, 3, height, width, device=self.device)
-        masks = torch.rand(words, 1, height, width, device=self.device)
-        timing = time_in_turns({"reading": lambda: model(images, masks)})["reading"]
-        return f"{network}, batch of {words}: {words / timing.median:.0f} words/s", "measured"
+        words = self.scale.reading_batch
+        inputs = benchmark.random_inputs(config, words, self.device)
+        return f"{network}, batch of {words}: {_rate(partial(model, *inputs), words):.0f} words/s", "measured"
 
     # --- what the parts share -----------------------------------------------------------------------------------------
 
     def _config(self, network: str, *overrides: str) -> Config:
+        """Return the config of a network on the rendered words, loaded in this process and without augmentation."""
         name = {"small": "small", "full size": "train"}[network]
-        settings = [
-            f"dataset.train.roots=[{json.dumps(str(self.folder / 'images'))}]",
-            "dataset.test.roots=[]",
-            f"dataset.masks.root={json.dumps(str(self.folder / 'masks'))}",
-            f"dataset.train.batch_size={self.scale.training_batch}",
-            f"dataset.charset_path={json.dumps(str(ROOT / 'data' / 'charset_36.txt'))}",
-            f"dataset.cache_dir={json.dumps(str(self.folder / 'cache'))}",
-            "dataset.num_workers=0",
-            "dataset.data_aug=false",
-            f"global.workdir={json.dumps(str(self.folder / 'runs'))}",
-            *overrides,
-        ]
-        return without_checkpoints(load_config(ROOT / "configs" / f"{name}.yaml", settings))
+        settings = [f"dataset.charset_path={json.dumps(str(ROOT / 'data' / 'charset_36.txt'))}"]
+        settings += ["dataset.num_workers=0", "dataset.data_aug=false"]
+        config = load_config(ROOT / "configs" / f"{name}.yaml", [*settings, *overrides])
+        config.dataset.train.batch_size = self.scale.training_batch
+        config.run.workdir = str(self.folder / "runs")
+        return benchmark.trained_on(benchmark.without_checkpoints(config), self.folder)
 
     def _trainer(
         self, network: str, *overrides: str, compile_mode: str | None = None, dropout: bool = False
@@ -277,12 +258,12 @@ class GpuCheck:
         compiling = [] if compile_mode is None else ["training.compile=true", f"training.compile_mode={compile_mode}"]
         rates = [] if dropout else ["model.vision.dropout=0.0", "model.language.dropout=0.0"]
         config = self._config(network, *overrides, *compiling, *rates)
-        return make_trainer(config, device=self.device, batches=KEPT_BATCHES)
+        return benchmark.make_trainer(config, device=self.device, batches=KEPT_BATCHES)
 
     def _flops_of_a_word(self, network: str) -> float:
         if network not in self.flops:
             trainer, (batch, *_) = self._trainer(network)
-            self.flops[network] = count_flops(partial(trainer._step, batch, 0.0))["Global"] / len(batch)
+            self.flops[network] = benchmark.count_flops(partial(trainer._step, batch, 0.0))["Global"] / len(batch)
         return self.flops[network]
 
     def _main(self, name: str, steps: int, *arguments: str) -> subprocess.Popen:
@@ -307,24 +288,12 @@ class GpuCheck:
             raise LeftOutError("needs a C compiler")
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Return what the numbers depend on beside the code."""
-    found = describe_machine(device) | {"torchvision": torchvision.__version__, "python": platform.python_version()}
-    found |= {"cores": usable_cores(), "compiler": shutil.which("cc") or "none"}
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-        found |= {
-            "GPU memory": f"{memory:.0f} GiB",
-            "CUDA": torch.version.cuda,
-            "cuDNN": torch.backends.cudnn.version(),
-        }
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        if shutil.which(query[0]):
-            found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-    return {name: str(value) for name, value in found.items()}
+def _rate(call: Callable[[], object], words: int, *, runs: int = 5) -> float:
+    """Return the words per second of a call that works on so many."""
+    return words / benchmark.time_in_turns({"call": call}, runs=runs)["call"].median
 
 
-def report(facts: dict[str, str], rows: Sequence[Row], seconds: float) -> Iterator[str]:
+def report(facts: dict[str, object], rows: Sequence[PartResult], seconds: float) -> Iterator[str]:
     """Yield the lines of `gpu-check.md`."""
     yield f"`make gpu-check`, {seconds:.0f} s. " + ", ".join(f"{name}: {value}" for name, value in facts.items())
     yield ""
@@ -337,11 +306,9 @@ def report(facts: dict[str, str], rows: Sequence[Row], seconds: float) -> Iterat
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("--output", default="gpu-check.md", metavar="FILE", help="table to write (%(default)s)")
     parser.add_argument(
-        "--output", default="gpu-check.md", metavar="FILE", help="where to write the table (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seconds", metavar="N", type=positive, default=480, help="start no part after so long (default: %(default)s)"
+        "--seconds", metavar="N", type=positive, default=480, help="start no part after so long (%(default)s)"
     )
     return parser.parse_args(arguments)
 
@@ -357,7 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
     use_tf32(False)
     choose_algorithms(deterministic=False, search=True)
-    facts = environment(device)
+    facts = benchmark.describe_machine(device) | {"torchvision": torchvision.__version__, "cores": usable_cores()}
+    facts |= {"cuDNN": torch.backends.cudnn.version(), "compiler": shutil.which("cc") or "none"}
     with TemporaryDirectory() as folder:
         scale = ON_GPU if device.type == "cuda" else ON_CPU
         check = GpuCheck(device=device, scale=scale, folder=Path(folder), seconds=options.seconds)

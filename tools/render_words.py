@@ -77,7 +77,7 @@ def render_words(config: RenderConfig, count: int, *, seed: int, workers: int) -
     return progress(words, total=count, unit="word", description="words")
 
 
-def store_words(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> list[EncodedWord]:
+def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> list[EncodedWord]:
     """Write both LMDBs, which appear together at the end; return the words, all but the first without their images."""
     paths = output / "images" / name, output / "masks" / name
     new = [path for path in paths if not path.exists()]
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = read_settings(options)
     start = time.perf_counter()
     words = render_words(config, options.count, seed=options.seed, workers=options.workers)
-    kept = store_words(words, options.output, options.name, overwrite=options.overwrite)
+    kept = write_lmdbs(words, options.output, options.name, overwrite=options.overwrite)
     seconds = time.perf_counter() - start
     if options.contact_sheet:
         draw_sheet(kept, options.contact_sheet)

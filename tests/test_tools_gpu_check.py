@@ -36,8 +36,9 @@ def parts(monkeypatch):
 
 
 def lines_of(path):
-    rows = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
-    return {(part, form): (result, verdict) for part, form, result, verdict in rows[1:]}
+    lines = [line.strip("|").split("|") for line in path.read_text().splitlines() if line.startswith("| ")]
+    rows = [map(str.strip, line) for line in lines[2:]]
+    return {(part, form): (result, verdict) for part, form, result, verdict in rows}
 
 
 def test_without_a_gpu_the_parts_that_need_one_are_named(parts, tmp_path):

@@ -44,6 +44,7 @@ from engine.distributed import Process
 from engine.precision import PRECISIONS, autocast
 from engine.provenance import device_name, source
 from engine.trainer import Trainer
+from evaluation.tables import markdown_table
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from run_builders import build_trainer, build_training_data
@@ -339,17 +340,16 @@ def as_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]], blocks:
         "gflop": ("GFLOP a word", "{:.1f}"),
         "matrix_share": ("of matrix rate", "{:.0%}"),
     }
-    lines = [", ".join(f"{key}: {value}" for key, value in machine.items()), ""]
-    lines += ["| task | form | words | " + " | ".join(heading for heading, _ in columns.values()) + " |"]
-    lines += ["|---|---|" + "---:|" * (1 + len(columns))]
+    table = [["task", "form", "words", *(heading for heading, _ in columns.values())]]
     for row in rows:
         row = row | {"ms": 1000 / row["rate"], "gflop": row["flops"] and row["flops"] / row["words"] / 1e9}
         cells = ["" if row[name] is None else form.format(row[name]) for name, (_, form) in columns.items()]
-        lines.append("| " + " | ".join([row["task"], row["form"], str(row["words"]), *cells]) + " |")
+        table.append([row["task"], row["form"], row["words"], *cells])
+    parts = [", ".join(f"{key}: {value}" for key, value in machine.items()), markdown_table(table, left=2)]
     if blocks:
-        lines += ["", "| block | GFLOP a word |", "|---|---:|"]
-        lines += [f"| {name} | {number / 1e9:.1f} |" for name, number in blocks.items()]
-    return "\n".join(lines)
+        costs = [[name, f"{number / 1e9:.1f}"] for name, number in blocks.items()]
+        parts.append(markdown_table([["block", "GFLOP a word"], *costs]))
+    return "\n\n".join(parts)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from config import Config, load_config
 from engine.distributed import pick_device
 from engine.precision import PRECISIONS, choose_algorithms, use_tf32
 from engine.trainer import Trainer
+from evaluation.tables import markdown_table
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from modules.ssn import PUBLISHED_AREAS, SSN
@@ -293,14 +294,11 @@ def _rate(call: Callable[[], object], words: int, *, runs: int = 5) -> float:
     return words / benchmark.time_in_turns({"call": call}, runs=runs)["call"].median
 
 
-def report(facts: dict[str, object], rows: Sequence[PartResult], seconds: float) -> Iterator[str]:
-    """Yield the lines of `gpu-check.md`."""
-    yield f"`make gpu-check`, {seconds:.0f} s. " + ", ".join(f"{name}: {value}" for name, value in facts.items())
-    yield ""
-    yield "| part | form | result | verdict |"
-    yield "|---|---|---|---|"
-    for row in rows:
-        yield f"| {row.part} | {row.form} | {row.result.replace('|', '/')} | {row.verdict} |"
+def report(facts: dict[str, object], rows: Sequence[PartResult], seconds: float) -> str:
+    """Return the content of `gpu-check.md`."""
+    head = f"`make gpu-check`, {seconds:.0f} s. " + ", ".join(f"{name}: {value}" for name, value in facts.items())
+    cells = [[row.part, row.form, row.result.replace("|", "/"), row.verdict] for row in rows]
+    return f"{head}\n\n{markdown_table([['part', 'form', 'result', 'verdict'], *cells], left=4)}\n"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -330,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scale = ON_GPU if device.type == "cuda" else ON_CPU
         check = GpuCheck(device=device, scale=scale, folder=Path(folder), seconds=options.seconds)
         rows = check.run()
-    text = "\n".join(report(facts, rows, time.monotonic() - started)) + "\n"
+    text = report(facts, rows, time.monotonic() - started)
     write_atomically(Path(options.output), lambda file: file.write(text.encode()))
     print(text, end="")
     return int(any(row.verdict == "failed" for row in rows))

@@ -1,0 +1,20 @@
+"""Tables for terminals and pages."""
+
+from collections.abc import Sequence
+
+
+def markdown_table(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
+    """Return rows, the first of which is the heading, as an aligned Markdown table.
+
+    Args:
+        left: leading columns that are aligned left; the others, of numbers, are aligned right.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
+    cells.insert(1, rule)
+    aligned = [
+        [cell.ljust(width) if place < left else cell.rjust(width) for place, (cell, width) in enumerate(pairs)]
+        for pairs in (list(zip(row, widths, strict=True)) for row in cells)
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in aligned)

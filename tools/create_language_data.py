@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import lzma
+import math
 import os
 import random
 import sys
@@ -30,7 +31,7 @@ from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_language_data.py data/language_train.csv data/language_test.csv
   python tools/create_language_data.py data/WikiText-103.csv data/WikiText-103_eval_d1.csv --corpus wikitext-103/
-  python tools/create_language_data.py train.csv test.csv --corpus words.txt --flatten --charset data/charset_62.txt"""
+  python tools/create_language_data.py train.csv test.csv --corpus words.txt --temperature inf --charset data/charset_62.txt"""
 
 DEFAULT_COUNT = 1_000_000  # rows drawn from the word-frequency list
 CORPUS_SUFFIXES = (".txt", ".tokens", ".raw", ".gz", ".bz2", ".xz")
@@ -240,16 +241,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--charset", default="data/charset_36.txt", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--min-length", type=positive, default=1, help="in characters (default: 1)")
     parser.add_argument("--max-length", type=positive, default=25, help="in characters (default: 25)")
-    frequencies = parser.add_mutually_exclusive_group()
-    frequencies.add_argument("--flatten", action="store_true", help="every word equally often")
-    frequencies.add_argument(
-        "--temperature", type=float, default=1.0, help="1 keeps frequencies, more flattens them (default: 1)"
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="1 keeps frequencies, more flattens them, inf wholly (default: 1)",
     )
     parser.add_argument(
         "--count",
         type=positive,
-        help="rows of both files together (default: as many as the corpus has words, with --flatten each distinct word "
-        f"once; {DEFAULT_COUNT} from the word-frequency list)",
+        help="rows of both files together (default: as many as the corpus has words, at temperature inf each distinct "
+        f"word once; {DEFAULT_COUNT} from the word-frequency list)",
     )
     parser.add_argument("--validation-share", type=float, default=0.05, help="of the distinct words (default: 0.05)")
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
@@ -265,19 +267,19 @@ def main(arguments: list[str] | None = None) -> int:
     if not 0 <= options.validation_share < 1:
         raise UserError(f"--validation-share {options.validation_share:g}: is not from 0 to below 1")
     rule = WordRule(Charset.from_file(options.charset), options.min_length, options.max_length)
-    temperature, count = float("inf") if options.flatten else options.temperature, options.count
+    temperature, count = options.temperature, options.count
     with RejectionLog.beside(os.path.splitext(options.train)[0]) as log:
         if options.corpus:
             words = select_words(read_corpora(find_corpora(options.corpus), log), rule, log, countable=True)
         else:
             words = select_words(frequency_list(options.language, options.seed), rule, log, countable=False)
             words = vary_case(words) if rule.charset.has_upper_case else words
-            count = count or (None if temperature == float("inf") else DEFAULT_COUNT)
+            count = count or (None if math.isinf(temperature) else DEFAULT_COUNT)
         parts = split_words(words, options.validation_share, options.seed)
         if count is not None:
             held_back = round(count * len(parts[1]) / len(words))
             sizes = [count - held_back, held_back]
-        elif temperature == float("inf"):
+        elif math.isinf(temperature):
             sizes = [len(part) for part in parts]
         else:
             sizes = [int(sum(part.values())) for part in parts]

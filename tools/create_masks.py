@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tool
 
 import cv2
 import numpy as np
-import torch
 
 from builders import build_ssn, ssn_part
 from bundle import load_ssn
@@ -41,7 +40,7 @@ from loading.lmdb_io import (
 )
 from modules.ssn import SSN
 from tools.support import RejectionLog, make_parser, positive, print_summary, progress
-from utils import UserError, first_line, run_command_line, write_atomically
+from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --checkpoint ssn.pth \\
     --input data/training/label/real --output data/masks
@@ -135,14 +134,7 @@ def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
             device is not there.
     """
     checkpoint, ssn, areas = configured_ssn(options) if options.config else carried_ssn(options)
-    own_gpu = distributed.pick_device()
-    try:
-        device = torch.device(options.device or own_gpu)
-        if device == torch.device("cuda"):
-            device = own_gpu
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device} cannot be used ({first_line(error)}); give cpu or cuda") from error
+    device = distributed.pick_device(name=None if options.device == "cuda" else options.device)  # its own of several
     return Path(checkpoint), Segmenter(ssn, areas, device=device, precision=options.precision)
 
 

@@ -4,12 +4,9 @@ import functools
 import itertools
 import os
 import re
-import struct
 import sys
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +29,7 @@ from tools.support import (
     read_word,
     store_words,
 )
-from utils import UserError, run_command_line
+from utils import UserError, first_line, run_command_line
 
 EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
   python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST_upright --rectify
@@ -52,26 +49,17 @@ class Scene(NamedTuple):
     words: tuple[str, ...]
 
 
-DAMAGE = (zlib.error, struct.error, EOFError)  # of compressed parts
-
-
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     """Return the raw (imname, wordBB, txt) of every image in a gt.mat; the large `charBB` is not read."""
     from scipy import io
-    from scipy.io.matlab import MatReadError
 
     fields = ("imnames", "wordBB", "txt")
     try:
         with ProcessPoolExecutor(1) as process:  # scipy's reader can crash on a damaged file
             content = process.submit(io.loadmat, gt_file, variable_names=fields).result()
-    except OSError as error:
-        raise UserError(f"{gt_file}: cannot be read ({error.strerror or error}); name SynthText's gt.mat") from error
-    except NotImplementedError as error:
-        raise UserError(f"{gt_file}: is a MATLAB 7.3 file; save it in MATLAB as version 7") from error
-    except (MatReadError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, *DAMAGE) as error:
-        raise UserError(f"{gt_file}: is not a valid MATLAB file ({error}); copy or unpack it again") from error
-    except BrokenProcessPool as error:
-        raise UserError(f"{gt_file}: crashes the reader of MATLAB files; copy or unpack it again") from error
+    except Exception as error:  # the reader raises almost anything for a damaged file
+        cause = "MATLAB 7.3: save it as version 7" if isinstance(error, NotImplementedError) else first_line(error)
+        raise UserError(f"{gt_file}: cannot be read as a MATLAB file ({cause}); name SynthText's gt.mat") from error
     missing = [field for field in fields if field not in content]
     if missing:
         raise UserError(f"{gt_file}: has no {', '.join(missing)}; name SynthText's gt.mat")

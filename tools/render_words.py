@@ -21,7 +21,15 @@ from evaluation.contact_sheet import Cell, save_contact_sheet
 from loading.lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS, OutputConfig
-from tools.support import make_parser, map_in_processes, positive, print_summary, progress, seed_number, usable_cores
+from tools.support import (
+    add_run_arguments,
+    make_parser,
+    map_in_processes,
+    positive,
+    print_summary,
+    progress,
+    seed_number,
+)
 from utils import is_folder_name, run_command_line
 
 EXAMPLE = """  python tools/render_words.py --output data/rendered --name words --count 10000 --seed 0
@@ -108,30 +116,15 @@ def draw_sheet(words: list[EncodedWord], path: Path) -> None:
     save_contact_sheet(cells, path)
 
 
-def read_settings(options: argparse.Namespace) -> RenderConfig:
-    """Return the settings of the YAML file, then those of the overrides, then those of the flags."""
-    flags = {"difficulty": options.difficulty, "photos": options.photos}
-    chosen = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
-    return load_render_config(options.config, [*options.overrides, *chosen])
-
-
-def share(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
-
-
 def folder_name(text: str) -> str:
-    """An argparse type: the name of one folder."""
+    """Parse the name of one folder, for argparse."""
     if not is_folder_name(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of one folder")
     return text
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; settings may stand before, between and after the flags."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as background=clutter")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of images/ and masks/")
@@ -139,20 +132,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=positive, default=10000, help="number of words (default: 10000)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of the words (default: 0)")
     parser.add_argument("--config", metavar="YAML", help="settings, such as configs/render.yaml (default: built in)")
-    parser.add_argument("--difficulty", type=share, metavar="0..1", help="0: clear words, 1: hard ones")
+    parser.add_argument("--difficulty", type=float, metavar="0..1", help="0: clear words, 1: hard ones")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs for backgrounds")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help=f"image of the first {SHEET_WORDS} words")
-    parser.add_argument(
-        "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the LMDBs when they exist")
-    return parser
+    add_run_arguments(parser)
+    options = parser.parse_intermixed_args(arguments)
+    flags = {"difficulty": options.difficulty, "photos": options.photos}
+    options.overrides += [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # Intermixed: settings may stand before, between and after the flags.
-    options = build_parser().parse_intermixed_args(arguments)
-    config = read_settings(options)
+    options = parse_arguments(arguments)
+    config = load_render_config(options.config, options.overrides)
     start = time.perf_counter()
     words = render_words(config, options.count, seed=options.seed, workers=options.workers)
     kept = write_lmdbs(words, options.output, options.name, overwrite=options.overwrite)

@@ -52,7 +52,7 @@ def test_a_checkpoint_of_training_tells_its_story(tmp_path, capsys):
     run(config, "training.iterations=2")
     run(config, "--resume", "training.iterations=3")
     (path,) = folder_of(config).glob("*_3.pth")
-    rows, text = shown(path, capsys)
+    _, text = shown(path, capsys)
     assert "which can be resumed" in text
     first, second = json.loads(text.split("\ntraining\n")[1])["starts"]
     assert "training.iterations=2" in first["command"]

@@ -31,7 +31,7 @@ from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_language_data.py data/language_train.csv data/language_test.csv
   python tools/create_language_data.py data/WikiText-103.csv data/WikiText-103_eval_d1.csv --corpus wikitext-103/
-  python tools/create_language_data.py train.csv test.csv --corpus words.txt --temperature inf --charset data/charset_62.txt"""
+  python tools/create_language_data.py train.csv test.csv --corpus words.txt --temperature inf"""
 
 DEFAULT_COUNT = 1_000_000  # rows drawn from the word-frequency list
 CORPUS_SUFFIXES = (".txt", ".tokens", ".raw", ".gz", ".bz2", ".xz")

@@ -22,6 +22,7 @@ import cv2
 
 from engine.precision import PRECISIONS
 from evaluation.drawing import draw_prediction, on_image
+from evaluation.dumps import ONE_FIELD
 from evaluation.lexicon import Candidate, read_lexicon
 from evaluation.prediction_page import fitted, page_entry, prediction_page
 from loading.transforms import resize, turn
@@ -30,7 +31,6 @@ from utils import ArgumentParser, UserError, run_command_line, write_atomically
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 OVERLAY_HEIGHT, OVERLAY_WIDTH = 64, 1024  # pixels that each drawing of the word fits into
-ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             draw_overlay(path, prediction, overlay)
         if options.html:
             entries.append(page_entry(path.name, None if prediction.error else to_image(path), prediction))
-        line = f"{str(path).translate(ESCAPES)}\t{prediction.text}\t{prediction.confidence:.4f}"
+        line = f"{str(path).translate(ONE_FIELD)}\t{prediction.text}\t{prediction.confidence:.4f}"
         print(as_json(path, prediction, overlay) if options.json else line, flush=True)
         if prediction.error and not options.json:
-            print(f"error: {prediction.error}".translate(ESCAPES), file=sys.stderr, flush=True)
+            print(f"error: {prediction.error}".translate(ONE_FIELD), file=sys.stderr, flush=True)
         read_any = read_any or prediction.error is None
     if options.html:
         page = prediction_page(entries, title="What was read", details={"weights": reader.checkpoint.name})

@@ -147,7 +147,7 @@ class Report:
     def _draw(self, images: list[np.ndarray], attention: np.ndarray) -> tuple[str | None, int]:
         """Draw a word; returns the name of its sprite and its row there."""
         if self._sprites is None:
-            # Names differ from those of an earlier report, whose page stays whole until this one replaces it.
+            # Other names than those of an earlier report, whose page stays usable until this one replaces it.
             prefix = f"{time.time_ns():x}-{self.rank}"
             self._sprites = SpriteWriter(self.folder / "images", prefix=prefix, attention=self.with_attention)
         if self._sprites.count >= self.max_words:

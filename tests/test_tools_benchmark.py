@@ -19,7 +19,6 @@ RENDERED = ["dataset.train.roots=[]", "dataset.train.batch_size=2", "dataset.mul
 def measure(tmp_path, monkeypatch):
     """Run tasks with little work; returns the JSON report."""
     monkeypatch.setattr(benchmark, "MADE_WORDS", 6)
-    monkeypatch.setattr(benchmark, "RENDERED_WORDS", 2)
     monkeypatch.setattr(benchmark, "LOADED_BATCHES", 3)
     monkeypatch.setattr("tools.benchmark.ROUND_SECONDS", 0.0)
     monkeypatch.setattr(benchmark, "YARDSTICK_SIZE", 32)
@@ -70,11 +69,10 @@ def test_reading_and_training_are_reported(measure, capsys):
     assert re.search(r"\| reading +\| prepared +\| +2 \|", capsys.readouterr().out)
 
 
-def test_loading_and_rendering_are_reported(measure):
+def test_loading_is_reported(measure):
     config = ["--config", "configs/small.yaml", "dataset.num_workers=2"]
-    loading, rendering = measure("loading", "rendering", *config, *RENDERED)["rows"]
+    (loading,) = measure("loading", *config, *RENDERED)["rows"]
     assert (loading["form"], loading["words"]) == ("workers: 2", 8)  # two batches from each
-    assert (rendering["form"], rendering["words"]) == ("one process", 2)
 
 
 def test_masks_are_reported(measure):
@@ -82,11 +80,6 @@ def test_masks_are_reported(measure):
     assert [row["form"] for row in rows] == ["scales 65", benchmark.YARDSTICK]
 
 
-@pytest.mark.parametrize(("arguments", "culprit"), [(["flying"], "flying"), (["reading"], "--config")])
-def test_mistakes_are_named(arguments, culprit):
-    with pytest.raises(UserError, match=culprit):
-        benchmark.parse_arguments(arguments)
-
-
-def test_rendering_needs_no_config():
-    assert benchmark.parse_arguments(["rendering"]).config is None
+def test_an_unknown_task_is_named():
+    with pytest.raises(UserError, match="flying"):
+        benchmark.parse_arguments(["flying", "--config", "configs/small.yaml"])

@@ -60,8 +60,6 @@ def test_clean_lmdb_has_status_0_and_its_statistics(tmp_path):
     assert found["a"]["num_samples"] == found["a"]["valid"] == 3
     assert found["a"]["problems"] == {}
     assert found["a"]["lengths"] == {"3": 1, "5": 1, "1": 1}
-    assert found["a"]["heights"] == {"32": 2, "64": 1}
-    assert found["a"]["aspects"] == {"4": 2, "0.25": 1}
     assert found["a"]["foreign_characters"] == {"é": 2, "-": 1}
     assert found["a"]["notes"] == {
         "labels with characters outside the charset": 2,

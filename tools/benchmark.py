@@ -1,10 +1,9 @@
-"""Measure speed: inference, training, loading, rendering and masks, with resnet50 beside the networks.
+"""Measure speed: inference, training, loading and masks, with resnet50 beside the networks.
 
 Tasks:
   reading    predict words with a recogniser: a batch, and one word (latency)
   training   take a training step: forward, backward, clipping, update
   loading    decode, augment and collate the config's training data
-  rendering  render words in one process
   masks      predict masks with an SSN at the config's scales
 
 Forms of reading and training:
@@ -24,7 +23,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,13 +54,12 @@ from utils import UserError, run_command_line, write_atomically
 EXAMPLE = """  python tools/benchmark.py reading training --config configs/train.yaml --threads 2 --json speed.json
   python tools/benchmark.py reading --config configs/small.yaml --precision fp32 --no-compile
   python tools/benchmark.py loading --config configs/small.yaml dataset.num_workers=1
-  python tools/benchmark.py rendering --render-config configs/render.yaml
   python tools/benchmark.py masks --config configs/small_ssn.yaml"""
 
 YARDSTICK = "resnet50 224x224 fp32"
 YARDSTICK_SIZE = 224
+RENDERING = Path(__file__).resolve().parents[1] / "configs" / "render.yaml"
 ROUND_SECONDS = 0.2  # a round repeats a short call for so long
-RENDERED_WORDS = 100  # of a call of the task rendering
 LOADED_BATCHES = 10  # of a call of the task loading, at least
 MADE_WORDS = 1000  # rendered where the config names no training data
 WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the images that masks are made of
@@ -141,7 +139,7 @@ def count_launches(call: Call) -> int:
 class Benchmark:
     """Measures tasks with one config on one device; `rows` and `blocks` collect what was found."""
 
-    def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
+    def __init__(self, options: argparse.Namespace, config: Config) -> None:
         self.options = options
         self.config = config
         self.device = torch.device(options.device)
@@ -196,14 +194,6 @@ class Benchmark:
             call, workers = loading_call(config, self.device, LOADED_BATCHES), config.dataset.num_workers
             self._measure("loading", {f"workers: {workers}": Form(call, call())})
 
-    def rendering(self) -> None:
-        """Render words."""
-        from rendering.endless import RenderedWords  # the engine is only needed here
-
-        words, numbers = RenderedWords(self.options.render_config, length=1 << 30), count()
-        call = lambda: [words[number] for number in islice(numbers, RENDERED_WORDS)]  # noqa: E731
-        self._measure("rendering", {"one process": Form(call, RENDERED_WORDS)})
-
     def masks(self) -> None:
         """Predict the masks of images of the sizes that words have."""
         areas = self.config.model.ssn.areas
@@ -230,7 +220,7 @@ class Benchmark:
         """Return a copy of the config that trains on words rendered into a folder, if it is one of word images."""
         if self.config.model.kind not in ("vision", "recogniser"):
             return self.config.model_copy(deep=True)
-        render_words_to(Path(folder), MADE_WORDS, self.options.render_config)
+        render_words_to(Path(folder), MADE_WORDS)
         return trained_on(self.config, Path(folder))
 
     def _autocast(self, model: nn.Module) -> Callable:
@@ -252,12 +242,12 @@ class Benchmark:
 # --- what tools/gpu_check.py shares -----------------------------------------------------------------------------------
 
 
-def render_words_to(folder: Path, words: int, render_config: str) -> None:
+def render_words_to(folder: Path, words: int) -> None:
     """Render words: their JPEG images to the LMDB folder/images/made, their masks to folder/masks/made."""
     from rendering import load_render_config  # the engine is only needed here
     from tools.render_words import render_words, write_lmdbs
 
-    rendered = render_words(load_render_config(render_config), words, seed=0, workers=1)
+    rendered = render_words(load_render_config(RENDERING), words, seed=0, workers=1)
     write_lmdbs(rendered, folder, "made", overwrite=False)
 
 
@@ -354,11 +344,10 @@ def as_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]], blocks:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse tasks and config overrides from the same positional arguments: an override has an equals sign."""
-    tasks = ("reading", "training", "loading", "rendering", "masks")
+    tasks = ("reading", "training", "loading", "masks")
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("tasks", nargs="+", metavar="TASK|key=value", help="what to measure; config overrides")
-    parser.add_argument("--config", metavar="YAML", help="config of the network and its data")
-    parser.add_argument("--render-config", metavar="YAML", default="configs/render.yaml", help="look of rendered words")
+    parser.add_argument("--config", required=True, metavar="YAML", help="config of the network and its data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of all forms but eager (%(default)s)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled networks")
@@ -372,8 +361,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     unknown = [each for each in options.tasks if each not in tasks]
     if unknown:
         raise UserError(f"{unknown[0]}: unknown task; choose from {', '.join(tasks)}")
-    if options.config is None and set(options.tasks) - {"rendering"}:
-        raise UserError("--config: name the YAML of the network to measure, such as configs/train.yaml")
     return options
 
 
@@ -383,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    config = without_checkpoints(load_config(options.config, options.overrides)) if options.config else None
+    config = without_checkpoints(load_config(options.config, options.overrides))
     benchmark = Benchmark(options, config)
     machine = describe_machine(benchmark.device)
     for task in options.tasks:

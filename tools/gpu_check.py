@@ -44,7 +44,6 @@ EXAMPLE = """  python tools/gpu_check.py
   python tools/gpu_check.py --seconds 1800 --output gpu-check.md"""
 
 ROOT = Path(__file__).resolve().parents[1]
-RENDERING = ROOT / "configs" / "render.yaml"
 TOLERANCE = 0.02  # of the mean loss of the last steps, against fp32's
 LAST_STEPS = 10
 KEPT_BATCHES = 8  # training repeats these, so that loading does not count
@@ -96,7 +95,7 @@ class GpuCheck:
 
     def run(self) -> list[PartResult]:
         """Run all parts, those that need no compiler first."""
-        benchmark.render_words_to(self.folder, self.scale.words, str(RENDERING))
+        benchmark.render_words_to(self.folder, self.scale.words)
         self.part("tests that need a GPU", "pytest -m gpu", self.gpu_tests, gpu=True)
         for form in PRECISIONS:
             self.part("small network", form, lambda form=form: self.training("small", form), gpu=form == "fp16")

@@ -17,7 +17,7 @@ import json
 import cv2
 import numpy as np
 
-from evaluation.contact_sheet import Cell, save_contact_sheet
+from evaluation.contact_sheet import save_sheet_of_lmdb
 from loading.lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS, OutputConfig
@@ -86,7 +86,7 @@ def render_words(config: RenderConfig, count: int, *, seed: int, workers: int) -
 
 
 def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> list[EncodedWord]:
-    """Write both LMDBs, which appear together at the end; return the words, all but the first without their images."""
+    """Write both LMDBs, which appear together at the end; return the words without their images."""
     paths = output / "images" / name, output / "masks" / name
     new = [path for path in paths if not path.exists()]
     kept: list[EncodedWord] = []
@@ -95,7 +95,7 @@ def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwr
             for word in words:
                 images.append(word.image, word.text)
                 masks.append(word.mask, word.text)
-                kept.append(word if len(kept) < SHEET_WORDS else word._replace(image=b"", mask=b""))
+                kept.append(word._replace(image=b"", mask=b""))
             images.commit()  # a full disk shows here, before either has its name
             masks.commit()
     except BaseException:
@@ -104,16 +104,6 @@ def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwr
                 shutil.rmtree(path)
         raise
     return kept
-
-
-def draw_sheet(words: list[EncodedWord], path: Path) -> None:
-    """Save a sheet of the first words: image, mask, and mask over the image."""
-    cells = []
-    for word in words[:SHEET_WORDS]:
-        image = cv2.imdecode(np.frombuffer(word.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-        mask = cv2.imdecode(np.frombuffer(word.mask, np.uint8), cv2.IMREAD_GRAYSCALE)
-        cells.append(Cell(image, word.text, mask))
-    save_contact_sheet(cells, path)
 
 
 def folder_name(text: str) -> str:
@@ -150,7 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     kept = write_lmdbs(words, options.output, options.name, overwrite=options.overwrite)
     seconds = time.perf_counter() - start
     if options.contact_sheet:
-        draw_sheet(kept, options.contact_sheet)
+        paths = (options.output / kind / options.name for kind in ("images", "masks"))
+        save_sheet_of_lmdb(*paths, range(1, min(len(kept), SHEET_WORDS) + 1), options.contact_sheet)
     counts: dict[str, object] = {"words": len(kept), "different texts": len({word.text for word in kept})}
     counts["font families"] = len({word.family for word in kept})
     kinds = Counter(word.background for word in kept)

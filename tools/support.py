@@ -19,7 +19,7 @@ from tqdm import tqdm
 from loading.decoding import MAX_PIXELS, BrokenImageError, ImageArray, decode_image
 from loading.lmdb_io import LmdbWriter
 from loading.workers import use_one_thread
-from utils import ArgumentParser, UserError, write_atomically
+from utils import ArgumentParser, UserError, printable, write_atomically
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,7 +37,7 @@ def make_parser(description: str, example: str) -> ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """Parse a whole number from 1, for argparse."""
+    """Parse a positive integer, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
@@ -45,7 +45,7 @@ def positive(text: str) -> int:
 
 
 def seed_number(text: str) -> int:
-    """Parse a whole number that every generator takes as a seed, for argparse."""
+    """Parse an integer that every generator takes as a seed, for argparse."""
     number = int(text)
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
@@ -128,12 +128,7 @@ class RejectionLog:
         """Note that `entry`, which stands for so many words, was left out."""
         self.counts[reason] += words
         if self.path is not None:
-            self._rows.append(f"{_one_field(entry)}\t{reason}\t{_one_field(detail)}\n")
-
-
-def _one_field(text: str) -> str:
-    """Escape the characters of a text that would break a line of a tab-separated file."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+            self._rows.append(f"{printable(entry)}\t{reason}\t{printable(detail)}\n")
 
 
 def print_summary(heading: str, counts: dict[str, Any], log: RejectionLog | None = None) -> None:

@@ -71,21 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags that `--help` lists."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input", required=True, action="append", metavar="PATH", help="image, folder or pattern; repeatable"
-    )
+    parser.add_argument("--input", required=True, action="append", metavar="PATH", help="image, folder or pattern")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to read with (default: weights/binet-small.pth)")
     parser.add_argument("--config", metavar="YAML", help="how to build the network of weights that carry no config")
     parser.add_argument("--ssn", metavar="FILE", help="SSN that makes the masks (default: the one in the checkpoint)")
     parser.add_argument("--masks", choices=MASK_SOURCES, default="auto", help="none: give the network empty masks")
     parser.add_argument("--model_eval", metavar="NAME", help="sub-model to read with: alignment, vision or language")
-    parser.add_argument(
-        "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: 16 bits where the device has them"
-    )
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: 16 bits if native")
     parser.add_argument("--topk", type=int, default=0, metavar="K", help="--json: the K most probable words as well")
-    parser.add_argument(
-        "--lexicon", metavar="FILE", help="--json: the closest word of a file with a word a line as well"
-    )
+    parser.add_argument("--lexicon", metavar="FILE", help="--json: the closest word of a list, one a line, as well")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--overlay", metavar="FOLDER", help="draw mask and attention of each image there, as PNG")

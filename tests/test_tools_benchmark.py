@@ -42,10 +42,9 @@ def test_forms_are_timed_in_turns(monkeypatch):
     assert all(timing.median > 0 and timing.iqr >= 0 for timing in timings.values())
 
 
-def test_a_multiply_add_counts_as_two_and_modules_have_names():
+def test_a_multiply_add_counts_as_two():
     network = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
-    flops = count_flops(lambda: network(torch.ones(3, 4)))
-    assert flops["Global"] == flops["Sequential.0"] == 2 * 3 * 4 * 5
+    assert count_flops(lambda: network(torch.ones(3, 4))) == 2 * 3 * 4 * 5
 
 
 def test_reading_and_training_are_reported(measure, capsys):
@@ -63,9 +62,6 @@ def test_reading_and_training_are_reported(measure, capsys):
         assert (row["flops"] is None) == (row["form"] == benchmark.YARDSTICK)
     flops = {(row["task"], row["form"]): row["flops"] for row in report["rows"]}
     assert flops["training", "eager"] == pytest.approx(3 * flops["reading", "eager"], rel=0.1)  # with the backward pass
-    blocks = report["blocks"]
-    assert {"BINet.vision.mask_embedding", "BINet.language", "BINet.vision.backbone.resnet"} <= set(blocks)
-    assert sum(blocks.values()) == pytest.approx(flops["latency", "eager"], rel=0.02)
     assert re.search(r"\| reading +\| prepared +\| +2 \|", capsys.readouterr().out)
 
 

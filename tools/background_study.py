@@ -341,9 +341,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--checkpoint", action="append", metavar="NAME=FILE", help="recogniser; repeatable")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, or to resume")
     parser.add_argument("--report-only", action="store_true", help="only make tables and plots of what is measured")
-    parser.add_argument(
-        "--baseline", metavar="NAME", help="what differences are from (default: a network without masks)"
-    )
+    parser.add_argument("--baseline", metavar="NAME", help="subtracted in differences (default: one without masks)")
     parser.add_argument("--words", nargs="+", default=[], metavar="LMDB", help="real words")
     parser.add_argument("--ssn", metavar="FILE", help="predicts the masks (default: the SSN in the first checkpoint)")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=["ssn"], help="kinds of masks (default: ssn)")
@@ -351,18 +349,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUND_KINDS, help="default: all but scene")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs for the background `photo`")
     parser.add_argument("--count", type=positive, default=1000, help="rendered words (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=seed_number, default=1_000_003, help="seed of the words; use none of the training data's"
-    )
+    parser.add_argument("--seed", type=seed_number, default=1_000_003, help="of the words; none of the training data's")
     parser.add_argument("--config", metavar="YAML", help="render settings (default: the renderer's own)")
-    parser.add_argument(
-        "--protocol", type=int, choices=PROTOCOLS, default=36, help="characters compared (default: %(default)s)"
-    )
+    parser.add_argument("--protocol", type=int, choices=PROTOCOLS, default=36, help="characters compared (%(default)s)")
     parser.add_argument("--max-length", type=positive, default=25, help="longest word (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument(
-        "--workers", type=positive, default=usable_cores(), help="rendering processes (default: all cores)"
-    )
+    parser.add_argument("--workers", type=positive, default=usable_cores(), help="processes (default: the cores)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the render settings but contrast")
     return parser.parse_intermixed_args(arguments)
 

@@ -63,8 +63,6 @@ ROUND_SECONDS = 0.2  # a round repeats a short call for so long
 LOADED_BATCHES = 10  # of a call of the task loading, at least
 MADE_WORDS = 1000  # rendered where the config names no training data
 WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the images that masks are made of
-# Blocks of a recogniser in the table of FLOPs.
-BLOCKS = ("resnet", "transformer", "mask_refinement", "mask_embedding", "attention", "language", "alignment")
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
 Call = Callable[[], object]
@@ -107,14 +105,11 @@ def peak_memory(call: Call, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def count_flops(call: Call) -> dict[str, int]:
-    """Return the floating-point operations of matrix multiplications and convolutions, a multiply-add counting as two.
-
-    Keys are `Global` for all of them, and the names of the modules that were called, such as `BINet.vision.backbone`.
-    """
+def count_flops(call: Call) -> int:
+    """Return the FLOPs of matrix multiplications and convolutions; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as counter:
         call()
-    return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()} or {"Global": 0}
+    return counter.get_total_flops()
 
 
 @functools.cache
@@ -137,7 +132,7 @@ def count_launches(call: Call) -> int:
 
 
 class Benchmark:
-    """Measures tasks with one config on one device; `rows` and `blocks` collect what was found."""
+    """Measures tasks with one config on one device; `rows` collects what was found."""
 
     def __init__(self, options: argparse.Namespace, config: Config) -> None:
         self.options = options
@@ -145,7 +140,6 @@ class Benchmark:
         self.device = torch.device(options.device)
         self.dtype = PRECISIONS[options.precision]
         self.rows: list[dict[str, Any]] = []
-        self.blocks: dict[str, int] = {}  # FLOPs for a word
 
     def reading(self) -> None:
         """Predict the words of a batch, and one word."""
@@ -159,13 +153,12 @@ class Benchmark:
             inputs = random_inputs(self.config, words, self.device)
             flops = count_flops(partial(model, *inputs))
             forms = {
-                name: Form(partial(network, *inputs), words, dtype, flops["Global"])
+                name: Form(partial(network, *inputs), words, dtype, flops)
                 for name, (network, dtype) in networks.items()
             }
             if task == "reading":
                 forms[YARDSTICK] = self._yardstick(words)
             self._measure(task, forms)
-        self.blocks = {name: number for name, number in flops.items() if name.split(".")[-1] in BLOCKS}
 
     def training(self) -> None:
         """Take training steps, always with the same batch of rendered words."""
@@ -182,7 +175,7 @@ class Benchmark:
                 trainer, (batch,) = make_trainer(config, device=self.device, batches=1)
                 step = partial(trainer._step, batch, 0.0)
                 forms[name] = Form(step, len(batch), PRECISIONS[precision])
-        flops = count_flops(forms["eager"].call)["Global"]
+        flops = count_flops(forms["eager"].call)
         for form in forms.values():
             form.flops = flops
         self._measure("training", forms)
@@ -319,7 +312,7 @@ def without_checkpoints(config: Config) -> Config:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def as_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]], blocks: dict[str, int]) -> str:
+def as_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Return all numbers as Markdown."""
     columns = {  # of a row -> heading and form of its numbers
         "ms": ("ms a word", "{:.2f}"),
@@ -335,11 +328,7 @@ def as_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]], blocks:
         row = row | {"ms": 1000 / row["rate"], "gflop": row["flops"] and row["flops"] / row["words"] / 1e9}
         cells = ["" if row[name] is None else form.format(row[name]) for name, (_, form) in columns.items()]
         table.append([row["task"], row["form"], row["words"], *cells])
-    parts = [", ".join(f"{key}: {value}" for key, value in machine.items()), markdown_table(table, left=2)]
-    if blocks:
-        costs = [[name, f"{number / 1e9:.1f}"] for name, number in blocks.items()]
-        parts.append(markdown_table([["block", "GFLOP a word"], *costs]))
-    return "\n\n".join(parts)
+    return ", ".join(f"{key}: {value}" for key, value in machine.items()) + "\n\n" + markdown_table(table, left=2)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -375,9 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine(benchmark.device)
     for task in options.tasks:
         getattr(benchmark, task)()
-    print(as_markdown(machine, benchmark.rows, benchmark.blocks))
+    print(as_markdown(machine, benchmark.rows))
     if options.json:
-        content = json.dumps({"machine": machine, "rows": benchmark.rows, "blocks": benchmark.blocks}, indent=2)
+        content = json.dumps({"machine": machine, "rows": benchmark.rows}, indent=2)
         write_atomically(Path(options.json), lambda file: file.write(content.encode()))
     return 0
 

@@ -280,9 +280,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("lmdb", metavar="LMDB", help="an LMDB, or a folder of LMDBs")
-    parser.add_argument(
-        "--masks", metavar="LMDB", help="its masks, found as training finds those of dataset.masks.root"
-    )
+    parser.add_argument("--masks", metavar="LMDB", help="its masks, found as those of dataset.masks.root")
     parser.add_argument("--charset", metavar="FILE", help="count label characters outside this charset")
     parser.add_argument("--max-length", type=positive, default=25, help="count longer labels (default: 25)")
     parser.add_argument("--against", metavar="LMDB", help="images that these LMDBs (test sets) have too are problems")

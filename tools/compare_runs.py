@@ -251,12 +251,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("first", metavar="A", help="work folder of a test")
     parser.add_argument("second", metavar="B", help="work folder of another test, of the same words")
-    parser.add_argument(
-        "--model_eval",
-        nargs="+",
-        metavar="NAME",
-        help="sub-model to compare, or that of A and that of B (default: the last tested)",
-    )
+    parser.add_argument("--model_eval", nargs="+", metavar="NAME", help="sub-model, or A's and B's (default: the last)")
     parser.add_argument("--protocol", type=int, choices=PROTOCOLS, help="characters that count (default: the tests')")
     parser.add_argument("--output", metavar="FILE", help="HTML page (default: B/report/compare-A-MODEL_EVAL.html)")
     parser.add_argument("--words", type=int, default=10, help="words to print either way (default: %(default)s)")

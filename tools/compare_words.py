@@ -100,13 +100,7 @@ def stored(source: str, count: int) -> Iterator[dict[str, float]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("sources", nargs="+", metavar="SOURCE|key=value", help="sources, and settings for renderings")
-    parser.add_argument(
-        "--difficulty",
-        nargs="+",
-        type=float,
-        metavar="0..1",
-        help="difficulties of renderings (default: as in the file)",
-    )
+    parser.add_argument("--difficulty", nargs="+", type=float, metavar="0..1", help="of renderings (default: the file)")
     parser.add_argument("--count", type=positive, default=1000, help="words of each source at most (default: 1000)")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of renderings (default: 0)")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Make the language model's training and validation words from text corpora, or from a word-frequency list.
 
 Both outputs are tab-separated with the columns `inp` and `gt` (the same word twice: dataset.use_sm makes misspellings
-during training). No word of one output is in the other, in upper or lower case.
+during training). No word of one output is in the other, in upper or lower case. Corpora may be packed (.gz, .bz2, .xz).
 """
 
 import bz2
@@ -228,25 +228,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("train", metavar="TRAIN_CSV", help="file to make")
     parser.add_argument("validation", metavar="VALIDATION_CSV", help="file to make")
-    parser.add_argument(
-        "--corpus",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="UTF-8 text files (.gz, .bz2, .xz too) or folders of them",
-    )
-    parser.add_argument(
-        "--language", default="en", help="of the word-frequency list, used without --corpus (default: en)"
-    )
+    parser.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="UTF-8 text files, or folders of them")
+    parser.add_argument("--language", default="en", help="of the words without --corpus (default: %(default)s)")
     parser.add_argument("--charset", default="data/charset_36.txt", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--min-length", type=positive, default=1, help="in characters (default: 1)")
     parser.add_argument("--max-length", type=positive, default=25, help="in characters (default: 25)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="1 keeps frequencies, more flattens them, inf wholly (default: 1)",
-    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="1 keeps frequencies, inf ignores them (1)")
     parser.add_argument(
         "--count",
         type=positive,

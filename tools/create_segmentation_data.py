@@ -381,9 +381,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", metavar="NAME", help="only masks below a folder of this name, such as Train")
     parser.add_argument("--lmdb", action="store_true", help="make an LMDB instead of folders images/ and masks/")
     parser.add_argument("--words", action="store_true", help="cut out words instead of keeping whole images")
-    parser.add_argument(
-        "--margin", type=float, default=0.1, help="around words, in shorter sides of their boxes (default: %(default)s)"
-    )
+    parser.add_argument("--margin", type=float, default=0.1, help="around words, in shorter sides (%(default)s)")
     return parser.parse_args(arguments)
 
 

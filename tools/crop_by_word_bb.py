@@ -189,12 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="folder that the images' paths are relative to (default: that of ANNOTATION)"
-    )
-    parser.add_argument(
-        "--rectify", action="store_true", help="SynthText: turn each box upright by perspective, not cut around it"
-    )
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the images' paths (default: ANNOTATION's)")
+    parser.add_argument("--rectify", action="store_true", help="SynthText: straighten boxes by perspective")
     parser.add_argument("--format", choices=FORMATS, default="jpg", help="SynthText: of the crops (default: jpg)")
     add_run_arguments(parser)
     options = parser.parse_args(arguments)

@@ -263,7 +263,7 @@ class GpuCheck:
     def _flops_of_a_word(self, network: str) -> float:
         if network not in self.flops:
             trainer, (batch, *_) = self._trainer(network)
-            self.flops[network] = benchmark.count_flops(partial(trainer._step, batch, 0.0))["Global"] / len(batch)
+            self.flops[network] = benchmark.count_flops(partial(trainer._step, batch, 0.0)) / len(batch)
         return self.flops[network]
 
     def _main(self, name: str, steps: int, *arguments: str) -> subprocess.Popen:
@@ -304,9 +304,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--output", default="gpu-check.md", metavar="FILE", help="table to write (%(default)s)")
-    parser.add_argument(
-        "--seconds", metavar="N", type=positive, default=480, help="start no part after so long (%(default)s)"
-    )
+    parser.add_argument("--seconds", metavar="N", type=positive, default=480, help="start no part later (%(default)s)")
     return parser.parse_args(arguments)
 
 

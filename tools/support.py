@@ -59,9 +59,7 @@ def usable_cores() -> int:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all tools on LMDBs of words share."""
-    parser.add_argument(
-        "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
-    )
+    parser.add_argument("--workers", type=positive, default=usable_cores(), help="processes (default: the cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
 
 

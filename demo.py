@@ -13,6 +13,7 @@ Exit status: 0, also when some of the images are broken; 2 when all are, or for 
 
 import argparse
 import glob
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -139,16 +140,11 @@ def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--overlay {folder}: cannot be made ({error.strerror}); name another folder") from error
-    taken: set[str] = set()
-    chosen = []
+    chosen: dict[Path, None] = {}
     for path in paths:
-        name, number = path.stem, 1
-        while name in taken:
-            number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(name)
-        chosen.append(folder / f"{name}.png")
-    return chosen
+        names = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
+        chosen[next(name for name in (folder / f"{each}.png" for each in names) if name not in chosen)] = None
+    return list(chosen)
 
 
 def draw_overlay(path: Path, prediction: Prediction, output: Path) -> None:

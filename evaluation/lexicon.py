@@ -136,6 +136,7 @@ def read_lexicon(path: str | Path) -> list[str]:
         raise UserError(f"lexicon {path}: is not UTF-8 text; save it as UTF-8") from error
 
 
+@dataclass(frozen=True)
 class StoredLexicons:
     """The word lists of an LMDB: number of a word -> its list, stored as `<name>-%09d`.
 
@@ -144,10 +145,9 @@ class StoredLexicons:
         make: words -> their Lexicon.
     """
 
-    def __init__(self, reader: LmdbReader, name: str, make: Callable[[Sequence[str]], Lexicon]) -> None:
-        self.reader = reader
-        self.name = name
-        self.make = make
+    reader: LmdbReader
+    name: str
+    make: Callable[[Sequence[str]], Lexicon]
 
     def __call__(self, number: int) -> Lexicon:
         """Return the list of a word; raises UserError if there is none, or the network can predict no word of it."""

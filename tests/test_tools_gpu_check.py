@@ -70,7 +70,7 @@ def test_no_part_starts_when_the_time_is_over(parts, tmp_path, monkeypatch):
 
 
 def test_a_loss_far_from_fp32s_fails(tmp_path, monkeypatch):
-    check = gpu_check.GpuCheck(device=torch.device("cpu"), scale=gpu_check.ON_CPU, folder=tmp_path, seconds=60)
+    check = gpu_check.GpuCheck(torch.device("cpu"), gpu_check.ON_CPU, tmp_path, float("inf"))
     losses = {"fp32": 2.0, "bf16": 2.03, "fp16": 2.1}
 
     class Trainer:

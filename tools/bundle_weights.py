@@ -33,14 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--recogniser", required=True, metavar="FILE", help="recogniser's checkpoint")
     parser.add_argument("--ssn", metavar="FILE", help="SSN's checkpoint; leave it out for a network without masks")
-    parser.add_argument(
-        "--areas",
-        type=positive,
-        nargs="+",
-        default=(),
-        metavar="SIDE",
-        help="scales of the masks that the recogniser was trained with (default: those in the SSN's checkpoint)",
-    )
+    parser.add_argument("--areas", type=positive, nargs="+", default=(), metavar="SIDE", help="default: the SSN's own")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
     parser.add_argument("--half", action="store_true", help="store matrices and kernels in 16 bits: half the size")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

@@ -123,10 +123,8 @@ def frequency_list(language: str, seed: int) -> dict[str, float]:
     The list has only the shapes of long numbers (`0000` stands for all of four digits); a shape is filled with random
     digits here, NUMBERS_PER_SHAPE times if it has digits only, else once.
     """
-    try:
-        import wordfreq
-    except ImportError as error:
-        raise UserError("no --corpus given and wordfreq is not installed; pip install wordfreq, or name one") from error
+    import wordfreq  # takes a second
+
     try:
         words = dict(wordfreq.get_frequency_dict(language, wordlist="best"))
     except LookupError as error:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -81,17 +81,20 @@ class LeftOutError(Exception):
     """A part cannot be done here; the message says what it needs."""
 
 
+@dataclass
 class GpuCheck:
-    """Runs the parts one after another; a part that fails does not stop the others."""
+    """Runs the parts one after another; a part that fails does not stop the others.
 
-    def __init__(self, *, device: torch.device, scale: Scale, folder: Path, seconds: float) -> None:
-        self.device = device
-        self.scale = scale
-        self.folder = folder
-        self.deadline = time.monotonic() + seconds
-        self.rows: list[PartResult] = []
-        self.losses: dict[str, dict[str, list[float]]] = {"small": {}, "full size": {}}
-        self.flops: dict[str, float] = {}  # of a word in a training step
+    `losses` holds those of each network in each form, `flops` those of a word in a training step of each network.
+    """
+
+    device: torch.device
+    scale: Scale
+    folder: Path
+    deadline: float  # of time.monotonic()
+    rows: list[PartResult] = field(default_factory=list)
+    losses: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {"small": {}, "full size": {}})
+    flops: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> list[PartResult]:
         """Run all parts, those that need no compiler first."""
@@ -323,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts |= {"cuDNN": torch.backends.cudnn.version(), "compiler": shutil.which("cc") or "none"}
     with TemporaryDirectory() as folder:
         scale = ON_GPU if device.type == "cuda" else ON_CPU
-        check = GpuCheck(device=device, scale=scale, folder=Path(folder), seconds=options.seconds)
+        check = GpuCheck(device, scale, Path(folder), time.monotonic() + options.seconds)
         rows = check.run()
     text = report(facts, rows, time.monotonic() - started)
     write_atomically(Path(options.output), lambda file: file.write(text.encode()))

@@ -156,8 +156,8 @@ def test_a_study_resumes_and_reports(files, tmp_path, monkeypatch, capsys):
     all_three = ["--checkpoint", f"binet={files / 'binet1.pth'}", "--checkpoint", f"abinet={files / 'abinet.pth'}"]
     all_three += ["--masks", "ssn", "exact", "other", "--mask-ablations", "binet", *one]
     calls = []
-    read_words = study.read_words
-    monkeypatch.setattr(study, "read_words", lambda *given: calls.append(given) or read_words(*given))
+    read_items = study.read_items
+    monkeypatch.setattr(study, "read_items", lambda *given: calls.append(given) or read_items(*given))
     assert study.main(["--ssn", str(files / "ssn.pth"), "--masks", "ssn", *one]) == 0
     assert len(calls) == 1
     assert study.main(["--ssn", str(files / "ssn.pth"), *all_three]) == 0

@@ -106,7 +106,7 @@ def test_every_fault_is_counted_by_reason(broken):
     assert found["broken"]["valid"] == 2
     assert found["broken"]["notes"] == {"keys that nothing reads": 1}
     assert len((broken.parent / "rejected.tsv").read_text().splitlines()) == 1 + 8  # and a header
-    with pytest.raises(UserError, match="--rejected"):
+    with pytest.raises(UserError, match=r"rejected\.tsv: exists"):
         _check(broken, "--rejected", broken.parent / "rejected.tsv")
 
 

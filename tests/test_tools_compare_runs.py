@@ -12,7 +12,7 @@ import main
 from tests.browser import overflow, show
 from tests.small_networks import save_network, small_config, write_masks, write_words
 from tools import compare_runs
-from tools.compare_runs import Row
+from tools.compare_runs import Comparison
 from utils import UserError
 
 
@@ -35,15 +35,15 @@ def compared(capsys, *arguments: str | Path) -> str:
 
 
 def test_the_p_value_is_that_of_the_exact_test():
-    row = Row("set", 100, (80, 86), lost=2, gained=8)
+    row = Comparison("set", 100, (80, 86), lost=2, gained=8)
     assert row.p_value == pytest.approx(2 * binom.cdf(2, 10, 0.5))  # 0.109
-    assert Row("set", 100, (80, 80), lost=0, gained=0).p_value == 1.0
-    assert Row("set", 100, (80, 80), lost=3, gained=3).p_value == 1.0
+    assert Comparison("set", 100, (80, 80), lost=0, gained=0).p_value == 1.0
+    assert Comparison("set", 100, (80, 80), lost=3, gained=3).p_value == 1.0
 
 
 def test_the_interval_is_the_published_one():
     # Bonett and Price (2012): 13/102 - 5/102 +- 1.95996 sqrt((18/102 - (8/102)^2) / 102)
-    low, high = Row("set", 100, (70, 78), lost=4, gained=12).interval
+    low, high = Comparison("set", 100, (70, 78), lost=4, gained=12).interval
     assert (low, high) == pytest.approx((-0.001659, 0.158522), abs=1e-6)
 
 
@@ -51,7 +51,7 @@ def test_the_interval_holds_the_true_difference_about_95_times_of_100():
     random = np.random.default_rng(0)
     held = []
     for lost, gained, _ in random.multinomial(200, [0.05, 0.10, 0.85], 2000):
-        low, high = Row("set", 200, (0, 0), lost=int(lost), gained=int(gained)).interval
+        low, high = Comparison("set", 200, (0, 0), lost=int(lost), gained=int(gained)).interval
         held.append(low <= 0.05 <= high)
     assert 0.935 <= np.mean(held) <= 0.975
 

@@ -45,14 +45,13 @@ from engine.distributed import pick_device
 from inference.segmenter import Segmenter
 from loading.batches import LabelRule
 from loading.charset import PROTOCOLS, Charset, protocol_normalizer
-from loading.decoding import BrokenImageError, decode_image
-from loading.lmdb_io import LmdbReader, image_key, label_key
+from loading.lmdb_io import LmdbReader
 from loading.word_index import scan_words
 from reader import Reader
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS
 from tools.background_report import ABLATIONS, CONTRASTS, MASKS, NO_MASKS, RENDERED, write_report
-from tools.support import make_parser, map_in_processes, positive, progress, seed_number, usable_cores
+from tools.support import decoded_words, make_parser, map_in_processes, positive, progress, seed_number, usable_cores
 from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/background_study.py --checkpoint binet=a/best-a.pth --checkpoint binet=b/best-b.pth \\
@@ -96,7 +95,7 @@ def _renderer(settings: str, contrast: str) -> WordRenderer:
     return WordRenderer(config.model_copy(update={"contrast": least, "chances": chances}))
 
 
-def render_word(index: int, *, settings: str, seed: int, kinds: Sequence[str]) -> dict[tuple[str, str], RenderedWord]:
+def render_kinds(index: int, *, settings: str, seed: int, kinds: Sequence[str]) -> dict[tuple[str, str], RenderedWord]:
     """Return word `index` of `seed` by contrast and kind of background; runs in a worker."""
     words = {each: _renderer(settings, each).render_on_backgrounds(seed, index, kinds) for each in CONTRASTS}
     return {(contrast, kind): word for contrast, by_kind in words.items() for kind, word in by_kind.items()}
@@ -108,7 +107,7 @@ def render_items(
     """Return the first `count` words of `seed` that can be scored, as items sorted by contrast, background, word."""
     settings = config.model_dump_json()
     _renderer(settings, CONTRASTS[0])  # reports mistakes in the settings before any worker starts
-    render = functools.partial(render_word, settings=settings, seed=seed, kinds=tuple(kinds))
+    render = functools.partial(render_kinds, settings=settings, seed=seed, kinds=tuple(kinds))
     rendered = map_in_processes(render, range(4 * count + 100), workers=workers, chunk_size=16)
     usable = ((i, word) for i, word in enumerate(rendered) if not rule.unusable(next(iter(word.values())).text))
     words = list(progress(itertools.islice(usable, count), total=count, unit="word", description="render"))
@@ -123,13 +122,8 @@ def render_items(
 
 def stored_items(path: str, rule: LabelRule) -> Iterator[Item]:
     """Yield the words of an LMDB that can be scored and decoded."""
-    words = LmdbReader(path)
-    for number in scan_words(words, rule).numbers.tolist():
-        try:
-            image = decode_image(words.get(image_key(number)))
-        except BrokenImageError:
-            continue
-        yield Item(Path(path).name, number, "", "", words.get(label_key(number)).decode(), image, None)
+    for number, image, text in decoded_words(path, scan_words(LmdbReader(path), rule).numbers.tolist()):
+        yield Item(Path(path).name, number, "", "", text, image, None)
 
 
 def complexity(image: np.ndarray, mask: np.ndarray) -> float:
@@ -234,7 +228,7 @@ def save_table(path: Path, header: str, rows: Sequence[Sequence]) -> None:
     write_atomically(path, lambda binary: binary.write(file.getvalue().encode()))
 
 
-def read_words(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray | None] | None, protocol: int) -> list:
+def read_items(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray | None] | None, protocol: int) -> list:
     """Return a row for each item that has a mask (`masks` None: for all): item, prediction, right, quality of the mask.
 
     The quality is the overlap with the exact mask, empty where there is none of them.
@@ -307,7 +301,7 @@ def measure(options: argparse.Namespace, output: Path) -> None:
             if table.exists():
                 continue
             masks = None if kind == NO_MASKS else maker.make(kind)
-            rows = [[name, path, kind, *row] for row in read_words(reader, items, masks, options.protocol)]
+            rows = [[name, path, kind, *row] for row in read_items(reader, items, masks, options.protocol)]
             save_table(table, "name checkpoint masks item prediction right quality", rows)
 
 

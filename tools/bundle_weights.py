@@ -8,8 +8,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from bundle import save_bundle
-from tools.support import make_parser, positive, print_summary
-from utils import UserError, run_command_line
+from tools.support import make_parser, positive, print_summary, refuse_existing
+from utils import run_command_line
 
 EXAMPLE = """  python tools/bundle_weights.py --recogniser workdir/small/best-small.pth \\
       --ssn workdir/small-ssn/best-small-ssn.pth --output weights/binet-small.pth --half"""
@@ -19,8 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     output = Path(options.output)
-    if output.exists() and not options.overwrite:
-        raise UserError(f"--output {output} exists; give another path or --overwrite")
+    refuse_existing(output, overwrite=options.overwrite)
     content = save_bundle(output, options.recogniser, options.ssn, areas=options.areas, half=options.half)
     parts = {"recogniser": content["model"], "SSN": content.get("ssn", {}).get("model", {})}
     counts = {f"{name}: numbers": sum(tensor.numel() for tensor in part.values()) for name, part in parts.items()}

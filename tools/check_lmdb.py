@@ -30,6 +30,7 @@ from tools.support import (
     positive,
     print_summary,
     progress,
+    refuse_existing,
 )
 from utils import UserError, run_command_line, write_atomically
 
@@ -295,10 +296,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    for flag in ("fix", "rejected"):
-        path = getattr(options, flag)
-        if path and Path(path).exists() and not options.overwrite:
-            raise UserError(f"{path}: exists already; choose another --{flag} or replace it with --overwrite")
+    refuse_existing(options.fix, options.rejected, overwrite=options.overwrite)
     lmdbs = find_lmdbs(options.lmdb)
     mask_paths = [options.masks and find_mask_lmdb(options.masks, options.lmdb, path) for path in lmdbs]
     charset = Charset.from_file(options.charset) if options.charset else None

@@ -55,7 +55,7 @@ class Flip:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One line of the table: counts of words, and what follows from them."""
 
     name: str
@@ -123,7 +123,7 @@ def check_same_words(first: TestedRun, second: TestedRun) -> None:
 
 def compare(
     first: TestedRun, second: TestedRun, protocol: int, images: dict[str, list[tuple[str, str]]]
-) -> tuple[list[Row], list[Flip]]:
+) -> tuple[list[Comparison], list[Flip]]:
     """Return a row for each data set, for several one for all words too, and the words that flipped, in order.
 
     Args:
@@ -145,18 +145,18 @@ def compare(
             if before != after
         ]
         gained = sum(each.gained for each in changed)
-        rows.append(Row(name, len(words), (sum(right[0]), sum(right[1])), len(changed) - gained, gained))
+        rows.append(Comparison(name, len(words), (sum(right[0]), sum(right[1])), len(changed) - gained, gained))
         flips += changed
     rows = [row for row in rows if row.words]
     if not rows:
         raise UserError(f"{first.folder}: no word has a character that counts in protocol {protocol}")
     if len(rows) > 1:
         sums = [sum(column) for column in zip(*((r.words, *r.right, r.lost, r.gained) for r in rows), strict=True)]
-        rows.append(Row("all words", sums[0], (sums[1], sums[2]), sums[3], sums[4]))
+        rows.append(Comparison("all words", sums[0], (sums[1], sums[2]), sums[3], sums[4]))
     return rows, flips
 
 
-def format_rows(rows: Sequence[Row]) -> str:
+def format_rows(rows: Sequence[Comparison]) -> str:
     """Return the rows for the terminal."""
     lines = [("data set", "words", "A %", "B %", "B - A", "95 % interval", "only A", "only B", "p")]
     for row in rows:
@@ -167,12 +167,12 @@ def format_rows(rows: Sequence[Row]) -> str:
     return markdown_table(lines)
 
 
-def shown_p(row: Row) -> str:
+def shown_p(row: Comparison) -> str:
     """Return the p-value as people write it."""
     return f"{row.p_value:.3f}" if row.p_value >= 0.001 else f"{row.p_value:.0e}"
 
 
-def verdict(row: Row) -> str:
+def verdict(row: Comparison) -> str:
     """Return what the test says, in a sentence."""
     if row.p_value >= 0.05:
         return "The difference may be due to chance (p ≥ 0.05)."

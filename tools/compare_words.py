@@ -13,10 +13,9 @@ import cv2
 import numpy as np
 
 from evaluation.tables import markdown_table
-from loading.decoding import BrokenImageError, decode_image
-from loading.lmdb_io import LmdbReader, image_key, label_key
+from loading.lmdb_io import LmdbReader
 from rendering import WordRenderer, load_render_config
-from tools.support import make_parser, positive, progress, seed_number
+from tools.support import decoded_words, make_parser, positive, progress, seed_number
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/compare_words.py configs/render.yaml data/training/words --difficulty 0.3 0.5 0.7
@@ -86,15 +85,9 @@ def rendered(settings: str, overrides: list[str], count: int, seed: int) -> Iter
 
 def stored(source: str, count: int) -> Iterator[dict[str, float]]:
     """Measure words of an LMDB, evenly spread; those without a label or a valid image are left out."""
-    reader = LmdbReader(source)
-    for number in np.unique(np.linspace(1, len(reader), min(count, len(reader))).astype(int)).tolist():
-        text = (reader.get(label_key(number)) or b"").decode("utf-8", "replace").strip()
-        try:
-            image = decode_image(reader.get(image_key(number)) or b"")
-        except BrokenImageError:
-            continue
-        if text:
-            yield measure_word(image, text)
+    words = len(LmdbReader(source))
+    numbers = np.unique(np.linspace(1, words, min(count, words)).astype(int)).tolist()
+    return (measure_word(image, text) for _, image, text in decoded_words(source, numbers) if text)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from loading.charset import Charset
-from tools.support import RejectionLog, make_parser, positive, print_summary, progress, seed_number
+from tools.support import RejectionLog, make_parser, positive, print_summary, progress, refuse_existing, seed_number
 from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_language_data.py data/language_train.csv data/language_test.csv
@@ -242,9 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
     options = parser.parse_args(arguments)
-    for output in (options.train, options.validation):
-        if os.path.exists(output) and not options.overwrite:
-            raise UserError(f"{output}: exists already; choose another output or replace it with --overwrite")
+    refuse_existing(options.train, options.validation, overwrite=options.overwrite)
     if os.path.abspath(options.train) == os.path.abspath(options.validation):
         raise UserError(f"{options.train}: named for training and validation; give two files")
     if not options.temperature > 0:

@@ -1,6 +1,7 @@
 """Shared by the command-line tools: arguments, worker processes, the list of rejected entries, the summary."""
 
 import argparse
+import contextlib
 import itertools
 import os
 import stat
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from loading.decoding import MAX_PIXELS, BrokenImageError, ImageArray, decode_image
-from loading.lmdb_io import LmdbWriter
+from loading.lmdb_io import LmdbReader, LmdbWriter, image_key, label_key
 from loading.workers import use_one_thread
 from utils import ArgumentParser, UserError, printable, write_atomically
 
@@ -61,6 +62,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all tools on LMDBs of words share."""
     parser.add_argument("--workers", type=positive, default=usable_cores(), help="processes (default: the cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
+
+
+def refuse_existing(*outputs: str | os.PathLike | None, overwrite: bool) -> None:
+    """Raise UserError if an output exists and is not to be replaced; None is no output."""
+    for output in outputs:
+        if output is not None and not overwrite and os.path.exists(output):
+            raise UserError(f"{output}: exists already; choose another output or replace it with --overwrite")
 
 
 def progress(
@@ -153,6 +161,15 @@ def checked_image(data: bytes) -> ImageArray:
         return decode_image(data)
     except BrokenImageError as error:
         raise RejectedError("damaged image", str(error)) from error
+
+
+def decoded_words(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[tuple[int, ImageArray, str]]:
+    """Yield number, image and label of some words of an LMDB; those whose image cannot be decoded are left out."""
+    reader = LmdbReader(path)
+    for number in numbers:
+        label = (reader.get(label_key(number)) or b"").decode("utf-8", "replace").strip()
+        with contextlib.suppress(BrokenImageError):
+            yield number, decode_image(reader.get(image_key(number)) or b""), label
 
 
 def inside(folder: str, name: str) -> str | None:

@@ -5,9 +5,7 @@ plain mean. Words are sharded over the processes and every word counts once: bat
 score.
 """
 
-import csv
 import functools
-import io
 import json
 import logging
 from collections import Counter
@@ -26,7 +24,7 @@ from engine import distributed
 from engine.precision import autocast, without_search
 from evaluation import metrics
 from evaluation.lexicon import Lexicon, log_probabilities
-from evaluation.tables import markdown_table
+from evaluation.tables import csv_text, markdown_table
 from inference.pipeline import in_order, single_threads
 from inference.prepare import PreparedNetwork, PreparedSSN
 from inference.segmenter import Segmenter
@@ -298,11 +296,7 @@ def score_table(scores: Mapping[str, Any]) -> str:
 
 def score_csv(scores: Mapping[str, Any]) -> str:
     """Format scores as comma-separated values, fractions in full: one row per data set, then weighted and mean."""
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(
-        [["dataset", "samples", "skipped", *scores["mean"]], *score_rows(scores)]
-    )
-    return file.getvalue()
+    return csv_text([["dataset", "samples", "skipped", *scores["mean"]], *score_rows(scores)])
 
 
 def write_scores(folder: Path, scores: Mapping[str, Any], *, name: str = "metrics") -> None:

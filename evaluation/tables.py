@@ -1,6 +1,8 @@
-"""Tables for terminals and pages."""
+"""Tables as text: Markdown for people, CSV for programs."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Iterable, Sequence
 
 
 def markdown_table(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
@@ -18,3 +20,10 @@ def markdown_table(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
         for pairs in (list(zip(row, widths, strict=True)) for row in cells)
     ]
     return "\n".join("| " + " | ".join(row) + " |" for row in aligned)
+
+
+def csv_text(rows: Iterable[Sequence[object]], *, delimiter: str = ",") -> str:
+    """Return rows as CSV, quoted where needed."""
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows(rows)
+    return file.getvalue()

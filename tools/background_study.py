@@ -23,10 +23,8 @@ plots are made (--report-only). Checkpoints with the same NAME count as training
 """
 
 import argparse
-import csv
 import functools
 import hashlib
-import io
 import itertools
 import json
 import sys
@@ -42,6 +40,7 @@ import numpy as np
 
 from bundle import load_ssn
 from engine.distributed import pick_device
+from evaluation.tables import csv_text
 from inference.segmenter import Segmenter
 from loading.batches import LabelRule
 from loading.charset import PROTOCOLS, Charset, protocol_normalizer
@@ -223,9 +222,7 @@ def make_segment(path: str, device: str | None) -> Callable[[Sequence[np.ndarray
 
 def save_table(path: Path, header: str, rows: Sequence[Sequence]) -> None:
     """Write a CSV file; the names in `header` are separated by spaces."""
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([header.split(), *rows])
-    write_atomically(path, lambda binary: binary.write(file.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(csv_text([header.split(), *rows]).encode()))
 
 
 def read_items(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray | None] | None, protocol: int) -> list:

@@ -150,7 +150,8 @@ class Benchmark:
         networks = {"eager": (model, torch.float32), "autocast": (self._autocast(model), self.dtype)}
         networks["prepared"] = prepared, self.dtype
         for task, words in (("reading", self.options.batch_size), ("latency", 1)):
-            inputs = random_inputs(self.config, words, self.device)
+            image = torch.randn(words, 3, *image_size(self.config), device=self.device)
+            inputs = image, torch.rand_like(image[:, :1]) if self.config.model.takes_masks else None
             flops = count_flops(partial(model, *inputs))
             forms = {
                 name: Form(partial(network, *inputs), words, dtype, flops)
@@ -184,7 +185,10 @@ class Benchmark:
         """Load batches with the config's number of workers."""
         with TemporaryDirectory() as folder:
             config = self.config if self.config.dataset.train.roots else self._with_words(folder)
-            call, workers = loading_call(config, self.device, LOADED_BATCHES), config.dataset.num_workers
+            batches = iter(build_training_data(config, device=self.device, process=Process()))
+            workers = config.dataset.num_workers
+            number = -(-LOADED_BATCHES // max(1, workers)) * max(1, workers)  # as many for each worker
+            call = lambda: sum(len(batch.inputs()[0]) for batch in islice(batches, number))  # noqa: E731
             self._measure("loading", {f"workers: {workers}": Form(call, call())})
 
     def masks(self) -> None:
@@ -192,7 +196,9 @@ class Benchmark:
         areas = self.config.model.ssn.areas
         ssn = build_ssn(self.config).to(self.device)
         segmenter = Segmenter(ssn, areas, device=self.device, precision=self.options.precision)
-        images = noise_images(self.options.batch_size)
+        number, random = self.options.batch_size, np.random.default_rng(0)
+        heights = np.resize(np.linspace(*WORD_HEIGHTS, num=min(number, 8)).astype(int), number)
+        images = [random.integers(0, 256, (each, each * WORD_ASPECT, 3), dtype=np.uint8) for each in heights]
         name = f"scales {', '.join(map(str, areas))}"
         forms = {name: Form(lambda: segmenter(images), len(images)), YARDSTICK: self._yardstick(len(images))}
         self._measure("masks", forms)
@@ -264,29 +270,6 @@ def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple
     trainer = build_trainer(config, device=device, process=Process())
     trainer.data.batch_sampler.set_position(0, 0)
     return trainer, [batch.to(device) for batch in islice(trainer.data, batches)]
-
-
-def loading_call(config: Config, device: torch.device, batches: int) -> Callable[[], int]:
-    """Return a call that loads batches, as many for each worker, brings them to the network's form and counts words."""
-    loader = build_training_data(config, device=device, process=Process())
-    each = max(1, config.dataset.num_workers)
-    iterator, number = iter(loader), -(-batches // each) * each
-    return lambda: sum(len(batch.inputs()[0]) for batch in islice(iterator, number))
-
-
-def random_inputs(config: Config, words: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return images (words, 3, H, W) of noise, and masks (words, 1, H, W) if the network takes them."""
-    size = image_size(config)
-    mask = torch.rand(words, 1, *size, device=device) if config.model.takes_masks else None
-    return torch.randn(words, 3, *size, device=device), mask
-
-
-def noise_images(number: int) -> list[np.ndarray]:
-    """Return images (H, W, 3) uint8 of noise, of a few sizes that words have."""
-    random = np.random.default_rng(0)
-    heights = np.linspace(*WORD_HEIGHTS, num=min(number, 8)).astype(int)
-    sizes = [(height, height * WORD_ASPECT) for height in heights]
-    return [random.integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8) for i in range(number)]
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

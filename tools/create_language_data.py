@@ -5,11 +5,9 @@ during training). No word of one output is in the other, in upper or lower case.
 """
 
 import bz2
-import csv
 import functools
 import gzip
 import hashlib
-import io
 import itertools
 import lzma
 import math
@@ -19,12 +17,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
+from evaluation.tables import csv_text
 from loading.charset import Charset
 from tools.support import RejectionLog, make_parser, positive, print_summary, progress, refuse_existing, seed_number
 from utils import UserError, run_command_line, write_atomically
@@ -211,15 +209,8 @@ def draw_rows(words: dict[str, float], count: int, temperature: float, seed: int
 
 def write_rows(path: str | os.PathLike, rows: list[str]) -> None:
     """Write the language CSV, all of it or nothing."""
-
-    def write(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-        writer.writerow(("inp", "gt"))
-        writer.writerows(zip(rows, rows, strict=True))
-        text.detach()  # flushed, and left open
-
-    write_atomically(Path(path), write)
+    text = csv_text([("inp", "gt"), *zip(rows, rows, strict=True)], delimiter="\t")
+    write_atomically(Path(path), lambda file: file.write(text.encode()))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
-from tools.create_lmdb_dataset import read_entries
+from tools.create_lmdb_dataset import words_of_list
 from tools.support import (
     RejectedError,
     Word,
@@ -167,9 +167,7 @@ def mjsynth_word(content: bytes, *, folder: str) -> Word:
 def words_of(options: Any) -> Iterator[Word]:
     """Yield the words of the archive that the command line names, in its order, with a progress bar."""
     annotation = options.annotation
-    folder = os.path.abspath(options.images or os.path.dirname(os.path.abspath(annotation)))
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; --images names the folder that the images' paths are relative to")
+    folder = options.images or os.path.dirname(os.path.abspath(annotation))
     if annotation.endswith(".mat"):
         scenes = read_synthtext(annotation)
         crop = functools.partial(crop_scene, folder=folder, rectify=options.rectify, form=options.format)
@@ -177,10 +175,7 @@ def words_of(options: Any) -> Iterator[Word]:
         bar = progress(results, total=len(scenes), unit="image", description="SynthText")
         yield from itertools.chain.from_iterable(bar)
     elif annotation.endswith(".txt"):
-        total = sum(1 for _ in read_entries(annotation))
-        read = functools.partial(mjsynth_word, folder=folder)
-        words = map_in_processes(read, read_entries(annotation), workers=options.workers, chunk_size=64)
-        yield from progress(words, total=total, unit="word", description="MJSynth")
+        yield from words_of_list(folder, annotation, workers=options.workers, read=mjsynth_word)
     else:
         raise UserError(f"{annotation}: is neither SynthText's gt.mat nor MJSynth's annotation_*.txt")
 

@@ -26,16 +26,11 @@ import torch
 import torchvision
 from torch.utils.benchmark import timer
 
-from builders import build_model
-from bundle import load_ssn
 from config import Config, load_config
 from engine.distributed import pick_device
 from engine.precision import PRECISIONS, choose_algorithms, use_tf32
 from engine.trainer import Trainer
 from evaluation.tables import markdown_table
-from inference.prepare import prepare_for_inference
-from inference.segmenter import Segmenter
-from modules.ssn import PUBLISHED_AREAS, SSN
 from tools import benchmark
 from tools.support import make_parser, positive, usable_cores
 from utils import run_command_line, write_atomically
@@ -44,6 +39,7 @@ EXAMPLE = """  python tools/gpu_check.py
   python tools/gpu_check.py --seconds 1800 --output gpu-check.md"""
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {"small": "small", "full size": "train", "small SSN": "small_ssn", "SSN": "train_ssn"}
 TOLERANCE = 0.02  # of the mean loss of the last steps, against fp32's
 LAST_STEPS = 10
 KEPT_BATCHES = 8  # training repeats these, so that loading does not count
@@ -60,11 +56,10 @@ class Scale:
     training_batch: int
     reading_batch: int
     mask_words: int
-    loaded_batches: int
 
 
-ON_GPU = Scale(2048, 200, 50, 40, 96, 256, 64, 20)
-ON_CPU = Scale(48, 12, 0, 3, 8, 16, 4, 3)
+ON_GPU = Scale(2048, 200, 50, 40, 96, 256, 64)
+ON_CPU = Scale(48, 12, 0, 3, 8, 16, 4)
 
 
 @dataclass
@@ -75,6 +70,9 @@ class PartResult:
     form: str
     result: str
     verdict: str
+
+
+Result = tuple[str, str]  # what a part found, and its verdict
 
 
 class LeftOutError(Exception):
@@ -101,25 +99,28 @@ class GpuCheck:
         benchmark.render_words_to(self.folder, self.scale.words)
         self.part("tests that need a GPU", "pytest -m gpu", self.gpu_tests, gpu=True)
         for form in PRECISIONS:
-            self.part("small network", form, lambda form=form: self.training("small", form), gpu=form == "fp16")
+            self.part("small network", form, self.training, "small", form, gpu=form == "fp16")
         for form in PRECISIONS:
-            self.part("full size", form, lambda form=form: self.training("full size", form), gpu=True)
+            self.part("full size", form, self.training, "full size", form, gpu=True)
         self.part("two equal runs", "deterministic", self.two_runs)
         self.part("kill and resume", "deterministic", self.kill_and_resume)
-        self.part("masks", "online", self.masks)
+        large, ssn = ("full size", "SSN") if self.device.type == "cuda" else ("small", "small SSN")
+        self.part("masks", ssn, self.speed, "masks", ssn, "bf16")
         for workers in dict.fromkeys((1, max(1, min(usable_cores() - 1, 16)))):
-            self.part("loading", f"workers: {workers}", lambda workers=workers: self.loading(workers))
-        self.part("reading", "fp32", lambda: self.reading("fp32", compiled=False))
-        self.part("reading", "bf16", lambda: self.reading("bf16", compiled=False))
+            settings = f"dataset.num_workers={workers}", "dataset.data_aug=true"
+            self.part("loading", f"workers: {workers}", self.speed, "loading", "small", "bf16", *settings)
+        for form in ("fp32", "bf16"):
+            self.part("reading", form, self.speed, "reading", large, form)
         # The rest needs a compiler.
-        self.part("small network", "bf16, compiled", lambda: self.training("small", "bf16", "default"), gpu=True)
-        self.part("reading", "bf16, compiled", lambda: self.reading("bf16", compiled=True), gpu=True)
+        self.part("small network", "bf16, compiled", self.training, "small", "bf16", "default", gpu=True)
+        self.part("reading", "bf16, compiled", self.speed, "reading", large, "bf16", gpu=True, compiled=True)
         for mode in ("default", "reduce-overhead"):
-            work = lambda mode=mode: self.training("full size", "bf16", mode)  # noqa: E731
-            self.part("full size", f"bf16, compiled, {mode}", work, gpu=True)
+            self.part("full size", f"bf16, compiled, {mode}", self.training, "full size", "bf16", mode, gpu=True)
         return self.rows
 
-    def part(self, name: str, form: str, work: Callable[[], tuple[str, str]], *, gpu: bool = False) -> None:
+    def part(
+        self, name: str, form: str, work: Callable[..., Result], *arguments: str, gpu: bool = False, **named: bool
+    ) -> None:
         """Do one part, which may need a GPU, and add its line."""
         print(f"{name}, {form} ...", file=sys.stderr, flush=True)
         try:
@@ -127,7 +128,7 @@ class GpuCheck:
                 raise LeftOutError("needs a GPU")
             if time.monotonic() > self.deadline:
                 raise LeftOutError("no time was left; give more --seconds")
-            result, verdict = work()
+            result, verdict = work(*arguments, **named)
         except LeftOutError as reason:
             result, verdict = str(reason), "left out"
         except Exception as error:  # whatever it is, the other parts are worth knowing
@@ -141,14 +142,14 @@ class GpuCheck:
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
-    def gpu_tests(self) -> tuple[str, str]:
+    def gpu_tests(self) -> Result:
         """Run the tests that are marked gpu."""
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=self._seconds_left())
         lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]]
         return lines[-1].strip("= "), "ok" if done.returncode == 0 else "failed"
 
-    def training(self, network: str, precision: str, mode: str | None = None) -> tuple[str, str]:
+    def training(self, network: str, precision: str, mode: str | None = None) -> Result:
         """Train: losses compared with fp32's, words/s, share of the matrix rate, launches and host time of a step."""
         steps = self.scale.small_steps if network == "small" else self.scale.full_steps
         if mode is not None:
@@ -179,7 +180,7 @@ class GpuCheck:
         result.insert(0, f"loss differs by {100 * difference:.2f} % from fp32's")
         return ", ".join(result), "ok" if difference <= TOLERANCE else "failed"
 
-    def two_runs(self) -> tuple[str, str]:
+    def two_runs(self) -> Result:
         """Compare losses and weights of two runs with `training.deterministic`, bit for bit."""
         choose_algorithms(deterministic=True, search=False)
         try:
@@ -194,7 +195,7 @@ class GpuCheck:
         equal = all(torch.equal(first, second) for first, second in zip(*found, strict=True))
         return f"{len(steps)} steps {'are equal' if equal else 'differ'} bit for bit", "ok" if equal else "failed"
 
-    def kill_and_resume(self) -> tuple[str, str]:
+    def kill_and_resume(self) -> Result:
         """Kill and resume `main.py`, and compare every logged loss with those of a run that was left alone."""
         half, whole = self.scale.resumed_steps, 2 * self.scale.resumed_steps
         self._main("whole", whole).wait(self._seconds_left())
@@ -212,44 +213,26 @@ class GpuCheck:
         result = f"killed after step {killed} of {whole}: losses {'equal' if equal else 'differ'} bit for bit"
         return result, "ok" if equal else "failed"
 
-    def masks(self) -> tuple[str, str]:
-        """Predict masks: W48 at the published eight scales on a GPU, the shipped weights on a CPU."""
-        if self.device.type == "cuda":
-            name, ssn, areas = "W48 at eight scales", SSN(), PUBLISHED_AREAS
-        else:
-            name, (ssn, areas) = "shipped weights", load_ssn(ROOT / "weights" / "binet-small.pth")
-        segmenter = Segmenter(ssn, areas, device=self.device)
-        images = benchmark.noise_images(self.scale.mask_words)
-        rate = _rate(partial(segmenter, images), len(images), runs=1)
-        return f"{name}: {rate:.1f} words/s in {segmenter.precision}", "measured"
-
-    def loading(self, workers: int) -> tuple[str, str]:
-        """Load words of an LMDB: decoding, augmentation, collation."""
-        config = self._config("small", f"dataset.num_workers={workers}", "dataset.data_aug=true")
-        call = benchmark.loading_call(config, self.device, self.scale.loaded_batches * workers)
-        words = call()  # waits for the workers to start
-        return f"{_rate(call, words, runs=1):.0f} words/s", "measured"
-
-    def reading(self, precision: str, *, compiled: bool) -> tuple[str, str]:
-        """Read with the prepared form of the full-size network, or of the small one on a CPU."""
+    def speed(self, task: str, network: str, precision: str, *overrides: str, compiled: bool = False) -> Result:
+        """Measure a task of tools/benchmark.py."""
         if compiled:
             self._need_compiler()
-        network = "full size" if self.device.type == "cuda" else "small"
-        config = self._config(network)
-        model = build_model(config).to(self.device)
-        model = prepare_for_inference(model, precision=precision, compile=compiled)
-        words = self.scale.reading_batch
-        inputs = benchmark.random_inputs(config, words, self.device)
-        return f"{network}, batch of {words}: {_rate(partial(model, *inputs), words):.0f} words/s", "measured"
+        words = self.scale.mask_words if task == "masks" else self.scale.reading_batch
+        flags = ["--device", self.device.type, "--precision", precision, "--batch-size", str(words), "--runs", "3"]
+        flags += ["--config", network, *([] if compiled else ["--no-compile"])]
+        options = benchmark.parse_arguments([task, *flags])
+        measured = benchmark.Benchmark(options, self._config(network, *overrides))
+        getattr(measured, task)()
+        rates = [f"{row['task']}, {row['form']}: {row['rate']:.3g} words/s" for row in measured.rows]
+        return "; ".join(rates), "measured"
 
     # --- what the parts share -----------------------------------------------------------------------------------------
 
     def _config(self, network: str, *overrides: str) -> Config:
         """Return the config of a network on the rendered words, loaded in this process and without augmentation."""
-        name = {"small": "small", "full size": "train"}[network]
         settings = [f"dataset.charset_path={json.dumps(str(ROOT / 'data' / 'charset_36.txt'))}"]
         settings += ["dataset.num_workers=0", "dataset.data_aug=false"]
-        config = load_config(ROOT / "configs" / f"{name}.yaml", [*settings, *overrides])
+        config = load_config(ROOT / "configs" / f"{CONFIGS[network]}.yaml", [*settings, *overrides])
         config.dataset.train.batch_size = self.scale.training_batch
         config.run.workdir = str(self.folder / "runs")
         return benchmark.trained_on(benchmark.without_checkpoints(config), self.folder)
@@ -289,11 +272,6 @@ class GpuCheck:
     def _need_compiler(self) -> None:
         if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
             raise LeftOutError("needs a C compiler")
-
-
-def _rate(call: Callable[[], object], words: int, *, runs: int = 5) -> float:
-    """Return the words per second of a call that works on so many."""
-    return words / benchmark.time_in_turns({"call": call}, runs=runs)["call"].median
 
 
 def report(facts: dict[str, object], rows: Sequence[PartResult], seconds: float) -> str:

@@ -54,12 +54,11 @@ def _vocabulary(count):
         ("<unk>", [], "marker"),
         ("@-@", [], "marker"),
         ("--", [], "no letter or digit"),
-        ("a", [], "too short"),
         ("abcdefghijk", [], "too long"),
     ],
 )
 def test_words_of_a_token(token, words, reason):
-    assert WordRule(Charset(SMALL), shortest=2, longest=10).words(token) == (words, reason)
+    assert WordRule(Charset(SMALL), longest=10).words(token) == (words, reason)
 
 
 def test_charset_with_punctuation_and_case_keeps_them():

@@ -213,13 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = report_images(second.folder / "report") or report_images(first.folder / "report")
     rows, flips = compare(first, second, protocol, images)
     sides = {name: f"{each.folder} ({each.model_eval})" for name, each in (("A", first), ("B", second))}
-    names = [each.folder.resolve().name for each in (first, second)]
-    if names[0] == names[1]:
-        names = [first.model_eval, second.model_eval]
     bound = max(abs(each) for row in rows for each in row.interval)
     page = render_page(
         "compare.html.j2",
-        title=f"{names[1]} against {names[0]}",
+        title=f"{sides['B']} against {sides['A']}",
         rows=rows,
         bound=bound,
         flips=[

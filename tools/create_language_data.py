@@ -44,11 +44,10 @@ _FOREIGN = "\0"  # marks a letter or digit that the charset lacks
 
 
 class WordRule:
-    """Tells which words are kept: characters of `charset`, and a length in characters from `shortest` to `longest`."""
+    """Tells which words are kept: those of the charset's characters, of which they have at most `longest`."""
 
-    def __init__(self, charset: Charset, shortest: int = 1, longest: int = 25) -> None:
+    def __init__(self, charset: Charset, longest: int = 25) -> None:
         self.charset = charset
-        self.shortest = shortest
         self.longest = longest
         self._normalize = functools.cache(self._normalized)
 
@@ -66,10 +65,8 @@ class WordRule:
         words = text.split()
         if not words:
             return [], "no letter or digit"
-        fitting = [word for word in words if self.shortest <= len(word) <= self.longest]
-        if fitting:
-            return fitting, ""
-        return [], "too long" if max(map(len, words)) > self.longest else "too short"
+        fitting = [word for word in words if len(word) <= self.longest]
+        return fitting, "" if fitting else "too long"
 
     def _normalized(self, character: str) -> str:
         foreign = _FOREIGN if character.isalnum() else "" if character in APOSTROPHES else " "
@@ -159,7 +156,7 @@ def select_words(tokens: dict[str, float], rule: WordRule, log: RejectionLog, *,
         for word in found:
             words[word] += frequency
     if not words:
-        raise UserError("no usable word in the input; check --corpus, --charset and the lengths")
+        raise UserError("no usable word in the input; check --corpus, --charset and --max-length")
     return dict(sorted(words.items()))
 
 
@@ -220,7 +217,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="UTF-8 text files, or folders of them")
     parser.add_argument("--language", default="en", help="of the words without --corpus (default: %(default)s)")
     parser.add_argument("--charset", default="data/charset_36.txt", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--min-length", type=positive, default=1, help="in characters (default: 1)")
     parser.add_argument("--max-length", type=positive, default=25, help="in characters (default: 25)")
     parser.add_argument("--temperature", type=float, default=1.0, help="1 keeps frequencies, inf ignores them (1)")
     parser.add_argument(
@@ -240,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--temperature {options.temperature:g}: is not above 0; 1 keeps frequencies")
     if not 0 <= options.validation_share < 1:
         raise UserError(f"--validation-share {options.validation_share:g}: is not from 0 to below 1")
-    rule = WordRule(Charset.from_file(options.charset), options.min_length, options.max_length)
+    rule = WordRule(Charset.from_file(options.charset), options.max_length)
     temperature, count = options.temperature, options.count
     with RejectionLog.beside(os.path.splitext(options.train)[0]) as log:
         if options.corpus:

@@ -32,7 +32,6 @@ from tools.support import (
 from utils import UserError, first_line, run_command_line
 
 EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
-  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST_upright --rectify
   python tools/crop_by_word_bb.py mnt/ramdisk/max/90kDICT32px/annotation_train.txt data/training/MJ/MJ_train"""
 
 MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
@@ -83,7 +82,7 @@ def _text(value: Any) -> str:
     return " ".join(map(_text, np.ravel(value))) if isinstance(value, np.ndarray) else str(value)
 
 
-def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, rectify: bool, form: str) -> list[Word]:
+def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, form: str) -> list[Word]:
     """Cut every word out of one image of SynthText; runs in a worker."""
     name, boxes, words = parse_scene(raw)
     if not boxes.size and not words:
@@ -102,18 +101,16 @@ def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, rectify: bool, form: s
     for number, (box, label) in enumerate(zip(boxes.transpose(2, 1, 0).astype(np.float32), words, strict=True), 1):
         place = f"{name}#{number}"
         try:
-            found.append(Word(place, image=crop_word(image, box, rectify=rectify, form=form), label=label))
+            found.append(Word(place, image=crop_word(image, box, form=form), label=label))
         except RejectedError as error:
             found.append(Word(place, reason=error.reason, detail=f"corners {np.round(box, 1).tolist()}"))
     return found
 
 
-def crop_word(image: np.ndarray, box: np.ndarray, *, rectify: bool, form: str) -> bytes:
+def crop_word(image: np.ndarray, box: np.ndarray, *, form: str) -> bytes:
     """Cut one word out of `image` (H, W, 3) by its corners `box` (4, 2), and encode it; raises RejectedError."""
     check_box(box, image.shape[1], image.shape[0])
-    if rectify and not cv2.isContourConvex(box):
-        raise RejectedError("crossed box")
-    crop = crop_rectified(image, box) if rectify else crop_upright(image, box)
+    crop = crop_upright(image, box)
     done, encoded = cv2.imencode(f".{form}", crop[..., ::-1], FORMATS[form])
     if not done:
         raise RejectedError("too large for the format")
@@ -139,18 +136,6 @@ def crop_upright(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     return image[top:bottom, left:right]
 
 
-def crop_rectified(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Warp the four-cornered `box` of `image` to a rectangle; its first corner becomes the top left."""
-    sides = np.linalg.norm(box - np.roll(box, -1, axis=0), axis=1)  # top, right, bottom, left
-    width = max(1, round(float(max(sides[0], sides[2]))))
-    height = max(1, round(float(max(sides[1], sides[3]))))
-    target = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
-    transform = cv2.getPerspectiveTransform(box.astype(np.float32), target)
-    return cv2.warpPerspective(
-        image, transform, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
-    )
-
-
 def mjsynth_word(content: bytes, *, folder: str) -> Word:
     """Read the word of one annotation line, `./2425/1/115_Lube_45484.jpg 45484`; runs in a worker."""
     line = content.decode(errors="backslashreplace")
@@ -170,7 +155,7 @@ def words_of(options: Any) -> Iterator[Word]:
     folder = options.images or os.path.dirname(os.path.abspath(annotation))
     if annotation.endswith(".mat"):
         scenes = read_synthtext(annotation)
-        crop = functools.partial(crop_scene, folder=folder, rectify=options.rectify, form=options.format)
+        crop = functools.partial(crop_scene, folder=folder, form=options.format)
         results = map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
         bar = progress(results, total=len(scenes), unit="image", description="SynthText")
         yield from itertools.chain.from_iterable(bar)
@@ -185,7 +170,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images' paths (default: ANNOTATION's)")
-    parser.add_argument("--rectify", action="store_true", help="SynthText: straighten boxes by perspective")
     parser.add_argument("--format", choices=FORMATS, default="jpg", help="SynthText: of the crops (default: jpg)")
     add_run_arguments(parser)
     options = parser.parse_args(arguments)

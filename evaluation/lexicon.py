@@ -30,7 +30,7 @@ SAME = 1e-6  # log-probabilities that differ by less are equal
 
 @dataclass(frozen=True)
 class Candidate:
-    """A whole word and its probability."""
+    """A word and its probability."""
 
     text: str
     confidence: float

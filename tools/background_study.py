@@ -19,7 +19,8 @@ scaled to a height of 32; and masks of the SSN at 0.75 and 1.5 times its `areas`
 
 The output folder receives study.json (settings and checkpoints), items.csv (the words), and in predictions/ a table
 for each checkpoint and kind of masks, which is not measured again. From these alone, table.md, results.json and the
-plots are made (--report-only). Checkpoints with the same NAME count as trainings of one network with different seeds.
+plots are made, also without any --checkpoint. Checkpoints with the same NAME count as trainings of one network with
+different seeds.
 """
 
 import argparse
@@ -309,9 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     output = Path(options.output)
-    if not options.report_only:
-        if not options.checkpoint:
-            raise UserError("--checkpoint: name at least one, or report what is measured with --report-only")
+    if options.checkpoint:
         measure(options, output)
     print(write_report(output, options.baseline))
     return 0
@@ -329,9 +328,8 @@ def named_checkpoint(text: str) -> tuple[str, str]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("--checkpoint", action="append", metavar="NAME=FILE", help="recogniser; repeatable")
+    parser.add_argument("--checkpoint", action="append", metavar="NAME=FILE", help="recogniser to measure; repeatable")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, or to resume")
-    parser.add_argument("--report-only", action="store_true", help="only make tables and plots of what is measured")
     parser.add_argument("--baseline", metavar="NAME", help="subtracted in differences (default: one without masks)")
     parser.add_argument("--words", nargs="+", default=[], metavar="LMDB", help="real words")
     parser.add_argument("--ssn", metavar="FILE", help="predicts the masks (default: the SSN in the first checkpoint)")

@@ -154,7 +154,7 @@ def checked_mask(data: bytes | None, size: tuple[int, int]) -> np.ndarray:
 
 
 def digests_of(root: str, *, workers: int) -> set[bytes]:
-    """Return the digests of the images in every LMDB of `root`; those that cannot be decoded are passed over."""
+    """Return the digests of the images in every LMDB of `root`; those that cannot be decoded are skipped."""
     readers = map(LmdbReader, find_lmdbs(root))
     return {
         sample.digest

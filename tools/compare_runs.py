@@ -70,19 +70,19 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Accuracy of B minus that of A."""
+        """Return the accuracy of B minus that of A."""
         return (self.gained - self.lost) / self.words
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference between paired shares (Bonett and Price, 2012)."""
+        """Return the 95 % interval of the difference between paired shares (Bonett and Price, 2012)."""
         gained, lost = (self.gained + 1) / (self.words + 2), (self.lost + 1) / (self.words + 2)
         half = LEVEL * np.sqrt((gained + lost - (gained - lost) ** 2) / (self.words + 2))
         return max(gained - lost - half, -1.0), min(gained - lost + half, 1.0)
 
     @property
     def p_value(self) -> float:
-        """McNemar's exact test: how likely flips as uneven as these are where both networks are equally good."""
+        """Return the p-value of McNemar's exact test: the chance of flips as uneven if both are equally good."""
         flips = self.gained + self.lost
         return binomtest(self.gained, flips).pvalue if flips else 1.0
 
@@ -232,14 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Path(options.output or default)
     write_atomically(output, lambda file: file.write(page.encode(errors="backslashreplace")))
     print(*(f"{name} = {side}" for name, side in sides.items()), "", format_rows(rows), "", verdict(rows[-1]), sep="\n")
-    for heading, gained in (("correct only in A", False), ("correct only in B", True)):
-        chosen = [flip for flip in flips if flip.gained == gained]
-        print(f"\n{heading}: {len(chosen)} words (label, A, B)")
-        for flip in chosen[: options.words]:
-            print(f"  {flip.dataset}  {flip.label}  {flip.first or '∅'}  {flip.second or '∅'}")
-        if len(chosen) > options.words:
-            print(f"  ... and {len(chosen) - options.words} more")
-    print(f"\nall of them, with images: {output}")
+    print(f"\nthe words that only one of them gets right, with images: {output}")
     return 0
 
 
@@ -251,7 +244,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--model_eval", nargs="+", metavar="NAME", help="sub-model, or A's and B's (default: the last)")
     parser.add_argument("--protocol", type=int, choices=PROTOCOLS, help="characters that count (default: the tests')")
     parser.add_argument("--output", metavar="FILE", help="HTML page (default: B/report/compare-A-MODEL_EVAL.html)")
-    parser.add_argument("--words", type=int, default=10, help="words to print either way (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.model_eval and len(options.model_eval) > 2:
         parser.error("--model_eval takes one or two names")

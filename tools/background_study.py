@@ -258,11 +258,7 @@ def measure(options: argparse.Namespace, output: Path) -> None:
     usual = [kind for kind in BACKGROUND_KINDS if kind != "scene" and (kind != "photo" or config.photos)]
     kinds = options.backgrounds or usual
     segment = make_segment(ssn, options.device)
-    settings = {
-        "count": options.count,
-        "seed": options.seed,
-        "protocol": options.protocol,
-        "max_length": options.max_length,
+    settings = {name: getattr(options, name) for name in ("count", "seed", "protocol", "max_length")} | {
         "backgrounds": kinds,
         "words": {Path(path).name: len(LmdbReader(path)) for path in options.words},
         "ssn": hashlib.sha256(Path(ssn).read_bytes()).hexdigest()[:12],

@@ -8,9 +8,9 @@ Tasks:
 
 Forms of reading and training:
   eager     float32
-  autocast  --precision under autocast
   prepared  for inference: the form that prepare_for_inference returns
-  compiled  for training: autocast, compiled
+  autocast  for training: --precision under autocast
+  compiled  for training: the same, compiled
 
 Training of words needs no data, as words are rendered; so does loading if the config names no training data.
 """
@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tool
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Measurement, Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from builders import build_model, build_ssn, image_size
 from config import Config, load_config
 from engine.distributed import Process
-from engine.precision import PRECISIONS, autocast
+from engine.precision import PRECISIONS
 from engine.provenance import device_name, source
 from engine.trainer import Trainer
 from evaluation.tables import markdown_table
@@ -138,7 +137,6 @@ class Benchmark:
         self.options = options
         self.config = config
         self.device = torch.device(options.device)
-        self.dtype = PRECISIONS[options.precision]
         self.rows: list[dict[str, Any]] = []
 
     def reading(self) -> None:
@@ -147,8 +145,7 @@ class Benchmark:
             raise UserError(f"{self.options.config}: is of kind {self.config.model.kind}; name a recogniser's config")
         model = build_model(self.config).to(self.device).eval().requires_grad_(False)
         prepared = prepare_for_inference(model, precision=self.options.precision, compile=self.options.compile)
-        networks = {"eager": (model, torch.float32), "autocast": (self._autocast(model), self.dtype)}
-        networks["prepared"] = prepared, self.dtype
+        networks = {"eager": (model, torch.float32), "prepared": (prepared, PRECISIONS[self.options.precision])}
         for task, words in (("reading", self.options.batch_size), ("latency", 1)):
             image = torch.randn(words, 3, *image_size(self.config), device=self.device)
             inputs = image, torch.rand_like(image[:, :1]) if self.config.model.takes_masks else None
@@ -221,13 +218,6 @@ class Benchmark:
             return self.config.model_copy(deep=True)
         render_words_to(Path(folder), MADE_WORDS)
         return trained_on(self.config, Path(folder))
-
-    def _autocast(self, model: nn.Module) -> Callable:
-        def call(*inputs: Tensor | None) -> object:
-            with autocast(self.device, self.options.precision):
-                return model(*inputs)
-
-        return call
 
     def _yardstick(self, images: int) -> Form:
         """Return resnet50 on as many images."""

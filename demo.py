@@ -22,11 +22,10 @@ from pathlib import Path
 import cv2
 
 from engine.precision import PRECISIONS
-from evaluation.drawing import draw_prediction, on_image
+from evaluation.drawing import draw_prediction
 from evaluation.dumps import ONE_FIELD
 from evaluation.lexicon import Candidate, read_lexicon
-from evaluation.prediction_page import fitted, page_entry, prediction_page
-from loading.transforms import resize, turn
+from evaluation.prediction_page import page_entry, prediction_page, seen
 from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
 from utils import ArgumentParser, UserError, run_command_line, write_atomically
 
@@ -149,18 +148,9 @@ def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 def draw_overlay(path: Path, prediction: Prediction, output: Path) -> None:
     """Draw the image as it was read, with its mask, the refined mask and the attention of each character."""
-    image = fitted(turn(to_image(path), prediction.turned), OVERLAY_HEIGHT, OVERLAY_WIDTH)
-    size = image.shape[:2]
-    refined, mask = prediction.refined_mask, prediction.mask_levels
-    drawing = draw_prediction(
-        image,
-        caption=f"{prediction.text} {prediction.confidence:.2f}",
-        characters=prediction.text,
-        attention=[on_image(weights, size, prediction.extent) for weights in prediction.attention],
-        mask=None if mask is None else resize(turn(mask, prediction.turned), size) / 255,
-        refined_mask=None if refined is None else on_image(refined, size, prediction.extent),
-        over_image=True,
-    )
+    parts = seen(to_image(path), prediction, OVERLAY_HEIGHT, OVERLAY_WIDTH)
+    caption = f"{prediction.text} {prediction.confidence:.2f}"
+    drawing = draw_prediction(**parts, caption=caption, characters=prediction.text, over_image=True)
     if not cv2.imwrite(str(output), drawing[..., ::-1]):
         raise UserError(f"--overlay {output}: cannot be written; name another folder")
 

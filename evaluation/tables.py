@@ -14,12 +14,14 @@ def markdown_table(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
-    cells.insert(1, rule)
-    aligned = [
-        [cell.ljust(width) if place < left else cell.rjust(width) for place, (cell, width) in enumerate(pairs)]
-        for pairs in (list(zip(row, widths, strict=True)) for row in cells)
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in aligned)
+
+    def line(row: Sequence[str]) -> str:
+        pairs = enumerate(zip(row, widths, strict=True))
+        return (
+            "| " + " | ".join(f"{cell:{'<' if place < left else '>'}{width}}" for place, (cell, width) in pairs) + " |"
+        )
+
+    return "\n".join(map(line, [cells[0], rule, *cells[1:]]))
 
 
 def csv_text(rows: Iterable[Sequence[object]], *, delimiter: str = ",") -> str:

@@ -785,7 +785,6 @@ def synthtext(rng: Rng, folder: Path, material: Path) -> Run:
     data = stream.getvalue()
     (folder / "gt.mat").write_bytes(mutated(rng, data) if rng.random() < 0.5 else data)
     arguments = [str(folder / "gt.mat"), str(occupied(rng, folder / "out")), "--workers", "1"]
-    arguments += ["--rectify"] if rng.random() < 0.5 else []
     return lambda: ended(crop_by_word_bb.main, arguments)
 
 

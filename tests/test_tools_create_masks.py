@@ -201,7 +201,7 @@ def test_other_widths_name_tensors_and_key(setup):
     [
         (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
         (["--input", "nowhere"], "nowhere"),
-        (["--device", "abacus"], "--device abacus"),
+        (["--device", "abacus"], "device abacus"),
     ],
 )
 def test_wrong_arguments_are_named(setup, changed, message):

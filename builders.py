@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import Config, value_of
+from config import Config
 from engine import distributed
 from engine.checkpoints import load_weights, read_checkpoint
 from engine.optimization import (
@@ -29,6 +29,7 @@ from loading.charset import Charset
 from losses import RecogniserCriterion, SegmentationCriterion
 from modules.attention import PositionAttention, ReadingOrderAttention
 from modules.backbone import ResNet, TransformerBackbone
+from modules.hrnet import HRNet
 from modules.model_alignment import AlignmentModel
 from modules.model_binet_iter import BINet, LanguageRecogniser, VisionRecogniser
 from modules.model_language import LanguageModel
@@ -67,10 +68,13 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
     elif kind == "language":
         model = LanguageRecogniser(build_language_model(config, charset))
     else:
+        alignment = config.model.alignment
         model = BINet(
             vision=build_vision_model(config, charset),
             language=build_language_model(config, charset),
-            alignment=build_alignment_model(config, charset),
+            alignment=AlignmentModel(num_classes=charset.num_classes, d_model=alignment.d_model).requires_grad_(
+                not alignment.freeze
+            ),
             iter_size=config.model.iter_size,
         )
     return _with_weights(model, config.model.checkpoint, config)
@@ -118,17 +122,11 @@ def build_language_model(config: Config, charset: Charset) -> LanguageModel:
     return _started(model, language, config, "model.language")
 
 
-def build_alignment_model(config: Config, charset: Charset) -> nn.Module:
-    """Return the gate between vision and language."""
-    alignment = config.model.alignment
-    model = AlignmentModel(num_classes=charset.num_classes, d_model=alignment.d_model)
-    return model.requires_grad_(not alignment.freeze)
-
-
 def build_ssn(config: Config) -> SSN:
     """Return the text segmentation network, with the weights of `model.ssn.checkpoint`."""
-    options = config.model.ssn.model_dump(exclude={"checkpoint", "areas", "loss_weights"})
-    return _with_weights(SSN(**options), config.model.ssn.checkpoint, config)
+    settings = config.model.ssn
+    hrnet = HRNet(**settings.model_dump(exclude={"checkpoint", "areas", "loss_weights", "head_width"}))
+    return _with_weights(SSN(hrnet, head_width=settings.head_width), settings.checkpoint, config)
 
 
 def build_charset(config: Config) -> Charset:
@@ -174,8 +172,10 @@ def load_described(
     try:
         load_weights(model, state, path, strict=strict)
     except UserError as error:
-        theirs = value_of(state, f"config.{section}")
-        differing = list(_differing(value_of(config.to_dict(), section), theirs, section))
+        ours, theirs = config.to_dict(), state.get("config")
+        for name in section.split("."):
+            ours, theirs = ours[name], theirs.get(name) if isinstance(theirs, Mapping) else None
+        differing = list(_differing(ours, theirs, section))
         if not differing:
             raise
         raise UserError(f"{error}. {'; '.join(differing[:KEYS_SHOWN])}") from error
@@ -215,26 +215,19 @@ def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
     Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser.
     If the checkpoint carries a config, that describes the network, else `model.ssn` does. Areas that differ from the
     default in `model.ssn` are used in any case.
+
+    Raises:
+        UserError: the config names no weights.
     """
-    path = segmenter_checkpoint(config)
-    carried = build_carried_ssn(read_checkpoint(path), path)
+    path = config.model.ssn.checkpoint or config.model.checkpoint
+    state = {} if path is None else read_checkpoint(path)
+    if config.model.ssn.checkpoint is None and "ssn" not in state:
+        raise UserError("model.ssn.checkpoint is not set; name the weights of the network that makes the masks")
+    carried = build_carried_ssn(state, path)
     ssn, areas = carried or (build_ssn(config), config.model.ssn.areas)
     if config.model.ssn.areas != SSNConfig().areas:
         areas = config.model.ssn.areas
     return Segmenter(ssn, areas, device=device)
-
-
-def segmenter_checkpoint(config: Config) -> str:
-    """Return the file with the weights of the network that makes masks.
-
-    Raises:
-        UserError: the config names none.
-    """
-    if config.model.ssn.checkpoint is not None:
-        return config.model.ssn.checkpoint
-    if config.model.checkpoint is not None and "ssn" in read_checkpoint(config.model.checkpoint):
-        return config.model.checkpoint
-    raise UserError("model.ssn.checkpoint is not set; name the weights of the network that makes the masks")
 
 
 def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, list[int]] | None:
@@ -268,8 +261,7 @@ def ssn_part(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def build_criterion(config: Config) -> nn.Module:
     """Return the loss of the network that `model.name` names: `criterion(output, *batch.targets())` -> named terms."""
     if config.model.kind == "ssn":
-        weights = config.model.ssn.loss_weights.model_dump()
-        return SegmentationCriterion(weights=weights, ignore_index=config.dataset.segmentation.ignore_index)
+        return SegmentationCriterion(weights=config.model.ssn.loss_weights.model_dump())
     vision = config.model.vision
     weights = {
         "vision": vision.loss_weight,
@@ -294,12 +286,7 @@ def build_schedule(config: Config, *, batches_per_epoch: int, iterations: int) -
     else:
         total, epochs = sum(scheduler.periods), config.training.epochs
         if config.training.iterations is None and total != epochs and distributed.is_main():
-            logger.warning(
-                "optimizer.scheduler.periods add up to %d epochs, training.epochs is %d: %s",
-                total,
-                epochs,
-                "the last period goes on to the end" if total < epochs else "the run ends before the last period does",
-            )
+            logger.warning("optimizer.scheduler.periods add up to %d epochs, training.epochs is %d", total, epochs)
         ends = [sum(scheduler.periods[: i + 1]) * batches_per_epoch for i in range(len(scheduler.periods) - 1)]
         schedule = step_schedule(ends, scheduler.gamma)
     return with_warmup(schedule, scheduler.warmup_iters)

@@ -88,11 +88,7 @@ class MetricLog(Callback, Observer):
         self._rows: list[list[float]] = []  # the terms of each step
         self._unread: list[torch.Tensor] = []
         self._images: list[np.ndarray] = []
-        self._reset_speed()
-
-    def _reset_speed(self) -> None:
-        self._samples = 0
-        self._seconds = self._waited = 0.0
+        self._samples, self._seconds, self._waited = 0, 0.0, 0.0  # since the record before
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if not trainer.process.is_main:
@@ -119,26 +115,26 @@ class MetricLog(Callback, Observer):
     def _write(self, trainer: Trainer, step: Step) -> None:
         seconds = max(self._seconds, 1e-9)
         rate = self._samples / seconds
+        self._read()
+        finite = [row for row in self._rows if all(map(math.isfinite, row))] or [[math.nan] * len(self._names)]
+        self._rows = []
+        means = {
+            name: math.fsum(each) / len(finite)
+            for name, each in zip(self._names, zip(*finite, strict=True), strict=True)
+        }
         record = Record(
             iteration=trainer.iteration,
             epoch=trainer.epoch,
-            losses=self._take_means(),
+            losses=means,
             learning_rate=step.learning_rate,
             gradient_norm=float(step.gradient_norm),
             samples_per_second=rate,
             data_wait_share=self._waited / seconds,
             seconds_left=(trainer.iterations - trainer.iteration) * step.samples / max(rate, 1e-9),
         )
-        self._reset_speed()
+        self._samples, self._seconds, self._waited = 0, 0.0, 0.0
         for writer in self.writers:
             writer.write(record)
-
-    def _take_means(self) -> dict[str, float]:
-        """Return the mean of each term, NaN if no step counts, and start anew."""
-        self._read()
-        finite = [row for row in self._rows if all(map(math.isfinite, row))] or [[math.nan] * len(self._names)]
-        self._rows = []
-        return {name: math.fsum(row[place] for row in finite) / len(finite) for place, name in enumerate(self._names)}
 
     def _read(self) -> None:
         if self._unread:
@@ -290,38 +286,22 @@ class Checkpoints(Callback):
         trainer.provenance.write(self.folder / "provenance.json")
 
 
-class NotFiniteBatches(Callback):
-    """Saves the batch of a skipped step for study, as `not-finite-<iteration>-rank<r>.pth`; the last `keep` stay."""
-
-    def __init__(self, *, folder: Path, keep: int = 3):
-        self.folder = folder
-        self.keep = keep
-        self._saved: list[Path] = []
-
-    def on_step_skipped(self, trainer: Trainer, batch: Any, iteration: int) -> None:
-        path = self.folder / f"not-finite-{iteration}-rank{trainer.process.rank}.pth"
-        save_atomically({"batch": batch.state_dict(), "iteration": iteration}, path)
-        self._saved.append(path)
-        if len(self._saved) > self.keep:
-            self._saved.pop(0).unlink(missing_ok=True)
-
-
 class UnreadableSamples(Callback):
     """Counts the samples that could not be read, which their batches leave out, and names each of them once.
 
     Args:
         dataset: the one that the batches come from; `describe(index)` names a sample.
-        max_named: samples that are named; the others are only counted.
     """
 
-    def __init__(self, *, dataset: Any, max_named: int = 100):
+    MAX_NAMED = 100  # the others are only counted
+
+    def __init__(self, *, dataset: Any):
         self.dataset = dataset
-        self.max_named = max_named
         self._reasons: dict[int, str] = {}  # by index
 
     def on_batch_loaded(self, trainer: Trainer, batch: Any) -> None:
         for index, reason in batch.skipped.items():
-            if index not in self._reasons and len(self._reasons) < self.max_named:
+            if index not in self._reasons and len(self._reasons) < self.MAX_NAMED:
                 logger.warning("%s cannot be read (%s) and is skipped", self.dataset.describe(index), reason)
             self._reasons[index] = reason
 

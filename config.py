@@ -1,45 +1,27 @@
-"""Reading a config: YAML files, `key=value` overrides, checks across keys, error messages, the template.
+"""The config of a run: reading it, checks across keys, what a resumed run keeps, the template.
 
 `load_config(path, overrides=["training.epochs=1"])` returns a `Config` whose every value is known, typed and in range,
 or raises one `UserError` that lists everything that is wrong. Keys and defaults are in `schema.py`.
 """
 
-import logging
 import math
-import re
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
-from rapidfuzz import fuzz
+from pydantic import Field, model_validator
 
-from engine.optimization import SSN_HEAD
-from schema import (
-    DatasetConfig,
-    GlobalConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Section,
-    TrainDataConfig,
-    TrainingConfig,
-    is_section,
-    merged,
-    walk_schema,
-)
+from schema import DatasetConfig, GlobalConfig, ModelConfig, OptimizerConfig, TrainDataConfig, TrainingConfig
+from settings import Section, is_section, load_settings, validate_settings, walk_schema
 from utils import RENDER_SCHEME, UserError
-from yaml_io import dump_yaml, parse_yaml, read_yaml
-
-logger = logging.getLogger(__name__)
-
-DEEPEST = 8  # levels of nested sections and lists in a config
-PROBLEMS_SHOWN = 30  # in one message
+from yaml_io import dump_yaml
 
 # Keys of published YAMLs and older versions that nothing reads any more; a YAML that has one gets a warning by name.
 GONE_KEYS = (
     "dataset.one_hot_y",
     "dataset.cache_index",
+    "dataset.masks.cache",
+    "dataset.segmentation.ignore_index",
     "training.stats_iters",
     "training.max_skipped_steps",
     "training.log_images",
@@ -75,7 +57,26 @@ class Config(Section):
         Raises:
             UserError: with one line for each thing that is wrong.
         """
-        return _validated(_migrated(_plain(mapping, source)), source, {}, drop_unknown=drop_unknown)
+        return validate_settings(cls, _migrated(mapping), source, gone=GONE_KEYS, drop_unknown=drop_unknown)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (dotted key, what is wrong) for keys that do not fit together, in the parts that the network has."""
+        model, vision, language = self.model, self.model.vision, self.model.language
+        if model.kind in ("vision", "recogniser"):
+            yield from _vision_problems(self)
+        if model.kind in ("language", "recogniser") and language.d_model % language.nhead:
+            yield "model.language.nhead", f"{language.nhead} does not divide model.language.d_model {language.d_model}"
+        if model.kind == "recogniser":
+            for name, d_model in (("language", language.d_model), ("alignment", model.alignment.d_model)):
+                if d_model != vision.d_model:
+                    yield f"model.{name}.d_model", f"{d_model} must equal model.vision.d_model {vision.d_model}"
+        smallest, largest = self.dataset.segmentation.scale_range
+        if smallest > largest:
+            yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
+        if self.dataset.multiscales and self.dataset.align_left:
+            yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
+        if self.run.phase == "train":
+            yield from _training_problems(self)
 
     @property
     def work_folder(self) -> Path:
@@ -100,17 +101,6 @@ def _migrated(mapping: dict[str, Any]) -> dict[str, Any]:
     return mapping
 
 
-def _plain(value: Any, source: str, depth: int = 0) -> Any:
-    """Copy nested data to dicts and lists; a list that holds itself is refused."""
-    if depth > DEEPEST:
-        raise UserError(f"{source}: nested too deeply; it is no config")
-    if isinstance(value, Mapping):
-        return {name: _plain(item, source, depth + 1) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, source, depth + 1) for item in value]
-    return value
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,24 +112,7 @@ def load_config(path: str | Path | Sequence[str | Path], overrides: Sequence[str
     Raises:
         UserError: a file cannot be read, or any key or value of files or overrides is wrong; one line for each.
     """
-    data: dict[str, Any] = {}
-    places: dict[str, str] = {}  # dotted key -> FILE:LINE, or the override that set it
-    documents = [read_yaml(Path(each)) for each in ([path] if isinstance(path, str | Path) else path)]
-    for document in documents:
-        try:
-            data = merged(data, document.data)
-        except RecursionError as error:
-            raise UserError(f"{document.source}: nested too deeply; it is no config") from error
-        places |= {dotted: f"{document.source}:{line}" for dotted, line in document.lines.items()}
-    problems: list[str] = []
-    for override in overrides:
-        try:
-            dotted, value = _parse_override(override)
-            _set(data, dotted.split("."), value)
-            places[dotted] = _named(override)
-        except UserError as error:
-            problems.append(str(error))
-    return _validated(data, " + ".join(document.source for document in documents), places, problems)
+    return load_settings(Config, [path] if isinstance(path, str | Path) else path, overrides, gone=GONE_KEYS)
 
 
 def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
@@ -154,40 +127,25 @@ def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
     config = config.model_copy(deep=True)
     if before is None:
         return config
-    now = config.to_dict()
-    fixed = dict.fromkeys(("global.seed", "dataset.train.batch_size"), "its place in the data means nothing with")
-    parts = ("vision", "language", "alignment")
-    fixed |= dict.fromkeys([f"model.{part}.freeze" for part in parts], "its optimiser's state does not fit")
-    for key, reason in fixed.items():
-        if (value_of(before, key) or 0) != (value_of(now, key) or 0):
+    then = Config.from_dict(before, "the run to resume", drop_unknown=True)
+    fixed = {"global.seed": (then.run.seed, config.run.seed)}
+    fixed["dataset.train.batch_size"] = (then.dataset.train.batch_size, config.dataset.train.batch_size)
+    for key, (old, new) in fixed.items():
+        if old != new:
             raise UserError(
-                f"{key}: the run to resume has {value_of(before, key)}, not {value_of(now, key)}, and {reason} "
+                f"{key}: the run to resume has {old}, not {new}, and its place in the data means nothing with "
                 "another; keep it, or start from the run's weights with --checkpoint"
             )
-    prefixes = [set(value_of(each, "optimizer.lr_groups") or ()) - {SSN_HEAD} for each in (before, now)]
-    if prefixes[0] != prefixes[1]:
-        raise UserError(
-            f"optimizer.lr_groups: the run to resume has groups for {sorted(prefixes[0]) or 'no prefix'}; keep them "
-            "(their factors may change), or start from the run's weights with --checkpoint"
-        )
-    sections = {"model": config.model, "model.vision": config.model.vision, "model.language": config.model.language}
-    if config.model.kind == "ssn":
-        sections["model.ssn"] = config.model.ssn
-    for name, section in sections.items():
-        started_from = value_of(before, f"{name}.checkpoint")
-        if section.checkpoint not in (None, started_from):
+    pairs = {"model": (then.model, config.model)}
+    parts = ("vision", "language", "ssn") if config.model.kind == "ssn" else ("vision", "language")
+    pairs |= {f"model.{part}": (getattr(then.model, part), getattr(config.model, part)) for part in parts}
+    for name, (old, new) in pairs.items():
+        if new.checkpoint not in (None, old.checkpoint):
             raise UserError(
-                f"{name}.checkpoint: the run to resume started from {started_from}, not {section.checkpoint}, and goes "
+                f"{name}.checkpoint: the run to resume started from {old.checkpoint}, not {new.checkpoint}, and goes "
                 f"on with its own weights; leave it out ({name}.checkpoint=null)"
             )
-        section.checkpoint = started_from
-    return config
-
-
-def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a dotted key of plain data; None if there is no such key."""
-    for name in key.split("."):
-        config = config.get(name) if isinstance(config, Mapping) else None
+        new.checkpoint = old.checkpoint
     return config
 
 
@@ -196,113 +154,12 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(config.to_yaml(), encoding="utf-8")
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
-    dotted, equals, text = override.partition("=")
-    dotted = dotted.strip()
-    if not equals:
-        raise UserError(f"{_named(override)}: not of the form key=value, such as training.epochs=1")
-    known = [name for name, _ in walk_schema(Config)]
-    if dotted not in (*known, *GONE_KEYS):
-        raise UserError(f"{_named(override)}: {_unknown_key(dotted)}")
-    return dotted, parse_yaml(text, _named(override)).data
-
-
-def _named(override: str) -> str:
-    """Return an override as messages name it, in one line whatever its value is."""
-    return f"override {override}".replace("\n", r"\n")
-
-
-def _set(data: Any, names: list[str], value: Any) -> None:
-    """Set a nested value; a value that stands wrongly in a section's place stays, to be reported."""
-    for name in names[:-1]:
-        if not isinstance(data.get(name) or {}, dict):
-            return
-        data[name] = dict(data.get(name) or {})  # a copy, as a YAML alias may share the section with another
-        data = data[name]
-    data[names[-1]] = value
-
-
-def _validated(
-    data: dict[str, Any],
-    source: str,
-    places: dict[str, str],
-    problems: Sequence[str] = (),
-    *,
-    drop_unknown: bool = False,
-) -> Config:
-    problems = list(problems)
-    data = _without_gone_keys(data, source, places, warn=not drop_unknown)
-    if drop_unknown:
-        _drop_unknown_keys(data, source)
-    config = None
-    try:
-        config = Config.model_validate(data)
-        found = list(_cross_key_problems(config))
-    except ValidationError as errors:
-        found = [_describe(error) for error in errors.errors(include_url=False)]
-    problems += [f"{_located(dotted, source, places)}: {message}" for dotted, message in found]
-    if problems or config is None:
-        shown = problems[:PROBLEMS_SHOWN]
-        if more := len(problems) - len(shown):
-            shown.append(f"and {more} more: fix these first")
-        head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration\n  "
-        raise UserError(head + "\n  ".join(shown))
-    return config
-
-
-def _without_gone_keys(data: dict[str, Any], source: str, places: dict[str, str], *, warn: bool) -> dict[str, Any]:
-    """Return the data without keys that have gone."""
-    for dotted in GONE_KEYS:
-        section, name = dotted.split(".")
-        values = data.get(section)
-        if isinstance(values, dict) and name in values:
-            data = data | {section: {other: value for other, value in values.items() if other != name}}
-            if warn:
-                logger.warning("%s: nothing reads this key any more; ignored", _located(dotted, source, places))
-    return data
-
-
-def _drop_unknown_keys(data: dict[str, Any], source: str) -> None:
-    try:
-        Config.model_validate(data)
-    except ValidationError as errors:
-        for error in errors.errors(include_url=False):
-            if error["type"] == "extra_forbidden":
-                *sections, name = error["loc"]
-                values = data
-                for section in sections:
-                    values = values[section]
-                del values[name]
-                logger.warning("%s: %s is no key of the config any more; ignored", source, _describe(error)[0])
-
-
 # --- checks across keys -----------------------------------------------------------------------------------------------
-
-
-def _cross_key_problems(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, what is wrong) for keys that do not fit together, in the parts that the network has."""
-    model, vision, language = config.model, config.model.vision, config.model.language
-    if model.kind in ("vision", "recogniser"):
-        yield from _vision_problems(config)
-    if model.kind in ("language", "recogniser") and language.d_model % language.nhead:
-        yield "model.language.nhead", f"{language.nhead} does not divide model.language.d_model {language.d_model}"
-    if model.kind == "recogniser":
-        for name, d_model in (("language", language.d_model), ("alignment", model.alignment.d_model)):
-            if d_model != vision.d_model:
-                yield f"model.{name}.d_model", f"{d_model} must equal model.vision.d_model {vision.d_model}"
-    smallest, largest = config.dataset.segmentation.scale_range
-    if smallest > largest:
-        yield "dataset.segmentation.scale_range", f"{smallest} is larger than {largest}; give [smallest, largest]"
-    if config.dataset.multiscales and config.dataset.align_left:
-        yield "dataset.align_left", "true, and so is dataset.multiscales, which centres; set one of them"
-    if config.run.phase == "train":
-        yield from _training_problems(config)
 
 
 def _training_problems(config: Config) -> Iterator[tuple[str, str]]:
     training = config.training
     yield from _loss_problems(config)
-    yield from _freeze_problems(config)
     if training.compile and training.compile_mode != "default" and training.accumulation > 1:
         yield "training.compile_mode", f"{training.compile_mode} needs training.accumulation=1; change one of them"
     yield from _mixture_problems(config.dataset.train)
@@ -329,32 +186,23 @@ def _vision_problems(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
+    """Check that some part that is trained has a loss to learn from."""
     model = config.model
-    weights = {
-        "model.vision.loss_weight": model.vision.loss_weight,
-        "model.language.loss_weight": model.language.loss_weight,
-        "model.alignment.loss_weight": model.alignment.loss_weight,
-        "model.vision.segmentation.loss_weight": model.takes_masks and model.vision.segmentation.loss_weight,
-    }
     if model.kind == "ssn":
-        weights = {f"model.ssn.loss_weights.{name}": weight for name, weight in model.ssn.loss_weights}
-    elif model.kind != "recogniser":
-        weights = {name: weight for name, weight in weights.items() if name.startswith(f"model.{model.kind}.")}
-    if not any(weights.values()):
-        yield next(iter(weights)), f"all weights of the loss are 0; set one of {', '.join(weights)}"
-
-
-def _freeze_problems(config: Config) -> Iterator[tuple[str, str]]:
-    model, losses = config.model, {"vision": {"vision", "refinement", "alignment"}}  # part -> losses that train it
+        if not any(model.ssn.loss_weights.model_dump().values()):
+            yield "model.ssn.loss_weights", "all weights of the loss are 0; set one of semantic, refined, trimap"
+        return
+    losses = {"vision": {"vision", "refinement", "alignment"}}  # part -> losses that train it
     losses |= {"language": {"language", "alignment"}, "alignment": {"alignment"}}
     if not model.language.detach:
         losses = {part: names | {"language"} for part, names in losses.items()}
-    parts = losses if model.kind == "recogniser" else [model.kind] if model.kind in losses else []
-    frozen = [part for part in parts if getattr(model, part).freeze]
+    parts = list(losses) if model.kind == "recogniser" else [model.kind]
     weights = {part: getattr(model, part).loss_weight for part in parts}
     weights["refinement"] = model.takes_masks and model.vision.segmentation.loss_weight
-    if frozen and not any(weights.get(loss) for part in parts if part not in frozen for loss in losses[part]):
-        yield f"model.{frozen[0]}.freeze", "true, and no part that is not frozen has a loss to learn from"
+    frozen = [part for part in parts if getattr(model, part).freeze]
+    if not any(weights.get(loss) for part in parts if part not in frozen for loss in losses[part]):
+        key = f"model.{frozen[0]}.freeze" if frozen else f"model.{parts[0]}.loss_weight"
+        yield key, "no part that is trained has a loss to learn from; set a loss_weight above 0, or a freeze to false"
 
 
 def _mixture_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:
@@ -378,47 +226,6 @@ def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:
         )
     if masks.source == "online" and config.model.ssn.checkpoint is None and config.model.checkpoint is None:
         yield "model.ssn.checkpoint", "missing: dataset.masks.source=online needs the weights of a trained SSN"
-
-
-# --- error messages ---------------------------------------------------------------------------------------------------
-
-
-def _describe(error: Mapping[str, Any]) -> tuple[str, str]:
-    """Return a pydantic error as (dotted key, what is wrong)."""
-    dotted = re.sub(r"\.\[", "[", ".".join(f"[{part}]" if isinstance(part, int) else part for part in error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return dotted, _unknown_key(dotted)
-    if error["type"] == "invalid_key":
-        return dotted, f"{_unknown_key(re.sub(r'[][]', '', dotted))} (a key is text)"
-    if error["type"] in ("model_type", "model_attributes_type"):
-        return dotted, f"must be a section of `key: value` lines, not {reprlib.repr(error['input'])}"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("List should", "must")
-    message = re.sub(r", not \d+$", "", message.replace(" after validation", "").replace("'", ""))  # a list's length
-    return dotted, f"{message}, not {reprlib.repr(error['input'])}"
-
-
-def _unknown_key(dotted: str) -> str:
-    return f"unknown key; nearest known key: {_nearest_key(dotted)}"
-
-
-def _nearest_key(dotted: str) -> str:
-    """Return the known key that is nearest, as a whole and in its last word."""
-
-    def likeness(name: str) -> float:
-        return fuzz.ratio(name, dotted) + fuzz.ratio(name.rpartition(".")[2], dotted.rpartition(".")[2])
-
-    return max((name for name, _ in walk_schema(Config)), key=likeness)
-
-
-def _located(dotted: str, source: str, places: Mapping[str, str]) -> str:
-    """Return where a key was set, for the start of a message: the override itself, or file, line and key."""
-    names = re.split(r"[.\[]", dotted)
-    for size in range(len(names), 0, -1):
-        name = ".".join(names[:size])
-        if name in places:
-            is_override = name == dotted and places[name].startswith("override ")
-            return places[name] if is_override else f"{places[name]}: {dotted}"
-    return f"{source}: {dotted}"
 
 
 # --- template ---------------------------------------------------------------------------------------------------------

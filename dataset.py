@@ -10,29 +10,23 @@ import bisect
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from loading.augmentation import CropSegmentation, mutate_spelling
-from loading.batches import LabelRule, LanguageSample, SegmentationSample, Skipped, WordSample
-from loading.decoding import (
-    TEXT_THRESHOLD,
-    BrokenImageError,
-    ImageArray,
-    Mask,
-    decode_image,
-    decode_mask,
-)
+from loading.batches import IGNORED, LabelRule, LanguageSample, SegmentationSample, Skipped, WordSample
+from loading.decoding import TEXT_THRESHOLD, BrokenImageError, ImageArray, Mask, decode_image, decode_mask
 from loading.language_csv import read_pairs
 from loading.lmdb_io import LmdbReader, image_key, label_key
-from loading.masks import LmdbMasks, MakeMasks, MaskSource, OnlineMasks, find_mask_lmdb
+from loading.masks import LmdbMasks, MakeMasks, find_mask_lmdb
 from loading.pairs import PairFolder, PairLmdb, find_pairs
 from loading.roots import distinct_names, find_word_sets
-from loading.sampling import SampleGenerators, SampleKey, as_key
+from loading.sampling import PlacedGenerator, SampleKey, as_key
 from loading.transforms import WordTransform, views
 from loading.word_index import MISSING, open_word_index
 from utils import RENDER_SCHEME
@@ -45,37 +39,55 @@ TINY = "tiny"  # a side of the image is too short
 Word = tuple[ImageArray, Mask | None, str] | str  # image, mask and text as stored, or why there are none
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
+class SampleSet(Dataset):
+    """What all sets have in common.
+
+    Args:
+        name: of the set, in results and messages; None takes that of the file or folder.
+        root: number of the root that it was found in.
+        seed: of what is random in its samples.
+        stream: tells data sets of one run apart, so that equal indices do not get equal random numbers.
+    """
+
+    name: str | None = None
+    root: int = 0
+    seed: int = 0
+    stream: int = 0
+
+    def __post_init__(self) -> None:
+        self.filtered: dict[str, int] = {}  # reason -> samples that the filter left out
+        self._generator = PlacedGenerator()
+
+    def random(self, key: SampleKey) -> np.random.Generator:
+        """Return the generator of one sample, a function of (seed, stream, epoch, index); valid until the next call."""
+        return self._generator.at((self.seed, 0), (self.stream, key.index, key.epoch))
+
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Any]:
+        """Return the samples of a batch."""
+        return [self[key] for key in keys]
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-class WordSet(Dataset):
+@dataclass(kw_only=True, eq=False, repr=False)
+class WordSet(SampleSet):
     """What the sets of words have in common: words that `_read` gives, transformed.
 
     Args:
+        labels: what a usable label is.
         transform: brings image and mask to the network's size.
-        seed: of augmentation.
-        stream: tells data sets of one run apart, so that equal indices are not augmented alike.
-        name: of the set, in results and messages.
-        root: number of the root that it was found in.
         turn_tall: height / width above which a word is also read turned (`transforms.views`); None in training.
+        segmenter: images -> masks, 8 bits, of the same sizes, that take the place of the set's own; it is called once
+            for the words of a batch. None keeps those.
+        name, root, seed, stream: as for SampleSet.
     """
 
-    def __init__(
-        self,
-        *,
-        transform: WordTransform,
-        name: str,
-        seed: int = 0,
-        stream: int = 0,
-        root: int = 0,
-        turn_tall: float | None = None,
-    ) -> None:
-        self.transform = transform
-        self.name = name
-        self.root = root
-        self.turn_tall = turn_tall
-        self.filtered: dict[str, int] = {}  # reason -> words that the filter left out
-        self._generators = SampleGenerators(seed, stream)
+    labels: LabelRule
+    transform: WordTransform
+    turn_tall: float | None = None
+    segmenter: MakeMasks | None = None
 
     def __getitem__(self, key: SampleKey | int) -> WordSample | Skipped:
         return self.__getitems__([key])[0]
@@ -83,13 +95,19 @@ class WordSet(Dataset):
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[WordSample | Skipped]:
         """Return the samples of a batch; their words are read together, so that online masks take a single call."""
         keys = [as_key(key) for key in keys]
-        return [self._sample(key, word) for key, word in zip(keys, self._read(keys), strict=True)]
+        words = self._read(keys)
+        usable = [place for place, word in enumerate(words) if not isinstance(word, str)]
+        if self.segmenter is not None and usable:
+            masks = self.segmenter([words[place][0] for place in usable])
+            for place, mask in zip(usable, masks, strict=True):
+                words[place] = (words[place][0], mask, words[place][2])
+        return [self._sample(key, word) for key, word in zip(keys, words, strict=True)]
 
     def _sample(self, key: SampleKey, word: Word) -> WordSample | Skipped:
         if isinstance(word, str):
             return Skipped(key.index, word)
         image, mask, text = word
-        rng = self._generators.at(key)
+        rng = self.random(key)
         seen = views(image, mask, turn_tall=self.turn_tall)
         first, *turned = [self.transform(view.image, view.mask, rng) for view in seen]
         return WordSample(*first, text, key.index, turned)
@@ -98,46 +116,34 @@ class WordSet(Dataset):
         raise NotImplementedError
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class WordDataset(WordSet):
     """The usable words of one LMDB.
 
     Args:
         path: the LMDB.
-        labels: what a usable label is.
-        masks: where the masks come from; None for a network without.
+        masks: where stored masks come from; None for a network without, or with a `segmenter`.
         cache_dir: folder that keeps the result of the filter; None filters anew.
         min_side: pixels; a word whose image has a shorter side is skipped when it is read.
-        name: None takes the folder's.
-        transform, seed, stream, root, turn_tall: as for WordSet.
+        labels, transform, turn_tall, segmenter, name, root, seed, stream: as for WordSet.
 
     Raises:
         UserError: this is no LMDB, or the masks do not belong to it.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        labels: LabelRule,
-        transform: WordTransform,
-        masks: MaskSource | None = None,
-        cache_dir: str | Path | None = None,
-        min_side: int = 1,
-        name: str | None = None,
-        seed: int = 0,
-        stream: int = 0,
-        root: int = 0,
-        turn_tall: float | None = None,
-    ) -> None:
-        name = name or Path(os.path.abspath(path)).name
-        super().__init__(transform=transform, name=name, seed=seed, stream=stream, root=root, turn_tall=turn_tall)
-        self.reader = LmdbReader(path)
-        self.masks = masks
-        self.min_side = min_side
-        self.index = open_word_index(self.reader, labels, cache_dir=cache_dir)
+    path: str | Path = field(kw_only=False)
+    masks: LmdbMasks | None = None
+    cache_dir: str | Path | None = None
+    min_side: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.name = self.name or Path(os.path.abspath(self.path)).name
+        self.reader = LmdbReader(self.path)
+        self.index = open_word_index(self.reader, self.labels, cache_dir=self.cache_dir)
         self.filtered = self.index.filtered
-        if masks is not None and len(self):
-            masks.check(self.reader, self.index.numbers)
+        if self.masks is not None and len(self):
+            self.masks.check(self.reader, self.index.numbers)
         logger.info("%s: %s words; left out: %s", self.reader.path, f"{len(self):,}", _counts(self.filtered))
 
     def __len__(self) -> int:
@@ -152,22 +158,10 @@ class WordDataset(WordSet):
         return f"{self.reader.path} {image_key(self.number(index))}"
 
     def _read(self, keys: list[SampleKey]) -> list[Word]:
-        numbers = [self.number(key.index) for key in keys]
         with self.reader.transaction(buffers=True) as transaction:
-            words = [self._read_word(transaction, number) for number in numbers]
-        if self.masks is None:
-            return words
-        readable = [place for place, word in enumerate(words) if not isinstance(word, str)]
-        masks = self.masks.read(
-            self.reader, [numbers[each] for each in readable], [words[each][0] for each in readable]
-        )
-        for place, mask in zip(readable, masks, strict=True):
-            image, _, text = words[place]
-            words[place] = mask if isinstance(mask, str) else (image, mask, text)
-        return words
+            return [self._read_word(transaction, self.number(key.index)) for key in keys]
 
     def _read_word(self, transaction: lmdb.Transaction, number: int) -> Word:
-        """Read a word without its mask."""
         data = transaction.get(image_key(number).encode())
         text = transaction.get(label_key(number).encode())
         if data is None or text is None:
@@ -176,39 +170,25 @@ class WordDataset(WordSet):
             image = decode_image(data)
         except BrokenImageError:
             return BROKEN
-        return TINY if min(image.shape[:2]) < self.min_side else (image, None, bytes(text).decode())
+        if min(image.shape[:2]) < self.min_side:
+            return TINY
+        mask = None if self.masks is None else self.masks.read(number, image)
+        return mask if isinstance(mask, str) else (image, mask, bytes(text).decode())
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class RenderedDataset(WordSet):
     """Words that are rendered when they are asked for; a text that is not usable is skipped then.
 
     Args:
         source: `source[SampleKey]` -> (image uint8 RGB, mask uint8, text), and its length.
-        labels: what a usable text is.
         with_masks: keep the masks.
-        segmenter: images -> masks that take the place of the exact ones; None keeps those.
-        transform, name, seed, stream, root, turn_tall: as for WordSet.
+        labels, transform, turn_tall, segmenter, name, root, seed, stream: as for WordSet.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        *,
-        labels: LabelRule,
-        transform: WordTransform,
-        with_masks: bool = True,
-        segmenter: MakeMasks | None = None,
-        name: str = "rendered",
-        seed: int = 0,
-        stream: int = 0,
-        root: int = 0,
-        turn_tall: float | None = None,
-    ) -> None:
-        super().__init__(transform=transform, name=name, seed=seed, stream=stream, root=root, turn_tall=turn_tall)
-        self.source = source
-        self.labels = labels
-        self.with_masks = with_masks
-        self.segmenter = segmenter
+    source: Any = field(kw_only=False)
+    with_masks: bool = True
+    name: str | None = "rendered"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -218,33 +198,22 @@ class RenderedDataset(WordSet):
         return f"{self.name} word {index}"
 
     def _read(self, keys: list[SampleKey]) -> list[Word]:
-        words: list[Word] = []
-        for image, mask, text in (self.source[key] for key in keys):
-            words.append(self.labels.unusable(text) or (image, mask if self.with_masks else None, text))
-        usable = [place for place, word in enumerate(words) if not isinstance(word, str)]
-        if self.with_masks and self.segmenter is not None and usable:
-            masks = self.segmenter([words[place][0] for place in usable])
-            for place, mask in zip(usable, masks, strict=True):
-                words[place] = (words[place][0], mask, words[place][2])
-        return words
+        words = (self.source[key] for key in keys)
+        return [
+            self.labels.unusable(text) or (image, mask if self.with_masks else None, text)
+            for image, mask, text in words
+        ]
 
 
-class JoinedDataset(Dataset):
+class JoinedDataset(ConcatDataset):
     """Several data sets one after the other; indices go on from one to the next."""
-
-    def __init__(self, datasets: Sequence[Any]) -> None:
-        self.datasets = list(datasets)
-        self._ends = np.cumsum([len(each) for each in self.datasets], dtype=np.int64).tolist()
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the number of the data set that sample `index` is in, and its index there."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        place = bisect.bisect_right(self._ends, index)
-        return place, index - (self._ends[place - 1] if place else 0)
+        place = bisect.bisect_right(self.cumulative_sizes, index)
+        return place, index - (self.cumulative_sizes[place - 1] if place else 0)
 
     def __getitem__(self, key: SampleKey | int) -> Any:
         return self.__getitems__([key])[0]
@@ -257,8 +226,7 @@ class JoinedDataset(Dataset):
             by_dataset.setdefault(place, []).append((row, key.index, key._replace(index=local)))
         samples: list[Any] = [None] * len(keys)
         for place, entries in by_dataset.items():
-            dataset, keys = self.datasets[place], [key for _, _, key in entries]
-            read = dataset.__getitems__(keys) if isinstance(dataset, WordSet) else [dataset[key] for key in keys]
+            read = self.datasets[place].__getitems__([key for _, _, key in entries])
             for (row, index, _), sample in zip(entries, read, strict=True):
                 sample.index = index
                 samples[row] = sample
@@ -275,7 +243,7 @@ def open_word_datasets(
     *,
     labels: LabelRule,
     transform: WordTransform,
-    masks: str | Path | OnlineMasks | None = None,
+    masks: str | Path | MakeMasks | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     min_side: int = 1,
@@ -289,7 +257,7 @@ def open_word_datasets(
     Args:
         roots: LMDBs or folders of LMDBs.
         masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), beside which rendered words
-            bring their own; a network that makes all of them; or None for none.
+            bring their own; a function that makes all of them, as `segmenter` of WordSet; or None for none.
         labels, transform, seed, cache_dir, min_side, turn_tall: as for WordDataset.
         length, split, difficulty: of renderers, as for `rendering.RenderedWords`.
 
@@ -297,21 +265,21 @@ def open_word_datasets(
         One data set for each LMDB and renderer, in the order of the roots and of the paths below them.
     """
     datasets: list[WordDataset | RenderedDataset] = []
+    segmenter = masks if callable(masks) else None
     for stream, found in enumerate(find_word_sets(roots)):
-        common = {"labels": labels, "transform": transform, "turn_tall": turn_tall, "seed": seed}
-        common |= {"stream": stream, "name": found.name, "root": found.root}
-        if found.is_rendered:
+        common = {"labels": labels, "transform": transform, "turn_tall": turn_tall, "segmenter": segmenter}
+        common |= {"name": found.name, "root": found.root, "seed": seed, "stream": stream}
+        if isinstance(found.path, str):  # render://
             from rendering.endless import RenderedWords  # the renderer is only needed for such roots
 
             path = found.path.removeprefix(RENDER_SCHEME)
             source = RenderedWords(path, length=length, seed=seed, split=split, stream=stream, difficulty=difficulty)
-            segmenter = masks.segmenter if isinstance(masks, OnlineMasks) else None
-            datasets.append(RenderedDataset(source, with_masks=masks is not None, segmenter=segmenter, **common))
+            datasets.append(RenderedDataset(source, with_masks=masks is not None, **common))
         else:
-            own = masks
-            if isinstance(masks, str | Path):
-                own = LmdbMasks(find_mask_lmdb(masks, roots[found.root], found.path))
-            datasets.append(WordDataset(found.path, masks=own, cache_dir=cache_dir, min_side=min_side, **common))
+            stored = None
+            if masks is not None and segmenter is None:
+                stored = LmdbMasks(find_mask_lmdb(masks, roots[found.root], found.path))
+            datasets.append(WordDataset(found.path, masks=stored, cache_dir=cache_dir, min_side=min_side, **common))
     return datasets
 
 
@@ -322,7 +290,8 @@ def _counts(filtered: dict[str, int]) -> str:
 # --- language ---------------------------------------------------------------------------------------------------------
 
 
-class LanguageDataset(Dataset):
+@dataclass(kw_only=True, eq=False, repr=False)
+class LanguageDataset(SampleSet):
     """Pairs of a spelling and the right one, of a tab-separated file with columns `inp` and `gt`.
 
     Texts are normalised by the rule; pairs of which one side is empty or too long are left out and counted.
@@ -333,31 +302,20 @@ class LanguageDataset(Dataset):
         use_sm: mutate the spelling (`mutate_spelling`).
         smooth_label: smooth the one-hot spelling: a share of up to `smooth_factor`, sampled for each word, is spread
             over the characters at random.
-        seed, stream, name, root: as for WordSet.
+        name, root, seed, stream: as for SampleSet.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        labels: LabelRule,
-        use_sm: bool = False,
-        smooth_label: bool = False,
-        smooth_factor: float = 0.1,
-        seed: int = 0,
-        stream: int = 0,
-        name: str | None = None,
-        root: int = 0,
-    ) -> None:
-        self.path = Path(path)
-        self.name = name or self.path.stem
-        self.labels = labels
-        self.use_sm = use_sm
-        self.smooth_label = smooth_label
-        self.smooth_factor = smooth_factor
-        self.root = root
-        self._generators = SampleGenerators(seed, stream)
-        self._pairs, self._rows, self.filtered = read_pairs(self.path, labels)
+    path: str | Path = field(kw_only=False)
+    labels: LabelRule
+    use_sm: bool = False
+    smooth_label: bool = False
+    smooth_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path = Path(self.path)
+        self.name = self.name or self.path.stem
+        self._pairs, self._rows, self.filtered = read_pairs(self.path, self.labels)
         logger.info("%s: %s pairs; left out: %s", self.path, f"{len(self):,}", _counts(self.filtered))
 
     def __len__(self) -> int:
@@ -365,7 +323,7 @@ class LanguageDataset(Dataset):
 
     def __getitem__(self, key: SampleKey | int) -> LanguageSample:
         key = as_key(key)
-        rng = self._generators.at(key)
+        rng = self.random(key)
         text, target = self._pairs[self._rows[key.index]]
         if self.use_sm:
             text = mutate_spelling(text, self.labels.charset.characters, rng, max_length=self.labels.max_length)
@@ -387,45 +345,35 @@ class LanguageDataset(Dataset):
 # --- segmentation -----------------------------------------------------------------------------------------------------
 
 
-class SegmentationDataset(Dataset):
-    """Images and the classes of their pixels: 0, 1 = text, `ignore_index` where nothing is known.
+@dataclass(kw_only=True, eq=False, repr=False)
+class SegmentationDataset(SampleSet):
+    """Images and the classes of their pixels: 0, 1 = text, IGNORED where nothing is known.
 
     Args:
         source: pairs of a folder or of LMDBs.
         transform: makes crops of a fixed size for training; None keeps images as they are.
-        ignore_index: label of pixels that do not count.
         ignore_level: grey level of masks that marks them; None has none.
-        seed, stream, name, root: as for WordSet.
+        name, root, seed, stream: as for SampleSet.
     """
 
-    def __init__(
-        self,
-        source: PairFolder | PairLmdb,
-        *,
-        transform: CropSegmentation | None = None,
-        ignore_index: int = 255,
-        ignore_level: int | None = None,
-        seed: int = 0,
-        stream: int = 0,
-        name: str | None = None,
-        root: int = 0,
-    ) -> None:
-        self.source = source
-        self.name = name or Path(os.path.abspath(source.path)).name
-        self.transform = transform
-        self.root = root
-        self.filtered = source.filtered
-        self._generators = SampleGenerators(seed, stream)
+    source: PairFolder | PairLmdb = field(kw_only=False)
+    transform: CropSegmentation | None = None
+    ignore_level: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.name = self.name or Path(os.path.abspath(self.source.path)).name
+        self.filtered = self.source.filtered
         self._classes = (np.arange(256) >= TEXT_THRESHOLD).astype(np.uint8)  # by grey level
-        if ignore_level is not None:
-            self._classes[ignore_level] = ignore_index
+        if self.ignore_level is not None:
+            self._classes[self.ignore_level] = IGNORED
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: SampleKey | int) -> SegmentationSample | Skipped:
         key = as_key(key)
-        stored, stored_mask = self.source.image(key.index), self.source.mask(key.index)
+        stored, stored_mask = self.source.read(key.index)
         if stored is None or stored_mask is None:
             return Skipped(key.index, MISSING if stored is None else "mask_missing")
         try:
@@ -436,7 +384,7 @@ class SegmentationDataset(Dataset):
             return Skipped(key.index, "mask_size")
         labels = self._classes[mask]
         if self.transform is not None:
-            image, labels = self.transform(image, labels, self._generators.at(key))
+            image, labels = self.transform(image, labels, self.random(key))
         return SegmentationSample(image, labels, self.source.name(key.index), key.index)
 
     def describe(self, index: int) -> str:
@@ -449,12 +397,11 @@ def open_segmentation_datasets(
     *,
     mask_root: str | Path | None = None,
     transform: CropSegmentation | None = None,
-    ignore_index: int = 255,
     ignore_level: int | None = None,
     seed: int = 0,
 ) -> list[SegmentationDataset]:
     """Open every set of some roots: `roots` and `mask_root` as for `find_pairs`, the rest as in SegmentationDataset."""
-    common = {"transform": transform, "ignore_index": ignore_index, "ignore_level": ignore_level, "seed": seed}
+    common = {"transform": transform, "ignore_level": ignore_level, "seed": seed}
     found = find_pairs(roots, mask_root)
     names = distinct_names([source.path for _, source in found])
     return [

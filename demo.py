@@ -14,6 +14,7 @@ broken; 2 when all are, or for a mistake in the command.
 
 import argparse
 import glob
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -22,16 +23,15 @@ from pathlib import Path
 import cv2
 
 from engine.precision import PRECISIONS
-from evaluation.drawing import draw_prediction, on_image
+from evaluation.drawing import draw_prediction
+from evaluation.dumps import ONE_FIELD
 from evaluation.lexicon import Candidate, read_lexicon
-from evaluation.prediction_page import fitted, page_entry, prediction_page
-from loading.transforms import resize, turn
+from evaluation.prediction_page import page_entry, prediction_page, seen
 from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
 from utils import ArgumentParser, UserError, run_command_line, write_atomically
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 OVERLAY_HEIGHT, OVERLAY_WIDTH = 64, 1024  # pixels that each drawing of the word fits into
-ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             entries.append(page_entry(path.name, None if prediction.error else to_image(path), prediction))
         print(as_json(path, prediction, overlay) if options.json else as_lines(path, prediction), flush=True)
         if prediction.error and not options.json:
-            print(f"error: {prediction.error}".translate(ESCAPES), file=sys.stderr, flush=True)
+            print(f"error: {prediction.error}".translate(ONE_FIELD), file=sys.stderr, flush=True)
         read_any = read_any or prediction.error is None
     if options.html:
         page = prediction_page(entries, title="What was read", details={"weights": reader.checkpoint.name})
@@ -71,19 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags that `--help` lists."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input", required=True, action="append", metavar="PATH", help="image, folder or pattern; repeatable"
-    )
+    parser.add_argument("--input", required=True, action="append", metavar="PATH", help="image, folder or pattern")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to read with (default: weights/binet-small.pth)")
     parser.add_argument("--config", metavar="YAML", help="how to build the network of weights that carry no config")
     parser.add_argument("--ssn", metavar="FILE", help="SSN that makes the masks (default: the one in the checkpoint)")
     parser.add_argument("--masks", choices=MASK_SOURCES, default="auto", help="none: give the network empty masks")
     parser.add_argument("--model_eval", metavar="NAME", help="sub-model to read with: alignment, vision or language")
-    parser.add_argument(
-        "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: 16 bits where the device has them"
-    )
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: 16 bits if native")
     parser.add_argument("--topk", type=int, default=0, metavar="K", help="the K most probable words as well")
-    parser.add_argument("--lexicon", metavar="FILE", help="the closest word of a file with a word a line as well")
+    parser.add_argument("--lexicon", metavar="FILE", help="the closest word of a list, one a line, as well")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--overlay", metavar="FOLDER", help="draw mask and attention of each image there, as PNG")
@@ -115,7 +111,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
 
 def as_lines(path: Path, prediction: Prediction) -> str:
     """Return path, prediction and confidence on one line, then a line with a leading tab for each word asked for."""
-    rows = [(str(path).translate(ESCAPES), prediction), *(("", each) for each in prediction.candidates)]
+    rows = [(str(path).translate(ONE_FIELD), prediction), *(("", each) for each in prediction.candidates)]
     if prediction.match is not None:
         rows.append(("\tclosest in the list", prediction.match))
     return "\n".join(f"{name}\t{each.text}\t{each.confidence:.4f}" for name, each in rows)
@@ -151,32 +147,18 @@ def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--overlay {folder}: cannot be made ({error.strerror}); name another folder") from error
-    taken: set[str] = set()
-    chosen = []
+    chosen: dict[Path, None] = {}
     for path in paths:
-        name, number = path.stem, 1
-        while name in taken:
-            number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(name)
-        chosen.append(folder / f"{name}.png")
-    return chosen
+        names = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
+        chosen[next(name for name in (folder / f"{each}.png" for each in names) if name not in chosen)] = None
+    return list(chosen)
 
 
 def draw_overlay(path: Path, prediction: Prediction, output: Path) -> None:
     """Draw the image as it was read, with its mask, the refined mask and the attention of each character."""
-    image = fitted(turn(to_image(path), prediction.turned), OVERLAY_HEIGHT, OVERLAY_WIDTH)
-    size = image.shape[:2]
-    refined, mask = prediction.refined_mask, prediction.mask_levels
-    drawing = draw_prediction(
-        image,
-        caption=f"{prediction.text} {prediction.confidence:.2f}",
-        characters=prediction.text,
-        attention=[on_image(weights, size, prediction.extent) for weights in prediction.attention],
-        mask=None if mask is None else resize(turn(mask, prediction.turned), size) / 255,
-        refined_mask=None if refined is None else on_image(refined, size, prediction.extent),
-        over_image=True,
-    )
+    parts = seen(to_image(path), prediction, OVERLAY_HEIGHT, OVERLAY_WIDTH)
+    caption = f"{prediction.text} {prediction.confidence:.2f}"
+    drawing = draw_prediction(**parts, caption=caption, characters=prediction.text, over_image=True)
     if not cv2.imwrite(str(output), drawing[..., ::-1]):
         raise UserError(f"--overlay {output}: cannot be written; name another folder")
 

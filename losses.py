@@ -5,15 +5,16 @@ unweighted, and `total`, the sum that is minimised. Terms with weight 0 are not 
 whole (global) batch; the mean of an empty set is 0. Nothing here waits for the device.
 
 For a batch in parts (`training.accumulation`), `criterion.counts` returns how many steps and pixels the means of a part
-are taken over. With the sums of these counts as `whole`, terms and gradients of the parts add up to those of the batch;
-without `whole`, a batch is the whole one.
+are taken over. With the sums of these counts as `whole`, terms and gradients of the parts add up to those of the batch.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.distributed import batch_mean, is_distributed, summed_counts
+from engine.distributed import batch_mean, summed_counts
 from modules.outputs import RecogniserOutput
 from modules.ssn import SegmentationOutput
 
@@ -25,44 +26,77 @@ def counted_steps(labels: Tensor, lengths: Tensor) -> Tensor:
     return (torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]).float()
 
 
-def sequence_cross_entropy(
-    logits: list[Tensor], labels: Tensor, lengths: Tensor, whole: Tensor | None = None
-) -> Tensor:
+def sequence_cross_entropy(logits: list[Tensor], labels: Tensor, lengths: Tensor, whole: Tensor) -> Tensor:
     """Return the mean cross-entropy over all steps before the length, end token included, and all rounds.
 
     Args:
         logits: (N, T, C), one for each round.
         labels: (N, T) class ids, 0 at the end token and after it.
         lengths: (N,) number of characters + 1: the end token counts.
-        whole: number of steps of the whole batch; None: this is the whole batch.
+        whole: number of steps of the whole batch.
     """
     counted = counted_steps(labels, lengths)
     total = sum(
         (F.cross_entropy(each.transpose(1, 2).float(), labels, reduction="none") * counted).sum() for each in logits
     )
-    return batch_mean(total, counted.sum() * len(logits), None if whole is None else whole * len(logits))
+    return batch_mean(total, whole * len(logits))
 
 
-def refinement_loss(refined_mask: Tensor, threshold: float, whole: Counts | None = None) -> Tensor:
+def refinement_counts(refined_mask: Tensor, threshold: float) -> Counts:
+    """Return the number of pixels above the threshold (`text`) and of the others (`background`)."""
+    text = (refined_mask.float() > threshold).float().sum()
+    return {"text": text, "background": refined_mask.numel() - text}
+
+
+def refinement_loss(refined_mask: Tensor, threshold: float, whole: Counts) -> Tensor:
     """Return BINet's mask refinement loss, which pulls pixels above the threshold to 1 and the others to 0.
 
     It is the mean of |r - 1| over the pixels with r > threshold plus the mean of |r| over the others.
 
     Args:
         refined_mask: r, (N, 1, H, W), not bounded.
-        whole: number of pixels of both kinds (`text`, `background`) in the whole batch; None: this is the whole batch.
+        whole: `refinement_counts` of the whole batch.
     """
     refined_mask = refined_mask.float()
     text = (refined_mask > threshold).float()
-    background = 1 - text
-    whole = whole or {}
-    to_one = batch_mean(((refined_mask - 1).abs() * text).sum(), text.sum(), whole.get("text"))
-    to_zero = batch_mean((refined_mask.abs() * background).sum(), background.sum(), whole.get("background"))
+    to_one = batch_mean(((refined_mask - 1).abs() * text).sum(), whole["text"])
+    to_zero = batch_mean((refined_mask.abs() * (1 - text)).sum(), whole["background"])
     return to_one + to_zero
 
 
-class RecogniserCriterion(nn.Module):
+class Criterion(nn.Module):
+    """Base of both criteria: the terms of a batch and their weighted sum.
+
+    A criterion has `terms(output, *targets, whole)`, those with a weight, and `counts(output, *targets)`.
+
+    Args:
+        weights: of each term; terms with weight 0 are not computed.
+    """
+
+    counts_outputs = True  # whether `counts` needs the network's output
+
+    def __init__(self, weights: dict[str, float]):
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, output: Any, *targets: Tensor, whole: Counts | None = None) -> dict[str, Tensor]:
+        """Return the terms of one batch and `total`; `targets` are those of the batch.
+
+        Args:
+            whole: sums of `counts` over the whole batch, if this is a part; None: this is the whole batch.
+        """
+        if whole is None:  # several processes exchange all counts in one message
+            whole = summed_counts([self.counts(output, *targets)])
+        terms = self.terms(output, *targets, whole=whole)
+        if not terms:
+            raise ValueError(f"no loss term is left: every weight of {self.weights} is 0 or its sub-model is missing")
+        return terms | {"total": sum(self.weights[name] * term for name, term in terms.items())}
+
+
+class RecogniserCriterion(Criterion):
     """Loss of a recogniser or of one of its stages (BINet, training objective; ABINet, section 3.4).
+
+    Targets are labels (N, T) and lengths (N,), the end token counted.
 
     Args:
         weights: weight of each term: `vision`, `language`, `alignment`, `refinement`. Terms of sub-models that the
@@ -71,63 +105,34 @@ class RecogniserCriterion(nn.Module):
     """
 
     def __init__(self, *, weights: dict[str, float], refinement_threshold: float = 0.7):
-        super().__init__()
-        self.weights = weights
+        super().__init__(weights)
         self.refinement_threshold = refinement_threshold
+        self.counts_outputs = weights.get("refinement", 0) != 0  # it counts pixels of the refined mask
 
-    def forward(
-        self, output: RecogniserOutput, labels: Tensor, lengths: Tensor, whole: Counts | None = None
-    ) -> dict[str, Tensor]:
-        """Return the terms of one batch; labels (N, T), lengths (N,) with the end token counted."""
-        if whole is None:  # several processes exchange all counts in one message
-            whole = summed_counts([self.counts(output, labels, lengths)]) if is_distributed() else {}
-        terms = {}
-        for name, logits in self._logits(output).items():
-            if logits and self.weights.get(name, 0) != 0:
-                terms[name] = sequence_cross_entropy(logits, labels, lengths, whole.get("steps"))
-        refined_mask = self._refined_mask(output)
-        if refined_mask is not None:
-            terms["refinement"] = refinement_loss(refined_mask, self.refinement_threshold, whole)
-        return with_total(terms, self.weights)
-
-    @property
-    def counts_outputs(self) -> bool:
-        """Return whether `counts` needs the network's output: the refinement loss counts pixels of the refined mask."""
-        return self.weights.get("refinement", 0) != 0
-
-    def counts(self, output: RecogniserOutput | None, labels: Tensor, lengths: Tensor) -> Counts:
-        """Return how many steps, text pixels and background pixels the means of these samples are taken over.
-
-        Args:
-            output: may be None if `counts_outputs` is False.
-        """
-        counts = {"steps": counted_steps(labels, lengths).sum()}
-        refined_mask = None if output is None else self._refined_mask(output)
-        if refined_mask is not None:
-            counts["text"] = (refined_mask.float() > self.refinement_threshold).float().sum()
-            counts["background"] = refined_mask.numel() - counts["text"]
-        return counts
-
-    def _refined_mask(self, output: RecogniserOutput) -> Tensor | None:
-        """Return the refined mask if its loss is computed."""
-        if output.vision is None or self.weights.get("refinement", 0) == 0:
-            return None
-        return output.vision.refined_mask
-
-    @staticmethod
-    def _logits(output: RecogniserOutput) -> dict[str, list[Tensor]]:
-        return {
+    def terms(self, output: RecogniserOutput, labels: Tensor, lengths: Tensor, whole: Counts) -> dict[str, Tensor]:
+        rounds = {
             "vision": [] if output.vision is None else [output.vision.logits],
             "language": [each.logits for each in output.language or []],
             "alignment": [each.logits for each in output.alignment or []],
         }
+        terms = {}
+        for name, logits in rounds.items():
+            if logits and self.weights.get(name, 0) != 0:
+                terms[name] = sequence_cross_entropy(logits, labels, lengths, whole["steps"])
+        if (refined_mask := self._refined_mask(output)) is not None:
+            terms["refinement"] = refinement_loss(refined_mask, self.refinement_threshold, whole)
+        return terms
 
+    def counts(self, output: RecogniserOutput | None, labels: Tensor, lengths: Tensor) -> Counts:
+        """Return the numbers of steps, text pixels and background pixels; `output` is used if `counts_outputs`."""
+        counts = {"steps": counted_steps(labels, lengths).sum()}
+        if (refined_mask := self._refined_mask(output)) is not None:
+            counts |= refinement_counts(refined_mask, self.refinement_threshold)
+        return counts
 
-def with_total(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
-    """Return the terms and, as `total`, their weighted sum."""
-    if not terms:
-        raise ValueError(f"no loss term is left: every weight of {weights} is 0 or its sub-model is missing")
-    return terms | {"total": sum(weights[name] * term for name, term in terms.items())}
+    def _refined_mask(self, output: RecogniserOutput | None) -> Tensor | None:
+        """Return the refined mask if its loss is computed."""
+        return output.vision.refined_mask if self.counts_outputs and output.vision is not None else None
 
 
 # Text segmentation (TexRNet, section 4).
@@ -158,8 +163,10 @@ def trimap(labels: Tensor, ignore_index: int) -> Tensor:
     return known & (neighbours != labels).any(dim=0)
 
 
-class SegmentationCriterion(nn.Module):
+class SegmentationCriterion(Criterion):
     """Loss of SSN: semantic and refined logits everywhere, and the refined ones once more at class boundaries.
+
+    The target are labels (N, H, W) of any size: 0, 1 or `ignore_index`.
 
     Args:
         weights: weight of each term: `semantic`, `refined`, `trimap`.
@@ -167,27 +174,21 @@ class SegmentationCriterion(nn.Module):
     """
 
     def __init__(self, *, weights: dict[str, float] | None = None, ignore_index: int = 255):
-        super().__init__()
-        self.weights = weights or {"semantic": 1.0, "refined": 0.5, "trimap": 0.5}
+        super().__init__(weights or {"semantic": 1.0, "refined": 0.5, "trimap": 0.5})
         self.ignore_index = ignore_index
 
-    def forward(self, output: SegmentationOutput, labels: Tensor, whole: Counts | None = None) -> dict[str, Tensor]:
-        """Return the terms of one batch; labels (N, H, W) of any size are 0, 1 or `ignore_index`."""
-        if whole is None:  # several processes exchange all counts in one message
-            whole = summed_counts([self.counts(output, labels)]) if is_distributed() else {}
+    def terms(self, output: SegmentationOutput, labels: Tensor, whole: Counts) -> dict[str, Tensor]:
         labels = resize_labels(labels, output.refined_logits.shape[-2:])  # (N, h, w)
         terms = {}
         for name, where in self._where(labels).items():
             logits = output.semantic_logits if name == "semantic" else output.refined_logits
             ignored = {"ignore_index": self.ignore_index, "reduction": "none"}
             each = F.cross_entropy(logits.float(), labels, **ignored)  # (N, h, w)
-            terms[name] = batch_mean((each * where).sum(), where.sum(), whole.get(name))
-        return with_total(terms, self.weights)
-
-    counts_outputs = True  # labels are counted at the output's size
+            terms[name] = batch_mean((each * where).sum(), whole[name])
+        return terms
 
     def counts(self, output: SegmentationOutput, labels: Tensor) -> Counts:
-        """Return how many pixels each term of these samples is a mean over."""
+        """Return the number of pixels of each term, at the output's size."""
         labels = resize_labels(labels, output.refined_logits.shape[-2:])
         return {name: where.sum() for name, where in self._where(labels).items()}
 

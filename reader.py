@@ -144,7 +144,7 @@ class Reader:
         if masks not in MASK_SOURCES:
             raise UserError(f"masks {masks!r} is unknown; give {' or '.join(MASK_SOURCES)}")
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size {batch_size!r} must be a whole number from 1")
+            raise UserError(f"batch_size {batch_size!r} must be a positive integer")
         self.checkpoint = DEFAULT_CHECKPOINT if checkpoint is None else Path(checkpoint)
         if checkpoint is None and not DEFAULT_CHECKPOINT.is_file():
             raise UserError(f"no checkpoint is named and {DEFAULT_CHECKPOINT} does not exist; give --checkpoint FILE")
@@ -199,7 +199,7 @@ class Reader:
 
         Raises:
             TypeError, ValueError: an image is none of these, or `images` is a single one.
-            UserError: `topk` is no whole number from 0, or the network can spell no word of `lexicon`.
+            UserError: `topk` is not an integer from 0 up, or the network can spell no word of `lexicon`.
         """
         return list(self.stream(images, masks, topk=topk, lexicon=lexicon))
 
@@ -226,7 +226,7 @@ class Reader:
         if len(masks) != len(images):
             raise ValueError(f"{len(masks)} masks for {len(images)} images")
         if not isinstance(topk, int) or topk < 0:
-            raise UserError(f"topk {topk!r} must be a whole number from 0")
+            raise UserError(f"topk {topk!r} must be 0 or a positive integer")
         if isinstance(lexicon, str):
             raise TypeError("lexicon must be a list of words")
         chosen = None if lexicon is None else Lexicon(lexicon, self.charset, steps=self._steps)
@@ -407,10 +407,10 @@ def _from_tensor(tensor: Tensor) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray, mode: str) -> np.ndarray:
-    shape, channels = array.shape, CHANNELS if mode == "RGB" else CHANNELS[:1]
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in channels:
+    shape = array.shape
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and (mode == "L" or array.ndim != 3 or array.shape[2] not in CHANNELS):
         shapes = "(H, W, 3), (H, W, 4) or (H, W)" if mode == "RGB" else "(H, W)"
         raise ValueError(f"array is {shape}; it must be {shapes}, with the channels last")
     if not array.size:
@@ -422,11 +422,7 @@ def _from_array(array: np.ndarray, mode: str) -> np.ndarray:
         array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         raise TypeError(f"array is {array.dtype}; it must hold uint8 levels or floats in [0, 1]")
-    if array.shape[2] == 4:
-        return np.array(convert(Image.fromarray(np.ascontiguousarray(array)), mode))
-    if mode == "L":
-        return np.ascontiguousarray(array[..., 0])
-    return np.ascontiguousarray(np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array)
+    return np.array(convert(Image.fromarray(np.ascontiguousarray(array)), mode))
 
 
 def _array(tensor: Tensor) -> np.ndarray:

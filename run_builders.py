@@ -4,7 +4,6 @@ With `builders.py`, which builds the networks, this is the only place that sees 
 """
 
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +21,9 @@ from builders import (
     build_segmenter,
     checked_model_eval,
     image_size,
-    segmenter_checkpoint,
     with_checkpoint,
 )
-from callbacks import Callback, Checkpoints, Evaluation, MetricLog, NotFiniteBatches, UnreadableSamples
+from callbacks import Callback, Checkpoints, Evaluation, MetricLog, UnreadableSamples
 from config import Config
 from dataset import JoinedDataset, LanguageDataset, WordDataset, open_segmentation_datasets, open_word_datasets
 from engine import distributed
@@ -38,10 +36,9 @@ from evaluation.lexicon import Lexicon, StoredLexicons, read_lexicon
 from evaluation.report import Report
 from inference.segmenter import Segmenter
 from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
-from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
+from loading.batches import LabelRule, LanguageCollate, WordCollate, collate_segmentation
 from loading.charset import PROTOCOLS, protocol_normalizer
-from loading.masks import OnlineMasks
-from loading.sampling import MixtureBatchSampler, ResumableBatchSampler, ShardedSampler
+from loading.sampling import MixtureBatchSampler, ResumableBatchSampler
 from loading.transforms import ResizeWord
 from loading.word_index import default_cache_dir
 from loading.workers import make_loader
@@ -97,14 +94,14 @@ def build_label_rule(config: Config, *, case_sensitive: bool) -> LabelRule:
 
 
 def _open_words(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
-    data, size, training = config.dataset, image_size(config), split == TRAIN
+    data, training = config.dataset, split == TRAIN
     labels = build_label_rule(config, case_sensitive=data.case_sensitive if training else data.eval_case_sensitive)
     if training and not data.case_sensitive and any(map(str.isupper, labels.charset.characters)):
         logger.warning(
             "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
             data.charset_path,
         )
-    resize = ResizeWord(size=size, fit=data.fit, random_aspect=training and data.multiscales)
+    resize = ResizeWord(size=image_size(config), fit=data.fit, random_aspect=training and data.multiscales)
     datasets = open_word_datasets(
         roots,
         labels=labels,
@@ -118,21 +115,17 @@ def _open_words(config: Config, roots: list[str], *, split: str, device: torch.d
         difficulty=data.train.difficulty if training else None,
         turn_tall=None if training else data.turn_tall,
     )
-    return datasets, WordCollate(labels, size=size, with_masks=config.model.takes_masks)
+    return datasets, WordCollate(labels)
 
 
-def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks | None:
+def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | None:
     """Return the source of the masks; None for a network that takes none."""
     masks = config.dataset.masks
     if not config.model.takes_masks:
         return None
     if masks.source == "online":
         # Worker processes cannot use the GPU: with workers, SSN runs on their cores.
-        segmenter = build_segmenter(config, device="cpu" if config.dataset.num_workers else device)
-        if not masks.cache:
-            return OnlineMasks(segmenter)
-        folder = Path(config.dataset.cache_dir or default_cache_dir()) / "masks"
-        return OnlineMasks(segmenter, cache_dir=folder, fingerprint=_mask_fingerprint(config, segmenter))
+        return build_segmenter(config, device="cpu" if config.dataset.num_workers else device)
     only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
     if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.run.phase == "train"):
         raise UserError(
@@ -142,13 +135,6 @@ def _mask_source(config: Config, *, device: torch.device) -> str | OnlineMasks |
     if masks.source == "none":
         raise UserError("dataset.masks.source is none, but the network takes masks; set lmdb or online")
     return masks.root or ""
-
-
-def _mask_fingerprint(config: Config, segmenter: Segmenter) -> str:
-    """Return a hash of what online masks depend on besides the image: weights, areas and precision."""
-    weights = Path(segmenter_checkpoint(config)).read_bytes()
-    settings = f"{segmenter.areas} {segmenter.precision}"
-    return hashlib.sha256(weights + settings.encode()).hexdigest()[:16]
 
 
 def _open_language(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
@@ -172,27 +158,19 @@ def _open_language(config: Config, roots: list[str], *, split: str, device: torc
 
 def _open_segmentation(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
     settings = config.dataset.segmentation
-    crop = CropSegmentation(
-        size=tuple(settings.crop_size), scale_range=tuple(settings.scale_range), ignore_index=settings.ignore_index
-    )
+    crop = CropSegmentation(size=tuple(settings.crop_size), scale_range=tuple(settings.scale_range))
     datasets = open_segmentation_datasets(
         roots,
         transform=crop if split == TRAIN else None,
         mask_root=config.dataset.masks.root,
-        ignore_index=settings.ignore_index,
         ignore_level=settings.ignore_level,
         seed=config.run.seed,
     )
-    return datasets, SegmentationCollate(size=tuple(settings.crop_size))
+    return datasets, collate_segmentation
 
 
 def _loading(config: Config) -> dict:
-    data = config.dataset
-    return {
-        "num_workers": data.num_workers,
-        "multiprocessing_context": data.multiprocessing_context,
-        "pin_memory": data.pin_memory,
-    }
+    return config.dataset.model_dump(include={"num_workers", "multiprocessing_context", "pin_memory"})
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -217,16 +195,15 @@ def build_evaluator(
         raise UserError(f"dataset.{split}.roots is empty; name the LMDBs to test on, or give --test_root")
     open_sets = {"language": _open_language, "ssn": _open_segmentation}.get(config.model.kind, _open_words)
     datasets, collate = open_sets(config, settings.roots, split=split, device=device)
-    shard = {"rank": process.rank, "world_size": process.world_size}
     common = {"filtered": {dataset.name: dataset.filtered for dataset in datasets}, "device": device}
     is_ssn = config.model.kind == "ssn"
     loaders = {}
     for dataset in datasets:
-        options = {"sampler": ShardedSampler(len(dataset), **shard), "batch_size": settings.batch_size}
+        first, end = (rank * len(dataset) // process.world_size for rank in (process.rank, process.rank + 1))
+        options = {"sampler": range(first, end), "batch_size": settings.batch_size}  # this process's share
         loaders[dataset.name] = make_loader(dataset, list if is_ssn else collate, **options, **_loading(config))
     if is_ssn:
-        areas, ignore_index = config.model.ssn.areas, config.dataset.segmentation.ignore_index
-        return SegmentationEvaluator(loaders=loaders, areas=areas, ignore_index=ignore_index, **common)
+        return SegmentationEvaluator(loaders=loaders, areas=config.model.ssn.areas, **common)
     return WordEvaluator(
         loaders=loaders,
         charset=build_charset(config),
@@ -340,7 +317,7 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
     def interval(iterations: int | str) -> int:
         return len(data.batch_sampler) if iterations == "epoch" else iterations
 
-    callbacks = [metric_log, NotFiniteBatches(folder=folder), UnreadableSamples(dataset=data.dataset)]
+    callbacks = [metric_log, UnreadableSamples(dataset=data.dataset)]
     split = VALID if config.dataset.valid.roots else TEST
     if split == TEST and config.dataset.test.roots and process.is_main:
         logger.warning(

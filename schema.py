@@ -3,13 +3,12 @@
 It is the only place where these are written; `configs/template.yaml` is printed from it (`python config.py`).
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BeforeValidator, Field, model_validator
 
 from modules.ssn import PUBLISHED_AREAS
+from settings import Section, key, merged
 from utils import is_folder_name
 
 PUBLISHED_NAMES = {  # model.name in published YAMLs -> ours
@@ -22,11 +21,6 @@ PUBLISHED_NAMES = {  # model.name in published YAMLs -> ours
 
 # Defaults of `name: abinet`: no masks, sinusoidal positions, position queries.
 ABINET_DEFAULTS = {"vision": {"attention": "position", "positional_encoding": True, "segmentation": {"enabled": False}}}
-
-
-def key(default: Any, description: str, **limits: Any) -> Any:
-    """Define a key by its default, a sentence about its unit and effect, and pydantic's limits on the value."""
-    return Field(default, description=description, **limits)
 
 
 def _as_list(value: Any) -> Any:
@@ -46,12 +40,6 @@ def _known_stride(value: Any) -> Any:
     if value in (1, 2) or (isinstance(value, list) and len(value) == 2 and all(each in (1, 2) for each in value)):
         return value
     raise ValueError("must be 1, 2 or [rows, columns] of these")
-
-
-def _known_augmentation(value: Any) -> Any:
-    if isinstance(value, bool) or value == "rand":
-        return value
-    raise ValueError("must be true, false or rand")
 
 
 def _known_interval(value: Any) -> Any:
@@ -76,36 +64,7 @@ Pair, Three, Four, Five = (Field(min_length=count, max_length=count) for count i
 Share = Annotated[list[Weight], Pair, BeforeValidator(_as_pair)]
 Stride = Annotated[int | list[int], BeforeValidator(_known_stride)]
 Interval = Annotated[int | Literal["epoch"], BeforeValidator(_known_interval)]
-Augmentation = Annotated[bool | Literal["rand"], BeforeValidator(_known_augmentation)]
 FolderName = Annotated[str, BeforeValidator(_folder_name)]
-
-
-class Section(BaseModel):
-    """Base of all sections: refuses unknown keys, converts int to float only; an empty section is all defaults."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_section_means_defaults(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        sections = {field.alias or name for name, field in cls.model_fields.items() if is_section(field)}
-        return {name: value for name, value in data.items() if value is not None or name not in sections}
-
-
-def is_section(field: FieldInfo) -> bool:
-    """Return whether a field of the schema holds a section, not a value."""
-    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-
-
-def walk_schema(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield (dotted key, field) for every key below a section, in order; sections come before what they hold."""
-    for name, field in section.model_fields.items():
-        dotted = f"{prefix}{field.alias or name}"
-        yield dotted, field
-        if is_section(field):
-            yield from walk_schema(field.annotation, f"{dotted}.")
 
 
 class GlobalConfig(Section):
@@ -174,7 +133,6 @@ class MasksConfig(Section):
         "lmdb", "lmdb: files (rendered words bring their own); online: SSN in the loop; none: without segmentation."
     )
     root: str | None = key(None, "Folder of mask LMDBs; the masks of <root of images>/X are in <masks.root>/X.")
-    cache: bool = key(False, "Keep the online mask of each word on disk, in cache_dir, for later epochs and runs.")
 
 
 class SegmentationDataConfig(Section):
@@ -182,7 +140,6 @@ class SegmentationDataConfig(Section):
 
     crop_size: Annotated[list[PositiveInt], Pair] = key([513, 513], "Height and width of a training crop, pixels.")
     scale_range: Annotated[list[PositiveFloat], Pair] = key([0.5, 2.0], "Factors of random resizing before the crop.")
-    ignore_index: int = key(255, "Label of pixels that no loss and no score counts.", ge=2, le=255)
     ignore_level: int | None = key(
         128, "Grey level of masks that marks pixels to ignore; null: none (soft masks).", ge=1, le=254
     )
@@ -205,7 +162,7 @@ class DatasetConfig(Section):
     image_width: PositiveInt = key(128, "Width of the network's input, pixels.")
     case_sensitive: bool = key(False, "Keep the case of labels in training (needs a charset with upper case).")
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
-    data_aug: Augmentation = key(
+    data_aug: Literal[True, False, "rand"] = key(
         True, "Augmentation of training samples: true, the published one; rand, RandAugment as in PARSeq; false, none."
     )
     multiscales: bool = key(
@@ -229,7 +186,7 @@ class DatasetConfig(Section):
         None, "How workers start; null: torch's way."
     )
     cache_dir: str | None = key(
-        None, "Folder for indices of LMDBs, which open at once then, and for masks; null: the user's cache folder."
+        None, "Folder for indices of LMDBs, which open at once then; null: the user's cache folder."
     )
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)
@@ -438,15 +395,3 @@ class ModelConfig(Section):
     def takes_masks(self) -> bool:
         """Return whether the network takes a text mask beside the image."""
         return self.kind in ("vision", "recogniser") and self.vision.segmentation.enabled
-
-
-def merged(defaults: dict, given: dict) -> dict:
-    """Return `given`, with `defaults` where it says nothing; neither is edited. A null section says nothing."""
-    result = dict(given)
-    for name, default in defaults.items():
-        value = given.get(name)
-        if isinstance(default, dict) and (value is None or isinstance(value, dict)):
-            result[name] = merged(default, value or {})
-        else:
-            result.setdefault(name, default)
-    return result

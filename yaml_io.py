@@ -1,9 +1,8 @@
 """YAML files as plain data: nothing in them can run code, and errors name file and line."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -13,23 +12,8 @@ from utils import UserError
 MAX_BYTES = 256 << 10  # of a file: PyYAML takes seconds for a megabyte
 
 
-class Document(NamedTuple):
-    """The content of a YAML file, its name, and the line of each dotted key (counted from 1)."""
-
-    data: Any
-    source: str
-    lines: dict[str, int]
-
-
 class Loader(yaml.SafeLoader):
     """Loads plain data only; the one tag besides YAML's own is `!!python/tuple`, which gives a list."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, KeyError, IndexError, AttributeError) as error:
-            # PyYAML's constructors raise whatever Python does for a malformed scalar (`!!int x`, a 13th month).
-            raise ConstructorError(None, None, f"not a value of its type: {node.value!r}", node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -61,8 +45,8 @@ for _resolver in (Loader, Dumper):
     )
 
 
-def read_yaml(path: Path) -> Document:
-    """Read a YAML file.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
 
     Raises:
         UserError: the file cannot be read, is no YAML, is empty or is no mapping; names file and line.
@@ -74,41 +58,27 @@ def read_yaml(path: Path) -> Document:
         raise UserError(f"{path}: cannot read the file ({getattr(error, 'strerror', error)})") from error
     if len(content) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES >> 10} KiB, which no config is; name a YAML file")
-    document = parse_yaml(content, str(path))
-    if document.data is None:
-        raise UserError(f"{path}:1: the file is empty; it must hold `key: value` lines")
-    if not isinstance(document.data, dict):
-        raise UserError(f"{path}:1: not a mapping; it must hold `key: value` lines")
-    return document
+    data = parse_yaml(content, str(path))
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path}:1: {'the file is empty' if data is None else 'not a mapping'}; write `key: value` lines"
+        )
+    return data
 
 
-def parse_yaml(text: str | bytes, source: str) -> Document:
+def parse_yaml(text: str | bytes, source: str) -> Any:
     """Read YAML text; `source` names it in errors, with the line unless it is an override."""
     try:
-        loader = Loader(text)
-        node = loader.get_single_node()
-        data = None if node is None else loader.construct_document(node)
+        return Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = source if mark is None or source.startswith("override ") else f"{source}:{mark.line + 1}"
         raise UserError(f"{place}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, TypeError, ValueError) as error:  # no text at all, or a collection unlike its tag
+    except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # No text at all, or whatever Python raises for a malformed value (`!!int x`, a 13th month).
         raise UserError(f"{source}:1: not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise UserError(f"{source}:1: nested too deeply") from error
-    return Document(data, source, dict(_key_lines(node)))
-
-
-def _key_lines(node: yaml.Node | None, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, int]]:
-    """Yield (dotted key, its line); a node that aliases share is visited once."""
-    seen = set() if seen is None else seen
-    if not isinstance(node, yaml.MappingNode) or id(node) in seen:
-        return
-    seen.add(id(node))
-    for key_node, value_node in node.value:
-        dotted = f"{prefix}{key_node.value}"
-        yield dotted, key_node.start_mark.line + 1
-        yield from _key_lines(value_node, f"{dotted}.", seen)
 
 
 def dump_yaml(data: Any, **options: Any) -> str:

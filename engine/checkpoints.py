@@ -31,7 +31,7 @@ UNUSED_PUBLISHED = re.compile(
     r"(^|\.)(backbone\.resnet\.side4_1\.0\.(weight|bias)|backbone\.pos_encoder\.pe|project\.(weight|bias))$"
 )
 # Prefixes of DistributedDataParallel and DataParallel, and of torch.compile.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+WRAPPER_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 LARGEST_EXPANSION = 16  # largest size of the tensors over that of their file, in which they may share memory
 NAMES_SHOWN = 3  # of each kind of difference: a message stays below the length at which its middle is left out
 CHECKPOINT_LIST = "checkpoint.yaml"
@@ -89,7 +89,7 @@ def checkpoint_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     weights = state.get("model", state)
     weights = weights if isinstance(weights, Mapping) else {}
     tensors = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    return {_strip_wrappers(name): tensor for name, tensor in tensors.items()}
+    return {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in tensors.items()}
 
 
 def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
         if name in weights and not _fits(weights[name], tensor)
     ]
     kinds = (("missing", missing), ("not in the network", extra), ("of other shapes in the file", reshaped))
-    return [f"{len(names)} {kind}: {_shown(names)}" for kind, names in kinds if names]
+    return [f"{len(names)} {kind}: {', '.join(names[:NAMES_SHOWN])}" for kind, names in kinds if names]
 
 
 def _fits(tensor: Tensor, expected: Tensor) -> bool:
@@ -150,17 +150,6 @@ def _form(tensor: Tensor, other: Tensor) -> str:
     """Return what distinguishes a tensor from another one: its shape, else its type."""
     same_shape = tensor.shape == other.shape
     return f"{tensor.dtype} {tensor.layout} {tensor.device}" if same_shape else f"{tuple(tensor.shape)}"
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
-
-
-def _strip_wrappers(name: str) -> str:
-    while name.startswith(WRAPPER_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
 
 
 # --- a run's checkpoints ----------------------------------------------------------------------------------------------
@@ -208,7 +197,7 @@ def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
     """
     if not resume and not saved_checkpoints(folder, name):
         runs = [each.name for each in sorted(folder.parent.glob("*")) if saved_checkpoints(each, each.name)]
-        others = f" (the runs in {folder.parent} that have one: {_shown(runs)})" if runs else ""
+        others = f" (the runs in {folder.parent} that have one: {', '.join(runs[:10])})" if runs else ""
         logger.warning("%s has no checkpoint to resume from: starting from the beginning%s", folder, others)
         return None
     path, state = (Path(resume), read_checkpoint(resume)) if resume else newest_valid_checkpoint(folder, name)
@@ -251,7 +240,8 @@ def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
         reason = " ".join(str(error).split())[:200]  # a damaged state may lack anything
         raise UserError(
             f"the checkpoint to resume from does not fit the run ({type(error).__name__}: {reason}); resume with the "
-            "model and the optimizer.type that it was trained with, or start from its weights with --checkpoint"
+            "model, its freeze keys, optimizer.type and prefixes of optimizer.lr_groups that it was trained with, or "
+            "start from its weights with --checkpoint"
         ) from error
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -128,10 +127,10 @@ def parallel(network: nn.Module, device: torch.device, *, find_unused_parameters
 
 def synchronized(model: nn.Module, wanted: bool) -> nn.Module:
     """Return the network; if `wanted`, its batch norms use the statistics of all processes."""
-    if not wanted or not is_distributed():
-        return model
-    for name, child in model.named_children():
-        setattr(model, name, _synchronized(child) if isinstance(child, _BatchNorm) else synchronized(child, wanted))
+    if wanted and is_distributed():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.__class__ = SyncBatchNorm
     return model
 
 
@@ -149,92 +148,51 @@ class SyncBatchNorm(_BatchNorm):
         """Normalise this process's `values` (N, C, ...) with the statistics of the global batch."""
         if not self.training:
             return super().forward(values)
-        normalised, mean, variance, count = _Normalised.apply(values, self.weight, self.bias, self.eps)
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, share)
-                self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
-        return normalised
-
-
-def _synchronized(norm: _BatchNorm) -> SyncBatchNorm:
-    """Return a synchronised twin with the same parameters and buffers, under the same names."""
-    twin = SyncBatchNorm(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, track_running_stats=norm.track_running_stats
-    )
-    twin._parameters, twin._buffers = norm._parameters, norm._buffers
-    return twin.train(norm.training)
-
-
-class _Normalised(torch.autograd.Function):
-    """Computes (x - mean) / sqrt(variance + eps) * weight + bias with mean and variance of the global batch.
-
-    Also returns mean, variance (C,) and the number of values behind them (1,), without gradients.
-    """
-
-    @staticmethod
-    def forward(
-        context: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, ...]:
-        own_variance, own_mean = torch.var_mean(values.float(), _all_but_channels(values), correction=0)  # (C,)
-        own_count = own_mean.new_full((1,), values.numel() // values.shape[1])
-        gathered = own_mean.new_zeros(dist.get_world_size(), 2 * len(own_mean) + 1)
-        gathered[dist.get_rank()] = torch.cat([own_mean, own_variance, own_count])
-        dist.all_reduce(gathered)
-        means, variances, counts = gathered.split([len(own_mean), len(own_mean), 1], dim=1)
+        axes = [axis for axis in range(values.dim()) if axis != 1]
+        own_variance, own_mean = torch.var_mean(values.float(), axes, correction=0)  # (C,)
+        own = torch.cat([own_mean, own_variance, own_mean.new_full((1,), values.numel() // values.shape[1])])
+        places = [own if rank == dist.get_rank() else torch.zeros_like(own) for rank in range(dist.get_world_size())]
+        means, variances, counts = _Sum.apply(torch.stack(places)).split([len(own_mean), len(own_mean), 1], dim=1)
         count = counts.sum(0)  # (1,)
         mean = (means * counts).sum(0) / count  # (C,)
         variance = ((variances + (means - mean).square()) * counts).sum(0) / count
-        context.save_for_backward(values, weight, mean, (variance + eps).rsqrt(), count)
-        context.mark_non_differentiable(mean, variance, count)
-        normalised = F.batch_norm(values, mean, variance, weight, bias, training=False, eps=eps)
-        return normalised, mean, variance, count
+        self._track(mean.detach(), variance.detach(), count.detach())
+        scale = (variance + self.eps).rsqrt()
+        weight, bias = (1, 0) if self.weight is None else (self.weight, self.bias)
+        along_channels = [-1, *[1] * (values.dim() - 2)]
+        factor, offset = (each.view(along_channels) for each in (scale * weight, bias - mean * scale * weight))
+        return torch.addcmul(offset, values, factor).to(values.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards those of the batch."""
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
+
+
+class _Sum(torch.autograd.Function):
+    """Sums a tensor over the processes in the forward pass, and its gradient in the backward pass."""
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor, *_statistics: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight, mean, scale, count = context.saved_tensors
-        axes = _all_but_channels(values)
-        mean, scale = _along_channels(mean, values), _along_channels(scale, values)
-        wide = gradient.float()
-        standard = (values - mean) * scale
-        own = torch.cat([wide.sum(axes), (wide * standard).sum(axes)])  # (2 C,), the gradients of bias and weight
-        every = own.clone()
-        dist.all_reduce(every)
-        bias_mean, weight_mean = (_along_channels(each, values) for each in (every / count).chunk(2))
-        along_values = (wide - bias_mean - standard * weight_mean) * scale
-        if weight is None:
-            return along_values.to(values.dtype), None, None, None
-        bias_gradient, weight_gradient = own.chunk(2)
-        along_values = along_values * _along_channels(weight, values)
-        return along_values.to(values.dtype), weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), None
+    def forward(context: Any, values: Tensor) -> Tensor:
+        return counted(values)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return counted(gradient)
 
 
-def _all_but_channels(values: Tensor) -> list[int]:
-    return [axis for axis in range(values.dim()) if axis != 1]
-
-
-def _along_channels(vector: Tensor, values: Tensor) -> Tensor:
-    """Return a vector (C,) in a shape that broadcasts to `values` (N, C, ...)."""
-    return vector.view(1, -1, *[1] * (values.dim() - 2))
-
-
-def batch_mean(total: Tensor, count: Tensor, whole: Tensor | None = None) -> Tensor:
-    """Return the mean over the global batch, 0 if it is empty, from this process's sum `total` and number `count`.
+def batch_mean(total: Tensor, count: Tensor) -> Tensor:
+    """Return the mean over the global batch, 0 if it is empty, from this process's sum and the whole batch's number.
 
     With several processes the result is scaled so that its average over them is the mean over the global batch, because
     data parallelism averages gradients: the number of processes changes neither loss nor gradient.
-
-    Args:
-        whole: number in the whole global batch, if this is an accumulated part of it; None: `count` is summed over the
-            processes here.
     """
-    if whole is None:
-        whole = counted(count)
     if is_distributed():
         total = total * dist.get_world_size()
-    return total / whole.clamp(min=1)
+    return total / count.clamp(min=1)
 
 
 def counted(count: Tensor) -> Tensor:

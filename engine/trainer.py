@@ -399,8 +399,8 @@ class Trainer:
         self.call("on_step_skipped", batch, iteration)
         if is_last:
             raise UserError(
-                f"{in_a_row} steps in a row were not finite ({what}; words {words[:8]}...); the batch is saved in the "
-                "run's folder. Lower optimizer.lr, or use training.precision=fp32"
+                f"{in_a_row} steps in a row were not finite ({what}; words {words[:8]}...); "
+                "lower optimizer.lr, or use training.precision=fp32"
             )
 
     # --- state -------------------------------------------------------------------------------------------------------
@@ -409,6 +409,9 @@ class Trainer:
         """Return all that an exact resume needs; `model` are the weights to evaluate. Every process must call it."""
         self._check_waiting()
         self.share_statistics()
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
         training = {
             "iteration": self.iteration,
             "epoch": self.epoch,
@@ -417,7 +420,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scales_loss else {},
             "skipped_in_a_row": self._skipped_in_a_row,
-            "random": distributed.gather([self._random_state()]),
+            "random": distributed.gather([random]),
             "callbacks": {type(each).__name__: each.state_dict() for each in self.callbacks},
         }
         if self.ema is not None:
@@ -465,10 +468,6 @@ class Trainer:
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and self.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], self.device)
-
-    def _random_state(self) -> dict[str, Tensor]:
-        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
-        return {"cpu": torch.get_rng_state(), **cuda}
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Run one hook of every callback, in order."""

@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from evaluation.drawing import BACKGROUND, captioned, grid, overlay
+from loading.decoding import decode_image, decode_mask
+from loading.lmdb_io import LmdbReader, image_key, label_key, mask_key
 from utils import UserError
 
 GAP = 2  # pixels below each image of a cell
@@ -56,6 +58,23 @@ def save_contact_sheet(cells: Sequence[Cell], path: Path, **layout: int) -> None
         make_contact_sheet(cells, **layout).save(path)
     except (OSError, ValueError) as error:  # ValueError: Pillow knows no format of that name
         raise UserError(f"contact sheet {path}: cannot be written ({error}); name a .png file") from error
+
+
+def save_sheet_of_lmdb(words: Path, masks: Path | None, numbers: Sequence[int], path: Path) -> None:
+    """Write the sheet of some words of an LMDB, with masks from `masks`, or else from the same LMDB if it has any.
+
+    Raises:
+        UserError: see `save_contact_sheet`.
+    """
+    reader = LmdbReader(words)
+    mask_reader = None if masks is None else LmdbReader(masks)
+    cells = []
+    for number in numbers:
+        image = decode_image(reader.get(image_key(number)))
+        label = (reader.get(label_key(number)) or b"").decode()
+        mask = reader.get(mask_key(number)) if mask_reader is None else mask_reader.get(image_key(number))
+        cells.append(Cell(image, f"{number} {label}", None if mask is None else decode_mask(mask)))
+    save_contact_sheet(cells, path)
 
 
 def _layers(cell: Cell) -> list[np.ndarray]:

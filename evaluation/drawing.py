@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -63,14 +64,9 @@ def captioned(image: np.ndarray, text: str) -> np.ndarray:
 
 
 @functools.cache
-def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return Matplotlib's font, which has the letters of Europe's languages, or else Pillow's own."""
-    try:
-        import matplotlib
-
-        return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", CAPTION_SIZE)
-    except (ImportError, OSError):
-        return ImageFont.load_default(CAPTION_SIZE)
+def caption_font() -> ImageFont.FreeTypeFont:
+    """Return Matplotlib's font, which has the letters of Europe's languages."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", CAPTION_SIZE)
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:

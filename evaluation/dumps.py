@@ -1,6 +1,7 @@
 """Observers of an evaluation that write prediction files and attention images."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from modules.outputs import RecogniserOutput
 ONE_FIELD = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # keeps a label one field of one line
 
 
+@dataclass(eq=False)
 class PredictionFiles:
     """Writes every `gt<TAB>prediction` to `<dataset>-<model_eval>/<model_eval>.txt`, the wrong ones to `-false.txt`.
 
@@ -21,11 +23,10 @@ class PredictionFiles:
         normalize: what the evaluation's protocol compares of a text.
     """
 
-    def __init__(self, *, folder: Path, model_eval: str, normalize: Callable[[str], str]):
-        self.folder = folder
-        self.model_eval = model_eval
-        self.normalize = normalize
-        self._predictions: dict[str, list[ScoredWord]] = {}
+    folder: Path
+    model_eval: str
+    normalize: Callable[[str], str]
+    _predictions: dict[str, list[ScoredWord]] = field(default_factory=dict, init=False)
 
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
         self._predictions.setdefault(dataset, []).extend(predictions)
@@ -46,15 +47,15 @@ class PredictionFiles:
             (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
 
 
+@dataclass(eq=False)
 class AttentionImages(Observer):
     """Writes `<dataset>-<model_eval>/attn/<number>.jpg`: each word with its masks and the attention of each character.
 
     The number is that of the word in its LMDB.
     """
 
-    def __init__(self, *, folder: Path, model_eval: str):
-        self.folder = folder
-        self.model_eval = model_eval
+    folder: Path
+    model_eval: str
 
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:
         if output.vision is None:

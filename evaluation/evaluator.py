@@ -5,9 +5,7 @@ plain mean. Words are sharded over the processes and every word counts once: bat
 score.
 """
 
-import csv
 import functools
-import io
 import json
 import logging
 from collections import Counter
@@ -26,6 +24,7 @@ from engine import distributed
 from engine.precision import autocast, without_search
 from evaluation import metrics
 from evaluation.lexicon import Lexicon, log_probabilities
+from evaluation.tables import csv_text, markdown_table
 from inference.pipeline import in_order, single_threads
 from inference.prepare import PreparedNetwork, PreparedSSN
 from inference.segmenter import Segmenter
@@ -291,20 +290,13 @@ def score_table(scores: Mapping[str, Any]) -> str:
     """Format scores as a Markdown table, in per cent: one row per data set, then weighted and mean."""
     rows = [["data set", "samples", "skipped", *(f"{metric} %" for metric in scores["mean"])]]
     for name, samples, skipped, *values in score_rows(scores):
-        rows.append([name, str(samples), str(skipped), *(f"{100 * value:.2f}" for value in values)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in aligned)
+        rows.append([name, samples, skipped, *(f"{100 * value:.2f}" for value in values)])
+    return markdown_table(rows)
 
 
 def score_csv(scores: Mapping[str, Any]) -> str:
     """Format scores as comma-separated values, fractions in full: one row per data set, then weighted and mean."""
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(
-        [["dataset", "samples", "skipped", *scores["mean"]], *score_rows(scores)]
-    )
-    return file.getvalue()
+    return csv_text([["dataset", "samples", "skipped", *scores["mean"]], *score_rows(scores)])
 
 
 def write_scores(folder: Path, scores: Mapping[str, Any], *, name: str = "metrics") -> None:

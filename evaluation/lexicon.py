@@ -1,7 +1,7 @@
-"""Words that a network may have meant: the most probable ones, and the closest one of a list.
+"""Find the most probable words under a network's output, and the most probable or closest one of a word list.
 
-A word's probability is the product over its steps, the end token included; what follows the end counts nothing. So no
-two words share a probability, those of all words sum to 1, and words of different lengths compare without a norm.
+A word's probability is the product over its steps, the end token included; steps after the end do not count. So the
+probabilities of all words sum to 1, and words of different lengths can be compared.
 
 Legend: N images, T steps (end token counted), C classes (0 is the end), L words of a list.
 """
@@ -30,7 +30,7 @@ SAME = 1e-6  # log-probabilities that differ by less are equal
 
 @dataclass(frozen=True)
 class Candidate:
-    """A whole word and its probability."""
+    """A word and its probability."""
 
     text: str
     confidence: float
@@ -73,19 +73,19 @@ def most_probable(logs: np.ndarray, charset: Charset, count: int) -> list[Candid
 
 
 class Lexicon:
-    """Chooses the word of a list that a network most probably read.
+    """Chooses the word of a list that best fits a network's output.
 
     Args:
-        words: the list; what the network has no character for does not count, and of words that are then the same the
-            first one stays.
+        words: the list; characters that the network lacks are left out, and of words that are equal then the first one
+            is kept.
         charset: the network's characters.
-        steps: T; longer words cannot be read.
-        match: "probability": the most probable word, of equal ones that which is closest to the greedy prediction;
-            "distance": the one at the smallest edit distance from the greedy prediction, as in the field's protocol, of
-            equal ones the most probable.
+        steps: T; longer words cannot be predicted.
+        match: "probability" chooses the most probable word, and among equally probable ones the closest to the greedy
+            prediction; "distance" chooses the word at the smallest edit distance from the greedy prediction, as most
+            papers do, and among equally close ones the most probable.
 
     Raises:
-        UserError: the network can read no word of the list.
+        UserError: the network can predict no word of the list.
     """
 
     def __init__(self, words: Sequence[str], charset: Charset, *, steps: int, match: Match = "probability") -> None:
@@ -96,7 +96,9 @@ class Lexicon:
         self.readable = [each for each in shown if 0 < len(each) < steps]
         self.words = [shown[each] for each in self.readable]
         if not self.words:
-            raise UserError(f"lexicon: the network's characters and steps can spell none of its {len(words)} words")
+            raise UserError(
+                f"lexicon: the network can predict none of its {len(words)} words; check characters and lengths"
+            )
         # (L, T): classes up to the end, then C, which stands for "anything": it adds nothing.
         self._classes = np.full((len(self.words), steps), charset.num_classes)
         for row, text in zip(self._classes, self.readable, strict=True):
@@ -127,11 +129,14 @@ def read_lexicon(path: str | Path) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise UserError(f"lexicon {path}: cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"lexicon {path}: cannot be read ({error.strerror}); name a text file with a word a line"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"lexicon {path}: is not UTF-8 text") from error
+        raise UserError(f"lexicon {path}: is not UTF-8 text; save it as UTF-8") from error
 
 
+@dataclass(frozen=True)
 class StoredLexicons:
     """The word lists of an LMDB: number of a word -> its list, stored as `<name>-%09d`.
 
@@ -140,17 +145,16 @@ class StoredLexicons:
         make: words -> their Lexicon.
     """
 
-    def __init__(self, reader: LmdbReader, name: str, make: Callable[[Sequence[str]], Lexicon]) -> None:
-        self.reader = reader
-        self.name = name
-        self.make = make
+    reader: LmdbReader
+    name: str
+    make: Callable[[Sequence[str]], Lexicon]
 
     def __call__(self, number: int) -> Lexicon:
-        """Raise UserError where the LMDB has no list for the word, or none that the network can spell."""
+        """Return the list of a word; raises UserError if there is none, or the network can predict no word of it."""
         key = f"{self.name}-{number:09d}"
         data = self.reader.get(key)
         if data is None:
             raise UserError(
-                f"{self.reader.path} has no {key}: store the lists of its words, or name a file (dataset.test.lexicon)"
+                f"{self.reader.path}: has no {key}; store one for each word, or name a file (dataset.test.lexicon)"
             )
         return self.make(re.split(r"[,\s]+", data.decode()))

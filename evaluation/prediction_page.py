@@ -35,28 +35,34 @@ def page_entry(name: str, image: np.ndarray | None, prediction: Any) -> dict[str
     entry = {"name": name, "text": prediction.text, "confidence": prediction.confidence, "error": prediction.error}
     if prediction.error is not None:
         return entry | {"images": [], "characters": []}
-    image = turn(image, prediction.turned)
-    large, small = fitted(image, HEIGHT, WIDTH), fitted(image, STEP_HEIGHT, STEP_WIDTH)
-    images = [("image", _uri(large))]
-    if prediction.mask_levels is not None:
-        mask = resize(turn(prediction.mask_levels, prediction.turned), large.shape[:2])
-        images.append(("text mask", _uri(overlay(large, mask / 255))))
-    if prediction.refined_mask is not None:
-        images.append(
-            ("refined mask", _uri(grey(on_image(prediction.refined_mask, large.shape[:2], prediction.extent))))
-        )
-    looked = [on_image(each, small.shape[:2], prediction.extent) for each in prediction.attention]
+    large, small = seen(image, prediction, HEIGHT, WIDTH), seen(image, prediction, STEP_HEIGHT, STEP_WIDTH)
+    images = [("image", _uri(large["image"]))]
+    if large["mask"] is not None:
+        images.append(("text mask", _uri(overlay(large["image"], large["mask"]))))
+    if large["refined_mask"] is not None:
+        images.append(("refined mask", _uri(grey(large["refined_mask"]))))
     characters = [
-        {"text": each.text, "confidence": each.confidence, "image": _uri(heat(small, weights))}
-        for each, weights in zip(prediction.characters, looked, strict=True)
+        {"text": each.text, "confidence": each.confidence, "image": _uri(heat(small["image"], weights))}
+        for each, weights in zip(prediction.characters, small["attention"], strict=True)
     ]
     return entry | {"images": images, "characters": characters}
 
 
-def fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the image at the largest size that fits, its aspect kept."""
+def seen(image: np.ndarray, prediction: Any, height: int, width: int) -> dict[str, Any]:
+    """Return an image, (H, W, 3), as it was read, at the largest size that fits, its aspect kept.
+
+    `mask`, `refined_mask` (both may be None) and each map of `attention` are float in [0, 1], of that size.
+    """
+    image = turn(image, prediction.turned)
     scale = min(height / image.shape[0], width / image.shape[1])
-    return resize(image, tuple(max(round(side * scale), 1) for side in image.shape[:2]))
+    size = tuple(max(round(side * scale), 1) for side in image.shape[:2])
+    mask, refined = prediction.mask_levels, prediction.refined_mask
+    return {
+        "image": resize(image, size),
+        "mask": None if mask is None else resize(turn(mask, prediction.turned), size) / 255,
+        "refined_mask": None if refined is None else on_image(refined, size, prediction.extent),
+        "attention": [on_image(each, size, prediction.extent) for each in prediction.attention],
+    }
 
 
 def _uri(image: np.ndarray) -> str:

@@ -11,7 +11,7 @@ import string
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,42 +62,31 @@ class ReportedWord:
         return self.target == self.prediction
 
 
+@dataclass(eq=False, kw_only=True)
 class Report:
     """Observes an evaluation and writes the report at its end.
 
     Args:
         folder: where `index.html` and `images/` go.
         title: heading of the page.
-        details: further facts for the head of the page, by name.
         normalize: brings a text to the form that the evaluation's protocol compares.
+        details: further facts for the head of the page, by name.
         with_attention: keep the attention of each character.
         rank: of this process; each process writes its own sprites.
         max_words: words per process that get images and a place in the list; the others only count.
     """
 
-    def __init__(
-        self,
-        *,
-        folder: Path,
-        title: str,
-        charset: Charset,
-        normalize: Callable[[str], str],
-        details: Mapping[str, str] | None = None,
-        with_attention: bool = True,
-        rank: int = 0,
-        max_words: int = 20_000,
-    ) -> None:
-        self.folder = folder
-        self.title = title
-        self.details = dict(details or {})
-        self.charset = charset
-        self.normalize = normalize
-        self.with_attention = with_attention
-        self.rank = rank
-        self.max_words = max_words
-        self._words: list[ReportedWord] = []
-        self._sprites: SpriteWriter | None = None
-        self._layout: dict[str, Any] | None = None
+    folder: Path
+    title: str
+    charset: Charset
+    normalize: Callable[[str], str]
+    details: Mapping[str, str] = field(default_factory=dict)
+    with_attention: bool = True
+    rank: int = 0
+    max_words: int = 20_000
+    _words: list[ReportedWord] = field(default_factory=list, init=False)
+    _sprites: "SpriteWriter | None" = field(default=None, init=False)
+    _layout: dict[str, Any] | None = field(default=None, init=False)
 
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, words: Sequence[ScoredWord]) -> None:
         """Store the predictions of one batch and draw its words."""
@@ -147,7 +136,7 @@ class Report:
     def _draw(self, images: list[np.ndarray], attention: np.ndarray) -> tuple[str | None, int]:
         """Draw a word; returns the name of its sprite and its row there."""
         if self._sprites is None:
-            # Names differ from those of an earlier report, whose page stays whole until this one replaces it.
+            # Other names than those of an earlier report, whose page stays usable until this one replaces it.
             prefix = f"{time.time_ns():x}-{self.rank}"
             self._sprites = SpriteWriter(self.folder / "images", prefix=prefix, attention=self.with_attention)
         if self._sprites.count >= self.max_words:
@@ -163,7 +152,7 @@ class Report:
         page = render_page(
             "index.html.j2",
             title=self.title,
-            details=self.details | facts,
+            details={**self.details, **facts},
             scores=scores,
             lengths=accuracy_by_length(compared),
             calibration=calibration(compared, CALIBRATION_BINS),
@@ -199,18 +188,20 @@ class Report:
         return text.replace("<", "\\u003c")
 
 
+@dataclass(eq=False)
 class SpriteWriter:
-    """Writes sprites: `words-<name>.jpg` with a row of images for each word, and `attention-<name>.png`."""
+    """Writes sprites: `words-<name>.jpg` with a row of images for each word, and `attention-<name>.png`.
 
-    def __init__(self, folder: Path, *, prefix: str, attention: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.prefix = prefix
-        self.attention = attention
-        self.count = 0  # words
-        self._number = 0  # of the sprite that is being filled
-        self._rows: list[np.ndarray] = []
-        self._attention: list[np.ndarray] = []
+    `count` is the number of words; `_number` is that of the sprite that is being filled.
+    """
+
+    folder: Path
+    prefix: str
+    attention: bool
+    count: int = field(default=0, init=False)
+    _number: int = field(default=0, init=False)
+    _rows: list[np.ndarray] = field(default_factory=list, init=False)
+    _attention: list[np.ndarray] = field(default_factory=list, init=False)
 
     @property
     def _name(self) -> str:

@@ -1,4 +1,4 @@
-"""The fast form of a network for reading: folded batch norms, 16-bit weights, channels-last maps, compiled."""
+"""The fast form of a network for inference: folded batch norms, 16-bit weights, channels-last maps, compiled."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ def prepare_for_inference(model: nn.Module, precision: str = "bf16", compile: bo
         A network that is called as `model` is and gives what it gives, all in float32, without gradients.
 
     Raises:
-        ValueError: `precision` is none of the above.
+        ValueError: `precision` is unknown.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")

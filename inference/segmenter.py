@@ -40,7 +40,7 @@ class Segmenter:
         batch_pixels: network input pixels in one forward pass, more for a single image that is larger; None chooses.
 
     Raises:
-        ValueError: `areas` is empty or `precision` is none of the above.
+        ValueError: `areas` is empty or `precision` is unknown.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
+from loading.batches import IGNORED
 from loading.decoding import ImageArray, Mask, Size
 from loading.transforms import FROM_OPENCV, MAX_SIDE, TO_OPENCV, ResizeWord, fit_canvas, limit_size, resize, warp_pair
 
@@ -247,38 +248,30 @@ class AugmentWord:
 class RandAugmentWord:
     """Applies RandAugment as PARSeq uses it (Bautista and Atienza, 2022), then resizes.
 
-    `layers` times, one of the fifteen operations is sampled, and applied half of the time, at `magnitude` (sampled with
-    a deviation of 0.5), in either direction where it has two. Rotations and shears enlarge the canvas, so that letters
-    are not cut off; borders are replicated.
+    Three times, one of the fifteen operations is sampled, and applied half of the time, at a magnitude of 5 (sampled
+    with a deviation of 0.5), in either direction where it has two. Rotations and shears enlarge the canvas, so that
+    letters are not cut off; borders are replicated.
 
     Args:
         resize: brings the result to the network's size; a larger image is first brought to four times its area.
-        layers: operations that are sampled.
-        magnitude: of 10.
         probability: of each sampled operation.
     """
 
-    def __init__(
-        self,
-        resize: ResizeWord | None = None,
-        *,
-        layers: int = 3,
-        magnitude: float = 5.0,
-        probability: float = 0.5,
-    ) -> None:
+    LAYERS = 3
+    MAGNITUDE = 5.0  # of 10
+
+    def __init__(self, resize: ResizeWord | None = None, *, probability: float = 0.5) -> None:
         self.resize = resize or ResizeWord()
         self.size = self.resize.size
-        self.layers = layers
-        self.magnitude = magnitude
         self.probability = probability
 
     def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator) -> tuple[ImageArray, Mask | None]:
         size = self._bounded(image.shape[:2])
         image, mask = resize(image, size), None if mask is None else resize(mask, size)
         pixels, matrices = list(PIXEL_OPERATIONS.values()), list(MATRIX_OPERATIONS.values())
-        for _ in range(self.layers):
+        for _ in range(self.LAYERS):
             number = int(rng.integers(len(pixels) + len(matrices)))
-            level = min(max(rng.normal(self.magnitude, 0.5), 0.0), 10.0) / 10
+            level = min(max(rng.normal(self.MAGNITUDE, 0.5), 0.0), 10.0) / 10
             applied, side = rng.random(2) < (self.probability, 0.5)
             if not applied:
                 continue
@@ -360,7 +353,6 @@ class CropSegmentation:
     Args:
         size: height and width of the crop.
         scale_range: smallest and largest factor; sampled log-uniformly.
-        ignore_index: label of what lies outside the image.
         color: probability of colour jitter.
     """
 
@@ -369,12 +361,10 @@ class CropSegmentation:
         *,
         size: Size = (513, 513),
         scale_range: tuple[float, float] = (0.5, 2.0),
-        ignore_index: int = 255,
         color: float = 0.25,
     ) -> None:
         self.size = tuple(size)
         self.scale_range = tuple(scale_range)
-        self.ignore_index = ignore_index
         self.color = color
 
     def __call__(self, image: ImageArray, labels: np.ndarray, rng: Generator) -> tuple[ImageArray, np.ndarray]:
@@ -388,7 +378,7 @@ class CropSegmentation:
         matrix = (TO_OPENCV @ matrix @ FROM_OPENCV)[:2]
         canvas = (self.size[1], self.size[0])
         image = cv2.warpAffine(image, matrix, canvas, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        outside = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": self.ignore_index}
+        outside = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": IGNORED}
         labels = cv2.warpAffine(labels, matrix, canvas, flags=cv2.INTER_NEAREST, **outside)
         if rng.random() < self.color:
             image = color_jitter(image, rng)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from loading.charset import Charset
-from loading.decoding import Size
 
 B = TypeVar("B", bound="_Batch")
 
@@ -26,6 +25,8 @@ _LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 EMPTY = "empty"  # nothing of the label is in the charset
 TOO_LONG = "too_long"
+
+IGNORED = 255  # label of pixels that no loss and no score counts
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -125,9 +126,17 @@ class SegmentationSample:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Batch:
-    """Base of all batches; fields are tensors and lists with one entry for each of N samples."""
+    """Base of all batches; fields are tensors and lists with one entry for each of N samples.
+
+    Fields:
+        indices: (N,) int64 place of each sample in the data set.
+        skipped: index -> reason of the samples of this batch that could not be read; N does not count them.
+    """
+
+    indices: Tensor
+    skipped: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -155,34 +164,39 @@ class _Batch:
             result.append(dataclasses.replace(self, **rows, skipped=self.skipped if start == 0 else {}))
         return result
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fields, for a file."""
-        return dict(vars(self))
+
+@dataclass(kw_only=True)
+class _TextBatch(_Batch):
+    """Base of the batches with texts.
+
+    Fields:
+        labels: (N, T) int64 classes of the normalised labels, 0 from their end on.
+        lengths: (N,) int64, the end counted.
+        texts: N labels as stored.
+    """
+
+    labels: Tensor
+    lengths: Tensor
+    texts: list[str]
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Return the arguments of the criterion after the network's output."""
+        return self.labels, self.lengths
 
 
-@dataclass
-class Batch(_Batch):
+@dataclass(kw_only=True)
+class Batch(_TextBatch):
     """N words.
 
     Fields:
         images: (N, 3, H, W) uint8, RGB.
         masks: (N, 1, H, W) uint8, 255 = text; None for a network without masks.
-        labels: (N, T) int64 classes of the normalised labels, 0 from their end on.
-        lengths: (N,) int64, the end counted.
-        texts: N labels as stored.
-        indices: (N,) int64 place of each sample in the data set.
-        skipped: index -> reason of the samples of this batch that could not be read; N does not count them.
         owners: (M,) int64 in ascending order, the word that each image shows, where some words are read in several
             views (`dataset.turn_tall`; never in training): images and masks have M rows then. None where M = N.
     """
 
     images: Tensor
     masks: Tensor | None
-    labels: Tensor
-    lengths: Tensor
-    texts: list[str]
-    indices: Tensor
-    skipped: dict[int, str] = field(default_factory=dict)
     owners: Tensor | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor | None]:
@@ -194,54 +208,37 @@ class Batch(_Batch):
         masks = None if self.masks is None else self.masks[rows]
         return dataclasses.replace(self, images=self.images[rows], masks=masks, owners=None)
 
-    def targets(self) -> tuple[Tensor, Tensor]:
-        """Return the arguments of the criterion after the network's output."""
-        return self.labels, self.lengths
 
-
-@dataclass
-class LanguageBatch(_Batch):
+@dataclass(kw_only=True)
+class LanguageBatch(_TextBatch):
     """N spellings and what they should read.
 
     Fields:
         probabilities: (N, T, C) float32 probabilities, one-hot unless smoothed.
         input_lengths: (N,) int64 of the spellings, the end counted.
-        labels, lengths, texts, indices, skipped: as in Batch.
     """
 
     probabilities: Tensor
     input_lengths: Tensor
-    labels: Tensor
-    lengths: Tensor
-    texts: list[str]
-    indices: Tensor
-    skipped: dict[int, str] = field(default_factory=dict)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Return the arguments of the language network."""
         return self.probabilities, self.input_lengths
 
-    def targets(self) -> tuple[Tensor, Tensor]:
-        """Return the arguments of the criterion after the network's output."""
-        return self.labels, self.lengths
 
-
-@dataclass
+@dataclass(kw_only=True)
 class SegmentationBatch(_Batch):
     """N images of one size and their labels.
 
     Fields:
         images: (N, 3, H, W) uint8, RGB.
-        labels: (N, H, W) uint8: 0, 1 = text, ignore_index where nothing is known.
+        labels: (N, H, W) uint8: 0, 1 = text, IGNORED where nothing is known.
         names: N names of the samples.
-        indices, skipped: as in Batch.
     """
 
     images: Tensor
     labels: Tensor
     names: list[str]
-    indices: Tensor
-    skipped: dict[int, str] = field(default_factory=dict)
 
     def inputs(self) -> tuple[Tensor]:
         """Return the arguments of SSN: normalised images, float32."""
@@ -261,10 +258,19 @@ def split_skipped(samples: Sequence[Any]) -> tuple[list[Any], dict[int, str]]:
     return read, {sample.index: sample.reason for sample in samples if isinstance(sample, Skipped)}
 
 
-def stack_images(images: Sequence[np.ndarray], size: Size = (0, 0)) -> Tensor:
-    """Stack RGB images (H, W, 3) uint8 to (N, 3, H, W), channels-last in memory; `size` is H and W where N is 0."""
-    stacked = np.stack(images) if images else np.empty((0, *size, 3), np.uint8)
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
+def sample_indices(samples: Sequence[Any]) -> Tensor:
+    """Return the places (N,) int64 of samples in their data set."""
+    return torch.tensor([sample.index for sample in samples], dtype=torch.int64)
+
+
+def stack(arrays: Sequence[np.ndarray]) -> Tensor:
+    """Stack arrays (H, W[, 3]) uint8 to (N, H, W[, 3]), or to (0, 0, 0, 3) if there are none."""
+    return torch.from_numpy(np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8))
+
+
+def stack_images(images: Sequence[np.ndarray]) -> Tensor:
+    """Stack RGB images (H, W, 3) uint8 to (N, 3, H, W), channels-last in memory."""
+    return stack(images).permute(0, 3, 1, 2)
 
 
 def normalize_images(images: Tensor) -> Tensor:
@@ -282,39 +288,27 @@ def _scale_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class WordCollate:
-    """Samples of one size -> Batch; picklable.
+    """Samples of one size -> Batch; picklable. `labels` is what is taught of a label."""
 
-    Args:
-        labels: what is taught of a label.
-        size: height and width, for a batch of which nothing could be read.
-        with_masks: whether such a batch has masks.
-    """
-
-    def __init__(self, labels: LabelRule, *, size: Size = (32, 128), with_masks: bool = False) -> None:
+    def __init__(self, labels: LabelRule) -> None:
         self.labels = labels
-        self.size = size
-        self.with_masks = with_masks
 
     def __call__(self, samples: Sequence[WordSample | Skipped]) -> Batch:
         read, skipped = split_skipped(samples)
         texts = [sample.text for sample in read]
         labels, lengths = self.labels.encode(texts)
         views = [view for sample in read for view in sample.views]
-        masks = None
-        if read and read[0].mask is not None:
-            masks = torch.from_numpy(np.stack([mask for _, mask in views])).unsqueeze(1)
-        elif not read and self.with_masks:
-            masks = torch.empty(0, 1, *self.size, dtype=torch.uint8)
+        with_masks = bool(read) and read[0].mask is not None
         owners = None
         if len(views) > len(read):
             owners = torch.tensor([word for word, sample in enumerate(read) for _ in sample.views])
         return Batch(
-            images=stack_images([image for image, _ in views], self.size),
-            masks=masks,
+            images=stack_images([image for image, _ in views]),
+            masks=stack([mask for _, mask in views]).unsqueeze(1) if with_masks else None,
             labels=labels,
             lengths=lengths,
             texts=texts,
-            indices=torch.tensor([sample.index for sample in read], dtype=torch.int64),
+            indices=sample_indices(read),
             skipped=skipped,
             owners=owners,
         )
@@ -342,23 +336,17 @@ class LanguageCollate:
             labels=labels,
             lengths=lengths,
             texts=texts,
-            indices=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+            indices=sample_indices(samples),
         )
 
 
-class SegmentationCollate:
-    """Images of one size -> SegmentationBatch; picklable. `size` is for a batch of which nothing could be read."""
-
-    def __init__(self, *, size: Size = (32, 128)) -> None:
-        self.size = size
-
-    def __call__(self, samples: Sequence[SegmentationSample | Skipped]) -> SegmentationBatch:
-        read, skipped = split_skipped(samples)
-        labels = np.stack([sample.labels for sample in read]) if read else np.empty((0, *self.size), np.uint8)
-        return SegmentationBatch(
-            images=stack_images([sample.image for sample in read], self.size),
-            labels=torch.from_numpy(labels),
-            names=[sample.name for sample in read],
-            indices=torch.tensor([sample.index for sample in read], dtype=torch.int64),
-            skipped=skipped,
-        )
+def collate_segmentation(samples: Sequence[SegmentationSample | Skipped]) -> SegmentationBatch:
+    """Return images of one size and their labels as a batch."""
+    read, skipped = split_skipped(samples)
+    return SegmentationBatch(
+        images=stack_images([sample.image for sample in read]),
+        labels=stack([sample.labels for sample in read]),
+        names=[sample.name for sample in read],
+        indices=sample_indices(read),
+        skipped=skipped,
+    )

@@ -63,14 +63,12 @@ class Charset:
             raise UserError(f"{path}: the charset is not UTF-8 text") from error
         characters: list[str] = []
         for number, line in enumerate(text.replace("\r\n", "\n").removesuffix("\n").split("\n"), start=1):
-            identifier, tab, character = line.partition("\t")
-            if not tab or len(character) != 1:
-                raise UserError(f"{path}:{number}: {line!r} is not `id<TAB>character` with a single character")
-            if identifier != str(len(characters)):
-                raise UserError(f"{path}:{number}: id {identifier!r} should be {len(characters)}; ids count from 0")
-            if character in characters:
-                first = characters.index(character) + 1
-                raise UserError(f"{path}:{number}: {character!r} is already in line {first}")
+            identifier, _, character = line.partition("\t")
+            if identifier != str(len(characters)) or len(character) != 1 or character in characters:
+                raise UserError(
+                    f"{path}:{number}: {line!r} is not `id<TAB>character` with id "
+                    f"{len(characters)}, counted from 0, and a single character of its own"
+                )
             characters.append(character)
         return cls("".join(characters))
 
@@ -124,9 +122,5 @@ def protocol_normalizer(protocol: int) -> Callable[[str], str]:
 
     36: lower-cased, `[0-9a-z]` kept. 62: `[0-9a-zA-Z]` kept. 94: the printable ASCII characters kept, spaces dropped.
 
-    Raises:
-        UserError: there is no such protocol.
     """
-    if protocol not in PROTOCOLS:
-        raise UserError(f"dataset.eval_protocol {protocol!r} is unknown; give {', '.join(map(str, PROTOCOLS))} or null")
     return Charset(PROTOCOLS[protocol]).normalize

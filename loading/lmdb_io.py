@@ -330,10 +330,6 @@ class LmdbReader:
             self._environment = self._open()
         return self._environment.begin(buffers=buffers)
 
-    def close(self) -> None:
-        """Let go of the file; the next use opens it again."""
-        self._environment = None
-
     def _open(self) -> lmdb.Environment:
         name = os.path.realpath(self.path)
         if name in _environments:

@@ -1,13 +1,9 @@
-"""Gives the masks of words: from the mask LMDB that belongs to their LMDB, or from a segmentation network, online."""
+"""Reads the masks of words from the mask LMDB that belongs to their LMDB."""
 
-import functools
 import os
-import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
-import cv2
 import numpy as np
 
 from loading.decoding import BrokenImageError, ImageArray, Mask, decode_image, decode_mask
@@ -23,16 +19,6 @@ PAIRS_CHECKED = 16
 MakeMasks = Callable[[list[ImageArray]], Sequence[Mask]]
 
 
-class MaskSource(Protocol):
-    """Gives the masks of the words of an image LMDB."""
-
-    def check(self, words: LmdbReader, numbers: np.ndarray) -> None:
-        """Raise UserError unless masks and images belong together; `numbers` are the samples that will be read."""
-
-    def read(self, words: LmdbReader, numbers: Sequence[int], images: Sequence[ImageArray]) -> list[Mask | str]:
-        """Return the mask of each image, of its size, or the reason why there is none."""
-
-
 class LmdbMasks:
     """Masks of a mask LMDB: the keys of the image LMDB, `image-%09d` = 8-bit grey, 255 = text."""
 
@@ -45,23 +31,16 @@ class LmdbMasks:
             raise self._mismatch(words, f"{len(words)} samples against {len(self.reader)}")
         chosen = np.linspace(0, len(numbers) - 1, min(PAIRS_CHECKED, len(numbers))).astype(int)
         for number in np.unique(numbers[chosen]).tolist():
-            self._check_pair(words, number)
-
-    def _check_pair(self, words: LmdbReader, number: int) -> None:
-        mask = self.reader.get(image_key(number))
-        label, copied = words.get(label_key(number)), self.reader.get(label_key(number))
-        if copied is not None and copied != label:
-            raise self._mismatch(words, f"{label_key(number)} is {label!r} against {copied!r}")
-        try:
-            height, width = decode_image(words.get(image_key(number))).shape[:2]
-            if mask is None:
-                raise self._mismatch(words, f"{image_key(number)} has no mask")
-            mask_height, mask_width = decode_mask(mask).shape
-        except BrokenImageError:
-            return  # counted when it is read; tools/create_masks.py makes no mask of a broken image
-        if (height, width) != (mask_height, mask_width):
-            difference = f"{image_key(number)} is {width} x {height} pixels, its mask {mask_width} x {mask_height}"
-            raise self._mismatch(words, difference)
+            label, copied = words.get(label_key(number)), self.reader.get(label_key(number))
+            if copied is not None and copied != label:
+                raise self._mismatch(words, f"{label_key(number)} is {label!r} against {copied!r}")
+            try:
+                mask = self.read(number, decode_image(words.get(image_key(number))))
+            except BrokenImageError:
+                continue  # counted when it is read; tools/create_masks.py makes no mask of a broken image
+            if isinstance(mask, str) and mask != MASK_BROKEN:
+                difference = "has no mask" if mask == MASK_MISSING else "and its mask differ in size"
+                raise self._mismatch(words, f"{image_key(number)} {difference}")
 
     def _mismatch(self, words: LmdbReader, difference: str) -> UserError:
         return UserError(
@@ -69,73 +48,17 @@ class LmdbMasks:
             "check dataset.masks.root or make the masks again with tools/create_masks.py"
         )
 
-    def read(self, words: LmdbReader, numbers: Sequence[int], images: Sequence[ImageArray]) -> list[Mask | str]:
-        """Read and decode masks."""
+    def read(self, number: int, image: ImageArray) -> Mask | str:
+        """Return the mask of an image, of its size, or the reason why there is none."""
         with self.reader.transaction(buffers=True) as transaction:
-            pairs = zip(numbers, images, strict=True)
-            return [_decoded(transaction.get(image_key(number).encode()), image) for number, image in pairs]
-
-
-def _decoded(data: bytes | memoryview | None, image: ImageArray) -> Mask | str:
-    """Return a mask of the size of its image, or the reason why there is none."""
-    if data is None:
-        return MASK_MISSING
-    try:
-        mask = decode_mask(data)
-    except BrokenImageError:
-        return MASK_BROKEN
-    return mask if mask.shape == image.shape[:2] else MASK_SIZE
-
-
-class OnlineMasks:
-    """Masks that a segmentation network makes when a word is read, of the image as stored.
-
-    Args:
-        segmenter: images -> their masks, 8 bits, of the same sizes; it is called once for the words of a batch.
-        cache_dir: folder of a file that keeps each mask as PNG, shared by all worker processes and by later runs;
-            None makes every mask anew.
-        fingerprint: names what the masks depend on beside the image (weights, areas).
-    """
-
-    def __init__(self, segmenter: MakeMasks, *, cache_dir: str | Path | None = None, fingerprint: str = "") -> None:
-        if cache_dir is not None and not fingerprint:
-            raise ValueError("masks are only kept with a fingerprint of the network that makes them")
-        self.segmenter = segmenter
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.fingerprint = fingerprint
-
-    def check(self, words: LmdbReader, numbers: np.ndarray) -> None:
-        """Do nothing: the masks are made of the images."""
-
-    def read(self, words: LmdbReader, numbers: Sequence[int], images: Sequence[ImageArray]) -> list[Mask | str]:
-        """Look masks up, make the others in one call, and keep them."""
-        store, masks = None, {}
-        if self.cache_dir is not None:
-            name = f"masks-{words.path.name}-{words.fingerprint(self.fingerprint)}.sqlite"
-            store = _open_store(self.cache_dir / name, os.getpid())
-            rows = store.execute(f"SELECT * FROM masks WHERE number IN ({','.join('?' * len(numbers))})", list(numbers))
-            masks = {number: _decoded(data, images[numbers.index(number)]) for number, data in rows}
-        missing = [place for place, number in enumerate(numbers) if not isinstance(masks.get(number), np.ndarray)]
-        if missing:
-            made = self.segmenter([images[place] for place in missing])
-            fresh = {numbers[place]: mask for place, mask in zip(missing, made, strict=True)}
-            if store is not None:
-                encoded = [(number, cv2.imencode(".png", mask)[1].tobytes()) for number, mask in fresh.items()]
-                with store:
-                    store.executemany("INSERT OR REPLACE INTO masks VALUES (?, ?)", encoded)
-            masks |= fresh
-        return [masks[number] for number in numbers]
-
-
-@functools.cache
-def _open_store(path: Path, _process: int) -> sqlite3.Connection:
-    """Open the file of kept masks; a forked process opens its own. LMDB's writer would lock the others out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store = sqlite3.connect(path, timeout=60)
-    store.execute("PRAGMA journal_mode=WAL")
-    store.execute("PRAGMA synchronous=OFF")  # a lost mask is made again
-    store.execute("CREATE TABLE IF NOT EXISTS masks (number INTEGER PRIMARY KEY, png BLOB)")
-    return store
+            data = transaction.get(image_key(number).encode())
+            if data is None:
+                return MASK_MISSING
+            try:
+                mask = decode_mask(data)
+            except BrokenImageError:
+                return MASK_BROKEN
+        return mask if mask.shape == image.shape[:2] else MASK_SIZE
 
 
 def find_mask_lmdb(mask_root: str | Path, image_root: str | Path, image_lmdb: str | Path) -> Path:

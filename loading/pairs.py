@@ -28,13 +28,9 @@ class PairFolder:
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def image(self, index: int) -> bytes | None:
-        """Return an encoded image, None where it cannot be read."""
-        return _bytes_of(self._pairs[index][0])
-
-    def mask(self, index: int) -> bytes | None:
-        """Return an encoded mask, None where it cannot be read."""
-        return _bytes_of(self._pairs[index][1])
+    def read(self, index: int) -> tuple[bytes | None, bytes | None]:
+        """Return an encoded image and its mask, None where one cannot be read."""
+        return tuple(map(_bytes_of, self._pairs[index]))
 
     def name(self, index: int) -> str:
         """Return a pair's name in messages and results."""
@@ -69,13 +65,9 @@ class PairLmdb:
     def __len__(self) -> int:
         return self._length
 
-    def image(self, index: int) -> bytes | None:
-        """Return an encoded image, None where it cannot be read."""
-        return self._images.get(image_key(index + 1))
-
-    def mask(self, index: int) -> bytes | None:
-        """Return an encoded mask, None where it cannot be read."""
-        return self._masks.get(self._mask_key(index + 1))
+    def read(self, index: int) -> tuple[bytes | None, bytes | None]:
+        """Return an encoded image and its mask, None where one cannot be read."""
+        return self._images.get(image_key(index + 1)), self._masks.get(self._mask_key(index + 1))
 
     def name(self, index: int) -> str:
         """Return a pair's name in messages and results."""

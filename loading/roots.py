@@ -16,11 +16,6 @@ class Found(NamedTuple):
     path: Path | str
     name: str
 
-    @property
-    def is_rendered(self) -> bool:
-        """Whether the words are rendered instead of read."""
-        return isinstance(self.path, str)
-
 
 def find_word_sets(roots: Sequence[str | Path]) -> list[Found]:
     """Return every LMDB and renderer of some roots, in the order of the roots and of the paths below them."""

@@ -18,12 +18,11 @@ Fit = Literal["stretch", "centre", "left"]  # how an image gets the network's si
 MAX_SIDE = 4096  # pixels; larger images are brought down to it first (OpenCV's warps end at 32,767)
 
 
-def fit_canvas(matrix: np.ndarray, size: Size, *, max_side: int = MAX_SIDE) -> tuple[np.ndarray, Size]:
-    """Move the result of `matrix` to the origin and return the size that holds all of it.
+def fit_canvas(matrix: np.ndarray, size: Size) -> tuple[np.ndarray, Size]:
+    """Move the result of `matrix` to the origin and return the size that holds all of it, sides up to MAX_SIDE.
 
     Args:
         size: height and width of the source.
-        max_side: a larger result is scaled down to this.
 
     Returns:
         The matrix onto the new canvas, and the canvas' height and width.
@@ -37,8 +36,7 @@ def fit_canvas(matrix: np.ndarray, size: Size, *, max_side: int = MAX_SIDE) -> t
         ys.append((d * x + e * y + f) / depth)
     left, top = min(xs), min(ys)
     extent_x, extent_y = max(xs) - left, max(ys) - top
-    new_width = min(max(round(extent_x), 1), max_side)
-    new_height = min(max(round(extent_y), 1), max_side)
+    new_width, new_height = (min(max(round(each), 1), MAX_SIDE) for each in (extent_x, extent_y))
     scale_x, scale_y = new_width / extent_x, new_height / extent_y
     onto = np.array([[scale_x, 0.0, -left * scale_x], [0.0, scale_y, -top * scale_y], [0.0, 0.0, 1.0]])
     return onto @ matrix, (new_height, new_width)
@@ -75,12 +73,12 @@ def warp_pair(
     return cv2.cvtColor(both, cv2.COLOR_RGBA2RGB), cv2.extractChannel(both, 3)
 
 
-def limit_size(image: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:
-    """Shrink sides over `max_side` to it, each by itself."""
+def limit_size(image: np.ndarray) -> np.ndarray:
+    """Shrink sides over MAX_SIDE to it, each by itself."""
     height, width = image.shape[:2]
-    if height <= max_side and width <= max_side:
+    if max(height, width) <= MAX_SIDE:
         return image
-    return cv2.resize(image, (min(width, max_side), min(height, max_side)), interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, (min(width, MAX_SIDE), min(height, MAX_SIDE)), interpolation=cv2.INTER_AREA)
 
 
 class WordTransform(Protocol):

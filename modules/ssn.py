@@ -97,30 +97,12 @@ class RefinementHead(nn.Module):
 class SSN(nn.Module):
     """Text segmentation: normalised image (N, 3, H, W) -> `SegmentationOutput` at a quarter of its size.
 
-    The arguments are those of `HRNet`, and `head_width`, the channels inside the refinement head. The defaults are
-    HRNetV2-W48 as published.
+    `head_width` are the channels inside the refinement head. The defaults are HRNetV2-W48 as published.
     """
 
-    def __init__(
-        self,
-        *,
-        widths: Sequence[int] = (48, 96, 192, 384),
-        stem_width: int = 64,
-        num_modules: Sequence[int] = (1, 4, 3),
-        num_blocks: int = 4,
-        bottlenecks: int = 4,
-        bottleneck_width: int = 64,
-        head_width: int = 64,
-    ) -> None:
+    def __init__(self, hrnet: HRNet | None = None, *, head_width: int = 64) -> None:
         super().__init__()
-        self.hrnet = HRNet(
-            widths=widths,
-            stem_width=stem_width,
-            num_modules=num_modules,
-            num_blocks=num_blocks,
-            bottlenecks=bottlenecks,
-            bottleneck_width=bottleneck_width,
-        )
+        self.hrnet = hrnet or HRNet()
         self.semrfnhead = RefinementHead(inputs=self.hrnet.outputs, width=head_width)
 
     def forward(self, image: Tensor) -> SegmentationOutput:

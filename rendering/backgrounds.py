@@ -3,18 +3,17 @@
 The base colour is sampled first, so that the backgrounds of one word on different kinds resemble each other.
 """
 
-from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from rendering.blending import blend, full, raised
+from rendering.blending import blend, full, overlap, raised
 from rendering.colours import luminance, sample_background_colour, sample_contrasting_colour, with_luminance
 from rendering.config import BACKGROUND_KINDS, RenderConfig
-from rendering.fonts import FontBook
+from rendering.fonts import FontBook, open_face
 from rendering.geometry import Warp
 from rendering.letters import set_letters
 from rendering.textures import cut_texture, ramp
@@ -24,7 +23,7 @@ from utils import UserError
 _WEIGHTS = {"plain": 0.28, "gradient": 0.2, "texture": 0.2, "scene": 0.1, "photo": 0.1, "clutter": 0.22}
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _PHOTO_SIDE = 640  # pixels; photographs are kept at about this size
-_PHOTO_BYTES = 96 << 20  # of photographs kept in memory by each process
+_PHOTOS_KEPT = 96  # by each process, of about 1 MB each
 _NEIGHBOURS = np.array([0.15, 0.35, 0.15, 0.35])  # chance of another text left, above, right, below
 _FRAGMENTS = 96
 _FRAGMENT_UNIT = 32  # pixels; height of a capital letter in a kept fragment
@@ -32,7 +31,7 @@ _FRAGMENT_SEED = 7
 
 
 class Backgrounds:
-    """Draws backgrounds; photographs and pieces of other texts stay in the process and are not pickled.
+    """Draws backgrounds.
 
     Args:
         config: kind of background, folder of photographs.
@@ -51,14 +50,7 @@ class Backgrounds:
             raise UserError("background: photo needs photographs; name their folder in `photos`")
         weights = np.array([_WEIGHTS[kind] * (kind != "photo" or bool(self._photos)) for kind in BACKGROUND_KINDS])
         self._cumulated = np.cumsum(weights / weights.sum())
-        self._forget()
-
-    def _forget(self) -> None:
-        self._loaded: OrderedDict[str, np.ndarray] = OrderedDict()
         self._fragments: dict[int, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": OrderedDict(), "_fragments": {}}
 
     def sample_kind(self, rng: np.random.Generator) -> str:
         """Sample a kind."""
@@ -92,7 +84,7 @@ class Backgrounds:
 
     def _cut_photo(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         """Cut a piece of a photograph in the shape of the image, at full resolution or shrunk."""
-        photo = self._photo(self._photos[int(rng.integers(len(self._photos)))])
+        photo = read_photo(self._photos[int(rng.integers(len(self._photos)))])
         height, width = size
         largest = min(photo.shape[0] / height, photo.shape[1] / width)
         scale = largest ** float(rng.random()) if largest > 1 else largest
@@ -102,15 +94,6 @@ class Backgrounds:
         piece = photo[top : top + piece_height, left : left + piece_width]
         shrunk = cv2.resize(piece, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
         return shrunk.astype(np.float32)
-
-    def _photo(self, path: str) -> np.ndarray:
-        photo = self._loaded.pop(path, None)
-        if photo is None:
-            photo = read_photo(path)
-            while self._loaded and sum(each.nbytes for each in self._loaded.values()) + photo.nbytes > _PHOTO_BYTES:
-                self._loaded.popitem(last=False)
-        self._loaded[path] = photo
-        return photo
 
     def _draw_shapes(self, image: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> None:
         """Draw lines, frames, bars and discs, in place."""
@@ -155,7 +138,8 @@ class Backgrounds:
                 (width - int(right * reach), along_y),
                 (along_x, height - int(bottom * reach)),
             )[side]
-            _stamp(image, fragment, x, y, colour)
+            area, alpha = overlap(image, fragment, x, y)
+            area += alpha[..., None].astype(np.float32) / 255 * (colour - area)
 
     def _fragment(self, number: int) -> np.ndarray:
         """Return piece of text `number`, the same in every process: uint8 (h, w) without space around it."""
@@ -164,7 +148,7 @@ class Backgrounds:
             rng = np.random.default_rng([_FRAGMENT_SEED, number])
             text = self._words.sample(rng)
             typeface = self._fonts.choose(text, rng)
-            letters = set_letters(self._fonts.face(typeface), text, _FRAGMENT_UNIT)
+            letters = set_letters(open_face(typeface), text, _FRAGMENT_UNIT)
             left, top, right, bottom = letters.box
             fragment = self._fragments[number] = letters.fill[top:bottom, left:right]
         return fragment
@@ -186,6 +170,7 @@ def find_photos(folder: str) -> list[str]:
     return found
 
 
+@lru_cache(maxsize=_PHOTOS_KEPT)
 def read_photo(path: str) -> np.ndarray:
     """Read a photograph and shrink its longer side to 640 pixels: RGB, uint8 (h, w, 3).
 
@@ -263,14 +248,3 @@ def _fill_beyond_edge(image: np.ndarray, colour: tuple[float, ...], rng: np.rand
     else:
         corners = [(width, 0), (width, height), (width - depth[0], height), (width - depth[1], 0)]
     cv2.fillConvexPoly(image, np.array(corners, np.int32), colour, cv2.LINE_AA)
-
-
-def _stamp(image: np.ndarray, alpha: np.ndarray, x: int, y: int, colour: np.ndarray) -> None:
-    """Draw `colour` through `alpha` (uint8, 255 = all) with its corner at (x, y), in place, cut to the image."""
-    left, top = max(x, 0), max(y, 0)
-    right, bottom = min(x + alpha.shape[1], image.shape[1]), min(y + alpha.shape[0], image.shape[0])
-    if left >= right or top >= bottom:
-        return
-    share = alpha[top - y : bottom - y, left - x : right - x, None].astype(np.float32) / 255
-    area = image[top:bottom, left:right]
-    area += share * (colour - area)

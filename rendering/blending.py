@@ -29,3 +29,13 @@ def scaled(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
 def raised(image: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Add `value`, float32 (h, w), to every channel of `image`, float32 (h, w, 3)."""
     return cv2.add(image, cv2.merge([value, value, value]))
+
+
+def overlap(image: np.ndarray, piece: np.ndarray, x: int, y: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what of `image` and `piece` overlaps if the piece has its corner at (x, y), as views of both."""
+    left, top = max(x, 0), max(y, 0)
+    right, bottom = (
+        max(min(x + piece.shape[1], image.shape[1]), left),
+        max(min(y + piece.shape[0], image.shape[0]), top),
+    )
+    return image[top:bottom, left:right], piece[top - y : bottom - y, left - x : right - x]

@@ -42,10 +42,10 @@ def sample_background_colour(rng: np.random.Generator, saturated: float = 0.3) -
     return _from_hsv(hue, 0.3 * saturation, 0.25 + 0.5 * value)  # stone, metal
 
 
-def sample_hue(rng: np.random.Generator, neutral: float) -> np.ndarray:
-    """Sample a colour whose luminance is still to be chosen; grey with probability `neutral`."""
+def sample_hue(rng: np.random.Generator) -> np.ndarray:
+    """Sample a colour whose luminance is still to be chosen; grey with probability _NEUTRAL."""
     chance, hue, saturation = rng.random(3)
-    if chance < neutral:
+    if chance < _NEUTRAL:
         return _from_hsv(hue, 0.06 * saturation, 0.9)
     return _from_hsv(_paint_hue(hue), 0.4 + 0.6 * saturation, 0.9)
 
@@ -67,7 +67,7 @@ def sample_letter_colour(darkest: float, lightest: float, config: RenderConfig, 
     Args:
         darkest, lightest: luminance between which nearly everything behind the letters lies.
     """
-    hue = sample_hue(rng, _NEUTRAL)
+    hue = sample_hue(rng)
     low, side, share = rng.random(3)
     # Mostly on the side, lighter or darker, that leaves more room.
     room_above, room_below = 1.0 - lightest, darkest
@@ -92,9 +92,9 @@ def sample_light_colour(rng: np.random.Generator) -> np.ndarray:
     )
 
 
-def sample_contrasting_colour(colour: np.ndarray, rng: np.random.Generator, *, neutral: float = _NEUTRAL) -> np.ndarray:
+def sample_contrasting_colour(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Sample a colour that borders on `colour`: light beside dark and dark beside light."""
-    hue = sample_hue(rng, neutral)
+    hue = sample_hue(rng)
     share = rng.random()
     ground = float(luminance(colour))
     return with_luminance(hue, ground * 0.5 * share if ground > 0.5 else 1 - (1 - ground) * 0.5 * share)

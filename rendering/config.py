@@ -4,17 +4,13 @@
 amounts (`RenderConfig.amount`) grow as well, from a half at 0 to one and a half at 1.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator
-from rapidfuzz import fuzz, process
+from pydantic import Field, field_validator
 
-from schema import Section, key, walk_schema
-from utils import UserError
-from yaml_io import parse_yaml, read_yaml
+from settings import Section, key, load_settings, nearest
 
 BACKGROUND_KINDS = ("plain", "gradient", "texture", "scene", "photo", "clutter")
 
@@ -108,20 +104,12 @@ class LettersConfig(Section):
     height_spread: Amount = key(0.5, "Standard deviation of the logarithm of that height.")
     margin: Amount = key(0.22, "Mean space on each side of the word, heights of a capital letter.")
     max_width: Annotated[int, Field(ge=32)] = key(480, "Widest image, pixels; longer words are made smaller.")
-    reuse: Annotated[int, Field(ge=1)] = key(
-        1,
-        "Consecutive words that share their letters, warp included, and differ in colours, background and camera. "
-        "Larger numbers render faster, where words are asked for in order, with fewer different texts.",
-    )
 
 
 class OutputConfig(Section):
-    """How words are stored; masks are always PNG."""
+    """How words are stored; masks are always PNG: the share of each pixel that letters cover, 255 = all."""
 
     image: Literal["jpeg", "png"] = key("jpeg", "Format of the images in the LMDB.")
-    mask: Literal["soft", "binary"] = key(
-        "soft", "soft: the share of each pixel that letters cover, 255 = all; binary: 0 or 255, cut at one half."
-    )
 
 
 class RenderConfig(Section):
@@ -152,18 +140,8 @@ class RenderConfig(Section):
     def _known_effects(cls, chances: dict[str, float]) -> dict[str, float]:
         for name in chances:
             if name not in CHANCES:
-                raise ValueError(f"{name} is no effect; nearest known effect: {_nearest(name, CHANCES)}")
+                raise ValueError(f"must name known effects; nearest to {name}: {nearest(name, list(CHANCES))}")
         return chances
-
-    def with_difficulty(self, difficulty: float) -> "RenderConfig":
-        """Return the same settings at another difficulty.
-
-        Raises:
-            ValueError: it is not between 0 and 1.
-        """
-        if not 0 <= difficulty <= 1:
-            raise ValueError(f"difficulty={difficulty}: must be from 0 to 1")
-        return self.model_copy(update={"difficulty": float(difficulty)})
 
     def chance(self, name: str) -> float:
         """Return the probability of an effect of `CHANCES` at this difficulty."""
@@ -186,75 +164,4 @@ def load_render_config(path: str | Path | None = None, overrides: Sequence[str] 
     Raises:
         UserError: the file cannot be read, or any key or value is unknown or wrong; one line for each.
     """
-    source = "render settings" if path is None else str(path)
-    data = {} if path is None else read_yaml(Path(path)).data
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"override {override}: not of the form key=value, such as difficulty=0.3")
-        value = parse_yaml(text, f"override {override}").data
-        if dotted not in _known_keys() and not dotted.startswith("chances."):
-            raise UserError(f"override {override}: {_unknown(dotted)}")
-        data = _with(data, dotted.split("."), value)
-    try:
-        return RenderConfig.model_validate(data)
-    except ValidationError as errors:
-        raise UserError("\n".join(_messages(source, errors))) from errors
-
-
-# Sections of earlier versions that are one number or nothing now, and keys of theirs that have another name.
-_FORMER_SECTIONS = ("effects", "geometry", "colours", "surroundings", "degradation", "backgrounds")
-_RENAMED = {
-    "colours.min_contrast": "contrast=NUMBER",
-    "colours.saturated": "saturated=NUMBER",
-    "geometry.margin": "letters.margin=NUMBER",
-    "fonts.system": "fonts.folders=[FOLDER]",
-    "fonts.packages": "fonts.folders=[FOLDER]",
-}
-_FORMER_KEYS = {
-    "fonts.held_out_share", "letters.min_height", "letters.max_height", "letters.stretch", "letters.widest_spacing",
-    "output.quality",
-}  # fmt: skip
-
-
-def _unknown(dotted: str) -> str:
-    """Return what to say about a key that the schema lacks, and what to do about one of an earlier version."""
-    section, _, name = dotted.partition(".")
-    if dotted in _RENAMED:
-        return f"no longer a setting; write {_RENAMED[dotted]}"
-    if name in CHANCES and section in (*_FORMER_SECTIONS, "letters"):
-        return f"no longer a setting; write chances.{name}=PROBABILITY"
-    if dotted in _FORMER_KEYS or section in _FORMER_SECTIONS:
-        return "no longer a setting; leave it out"
-    return f"unknown key; nearest known key: {_nearest(dotted)}"
-
-
-def _with(data: Any, names: Sequence[str], value: Any) -> Any:
-    """Return `data` with a nested value set; a wrong thing in a section's place stays, to be reported."""
-    if not names:
-        return value
-    if data is not None and not isinstance(data, Mapping):
-        return data
-    return {**(data or {}), names[0]: _with((data or {}).get(names[0]), names[1:], value)}
-
-
-@lru_cache(maxsize=1)
-def _known_keys() -> tuple[str, ...]:
-    return tuple(dotted for dotted, _ in walk_schema(RenderConfig))
-
-
-def _nearest(name: str, known: Any = None) -> str:
-    return process.extractOne(name, [*(known or _known_keys())], scorer=fuzz.ratio)[0]
-
-
-def _messages(source: str, errors: ValidationError) -> Iterator[str]:
-    for error in errors.errors(include_url=False):
-        dotted, value = ".".join(str(part) for part in error["loc"]), error["input"]
-        if dotted in _FORMER_SECTIONS and isinstance(value, Mapping) and value:
-            yield from (f"{source}: {dotted}.{name}: {_unknown(f'{dotted}.{name}')}" for name in value)
-        elif error["type"] == "extra_forbidden":
-            yield f"{source}: {dotted}: {_unknown(dotted)}"
-        elif error["type"] == "value_error":
-            yield f"{source}: {dotted}: {error['ctx']['error']}"
-        else:
-            yield f"{source}: {dotted}: {error['msg'].replace('Input should', 'must')}, not {value!r}"
+    return load_settings(RenderConfig, [] if path is None else [path], overrides, gone=["letters.reuse", "output.mask"])

@@ -1,20 +1,12 @@
 """The renderer as an endless training set: every epoch has new words."""
 
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from loading.sampling import SampleKey, as_key
 from rendering.config import load_render_config
 from rendering.engine import WordRenderer
-
-
-class EpochKey(Protocol):
-    """Sample `index` of `epoch`, and the part of the run that is done, such as `sampling.SampleKey`."""
-
-    epoch: int
-    index: int
-    progress: float
 
 
 class RenderedWords:
@@ -52,8 +44,8 @@ class RenderedWords:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, key: EpochKey | int) -> tuple[np.ndarray, np.ndarray, str]:
-        epoch, index, progress = (0, key, 0.0) if isinstance(key, int) else (key.epoch, key.index, key.progress)
+    def __getitem__(self, key: SampleKey | int) -> tuple[np.ndarray, np.ndarray, str]:
+        epoch, index, progress = as_key(key)
         if not 0 <= index < self.length:
             raise IndexError(f"word {index} of {self.length}")
         difficulty = None if self.difficulty is None else float(np.interp(progress, (0, 1), self.difficulty))

@@ -1,31 +1,27 @@
 """The renderer: word `index` of seed `seed`, as an image with its exact mask."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import cv2
 import numpy as np
 
+from loading.sampling import PlacedGenerator
 from rendering.backgrounds import Backgrounds
 from rendering.config import BACKGROUND_KINDS, RenderConfig
 from rendering.degradation import degrade
 from rendering.effects import letter_stroke, sample_style
-from rendering.fonts import FontBook, Typeface, find_families
+from rendering.fonts import FontBook, Typeface, find_families, open_face
 from rendering.geometry import Warp, sample_warp
 from rendering.letters import Letters, sample_height, sample_layout, set_letters
 from rendering.neighbours import place_neighbours
 from rendering.occlusion import occlude
 from rendering.painting import Drawing, paint
-from rendering.streams import Stream, Streams
+from rendering.streams import Stream
 from rendering.words import WordSource
 from utils import UserError
 
 _DETAIL = 1.5  # size of the flat word over that of the final one, so that the warp seldom enlarges
 _SAME_FACE = 0.85  # share of neighbouring text in the word's own face, size and colour
-
-Salts = Mapping[Stream, int]
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,7 @@ class WordRenderer:
         self.fonts = FontBook(find_families(self.config.fonts))
         self.words = WordSource(self.config.words)
         self.backgrounds = Backgrounds(self.config, self.fonts, self.words)
-        self._streams = Streams()
-        self._last: tuple[tuple[Any, ...], Drawing] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
+        self.generator = PlacedGenerator()
 
     def render(
         self,
@@ -74,7 +66,6 @@ class WordRenderer:
         *,
         text: str | None = None,
         background: str | None = None,
-        salts: Salts | None = None,
         difficulty: float | None = None,
     ) -> RenderedWord:
         """Render word `index` of `seed`.
@@ -82,42 +73,23 @@ class WordRenderer:
         Args:
             text: write this instead of a sampled text.
             background: use this kind instead of a sampled one; the letters stay.
-            salts: another number for a stream samples that concern anew and leaves the others.
             difficulty: of this word, 0 to 1; None: the one of the config.
 
         Raises:
             UserError: no font can draw `text`, or there is no such kind of background.
-            ValueError: `difficulty` is not between 0 and 1.
         """
-        config = self.config if difficulty is None else self.config.with_difficulty(difficulty)
-        word = _Word(self, config, seed, index, salts or {})
+        config = self.config if difficulty is None else self.config.model_copy(update={"difficulty": difficulty})
+        word = _Word(self, config, seed, index)
         kind = background or self.backgrounds.sample_kind(word.stream(Stream.BACKGROUND_KIND))
-        return word.finish(self._draw(word, text), kind)
+        return word.finish(word.draw(text), kind)
 
     def render_on_backgrounds(
-        self, seed: int, index: int, kinds: Sequence[str] | None = None, *, text: str | None = None
+        self, seed: int, index: int, kinds: Sequence[str], *, text: str | None = None
     ) -> dict[str, RenderedWord]:
-        """Render the same letters in the same place on each kind of background.
-
-        Args:
-            kinds: kinds to use; None: all, `photo` only where there are photographs.
-        """
-        if kinds is None:
-            kinds = [kind for kind in BACKGROUND_KINDS if kind != "photo" or self.config.photos]
-        word = _Word(self, self.config, seed, index, {})
-        drawing = self._draw(word, text)
+        """Render the same letters in the same place on each of some kinds of background."""
+        word = _Word(self, self.config, seed, index)
+        drawing = word.draw(text)
         return {kind: word.finish(drawing, kind) for kind in kinds}
-
-    def _draw(self, word: "_Word", text: str | None) -> Drawing:
-        """Return the letters of a word; with `reuse`, words in a row share them."""
-        reuse = self.config.letters.reuse
-        if reuse == 1:
-            return word.draw(text)
-        first = dataclasses.replace(word, index=word.index // reuse)
-        key = first.seed, first.index, first.config.difficulty, tuple(sorted(first.salts.items())), text
-        if self._last is None or self._last[0] != key:
-            self._last = key, first.draw(text)
-        return self._last[1]
 
 
 @dataclass(frozen=True)
@@ -128,11 +100,10 @@ class _Word:
     config: RenderConfig
     seed: int
     index: int
-    salts: Salts
 
     def stream(self, stream: Stream) -> np.random.Generator:
         """Return the generator of a concern, valid until the next call."""
-        return self.renderer._streams.at(self.seed, self.index, stream, self.salts)
+        return self.renderer.generator.at((self.seed, self.index), (0, stream, 0))
 
     def draw(self, text: str | None) -> Drawing:
         """Draw the letters and warp them."""
@@ -143,7 +114,7 @@ class _Word:
         style = sample_style(config, self.stream(Stream.EFFECTS))
         rng = self.stream(Stream.GEOMETRY)
         height = sample_height(config.letters, rng)
-        letters = set_letters(fonts.face(typeface), text, _DETAIL * height, layout)
+        letters = set_letters(open_face(typeface), text, _DETAIL * height, layout)
         warp = sample_warp(letters, height, config, rng)
         stroke = letter_stroke(letters, text, style)
         neighbours, own_colour = self._draw_neighbours(typeface, letters, warp)
@@ -159,7 +130,7 @@ class _Word:
         text, scale, own = self.renderer.words.sample(rng), 1.0, same < _SAME_FACE
         if not own or not fonts.covers(typeface.path, text):
             typeface, scale = fonts.choose(text, rng), 0.5 + size
-        other = set_letters(fonts.face(typeface), text, scale * letters.unit)
+        other = set_letters(open_face(typeface), text, scale * letters.unit)
         space = np.array(warp.margins) / warp.unit
         around = place_neighbours(letters, other, space, rng)
         return warp.apply(around.fill, around.centre), own
@@ -177,6 +148,4 @@ class _Word:
             image, mask = occlude(image, mask, warp.unit, rng)
         rng = self.stream(Stream.DEGRADATION)
         image = degrade(image, mask, warp.unit, config, rng, faint=drawing.style.relief is not None)
-        if config.output.mask == "binary":
-            _, mask = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)
         return RenderedWord(image, mask, drawing.text, drawing.family, kind, warp.rotation, warp.arc)

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,15 +24,6 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".ttf", ".otf", ".ttc")
-SYSTEM_FOLDERS = (
-    "/usr/share/fonts",
-    "/usr/local/share/fonts",
-    "~/.fonts",
-    "~/.local/share/fonts",
-    "/Library/Fonts",
-    "/System/Library/Fonts",
-    "C:/Windows/Fonts",
-)
 ENTRY_POINTS = "fontpkg.family"  # each names a package with FAMILY and ROOT, its fonts in ROOT / "files"
 _NO_CHARACTER = "\uffff"  # a code point that is no character: every font draws its sign for a missing one
 _PROBE_SIZE = 32  # pixels; for looking at glyphs, not for words
@@ -88,10 +80,6 @@ def find_families(config: FontsConfig) -> list[FontFamily]:
         _add_folder(found, Path(folder))
     if not config.folders:
         _add_packages(found)
-        if not found:
-            logger.warning("no fontpkg-* package is installed; using the system's fonts")
-            for folder in SYSTEM_FOLDERS:
-                _add_folder(found, Path(folder).expanduser())
     excluded = {name.casefold() for name in config.exclude}
     families = [
         FontFamily(name, tuple(sorted(files)))
@@ -135,7 +123,7 @@ def _add_folder(found: dict[str, set[str]], folder: Path) -> None:
 
 
 class FontBook:
-    """Chooses typefaces and keeps their letters; opened fonts stay in the process and are not pickled.
+    """Chooses typefaces and knows which characters each font draws.
 
     Args:
         families: from `find_families`, not empty.
@@ -143,19 +131,8 @@ class FontBook:
 
     def __init__(self, families: list[FontFamily]) -> None:
         self.families = families
-        self._forget()
-
-    def _forget(self) -> None:
         self._coverage: dict[str, dict[str, bool]] = {}
         self._missing: dict[str, np.ndarray] = {}
-        self._axes: dict[str, list[dict[str, Any]]] = {}
-        self._faces: dict[tuple[str, tuple[float, ...]], Face] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"families": self.families}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
 
     def choose(self, text: str, rng: np.random.Generator) -> Typeface:
         """Return a typeface that can draw every character of `text`: any family, then any of its files.
@@ -168,7 +145,7 @@ class FontBook:
             start = int(rng.integers(len(family.files)))
             for path in family.files[start:] + family.files[:start]:
                 if self.covers(path, text):
-                    return Typeface(family.name, path, self._sample_axes(path, rng))
+                    return Typeface(family.name, path, _sample_axes(path, rng))
         raise UserError(f"fonts: none can draw all of {text!r}; add a font that can, or narrow words.characters")
 
     def covers(self, path: str, text: str) -> bool:
@@ -178,48 +155,41 @@ class FontBook:
             known = self._coverage[path] = self._first_look(path)
         for character in text:
             if character not in known:
-                fill = self.face(Typeface("", path)).glyph(character).fill
+                fill = open_face(Typeface("", path)).glyph(character).fill
                 known[character] = bool(fill.any()) and not np.array_equal(fill, self._missing[path])
             if not known[character]:
                 return False
         return True
 
-    def face(self, typeface: Typeface) -> "Face":
-        """Return the letters of a typeface."""
-        key = typeface.path, typeface.axes
-        face = self._faces.get(key)
-        if face is None:
-            if len(self._faces) >= _KEPT_FACES:
-                self._faces.clear()
-            face = self._faces[key] = Face(typeface)
-        return face
-
-    def _sample_axes(self, path: str, rng: np.random.Generator) -> tuple[float, ...]:
-        """Sample values for the axes of a variable font: weight and width in few steps, the others by default."""
-        axes = self._axes.get(path)
-        if axes is None:
-            try:
-                axes = ImageFont.truetype(path, _EM).get_variation_axes()
-            except OSError:  # what Pillow raises for a font without axes
-                axes = []
-            self._axes[path] = axes
-        values = []
-        for axis in axes:
-            low, share = axis["minimum"], int(rng.integers(_AXIS_STEPS + 1)) / _AXIS_STEPS
-            if axis["name"] == b"Weight":
-                low = min(max(low, _LIGHTEST), axis["maximum"])
-            free = axis["name"] in (b"Weight", b"Width")
-            values.append(float(round(low + share * (axis["maximum"] - low)) if free else axis["default"]))
-        return tuple(values)
-
     def _first_look(self, path: str) -> dict[str, bool]:
         """Return what is known of a font at once: without small letters of its own, all of them are missing."""
-        face = self.face(Typeface("", path))
+        face = open_face(Typeface("", path))
         self._missing[path] = face.glyph(_NO_CHARACTER).fill
         likeness = [_likeness(face.glyph(c).fill, face.glyph(c.upper()).fill) for c in _CASE_PROBES]
         if np.mean(likeness) < 0.8:
             return {}
         return {chr(code): False for code in range(ord("a"), ord("z") + 1)}
+
+
+def _sample_axes(path: str, rng: np.random.Generator) -> tuple[float, ...]:
+    """Sample values for the axes of a variable font: weight and width in few steps, the others by default."""
+    values = []
+    for axis in _axes(path):
+        low, share = axis["minimum"], int(rng.integers(_AXIS_STEPS + 1)) / _AXIS_STEPS
+        if axis["name"] == b"Weight":
+            low = min(max(low, _LIGHTEST), axis["maximum"])
+        free = axis["name"] in (b"Weight", b"Width")
+        values.append(float(round(low + share * (axis["maximum"] - low)) if free else axis["default"]))
+    return tuple(values)
+
+
+@cache
+def _axes(path: str) -> list[dict[str, Any]]:
+    """Return the axes of a variable font, none of another one."""
+    try:
+        return ImageFont.truetype(path, _EM).get_variation_axes()
+    except OSError:  # what Pillow raises for a font without axes
+        return []
 
 
 class Face:
@@ -258,6 +228,12 @@ class Face:
             font = self._open(ImageFont.Layout.RAQM)
             kerning = self._kerning[pair] = font.getlength(pair) - font.getlength(pair[0]) - font.getlength(pair[1])
         return kerning
+
+
+@lru_cache(maxsize=_KEPT_FACES)
+def open_face(typeface: Typeface) -> Face:
+    """Return the letters of a typeface, which this process keeps."""
+    return Face(typeface)
 
 
 def _draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Glyph:

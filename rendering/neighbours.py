@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
+from rendering.blending import overlap
 from rendering.letters import Letters
 
 _REACH = 1.6  # heights of a capital letter around the word
@@ -45,14 +45,6 @@ def place_neighbours(letters: Letters, other: Letters, space: np.ndarray, rng: n
         else:
             start = reach - gap - piece.shape[1] if side == 0 else reach + width + gap
             line = reach + height - piece.shape[0]
-        _paste(canvas, piece, start, line)
+        area, seen = overlap(canvas, piece, start, line)
+        np.maximum(area, seen, out=area)
     return Neighbours(canvas, (reach + width / 2, reach + height / 2))
-
-
-def _paste(canvas: np.ndarray, piece: np.ndarray, x: int, y: int) -> None:
-    """Draw `piece` with its corner at (x, y), in place, cut to the canvas."""
-    left, top = max(x, 0), max(y, 0)
-    right, bottom = min(x + piece.shape[1], canvas.shape[1]), min(y + piece.shape[0], canvas.shape[0])
-    if left < right and top < bottom:
-        area = canvas[top:bottom, left:right]
-        cv2.max(area, piece[top - y : bottom - y, left - x : right - x], dst=area)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import modules.ssn
 from builders import build_charset, build_criterion, build_model, build_optimizer
 from bundle import save_bundle
 from config import Config
@@ -16,6 +17,7 @@ from engine.distributed import Process
 from engine.trainer import Trainer
 from loading.batches import Batch, LanguageBatch, SegmentationBatch
 from loading.lmdb_io import LmdbWriter
+from modules.hrnet import HRNet
 from modules.outputs import AlignmentOutput, LanguageOutput, RecogniserOutput, VisionOutput
 
 VISION = {
@@ -102,6 +104,11 @@ def trainer(
     )
 
 
+def make_ssn(*, head_width: int, **sizes) -> nn.Module:
+    """Return an SSN of some sizes, such as those of `SSN`."""
+    return modules.ssn.SSN(HRNet(**sizes), head_width=head_width)
+
+
 def uneven_batch(kind: str, count: int = 8):
     """Samples that hold different numbers of characters and pixels."""
     generator = torch.Generator().manual_seed(1)
@@ -110,17 +117,18 @@ def uneven_batch(kind: str, count: int = 8):
         labels = torch.randint(0, 2, (count, 33, 65), dtype=torch.uint8, generator=generator)
         for row in range(count):
             labels[row, :, 8 * row + 8 :] = 255  # which does not count
-        return SegmentationBatch(images, labels, [""] * count, torch.arange(count))
+        return SegmentationBatch(images=images, labels=labels, names=[""] * count, indices=torch.arange(count))
     lengths = torch.tensor([2, 3, 5, 26, 2, 2, 17, 9])[:count]
     labels = torch.randint(1, 37, (count, 26), generator=generator)
     labels[torch.arange(26) >= lengths[:, None] - 1] = 0
+    common = {"labels": labels, "lengths": lengths, "texts": [""] * count, "indices": torch.arange(count)}
     if kind == "language":
         spellings = torch.rand(count, 26, 37, generator=generator).softmax(-1)
-        return LanguageBatch(spellings, lengths, labels, lengths, [""] * count, torch.arange(count))
+        return LanguageBatch(probabilities=spellings, input_lengths=lengths, **common)
     images = torch.randint(0, 256, (count, 3, 32, 128), dtype=torch.uint8, generator=generator)
     masks = torch.randint(0, 256, (count, 1, 32, 128), dtype=torch.uint8, generator=generator)
     masks[:, :, :, 16:] //= 1 + 5 * torch.arange(count, dtype=torch.uint8)[:, None, None, None]
-    return Batch(images, None if kind == "abinet" else masks, labels, lengths, [""] * count, torch.arange(count))
+    return Batch(images=images, masks=None if kind == "abinet" else masks, **common)
 
 
 def terms_and_gradients(

@@ -20,7 +20,6 @@ from callbacks import (
     Checkpoints,
     Evaluation,
     MetricLog,
-    NotFiniteBatches,
     UnreadableSamples,
 )
 from engine.distributed import Process
@@ -98,7 +97,6 @@ def step(loss=1.0):
 def every_callback(folder):
     return [
         metric_log(Console(), History(folder / "history.jsonl"), TensorBoard(folder / "tensorboard"), interval=2),
-        NotFiniteBatches(folder=folder),
         UnreadableSamples(dataset=WordList()),
         Evaluation(evaluator=Evaluator(), interval=4, folder=folder, name="run"),
         Checkpoints(folder=folder, name="run", interval=4, keep=2),
@@ -129,12 +127,12 @@ def test_the_list_of_callbacks_is_complete(tmp_path):
     assert kinds - {Callback} == {type(each) for each in every_callback(tmp_path)}
 
 
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_callback_goes_through_a_run_and_only_the_main_process_writes(tmp_path, place, rank):
     each = every_callback(tmp_path)[place]
     walk(each, FakeTrainer(rank=rank), 10)
-    if rank and not isinstance(each, NotFiniteBatches):  # of which every process has its own
+    if rank:
         assert not list(tmp_path.iterdir())
 
 
@@ -273,13 +271,6 @@ def test_the_best_weights_are_kept_and_statistics_shared_before_evaluation(tmp_p
     saved = torch.load(tmp_path / "best-run.pth", weights_only=True)
     assert (saved["iteration"], saved["charset"]) == (3, "abc")
     assert trainer.called == ["on_evaluation_start", "share_statistics", "on_evaluation_end"] * 3
-
-
-def test_the_last_batches_that_were_not_finite_stay(tmp_path):
-    each = NotFiniteBatches(folder=tmp_path, keep=2)
-    for iteration in (3, 5, 9):
-        each.on_step_skipped(FakeTrainer(), Batch(), iteration)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["not-finite-5-rank0.pth", "not-finite-9-rank0.pth"]
 
 
 def test_predictions_are_one_line_each_whatever_the_label_holds(tmp_path):

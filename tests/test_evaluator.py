@@ -74,7 +74,8 @@ def batches(labels: list[str], size: int, *, broken: dict[int, str] | None = Non
         images = places.byte().view(-1, 1, 1, 1).expand(-1, 3, 4, 8)
         labels_, lengths = torch.zeros(len(places), STEPS, dtype=torch.int64), torch.ones(len(places))
         texts = [labels[place] for place in places]
-        result.append(Batch(images, None, labels_, lengths, texts, places, (broken or {}) if start == 0 else {}))
+        fields = {"labels": labels_, "lengths": lengths, "texts": texts, "indices": places}
+        result.append(Batch(images=images, masks=None, **fields, skipped=(broken or {}) if start == 0 else {}))
     return result
 
 

@@ -91,7 +91,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_left_out_and_the_run_ends_if_al
     assert "tools/check_lmdb.py" in failed.text()
 
 
-def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, monkeypatch):
+def test_a_step_that_is_not_finite_is_skipped_and_named(config, monkeypatch):
     """NaN in one batch."""
     import main
     import run_builders
@@ -120,8 +120,6 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_saved(config, monkeypatc
     line = next(line for line in log.splitlines() if "iteration 3 skipped" in line)
     assert "vision, alignment" in line or "vision, language, alignment" in line
     assert str(spoil.indices.tolist()) in line
-    saved = torch.load(folder_of(config) / "not-finite-3-rank0.pth", weights_only=True)
-    assert torch.equal(saved["batch"]["indices"], spoil.indices)
     entries = history(config)
     assert entries[2]["loss"] is None
     assert all(np.isfinite(entry["loss"]) for entry in entries if entry["iteration"] != 3)

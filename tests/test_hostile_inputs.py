@@ -43,7 +43,7 @@ from config import load_config
 from dataset import LanguageDataset, open_segmentation_datasets, open_word_datasets
 from engine.checkpoints import load_checkpoint
 from loading.augmentation import CropSegmentation
-from loading.batches import LabelRule, LanguageCollate, SegmentationCollate, WordCollate
+from loading.batches import LabelRule, LanguageCollate, WordCollate, collate_segmentation
 from loading.charset import Charset
 from loading.decoding import BrokenImageError, decode_image, decode_mask
 from loading.lmdb_io import NUM_SAMPLES, LmdbWriter, image_key, label_key, mask_key
@@ -372,7 +372,7 @@ def read_words(root: Path, masks: Path | None) -> str:
         assert len(dataset) + sum(dataset.filtered.values()) == len(dataset.reader)
         for first in range(0, len(dataset), 4):
             samples = dataset.__getitems__(range(first, min(first + 4, len(dataset))))
-            batch = WordCollate(labels, with_masks=masks is not None)(samples)
+            batch = WordCollate(labels)(samples)
             assert len(batch) + len(batch.skipped) == len(samples)
             left_out += len(batch.skipped)
     return SKIP if left_out else RESULT
@@ -446,7 +446,7 @@ def segmentation(rng: Rng, folder: Path, material: Path) -> Run:
         if rng.random() < 0.2:
             (root / "images" / "4.png").symlink_to(folder / "nowhere")
             (root / "masks" / "4.png").write_bytes(mask)
-    transform = CropSegmentation(size=(33, 33), scale_range=(0.5, 2.0), ignore_index=255)
+    transform = CropSegmentation(size=(33, 33), scale_range=(0.5, 2.0))
 
     def run() -> str:
         left_out = 0
@@ -454,7 +454,7 @@ def segmentation(rng: Rng, folder: Path, material: Path) -> Run:
             left_out += sum(dataset.filtered.values())
             if len(dataset) > 1000:
                 return SKIP  # a number that is only said; samplers do not list them
-            batch = SegmentationCollate(size=(33, 33))([dataset[index] for index in range(len(dataset))])
+            batch = collate_segmentation([dataset[index] for index in range(len(dataset))])
             assert len(batch) + len(batch.skipped) == len(dataset)
             left_out += len(batch.skipped)
         return SKIP if left_out else RESULT
@@ -512,7 +512,7 @@ def config_file(rng: Rng, folder: Path, material: Path) -> Run:
 
 def override(rng: Rng, folder: Path, material: Path) -> Run:
     from config import Config
-    from schema import walk_schema
+    from settings import walk_schema
 
     keys = [name for name, _ in walk_schema(Config)]
     chosen = [keys[int(rng.integers(len(keys)))] for _ in range(int(rng.integers(1, 4)))]
@@ -785,7 +785,6 @@ def synthtext(rng: Rng, folder: Path, material: Path) -> Run:
     data = stream.getvalue()
     (folder / "gt.mat").write_bytes(mutated(rng, data) if rng.random() < 0.5 else data)
     arguments = [str(folder / "gt.mat"), str(occupied(rng, folder / "out")), "--workers", "1"]
-    arguments += ["--rectify"] if rng.random() < 0.5 else []
     return lambda: ended(crop_by_word_bb.main, arguments)
 
 

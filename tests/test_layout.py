@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("utils",),
     ("modules", "yaml_io"),
-    ("engine", "loading"),
+    ("engine", "loading", "settings"),
     ("inference", "losses", "schema"),
     ("config",),
     ("rendering", "evaluation"),
@@ -23,7 +23,7 @@ LEVELS = (
     ("builders",),
     ("bundle", "command_line", "run_builders"),
     ("reader", "main"),
-    ("tools", "demo", "hubconf", "fig"),
+    ("tools", "demo", "hubconf"),
 )
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 

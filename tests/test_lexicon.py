@@ -85,7 +85,7 @@ def test_words_are_given_as_they_stand_in_the_list_and_count_once(logs):
     lexicon = Lexicon(["A-B", "ab", "", "abcdef", "123"], CHARSET, steps=STEPS)
     assert lexicon.words == ["A-B"]
     assert lexicon(logs, "").confidence == 1
-    with pytest.raises(UserError, match="can spell none of its 2 words"):
+    with pytest.raises(UserError, match="can predict none of its 2 words"):
         Lexicon(["123", "abcdef"], CHARSET, steps=STEPS)
 
 

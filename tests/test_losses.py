@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from losses import (
     RecogniserCriterion,
     SegmentationCriterion,
+    refinement_counts,
     refinement_loss,
     resize_labels,
     sequence_cross_entropy,
@@ -38,22 +39,25 @@ def test_cross_entropy_counts_every_step_before_the_length_and_every_round():
     lengths = torch.tensor([3, 5])
     steps = [(row, step) for row, length in enumerate([3, 5]) for step in range(length)]
     expected = sum(F.cross_entropy(each[r, s], labels[r, s]) for each in rounds for r, s in steps) / (3 * len(steps))
-    assert torch.allclose(sequence_cross_entropy(rounds, labels, lengths), expected)
+    assert torch.allclose(sequence_cross_entropy(rounds, labels, lengths, lengths.sum()), expected)
 
 
 def test_a_batch_without_valid_steps_costs_nothing():
     logits = torch.randn(2, 5, 7, requires_grad=True)
-    loss = sequence_cross_entropy([logits], torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+    lengths = torch.zeros(2, dtype=torch.long)
+    loss = sequence_cross_entropy([logits], torch.zeros(2, 5, dtype=torch.long), lengths, lengths.sum())
     loss.backward()
     assert float(loss) == 0
     assert torch.isfinite(logits.grad).all()
 
 
 def test_refinement_pulls_to_one_above_the_threshold_and_to_zero_below():
-    mask = torch.tensor([[[[0.9, 0.5], [1.2, -0.1]]]])
-    assert float(refinement_loss(mask, 0.7)) == pytest.approx((0.1 + 0.2) / 2 + (0.5 + 0.1) / 2)
-    assert float(refinement_loss(torch.full((1, 1, 2, 2), 0.9), 0.7)) == pytest.approx(0.1)
-    assert float(refinement_loss(torch.zeros(1, 1, 2, 2), 0.7)) == 0
+    def loss(mask):
+        return float(refinement_loss(mask, 0.7, refinement_counts(mask, 0.7)))
+
+    assert loss(torch.tensor([[[[0.9, 0.5], [1.2, -0.1]]]])) == pytest.approx((0.1 + 0.2) / 2 + (0.5 + 0.1) / 2)
+    assert loss(torch.full((1, 1, 2, 2), 0.9)) == pytest.approx(0.1)
+    assert loss(torch.zeros(1, 1, 2, 2)) == 0
 
 
 def test_terms_of_weight_zero_are_not_computed_and_the_total_is_weighted():

@@ -431,7 +431,7 @@ ERRORS = {
     "no loss": (
         "model: {name: vision, vision: {loss_weight: 0}}",
         [],
-        ["model.vision.loss_weight", "weights of the loss are 0"],
+        ["model.vision.loss_weight", "has a loss to learn from"],
     ),
     "workdir that is a file": (
         "{}",

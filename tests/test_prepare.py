@@ -7,8 +7,8 @@ from torch.utils import _pytree
 
 from inference.prepare import float32_names, prepare_for_inference
 from modules.outputs import RecogniserOutput
-from modules.ssn import SSN
 from tests.reference import known_inputs, small_language, small_recogniser, small_vision
+from tests.small_networks import make_ssn
 
 SMALL_SSN = {
     "widths": (8, 16),
@@ -139,7 +139,7 @@ def test_stages_work_alone(precision):
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_segmentation_network_makes_the_same_masks(precision, tolerance):
-    ssn = with_statistics(SSN(**SMALL_SSN)).eval()
+    ssn = with_statistics(make_ssn(**SMALL_SSN)).eval()
     fast = prepare_for_inference(ssn, precision=precision, compile=False)
     image = torch.randn(2, 3, 33, 65)
     with torch.no_grad():

@@ -117,7 +117,7 @@ def stop_after_parsing(monkeypatch):
 @pytest.mark.parametrize(("program", "arguments"), program_lines())
 def test_programs_understand_their_command_lines(program, arguments, stop_after_parsing):
     assert (ROOT / program).is_file(), f"{program} does not exist"
-    if program not in ("config.py", "fig/draw_data_flow.py"):  # these take no arguments
+    if program != "config.py":  # takes no arguments
         module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
         with pytest.raises(ParsedError):
             module.main(arguments)
@@ -280,7 +280,7 @@ def test_layout_says_something_of_every_entry():
 
 def test_layout_lists_every_source_file_once():
     sources = {path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *CONFIGS]}
-    names = {str(path) for path in sources if path.name != "__init__.py" and path.parts[0] not in ("tests", "fig")}
+    names = {str(path) for path in sources if path.name != "__init__.py" and path.parts[0] != "tests"}
     listed = Counter(name for name, _ in layout())
     assert not names - set(listed)
     assert not {name for name, count in listed.items() if count > 1}

@@ -139,8 +139,11 @@ def test_the_saved_config_keeps_the_weights_that_the_run_started_from(config, bu
     [
         (["dataset.train.batch_size=4"], "dataset.train.batch_size: the run to resume has 8, not 4"),
         (["global.seed=6"], "global.seed: the run to resume has 5, not 6"),
-        (["model.language.freeze=true"], "model.language.freeze: the run to resume has False, not True"),
-        (["optimizer.lr_groups={{vision: 2}}"], "optimizer.lr_groups: the run to resume has groups for no prefix"),
+        (
+            ["model.language.freeze=true"],
+            "groups the parameters in another way); resume with the model, its freeze keys",
+        ),
+        (["optimizer.lr_groups={{vision: 2}}"], "groups the parameters in another way); resume with the model"),
         (["--checkpoint=other.pth"], "model.checkpoint: the run to resume started from None, not other.pth"),
         (["dataset.train.roots=[{images}]"], "dataset.train.roots: an epoch of the run to resume has 5 batches, not 6"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 
 from config import Config
-from schema import is_section, walk_schema
+from settings import is_section, walk_schema
 
 
 def test_every_key_has_a_description_and_a_default():

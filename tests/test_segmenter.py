@@ -13,6 +13,7 @@ from torch import nn
 from inference import segmenter as segmentation
 from inference.segmenter import Segmenter, fold_batch_norms
 from modules.ssn import SSN
+from tests.small_networks import make_ssn
 from utils import UserError
 
 SMALL = {
@@ -32,7 +33,7 @@ STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 @pytest.fixture(scope="module")
 def ssn() -> SSN:
     torch.manual_seed(0)
-    network = SSN(**SMALL)
+    network = make_ssn(**SMALL)
     for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_var, 0.5, 2)
         nn.init.uniform_(norm.running_mean, -0.2, 0.2)
@@ -88,9 +89,9 @@ def test_the_process_keeps_its_number_of_threads(ssn, images):
     """Several threads share one segmenter, which computes on several threads: none of them is left with one."""
     code = """
 import sys, threading, torch
-from tests.test_segmenter import SMALL, SSN, Segmenter, np
+from tests.test_segmenter import SMALL, Segmenter, make_ssn, np
 torch.set_num_threads(3)
-segmenter = Segmenter(SSN(**SMALL).eval(), [65, 97])
+segmenter = Segmenter(make_ssn(**SMALL).eval(), [65, 97])
 images = [np.zeros((20, 50 + 9 * k, 3), np.uint8) for k in range(8)]
 threads = []
 def work():
@@ -149,9 +150,9 @@ def test_folding_removes_every_batch_norm_and_changes_nothing(ssn):
     image = torch.randn(1, 3, 65, 97)
     with torch.no_grad():
         expected = ssn(image).refined_logits
-        folded = fold_batch_norms(SSN(**SMALL).eval().requires_grad_(False))
+        folded = fold_batch_norms(make_ssn(**SMALL).eval().requires_grad_(False))
         assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
-        copied = SSN(**SMALL).eval().requires_grad_(False)
+        copied = make_ssn(**SMALL).eval().requires_grad_(False)
         copied.load_state_dict(ssn.state_dict())
         torch.testing.assert_close(fold_batch_norms(copied)(image).refined_logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -177,7 +178,7 @@ def test_what_is_no_image_is_named(ssn, image):
 
 
 def test_overflow_is_an_error_and_no_mask(images):
-    network = SSN(**SMALL)
+    network = make_ssn(**SMALL)
     nn.init.constant_(network.semrfnhead.conv_ref_last.bias, float("nan"))
     with pytest.raises(UserError, match="fp32"):
         Segmenter(network, [65])(images[:1])

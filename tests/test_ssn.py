@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.ssn import PUBLISHED_AREAS, SSN, SegmentationOutput, network_size
+from tests.small_networks import make_ssn
 
 DATA = Path(__file__).parent / "data"
 SMALL = {
@@ -50,7 +51,7 @@ def published_ssn() -> SSN:
 
 def small_ssn(seed: int = 0) -> SSN:
     torch.manual_seed(seed)
-    return SSN(**SMALL)
+    return make_ssn(**SMALL)
 
 
 def known_image(seed: int, *shape: int) -> torch.Tensor:
@@ -144,7 +145,7 @@ def test_a_uniform_image_gives_finite_outputs():
 
 def test_a_class_without_cells_gives_finite_outputs():
     """The scores are so far apart that the weights of a class are 0 in float32."""
-    network = SSN(**SMALL).eval()
+    network = make_ssn(**SMALL).eval()
     with torch.no_grad():
         network.semrfnhead.conv_sem.weight.copy_(torch.tensor([1e4, -1e4]).view(2, 1, 1, 1).expand(2, 40, 1, 1))
     image = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(0)).requires_grad_()

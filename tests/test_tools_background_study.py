@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 
 import cv2
 import numpy as np
@@ -155,8 +156,8 @@ def test_a_study_resumes_and_reports(files, tmp_path, monkeypatch, capsys):
     all_three = ["--checkpoint", f"binet={files / 'binet1.pth'}", "--checkpoint", f"abinet={files / 'abinet.pth'}"]
     all_three += ["--masks", "ssn", "exact", "other", "--mask-ablations", "binet", *one]
     calls = []
-    read_words = study.read_words
-    monkeypatch.setattr(study, "read_words", lambda *given: calls.append(given) or read_words(*given))
+    read_items = study.read_items
+    monkeypatch.setattr(study, "read_items", lambda *given: calls.append(given) or read_items(*given))
     assert study.main(["--ssn", str(files / "ssn.pth"), "--masks", "ssn", *one]) == 0
     assert len(calls) == 1
     assert study.main(["--ssn", str(files / "ssn.pth"), *all_three]) == 0
@@ -166,12 +167,12 @@ def test_a_study_resumes_and_reports(files, tmp_path, monkeypatch, capsys):
     sizes = {path.name.split(".", 2)[2]: len(list(csv.DictReader(path.open()))) for path in tables}
     assert sizes["exact.csv"] == 2 * 2 * 3
     assert {size for name, size in sizes.items() if name != "exact.csv"} == {2 * 2 * 3 + 5}
-    assert "| binet | ssn | 2 |" in capsys.readouterr().out
+    assert re.search(r"\| binet +\| ssn +\| +2 \|", capsys.readouterr().out)
     results = json.loads((output / "results.json").read_text())
     assert results["settings"]["render"]["difficulty"] == 0.2
     content = (output / "table.md").read_bytes(), (output / "results.json").read_bytes()
     (output / "table.md").unlink()
-    assert study.main(["--report-only", "--output", str(output)]) == 0
+    assert study.main(["--output", str(output)]) == 0
     assert content == ((output / "table.md").read_bytes(), (output / "results.json").read_bytes())
     assert len(calls) == len(tables)
     with pytest.raises(UserError, match=r"other settings \(seed\)"):
@@ -181,10 +182,8 @@ def test_a_study_resumes_and_reports(files, tmp_path, monkeypatch, capsys):
 def test_mistakes_are_named(files, tmp_path):
     with pytest.raises(UserError, match="NAME=FILE"):
         study.main(["--checkpoint", "a=gone.pth", "--output", str(tmp_path)])
-    with pytest.raises(UserError, match="--checkpoint"):
-        study.main(["--output", str(tmp_path)])
     with pytest.raises(UserError, match="holds no study"):
-        study.main(["--report-only", "--output", str(tmp_path)])
+        study.main(["--output", str(tmp_path)])
     one = ["--checkpoint", str(files / "binet0.pth"), "--output", str(tmp_path), "--count", "2", "--workers", "1"]
     with pytest.raises(UserError, match="--mask-ablations binet1: no"):
         study.main([*one, "--mask-ablations", "binet1"])

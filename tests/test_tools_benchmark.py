@@ -1,16 +1,16 @@
-"""tools/benchmark.py and tools/measuring.py: every task reports its forms, and what is counted is counted right."""
+"""tools/benchmark.py: every task reports its forms, and what is counted is counted right."""
 
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from tools import benchmark
-from tools.measuring import count_flops, host_seconds, peak_memory, time_in_turns
+from tools.benchmark import count_flops, time_in_turns
 from utils import UserError
 
-CPU = torch.device("cpu")
 QUICK = ["--precision", "fp32", "--no-compile", "--runs", "1", "--batch-size", "2"]
 RENDERED = ["dataset.train.roots=[]", "dataset.train.batch_size=2", "dataset.multiprocessing_context=fork"]
 
@@ -19,8 +19,8 @@ RENDERED = ["dataset.train.roots=[]", "dataset.train.batch_size=2", "dataset.mul
 def measure(tmp_path, monkeypatch):
     """Run tasks with little work; returns the JSON report."""
     monkeypatch.setattr(benchmark, "MADE_WORDS", 6)
-    monkeypatch.setattr(benchmark, "RENDERED_WORDS", 2)
-    monkeypatch.setattr("tools.measuring.ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(benchmark, "LOADED_BATCHES", 3)
+    monkeypatch.setattr("tools.benchmark.ROUND_SECONDS", 0.0)
     monkeypatch.setattr(benchmark, "YARDSTICK_SIZE", 32)
     monkeypatch.setattr(benchmark, "matrix_rate", lambda device, dtype: 1e9)
 
@@ -33,7 +33,7 @@ def measure(tmp_path, monkeypatch):
 
 
 def test_forms_are_timed_in_turns(monkeypatch):
-    monkeypatch.setattr("tools.measuring.ROUND_SECONDS", 0.001)
+    monkeypatch.setattr("tools.benchmark.ROUND_SECONDS", 0.001)
     calls = []
     forms = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
     timings = time_in_turns(forms, runs=2)
@@ -42,16 +42,9 @@ def test_forms_are_timed_in_turns(monkeypatch):
     assert all(timing.median > 0 and timing.iqr >= 0 for timing in timings.values())
 
 
-def test_a_multiply_add_counts_as_two_and_modules_have_names():
+def test_a_multiply_add_counts_as_two():
     network = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
-    flops = count_flops(lambda: network(torch.ones(3, 4)))
-    assert flops["Global"] == flops["Sequential.0"] == 2 * 3 * 4 * 5
-
-
-def test_memory_and_host_time_of_a_call():
-    assert 60 < peak_memory(lambda: torch.ones(16, 2**20), CPU) < 100  # 64 MiB
-    host, whole = host_seconds(lambda: torch.ones(2**20))
-    assert 0 < host <= whole
+    assert count_flops(lambda: network(torch.ones(3, 4))) == 2 * 3 * 4 * 5
 
 
 def test_reading_and_training_are_reported(measure, capsys):
@@ -59,27 +52,23 @@ def test_reading_and_training_are_reported(measure, capsys):
     report = measure("reading", "training", *config, "dataset.train.roots=[not/there]")  # training needs no data
     forms = [(row["task"], row["form"]) for row in report["rows"]]
     assert forms == [
-        *(("reading", form) for form in ("eager", "autocast", "prepared", benchmark.YARDSTICK)),
-        *(("latency", form) for form in ("eager", "autocast", "prepared")),
-        *(("training", form) for form in ("eager", "autocast", benchmark.YARDSTICK)),
+        *(("reading", form) for form in ("eager", "prepared", benchmark.YARDSTICK)),
+        *(("latency", form) for form in ("eager", "prepared")),
+        *(("training", form) for form in ("eager", "autocast")),
     ]
     for row in report["rows"]:
         assert row["rate"] == pytest.approx(row["words"] / row["seconds"])
-        assert (row["ratio"] is None) == (row["task"] == "latency")
+        assert (row["ratio"] is None) == (row["task"] != "reading")
         assert (row["flops"] is None) == (row["form"] == benchmark.YARDSTICK)
     flops = {(row["task"], row["form"]): row["flops"] for row in report["rows"]}
     assert flops["training", "eager"] == pytest.approx(3 * flops["reading", "eager"], rel=0.1)  # with the backward pass
-    blocks = report["blocks"]
-    assert {"BINet.vision.mask_embedding", "BINet.language", "BINet.vision.backbone.resnet"} <= set(blocks)
-    assert sum(blocks.values()) == pytest.approx(flops["latency", "eager"], rel=0.02)
-    assert "| reading | prepared | 2 |" in capsys.readouterr().out
+    assert re.search(r"\| reading +\| prepared +\| +2 \|", capsys.readouterr().out)
 
 
-def test_loading_and_rendering_are_reported(measure):
+def test_loading_is_reported(measure):
     config = ["--config", "configs/small.yaml", "dataset.num_workers=2"]
-    loading, rendering = measure("loading", "rendering", "--batches", "3", *config, *RENDERED)["rows"]
+    (loading,) = measure("loading", *config, *RENDERED)["rows"]
     assert (loading["form"], loading["words"]) == ("workers: 2", 8)  # two batches from each
-    assert (rendering["form"], rendering["words"]) == ("one process", 2)
 
 
 def test_masks_are_reported(measure):
@@ -87,11 +76,6 @@ def test_masks_are_reported(measure):
     assert [row["form"] for row in rows] == ["scales 65", benchmark.YARDSTICK]
 
 
-@pytest.mark.parametrize(("arguments", "culprit"), [(["flying"], "flying"), (["reading"], "--config")])
-def test_mistakes_are_named(arguments, culprit):
-    with pytest.raises(UserError, match=culprit):
-        benchmark.parse_arguments(arguments)
-
-
-def test_rendering_needs_no_config():
-    assert benchmark.parse_arguments(["rendering"]).config is None
+def test_an_unknown_task_is_named():
+    with pytest.raises(UserError, match="flying"):
+        benchmark.parse_arguments(["flying", "--config", "configs/small.yaml"])

@@ -54,12 +54,11 @@ def _vocabulary(count):
         ("<unk>", [], "marker"),
         ("@-@", [], "marker"),
         ("--", [], "no letter or digit"),
-        ("a", [], "too short"),
         ("abcdefghijk", [], "too long"),
     ],
 )
 def test_words_of_a_token(token, words, reason):
-    assert WordRule(Charset(SMALL), shortest=2, longest=10).words(token) == (words, reason)
+    assert WordRule(Charset(SMALL), longest=10).words(token) == (words, reason)
 
 
 def test_charset_with_punctuation_and_case_keeps_them():
@@ -108,13 +107,13 @@ def test_rows_are_the_same_for_the_same_seed_and_mixed_otherwise():
     assert draw_rows({}, 5, 1.0, seed=0) == []
 
 
-def test_every_occurrence_is_a_row_and_flatten_has_each_word_once(tmp_path):
+def test_every_occurrence_is_a_row_and_temperature_inf_has_each_word_once(tmp_path):
     vocabulary = _vocabulary(300)
     corpus = _corpus(tmp_path / "corpus.txt", vocabulary, repeat=3)
     train, validation = _make(tmp_path, "--corpus", corpus)
     assert Counter(train + validation) == dict.fromkeys(vocabulary, 3)
     assert set(train).isdisjoint(validation)
-    train, validation = _make(tmp_path, "--corpus", corpus, "--flatten", "--overwrite")
+    train, validation = _make(tmp_path, "--corpus", corpus, "--temperature", "inf", "--overwrite")
     assert sorted(train + validation) == sorted(vocabulary)
 
 
@@ -187,7 +186,7 @@ def test_mistakes_are_named(tmp_path):
 def test_real_vocabulary_is_complete(tmp_path):
     path = WORDS / "icdar2015_GenericVocabulary_90k.txt"
     listed = {line.lower() for line in path.read_text().splitlines() if line and not line.startswith("#")}
-    train, validation = _make(tmp_path, "--corpus", path, "--flatten")
+    train, validation = _make(tmp_path, "--corpus", path, "--temperature", "inf")
     assert len(train) + len(validation) == len(listed)
 
 

@@ -19,7 +19,6 @@ from config import Config
 from inference.segmenter import Segmenter
 from loading.lmdb_io import DATA_FILE, LmdbReader, LmdbWriter, image_key, label_key
 from loading.masks import LmdbMasks
-from modules.ssn import SSN
 from tests import small_networks
 from tools import create_masks
 from utils import UserError, run_command_line
@@ -46,7 +45,7 @@ def setup(tmp_path):
     config = tmp_path / "ssn.yaml"
     config.write_text(json.dumps({"model": {"name": "ssn", "ssn": TINY | {"areas": [65]}}}))
     torch.manual_seed(0)
-    ssn = SSN(**TINY)
+    ssn = small_networks.make_ssn(**TINY)
     torch.save(ssn.state_dict(), tmp_path / "ssn.pth")
     images = write_words(tmp_path / "words", 9)
     common = ["--config", str(config), "--checkpoint", str(tmp_path / "ssn.pth"), "--device", "cpu"]
@@ -202,7 +201,7 @@ def test_other_widths_name_tensors_and_key(setup):
     [
         (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
         (["--input", "nowhere"], "nowhere"),
-        (["--device", "abacus"], "--device abacus"),
+        (["--device", "abacus"], "device abacus"),
     ],
 )
 def test_wrong_arguments_are_named(setup, changed, message):

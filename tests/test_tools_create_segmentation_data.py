@@ -329,7 +329,7 @@ def test_a_mask_of_a_huge_size_is_refused_by_its_header(textseg):
 def test_polygons_without_an_end_are_refused_at_once(tmp_path, text):
     (tmp_path / "poly_gt_img1.txt").write_text(text)
     Image.new("L", (8, 8)).save(tmp_path / "img1.png")
-    polygons = {"img1": tmp_path / "poly_gt_img1.txt"}
+    polygons = tmp_path / "poly_gt_img1.txt"
     if len(text) > 50 * 20_000:
         assert not tool.read_totaltext(tmp_path / "img1.png", polygons).boxes
     else:

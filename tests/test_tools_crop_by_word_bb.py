@@ -11,7 +11,7 @@ from scipy.io import savemat
 
 from loading.lmdb_io import LmdbReader, image_key, label_key
 from tools import crop_by_word_bb
-from tools.crop_by_word_bb import check_box, crop_rectified, crop_upright, crop_word, parse_scene
+from tools.crop_by_word_bb import check_box, crop_word, parse_scene
 from tools.support import RejectedError
 from utils import UserError
 
@@ -126,30 +126,6 @@ def test_malformed_entries_are_counted_by_reason(tmp_path, capsys):
     assert ["rejected", "11"] in printed  # 2 + 4 + 1 + 1 + 1 + 2 words
 
 
-def test_rectified_crop_stands_upright(tmp_path):
-    turned = np.array([[60, 90, 70, 40], [20, 60, 75, 35]], np.float32)  # sides 50 and 25, turned by 53 degrees
-    gt = _save_archive(tmp_path / "set", [("a.jpg", turned, ["word"])])
-    crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--rectify", "--format", "png"])
-    ((label, crop),) = _words(tmp_path / "out")
-    assert label == "word"
-    assert crop.shape[:2] == (25, 50)
-    for place, corner in zip([(0, 0), (0, -1), (-1, -1), (-1, 0)], turned.T, strict=True):
-        assert abs(crop[place][:2] - corner * (1, 2)).max() <= 8
-
-
-def test_upright_and_rectified_agree_on_an_upright_box():
-    image = np.random.default_rng(0).integers(0, 255, (50, 80, 3), np.uint8)
-    box = _box(10, 5, 50, 25).T.copy()
-    assert np.array_equal(crop_upright(image, box), crop_rectified(image, box))
-
-
-def test_crossed_corners_are_rejected_when_rectifying(tmp_path):
-    crossed = _box(10, 10, 60, 30)[:, [0, 2, 1, 3]]
-    gt = _save_archive(tmp_path / "set", [("a.jpg", _boxes(crossed, _box(70, 10, 120, 30)), ["x y"])])
-    crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--rectify"])
-    assert _reasons(tmp_path / "out") == {"a.jpg#1": "crossed box"}
-
-
 def test_words_are_parted_at_white_space_and_line_ends():
     raw = (np.array(["a.jpg"]), np.zeros((2, 4, 4)), np.array(["ab\ncd ", " e\t f   "]))
     assert parse_scene(raw).words == ("ab", "cd", "e", "f")
@@ -161,10 +137,9 @@ def test_extreme_boxes_are_rejected(scale):
         check_box(_box(1, 1, 5, 5).T * np.float32(scale), 100, 100)
 
 
-@pytest.mark.parametrize("rectify", [True, False])
-def test_words_that_are_too_long_for_their_format_are_rejected(rectify):
+def test_words_that_are_too_long_for_their_format_are_rejected():
     with pytest.raises(RejectedError, match="too large"):
-        crop_word(np.zeros((8, 66_000, 3), np.uint8), _box(0, 0, 66_000, 8).T.copy(), rectify=rectify, form="jpg")
+        crop_word(np.zeros((8, 66_000, 3), np.uint8), _box(0, 0, 66_000, 8).T.copy(), form="jpg")
 
 
 @pytest.mark.parametrize("content", [b"", b"no mat file " * 50])
@@ -229,5 +204,5 @@ def test_a_crash_of_the_matlab_reader_is_a_user_error(tmp_path, monkeypatch):
     """As on a damaged file that scipy reads outside its memory."""
     savemat(tmp_path / "gt.mat", {"imnames": 1})
     monkeypatch.setattr("scipy.io.loadmat", _crash)
-    with pytest.raises(UserError, match=r"gt\.mat: crashes the reader"):
+    with pytest.raises(UserError, match=r"gt\.mat: cannot be read as a MATLAB file"):
         crop_by_word_bb.read_synthtext(tmp_path / "gt.mat")

@@ -146,7 +146,7 @@ def test_mistakes_are_named(files, tmp_path):
     with pytest.raises(UserError, match="carries no SSN"):
         export_onnx.main(["--checkpoint", str(files / "binet.pth"), *output, "--ssn-output", str(tmp_path / "s.onnx")])
     (tmp_path / "x.onnx").write_bytes(b"")
-    with pytest.raises(UserError, match=r"--output .*--overwrite"):
+    with pytest.raises(UserError, match=r"x\.onnx: exists.*--overwrite"):
         export_onnx.main(["--checkpoint", str(files / "both.pth"), *output])
 
 

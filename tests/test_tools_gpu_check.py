@@ -27,17 +27,18 @@ def parts(monkeypatch):
 
         return work
 
-    monkeypatch.setattr(gpu_check, "write_rendered_words", lambda *_: None)
+    monkeypatch.setattr(gpu_check.benchmark, "render_words_to", lambda *_: None)
     monkeypatch.setattr(gpu_check, "pick_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    for name in ("gpu_tests", "training", "two_runs", "kill_and_resume", "masks", "loading", "reading"):
+    for name in ("gpu_tests", "training", "two_runs", "kill_and_resume", "speed"):
         monkeypatch.setattr(gpu_check.GpuCheck, name, part(name))
     return done
 
 
 def lines_of(path):
-    rows = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
-    return {(part, form): (result, verdict) for part, form, result, verdict in rows[1:]}
+    lines = [line.strip("|").split("|") for line in path.read_text().splitlines() if line.startswith("| ")]
+    rows = [map(str.strip, line) for line in lines[2:]]
+    return {(part, form): (result, verdict) for part, form, result, verdict in rows}
 
 
 def test_without_a_gpu_the_parts_that_need_one_are_named(parts, tmp_path):
@@ -45,17 +46,17 @@ def test_without_a_gpu_the_parts_that_need_one_are_named(parts, tmp_path):
     lines = lines_of(tmp_path / "check.md")
     assert {key for key, value in lines.items() if value == ("needs a GPU", "left out")} == NEED_A_GPU
     assert len(lines) - len(NEED_A_GPU) == len(parts)
-    assert ("training", "small", "bf16") in parts
+    assert {("training", "small", "bf16"), ("speed", "masks", "small SSN", "bf16")} <= set(parts)
 
 
 def test_a_part_that_fails_changes_its_line_and_the_exit_status(parts, tmp_path, monkeypatch):
     def fail(self):
         raise ZeroDivisionError("no\nwords")
 
-    monkeypatch.setattr(gpu_check.GpuCheck, "masks", fail)
+    monkeypatch.setattr(gpu_check.GpuCheck, "two_runs", fail)
     assert gpu_check.main(["--output", str(tmp_path / "check.md")]) == 1
     lines = lines_of(tmp_path / "check.md")
-    assert lines["masks", "online"] == ("ZeroDivisionError: no", "failed")
+    assert lines["two equal runs", "deterministic"] == ("ZeroDivisionError: no", "failed")
     assert lines["reading", "fp32"][1] == "ok"
 
 
@@ -69,7 +70,7 @@ def test_no_part_starts_when_the_time_is_over(parts, tmp_path, monkeypatch):
 
 
 def test_a_loss_far_from_fp32s_fails(tmp_path, monkeypatch):
-    check = gpu_check.GpuCheck(device=torch.device("cpu"), scale=gpu_check.ON_CPU, folder=tmp_path, seconds=60)
+    check = gpu_check.GpuCheck(torch.device("cpu"), gpu_check.ON_CPU, tmp_path, float("inf"))
     losses = {"fp32": 2.0, "bf16": 2.03, "fp16": 2.1}
 
     class Trainer:
@@ -81,7 +82,7 @@ def test_a_loss_far_from_fp32s_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(check, "_trainer", lambda _, key, **__: (Trainer(losses[key.partition("=")[2]]), [[0] * 4]))
     monkeypatch.setattr(check, "_flops_of_a_word", lambda network: 1e9)
-    monkeypatch.setattr(gpu_check, "matrix_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(gpu_check.benchmark, "matrix_rate", lambda device, dtype: 1e12)
     verdicts = {form: check.training("small", form) for form in losses}
     assert verdicts["fp32"][1] == "measured"
     assert verdicts["bf16"][1] == "ok"

@@ -121,10 +121,9 @@ def test_contact_sheet(tmp_path, words):
 
 def test_flags_reach_the_settings(tmp_path, words):
     flags = ["--output", "o", "--name", "n", "--difficulty", "0.9", "--photos", "p", f"words.file={words}"]
-    options = render_words.build_parser().parse_intermixed_args(
-        [*flags, "--config", "configs/render.yaml", "--seed", "1", "letters.height=30", "difficulty=0.1"]
-    )
-    config = render_words.read_settings(options)
+    flags += ["--config", "configs/render.yaml", "--seed", "1", "letters.height=30", "difficulty=0.1"]
+    options = render_words.parse_arguments(flags)
+    config = load_render_config(options.config, options.overrides)
     assert (config.difficulty, config.photos, config.words.file) == (0.9, "p", str(words))
     assert config.letters.height == 30
 

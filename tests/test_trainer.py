@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -22,7 +23,6 @@ from callbacks import (
     Checkpoints,
     Evaluation,
     MetricLog,
-    NotFiniteBatches,
 )
 from engine.averaging import AveragedWeights
 from engine.checkpoints import load_training_state, newest_valid_checkpoint
@@ -114,7 +114,7 @@ class Recorder(Callback):
 def make_trainer(folder, *, callbacks=(), bad=(), workers=0, iterations=ITERATIONS, kind="Adam", every=1, **options):
     torch.manual_seed(3)
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 1))
-    sampler = ResumableBatchSampler(SAMPLES, BATCH, seed=1, shuffle=True, drop_last=True)
+    sampler = ResumableBatchSampler(SAMPLES, BATCH, seed=1)
     data = DataLoader(
         ToyData(bad), batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=torch.Generator()
     )
@@ -227,13 +227,12 @@ def test_a_step_that_ends_an_epoch_is_saved_once(tmp_path, monkeypatch, stop_at,
 def test_a_bad_batch_changes_nothing_and_is_named(tmp_path, caplog):
     recorder = Recorder()
     bad = [(0, 7)]
-    trainer = make_trainer(tmp_path, callbacks=[recorder, NotFiniteBatches(folder=tmp_path)], bad=bad, iterations=5)
+    trainer = make_trainer(tmp_path, callbacks=[recorder], bad=bad, iterations=5)
     trainer.fit()
     (iteration,) = recorder.skipped
     assert "error, total not finite" in caplog.text
     assert history(tmp_path)[iteration - 1]["loss"] is None
-    saved = torch.load(tmp_path / f"not-finite-{iteration}-rank0.pth", weights_only=True)
-    assert 7 in saved["batch"]["indices"]
+    assert re.search(r"words \[.*\b7\b", caplog.text)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.isfinite(tensor).all(), name
 

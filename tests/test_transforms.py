@@ -58,7 +58,7 @@ class TestGeometry:
         assert np.abs(warped.astype(int) - transforms.resize(image, (32, 128))).max() <= 4  # OpenCV's fixed point
 
     def test_result_beyond_the_limit_is_scaled_down(self):
-        _, (height, width) = fit_canvas(np.diag((100.0, 2.0, 1.0)), (40, 100), max_side=4096)
+        _, (height, width) = fit_canvas(np.diag((100.0, 2.0, 1.0)), (40, 100))
         assert (height, width) == (80, 4096)
 
     @pytest.mark.parametrize("interpolation", sorted(set(augmentation.INTERPOLATIONS)))

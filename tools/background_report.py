@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from evaluation.tables import markdown_table
 from utils import UserError, write_atomically
 
 matplotlib.use("Agg")
@@ -205,16 +206,14 @@ def markdown(tables: dict[str, dict]) -> str:
     """Return the tables, values with 95 % intervals."""
     blocks = []
     for table in tables.values():
-        lines = [f"**{table['title']}**", "", "| network | masks | seeds | " + " | ".join(table["columns"]) + " |"]
-        lines.append("| --- | --- | ---: |" + " ---: |" * len(table["columns"]))
+        lines = [["network", "masks", "seeds", *table["columns"]]]
         for row, cells in table["rows"]:
-            shown = " | ".join("" if cell is None else str(cell) for cell in cells)
-            lines.append(f"| {row.name} | {row.masks} | {len(row.checkpoints)} | {shown} |")
-        blocks.append("\n".join(lines))
+            lines.append([row.name, row.masks, len(row.checkpoints), *("" if cell is None else cell for cell in cells)])
+        blocks.append(f"**{table['title']}**\n\n{markdown_table(lines, left=2)}")
     return "\n\n".join(blocks) + "\n"
 
 
-def as_json(study: Study, tables: dict[str, dict]) -> str:
+def results_json(study: Study, tables: dict[str, dict]) -> str:
     """Return the settings and all numbers of the tables, fractions, each with its interval; null: not measured."""
     content: dict = {"settings": study.settings, "tables": {}}
     for key, table in tables.items():
@@ -299,7 +298,7 @@ def write_report(folder: Path, baseline: str | None = None) -> str:
     tables = make_tables(study, study.baseline(baseline))
     table = markdown(tables)
     write_atomically(folder / "table.md", lambda file: file.write(table.encode()))
-    write_atomically(folder / "results.json", lambda file: file.write(as_json(study, tables).encode()))
+    write_atomically(folder / "results.json", lambda file: file.write(results_json(study, tables).encode()))
     for name, figure in draw_plots(study, tables).items():
         write_atomically(folder / name, lambda file, figure=figure: figure.savefig(file, dpi=150, format="png"))
         pyplot.close(figure)

@@ -19,14 +19,13 @@ scaled to a height of 32; and masks of the SSN at 0.75 and 1.5 times its `areas`
 
 The output folder receives study.json (settings and checkpoints), items.csv (the words), and in predictions/ a table
 for each checkpoint and kind of masks, which is not measured again. From these alone, table.md, results.json and the
-plots are made (--report-only). Checkpoints with the same NAME count as trainings of one network with different seeds.
+plots are made, also without any --checkpoint. Checkpoints with the same NAME count as trainings of one network with
+different seeds.
 """
 
 import argparse
-import csv
 import functools
 import hashlib
-import io
 import itertools
 import json
 import sys
@@ -42,17 +41,17 @@ import numpy as np
 
 from bundle import load_ssn
 from engine.distributed import pick_device
+from evaluation.tables import csv_text
 from inference.segmenter import Segmenter
 from loading.batches import LabelRule
 from loading.charset import PROTOCOLS, Charset, protocol_normalizer
-from loading.decoding import BrokenImageError, decode_image
-from loading.lmdb_io import LmdbReader, image_key, label_key
+from loading.lmdb_io import LmdbReader
 from loading.word_index import scan_words
 from reader import Reader
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS
 from tools.background_report import ABLATIONS, CONTRASTS, MASKS, NO_MASKS, RENDERED, write_report
-from tools.support import make_parser, map_in_processes, positive, progress, seed_number, usable_cores
+from tools.support import decoded_words, make_parser, map_in_processes, positive, progress, seed_number, usable_cores
 from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/background_study.py --checkpoint binet=a/best-a.pth --checkpoint binet=b/best-b.pth \\
@@ -96,7 +95,7 @@ def _renderer(settings: str, contrast: str) -> WordRenderer:
     return WordRenderer(config.model_copy(update={"contrast": least, "chances": chances}))
 
 
-def render_word(index: int, *, settings: str, seed: int, kinds: Sequence[str]) -> dict[tuple[str, str], RenderedWord]:
+def render_kinds(index: int, *, settings: str, seed: int, kinds: Sequence[str]) -> dict[tuple[str, str], RenderedWord]:
     """Return word `index` of `seed` by contrast and kind of background; runs in a worker."""
     words = {each: _renderer(settings, each).render_on_backgrounds(seed, index, kinds) for each in CONTRASTS}
     return {(contrast, kind): word for contrast, by_kind in words.items() for kind, word in by_kind.items()}
@@ -108,7 +107,7 @@ def render_items(
     """Return the first `count` words of `seed` that can be scored, as items sorted by contrast, background, word."""
     settings = config.model_dump_json()
     _renderer(settings, CONTRASTS[0])  # reports mistakes in the settings before any worker starts
-    render = functools.partial(render_word, settings=settings, seed=seed, kinds=tuple(kinds))
+    render = functools.partial(render_kinds, settings=settings, seed=seed, kinds=tuple(kinds))
     rendered = map_in_processes(render, range(4 * count + 100), workers=workers, chunk_size=16)
     usable = ((i, word) for i, word in enumerate(rendered) if not rule.unusable(next(iter(word.values())).text))
     words = list(progress(itertools.islice(usable, count), total=count, unit="word", description="render"))
@@ -123,13 +122,8 @@ def render_items(
 
 def stored_items(path: str, rule: LabelRule) -> Iterator[Item]:
     """Yield the words of an LMDB that can be scored and decoded."""
-    words = LmdbReader(path)
-    for number in scan_words(words, rule).numbers.tolist():
-        try:
-            image = decode_image(words.get(image_key(number)))
-        except BrokenImageError:
-            continue
-        yield Item(Path(path).name, number, "", "", words.get(label_key(number)).decode(), image, None)
+    for number, image, text in decoded_words(path, scan_words(LmdbReader(path), rule).numbers.tolist()):
+        yield Item(Path(path).name, number, "", "", text, image, None)
 
 
 def complexity(image: np.ndarray, mask: np.ndarray) -> float:
@@ -229,12 +223,10 @@ def make_segment(path: str, device: str | None) -> Callable[[Sequence[np.ndarray
 
 def save_table(path: Path, header: str, rows: Sequence[Sequence]) -> None:
     """Write a CSV file; the names in `header` are separated by spaces."""
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([header.split(), *rows])
-    write_atomically(path, lambda binary: binary.write(file.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(csv_text([header.split(), *rows]).encode()))
 
 
-def read_words(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray | None] | None, protocol: int) -> list:
+def read_items(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray | None] | None, protocol: int) -> list:
     """Return a row for each item that has a mask (`masks` None: for all): item, prediction, right, quality of the mask.
 
     The quality is the overlap with the exact mask, empty where there is none of them.
@@ -266,11 +258,7 @@ def measure(options: argparse.Namespace, output: Path) -> None:
     usual = [kind for kind in BACKGROUND_KINDS if kind != "scene" and (kind != "photo" or config.photos)]
     kinds = options.backgrounds or usual
     segment = make_segment(ssn, options.device)
-    settings = {
-        "count": options.count,
-        "seed": options.seed,
-        "protocol": options.protocol,
-        "max_length": options.max_length,
+    settings = {name: getattr(options, name) for name in ("count", "seed", "protocol", "max_length")} | {
         "backgrounds": kinds,
         "words": {Path(path).name: len(LmdbReader(path)) for path in options.words},
         "ssn": hashlib.sha256(Path(ssn).read_bytes()).hexdigest()[:12],
@@ -307,7 +295,7 @@ def measure(options: argparse.Namespace, output: Path) -> None:
             if table.exists():
                 continue
             masks = None if kind == NO_MASKS else maker.make(kind)
-            rows = [[name, path, kind, *row] for row in read_words(reader, items, masks, options.protocol)]
+            rows = [[name, path, kind, *row] for row in read_items(reader, items, masks, options.protocol)]
             save_table(table, "name checkpoint masks item prediction right quality", rows)
 
 
@@ -318,9 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     output = Path(options.output)
-    if not options.report_only:
-        if not options.checkpoint:
-            raise UserError("--checkpoint: name at least one, or report what is measured with --report-only")
+    if options.checkpoint:
         measure(options, output)
     print(write_report(output, options.baseline))
     return 0
@@ -338,12 +324,9 @@ def named_checkpoint(text: str) -> tuple[str, str]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("--checkpoint", action="append", metavar="NAME=FILE", help="recogniser; repeatable")
+    parser.add_argument("--checkpoint", action="append", metavar="NAME=FILE", help="recogniser to measure; repeatable")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, or to resume")
-    parser.add_argument("--report-only", action="store_true", help="only make tables and plots of what is measured")
-    parser.add_argument(
-        "--baseline", metavar="NAME", help="what differences are from (default: a network without masks)"
-    )
+    parser.add_argument("--baseline", metavar="NAME", help="subtracted in differences (default: one without masks)")
     parser.add_argument("--words", nargs="+", default=[], metavar="LMDB", help="real words")
     parser.add_argument("--ssn", metavar="FILE", help="predicts the masks (default: the SSN in the first checkpoint)")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=["ssn"], help="kinds of masks (default: ssn)")
@@ -351,18 +334,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUND_KINDS, help="default: all but scene")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs for the background `photo`")
     parser.add_argument("--count", type=positive, default=1000, help="rendered words (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=seed_number, default=1_000_003, help="seed of the words; use none of the training data's"
-    )
+    parser.add_argument("--seed", type=seed_number, default=1_000_003, help="of the words; none of the training data's")
     parser.add_argument("--config", metavar="YAML", help="render settings (default: the renderer's own)")
-    parser.add_argument(
-        "--protocol", type=int, choices=PROTOCOLS, default=36, help="characters compared (default: %(default)s)"
-    )
+    parser.add_argument("--protocol", type=int, choices=PROTOCOLS, default=36, help="characters compared (%(default)s)")
     parser.add_argument("--max-length", type=positive, default=25, help="longest word (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument(
-        "--workers", type=positive, default=usable_cores(), help="rendering processes (default: all cores)"
-    )
+    parser.add_argument("--workers", type=positive, default=usable_cores(), help="processes (default: the cores)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the render settings but contrast")
     return parser.parse_intermixed_args(arguments)
 

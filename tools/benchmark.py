@@ -1,30 +1,29 @@
-"""Measure speed: reading, training, loading, rendering and masks, with resnet50 beside the networks.
+"""Measure speed: inference, training, loading and masks, with resnet50 beside the networks.
 
 Tasks:
   reading    predict words with a recogniser: a batch, and one word (latency)
   training   take a training step: forward, backward, clipping, update
   loading    decode, augment and collate the config's training data
-  rendering  render words in one process
   masks      predict masks with an SSN at the config's scales
 
 Forms of reading and training:
   eager     float32
-  autocast  --precision under autocast
-  prepared  for reading: the form that prepare_for_inference returns
-  compiled  for training: autocast, compiled
+  prepared  for inference: the form that prepare_for_inference returns
+  autocast  for training: --precision under autocast
+  compiled  for training: the same, compiled
 
 Training of words needs no data, as words are rendered; so does loading if the config names no training data.
 """
 
 import argparse
+import functools
 import json
 import os
-import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,36 +32,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tool
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Measurement, Timer, timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from builders import build_model, build_ssn, image_size
 from config import Config, load_config
 from engine.distributed import Process
-from engine.precision import PRECISIONS, autocast
+from engine.precision import PRECISIONS
+from engine.provenance import device_name, source
 from engine.trainer import Trainer
+from evaluation.tables import markdown_table
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from run_builders import build_trainer, build_training_data
 from schema import TrainDataConfig
-from tools.measuring import Call, count_flops, matrix_rate, peak_memory, time_in_turns
 from tools.support import make_parser, positive
 from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/benchmark.py reading training --config configs/train.yaml --threads 2 --json speed.json
   python tools/benchmark.py reading --config configs/small.yaml --precision fp32 --no-compile
   python tools/benchmark.py loading --config configs/small.yaml dataset.num_workers=1
-  python tools/benchmark.py rendering --render-config configs/render.yaml
   python tools/benchmark.py masks --config configs/small_ssn.yaml"""
 
 YARDSTICK = "resnet50 224x224 fp32"
 YARDSTICK_SIZE = 224
-RENDERED_WORDS = 100  # of a call of the task rendering
+RENDERING = Path(__file__).resolve().parents[1] / "configs" / "render.yaml"
+ROUND_SECONDS = 0.2  # a round repeats a short call for so long
+LOADED_BATCHES = 10  # of a call of the task loading, at least
 MADE_WORDS = 1000  # rendered where the config names no training data
 WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the images that masks are made of
-# Blocks of a recogniser in the table of FLOPs.
-BLOCKS = ("resnet", "transformer", "mask_refinement", "mask_embedding", "attention", "language", "alignment")
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+
+Call = Callable[[], object]
 
 
 @dataclass
@@ -75,39 +77,86 @@ class Form:
     flops: int | None = None  # of a call
 
 
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def time_in_turns(calls: Mapping[str, Call], *, runs: int = 5) -> dict[str, Measurement]:
+    """Time all calls in each of `runs` rounds, so that other load on the machine slows all of them alike.
+
+    Each is called at least once before it is timed, and a GPU is waited for. `median` and `iqr` of a measurement are
+    over the calls of all rounds.
+    """
+    threads = torch.get_num_threads()
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
+    rounds = [
+        {name: each.blocked_autorange(min_run_time=ROUND_SECONDS) for name, each in timers.items()} for _ in range(runs)
+    ]
+    return {name: Measurement.merge([found[name] for found in rounds])[0] for name in calls}
+
+
+def peak_memory(call: Call, device: torch.device) -> float | None:
+    """Return the MiB that a call takes on a GPU beyond what is allocated before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def count_flops(call: Call) -> int:
+    """Return the FLOPs of matrix multiplications and convolutions; a multiply-add counts as two."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large square matrix multiplication: the best that this machine can do."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / time_in_turns({"product": lambda: a @ b})["product"].median
+
+
+def count_launches(call: Call) -> int:
+    """Return how many kernels and graphs the host launches on a GPU in a call."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        call()
+        timer()  # waits for the GPU
+    return sum(event.count for event in found.key_averages() if event.key in LAUNCHES)
+
+
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
 class Benchmark:
-    """Measures tasks with one config on one device; `rows` and `blocks` collect what was found."""
+    """Measures tasks with one config on one device; `rows` collects what was found."""
 
-    def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
+    def __init__(self, options: argparse.Namespace, config: Config) -> None:
         self.options = options
         self.config = config
         self.device = torch.device(options.device)
-        self.dtype = PRECISIONS[options.precision]
         self.rows: list[dict[str, Any]] = []
-        self.blocks: dict[str, int] = {}  # FLOPs for a word
 
     def reading(self) -> None:
-        """Read a batch and one word."""
+        """Predict the words of a batch, and one word."""
         if self.config.model.kind != "recogniser":
             raise UserError(f"{self.options.config}: is of kind {self.config.model.kind}; name a recogniser's config")
         model = build_model(self.config).to(self.device).eval().requires_grad_(False)
         prepared = prepare_for_inference(model, precision=self.options.precision, compile=self.options.compile)
-        networks = {"eager": (model, torch.float32), "autocast": (self._autocast(model), self.dtype)}
-        networks["prepared"] = prepared, self.dtype
+        networks = {"eager": (model, torch.float32), "prepared": (prepared, PRECISIONS[self.options.precision])}
         for task, words in (("reading", self.options.batch_size), ("latency", 1)):
-            inputs = self._inputs(words)
+            image = torch.randn(words, 3, *image_size(self.config), device=self.device)
+            inputs = image, torch.rand_like(image[:, :1]) if self.config.model.takes_masks else None
             flops = count_flops(partial(model, *inputs))
             forms = {
-                name: Form(partial(network, *inputs), words, dtype, flops["Global"])
+                name: Form(partial(network, *inputs), words, dtype, flops)
                 for name, (network, dtype) in networks.items()
             }
             if task == "reading":
                 forms[YARDSTICK] = self._yardstick(words)
             self._measure(task, forms)
-        self.blocks = {name: number for name, number in flops.items() if name.split(".")[-1] in BLOCKS}
 
     def training(self) -> None:
         """Take training steps, always with the same batch of rendered words."""
@@ -117,48 +166,39 @@ class Benchmark:
             del settings["compiled"]
         forms: dict[str, Form] = {}
         with TemporaryDirectory() as folder:
-            config = with_data(self.config, Path(folder), self.options.render_config, always=True)
+            config = self._with_words(folder)
             config.dataset.train.batch_size, config.dataset.num_workers = self.options.batch_size, 0
             for name, (precision, compiled) in settings.items():
                 config.training.precision, config.training.compile = precision, compiled
                 trainer, (batch,) = make_trainer(config, device=self.device, batches=1)
                 step = partial(trainer._step, batch, 0.0)
                 forms[name] = Form(step, len(batch), PRECISIONS[precision])
-        flops = count_flops(forms["eager"].call)["Global"]
+        flops = count_flops(forms["eager"].call)
         for form in forms.values():
             form.flops = flops
-        forms[YARDSTICK] = self._yardstick(self.options.batch_size, training=True)
         self._measure("training", forms)
 
     def loading(self) -> None:
         """Load batches with the config's number of workers."""
         with TemporaryDirectory() as folder:
-            config = with_data(self.config, Path(folder), self.options.render_config)
-            loader = build_training_data(config, device=self.device, process=Process())
+            config = self.config if self.config.dataset.train.roots else self._with_words(folder)
+            batches = iter(build_training_data(config, device=self.device, process=Process()))
             workers = config.dataset.num_workers
-            each = max(1, workers)
-            call = loading_call(loader, -(-self.options.batches // each) * each)  # equally many for all workers
+            number = -(-LOADED_BATCHES // max(1, workers)) * max(1, workers)  # as many for each worker
+            call = lambda: sum(len(batch.inputs()[0]) for batch in islice(batches, number))  # noqa: E731
             self._measure("loading", {f"workers: {workers}": Form(call, call())})
-
-    def rendering(self) -> None:
-        """Render words."""
-        from rendering.endless import RenderedWords  # the engine is only needed here
-
-        words, numbers = RenderedWords(self.options.render_config, length=1 << 30), count()
-        call = lambda: [words[number] for number in islice(numbers, RENDERED_WORDS)]  # noqa: E731
-        self._measure("rendering", {"one process": Form(call, RENDERED_WORDS)})
 
     def masks(self) -> None:
         """Predict the masks of images of the sizes that words have."""
         areas = self.config.model.ssn.areas
         ssn = build_ssn(self.config).to(self.device)
         segmenter = Segmenter(ssn, areas, device=self.device, precision=self.options.precision)
-        images = word_images(self.options.batch_size)
+        number, random = self.options.batch_size, np.random.default_rng(0)
+        heights = np.resize(np.linspace(*WORD_HEIGHTS, num=min(number, 8)).astype(int), number)
+        images = [random.integers(0, 256, (each, each * WORD_ASPECT, 3), dtype=np.uint8) for each in heights]
         name = f"scales {', '.join(map(str, areas))}"
         forms = {name: Form(lambda: segmenter(images), len(images)), YARDSTICK: self._yardstick(len(images))}
         self._measure("masks", forms)
-
-    # --- parts --------------------------------------------------------------------------------------------------------
 
     def _measure(self, task: str, forms: dict[str, Form]) -> None:
         """Time the forms of a task in turns, measure the memory of each, and note a row for each."""
@@ -172,60 +212,43 @@ class Benchmark:
             row |= {"ratio": rates[name] / rates[YARDSTICK] if YARDSTICK in rates else None}
             self.rows.append(row | {"memory": peak_memory(form.call, self.device)})
 
-    def _inputs(self, words: int) -> tuple[Tensor, Tensor | None]:
-        size = image_size(self.config)
-        mask = torch.rand(words, 1, *size, device=self.device) if self.config.model.takes_masks else None
-        return torch.randn(words, 3, *size, device=self.device), mask
+    def _with_words(self, folder: str) -> Config:
+        """Return a copy of the config that trains on words rendered into a folder, if it is one of word images."""
+        if self.config.model.kind not in ("vision", "recogniser"):
+            return self.config.model_copy(deep=True)
+        render_words_to(Path(folder), MADE_WORDS)
+        return trained_on(self.config, Path(folder))
 
-    def _autocast(self, model: nn.Module) -> Callable:
-        def call(*inputs: Tensor | None) -> object:
-            with autocast(self.device, self.options.precision):
-                return model(*inputs)
-
-        return call
-
-    def _yardstick(self, images: int, *, training: bool = False) -> Form:
-        """Return resnet50, or a training step of it, on as many images."""
+    def _yardstick(self, images: int) -> Form:
+        """Return resnet50 on as many images."""
         from torchvision.models import resnet50
 
-        network = resnet50().to(self.device)
+        network = resnet50().to(self.device).eval().requires_grad_(False)
         image = torch.randn(images, 3, YARDSTICK_SIZE, YARDSTICK_SIZE, device=self.device)
-        if not training:
-            network.eval().requires_grad_(False)
-            return Form(lambda: network(image), images)
-        optimizer = torch.optim.Adam(network.parameters(), fused=True)
-        target = torch.zeros(images, dtype=torch.int64, device=self.device)
-
-        def step() -> None:
-            F.cross_entropy(network(image), target).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return Form(step, images)
+        return Form(lambda: network(image), images)
 
 
 # --- what tools/gpu_check.py shares -----------------------------------------------------------------------------------
 
 
-def with_data(config: Config, folder: Path, render_config: str, *, always: bool = False) -> Config:
-    """Return a copy of a config that trains on words rendered into `folder`, `always` or if it names no data."""
-    config = config.model_copy(deep=True)
-    if (always or not config.dataset.train.roots) and config.model.kind in ("vision", "recogniser"):
-        write_rendered_words(folder, MADE_WORDS, render_config)
-        batch_size = config.dataset.train.batch_size
-        config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
-        config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
-        config.dataset.cache_dir = str(folder / "cache")
-    return config
-
-
-def write_rendered_words(folder: Path, words: int, render_config: str) -> None:
-    """Write rendered words: JPEG images to the LMDB folder/images/made, their masks to folder/masks/made."""
+def render_words_to(folder: Path, words: int) -> None:
+    """Render words: their JPEG images to the LMDB folder/images/made, their masks to folder/masks/made."""
     from rendering import load_render_config  # the engine is only needed here
-    from tools.render_words import render_words, store_words
+    from tools.render_words import render_words, write_lmdbs
 
-    rendered = render_words(load_render_config(render_config), words, seed=0, workers=1)
-    store_words(rendered, folder, "made", overwrite=False)
+    rendered = render_words(load_render_config(RENDERING), words, seed=0, workers=1)
+    write_lmdbs(rendered, folder, "made", overwrite=False)
+
+
+def trained_on(config: Config, folder: Path) -> Config:
+    """Return a copy of a config that trains on the words that `render_words_to` wrote."""
+    config = config.model_copy(deep=True)
+    batch_size = config.dataset.train.batch_size
+    config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
+    config.dataset.test.roots = []
+    config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
+    config.dataset.cache_dir = str(folder / "cache")
+    return config
 
 
 def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple[Trainer, list[Any]]:
@@ -239,30 +262,15 @@ def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple
     return trainer, [batch.to(device) for batch in islice(trainer.data, batches)]
 
 
-def loading_call(loader: DataLoader, batches: int) -> Callable[[], int]:
-    """Return a call that takes batches from an endless loader, brings them to the network's form and counts words."""
-    iterator = iter(loader)
-    return lambda: sum(len(batch.inputs()[0]) for batch in islice(iterator, batches))
-
-
-def word_images(number: int) -> list[np.ndarray]:
-    """Return images (H, W, 3) uint8 of noise, of a few sizes that words have."""
-    random = np.random.default_rng(0)
-    heights = np.linspace(*WORD_HEIGHTS, num=min(number, 8)).astype(int)
-    sizes = [(height, height * WORD_ASPECT) for height in heights]
-    return [random.integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8) for i in range(number)]
-
-
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return what the numbers depend on beside the code."""
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    name = capabilities.get("cpu_name", platform.processor())
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "native 16 bits": [key for key in ("amx_bf16", "avx512_bf16", "amx_fp16") if capabilities.get(key)],
         "load before": os.getloadavg()[0],
-        "torch": torch.__version__,
+        **source()["versions"],
     }
 
 
@@ -277,57 +285,36 @@ def without_checkpoints(config: Config) -> Config:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def table(machine: dict[str, Any], rows: Sequence[dict[str, Any]], blocks: dict[str, int]) -> str:
+def as_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Return all numbers as Markdown."""
-    lines = [", ".join(f"{key}: {value}" for key, value in machine.items()), ""]
-    lines += [
-        "| task | form | words | ms a word | words/s | spread | x resnet50 | MiB | GFLOP a word | of matrix rate |"
-    ]
-    lines += ["|---|---|" + "---:|" * 8]
+    columns = {  # of a row -> heading and form of its numbers
+        "ms": ("ms a word", "{:.2f}"),
+        "rate": ("words/s", "{:.1f}"),
+        "spread": ("spread", "{:.0%}"),
+        "ratio": ("x resnet50", "{:.2f}"),
+        "memory": ("MiB", "{:.0f}"),
+        "gflop": ("GFLOP a word", "{:.1f}"),
+        "matrix_share": ("of matrix rate", "{:.0%}"),
+    }
+    table = [["task", "form", "words", *(heading for heading, _ in columns.values())]]
     for row in rows:
-        values = (
-            ("{:.2f}", 1000 / row["rate"]),
-            ("{:.1f}", row["rate"]),
-            ("{:.0%}", row["spread"]),
-            ("{:.2f}", row["ratio"]),
-            ("{:.0f}", row["memory"]),
-            ("{:.1f}", row["flops"] and row["flops"] / row["words"] / 1e9),
-            ("{:.0%}", row["matrix_share"]),
-        )
-        cells = ["" if value is None else form.format(value) for form, value in values]
-        lines.append("| " + " | ".join([row["task"], row["form"], str(row["words"]), *cells]) + " |")
-    if blocks:
-        lines += ["", "| block | GFLOP a word |", "|---|---:|"]
-        lines += [f"| {name} | {number / 1e9:.1f} |" for name, number in blocks.items()]
-    return "\n".join(lines)
+        row = row | {"ms": 1000 / row["rate"], "gflop": row["flops"] and row["flops"] / row["words"] / 1e9}
+        cells = ["" if row[name] is None else form.format(row[name]) for name, (_, form) in columns.items()]
+        table.append([row["task"], row["form"], row["words"], *cells])
+    return ", ".join(f"{key}: {value}" for key, value in machine.items()) + "\n\n" + markdown_table(table, left=2)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse tasks and config overrides from the same positional arguments: an override has an equals sign."""
-    tasks = ("reading", "training", "loading", "rendering", "masks")
+    tasks = ("reading", "training", "loading", "masks")
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("tasks", nargs="+", metavar="TASK|key=value", help="what to measure; config overrides")
-    parser.add_argument("--config", metavar="YAML", help="config of the network and its data")
-    parser.add_argument(
-        "--render-config", metavar="YAML", default="configs/render.yaml", help="look of words (%(default)s)"
-    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="config of the network and its data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of all forms but eager (%(default)s)")
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure compiled networks (default: yes)",
-    )
-    parser.add_argument(
-        "--batch-size", metavar="N", type=positive, default=32, help="words in a batch (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batches", metavar="N", type=positive, default=10, help="batches loaded in a call (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--runs", metavar="N", type=positive, default=5, help="rounds; medians are reported (default: %(default)s)"
-    )
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled networks")
+    parser.add_argument("--batch-size", metavar="N", type=positive, default=32, help="words in a batch (%(default)s)")
+    parser.add_argument("--runs", metavar="N", type=positive, default=5, help="rounds of the medians (%(default)s)")
     parser.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: torch's)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there as well")
     options = parser.parse_intermixed_args(arguments)
@@ -335,9 +322,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options.tasks = [each for each in options.tasks if "=" not in each]
     unknown = [each for each in options.tasks if each not in tasks]
     if unknown:
-        raise UserError(f"{unknown[0]}: is no task; choose from {', '.join(tasks)}")
-    if options.config is None and set(options.tasks) - {"rendering"}:
-        raise UserError("--config: name the YAML of the network to measure, such as configs/train.yaml")
+        raise UserError(f"{unknown[0]}: unknown task; choose from {', '.join(tasks)}")
     return options
 
 
@@ -347,14 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    config = without_checkpoints(load_config(options.config, options.overrides)) if options.config else None
+    config = without_checkpoints(load_config(options.config, options.overrides))
     benchmark = Benchmark(options, config)
     machine = describe_machine(benchmark.device)
     for task in options.tasks:
         getattr(benchmark, task)()
-    print(table(machine, benchmark.rows, benchmark.blocks))
+    print(as_markdown(machine, benchmark.rows))
     if options.json:
-        content = json.dumps({"machine": machine, "rows": benchmark.rows, "blocks": benchmark.blocks}, indent=2)
+        content = json.dumps({"machine": machine, "rows": benchmark.rows}, indent=2)
         write_atomically(Path(options.json), lambda file: file.write(content.encode()))
     return 0
 

@@ -5,13 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from bundle import save_bundle
-from tools.support import make_parser, positive, print_summary
-from utils import UserError, run_command_line
+from tools.support import make_parser, positive, print_summary, refuse_existing
+from utils import run_command_line
 
 EXAMPLE = """  python tools/bundle_weights.py --recogniser workdir/small/best-small.pth \\
       --ssn workdir/small-ssn/best-small-ssn.pth --output weights/binet-small.pth --half"""
@@ -21,8 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     output = Path(options.output)
-    if output.exists() and not options.overwrite:
-        raise UserError(f"--output {output} exists; give another path or --overwrite")
+    refuse_existing(output, overwrite=options.overwrite)
     content = save_bundle(output, options.recogniser, options.ssn, areas=options.areas, half=options.half)
     parts = {"recogniser": content["model"], "SSN": content.get("ssn", {}).get("model", {})}
     counts = {f"{name}: numbers": sum(tensor.numel() for tensor in part.values()) for name, part in parts.items()}
@@ -35,14 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--recogniser", required=True, metavar="FILE", help="recogniser's checkpoint")
     parser.add_argument("--ssn", metavar="FILE", help="SSN's checkpoint; leave it out for a network without masks")
-    parser.add_argument(
-        "--areas",
-        type=positive,
-        nargs="+",
-        default=(),
-        metavar="SIDE",
-        help="scales of the masks that the recogniser was trained with (default: those in the SSN's checkpoint)",
-    )
+    parser.add_argument("--areas", type=positive, nargs="+", default=(), metavar="SIDE", help="default: the SSN's own")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
     parser.add_argument("--half", action="store_true", help="store matrices and kernels in 16 bits: half the size")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

@@ -4,7 +4,6 @@ import argparse
 import functools
 import hashlib
 import json
-import math
 import sys
 from array import array
 from collections import Counter
@@ -17,9 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
-from evaluation.contact_sheet import Cell, save_contact_sheet
+from evaluation.contact_sheet import save_sheet_of_lmdb
 from loading.charset import Charset
-from loading.decoding import decode_image, decode_mask
 from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
 from loading.masks import find_mask_lmdb
 from tools.support import (
@@ -32,6 +30,7 @@ from tools.support import (
     positive,
     print_summary,
     progress,
+    refuse_existing,
 )
 from utils import UserError, run_command_line, write_atomically
 
@@ -52,17 +51,15 @@ class Sample:
     reason: str = ""
     detail: str = ""
     label: str = ""
-    width: int = 0
-    height: int = 0
     digest: bytes = b""
     mask_empty: bool = False
 
 
 @dataclass
-class Report:
+class Findings:
     """The findings about one LMDB; `problems` counts entries by reason and is empty when it is clean.
 
-    `heights` (pixels) and `aspects` (width / height) count valid samples up to each power of two.
+    `lengths` counts the valid samples by the length of their labels.
     """
 
     path: str
@@ -72,8 +69,6 @@ class Report:
     problems: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
-    heights: Counter[float] = field(default_factory=Counter)
-    aspects: Counter[float] = field(default_factory=Counter)
     foreign_characters: Counter[str] = field(default_factory=Counter)
     good: array = field(default_factory=lambda: array("q"))
 
@@ -118,16 +113,16 @@ def check_sample(index: int, *, reader: LmdbReader, masks: LmdbReader | None, se
         if not segmentation:
             label = checked_label(reader.get(label_key(index)))
         image = checked_image(stored)
-        height, width = image.shape[:2]
         if segmentation or masks is not None:
-            mask_empty = not checked_mask(stored_mask(index, reader, masks), (height, width)).any()
+            mask = reader.get(mask_key(index)) if masks is None else masks.get(image_key(index))
+            mask_empty = not checked_mask(mask, image.shape[:2]).any()
         copied = masks and masks.get(label_key(index))  # training does without
         if copied is not None and copied != label.encode():
             raise RejectedError("mask of another word", f"its label is {copied!r}")
     except RejectedError as error:
         return Sample(index, *error.args, label=label)
     digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).digest()
-    return Sample(index, "", "", label, width, height, digest, mask_empty)
+    return Sample(index, "", "", label, digest, mask_empty)
 
 
 def checked_label(data: bytes | None) -> str:
@@ -141,11 +136,6 @@ def checked_label(data: bytes | None) -> str:
     if not label:
         raise RejectedError("label empty")
     return label
-
-
-def stored_mask(index: int, reader: LmdbReader, masks: LmdbReader | None) -> bytes | None:
-    """Return the encoded mask of a sample, from the mask LMDB or, for segmentation data, from `reader` itself."""
-    return reader.get(mask_key(index)) if masks is None else masks.get(image_key(index))
 
 
 def checked_mask(data: bytes | None, size: tuple[int, int]) -> np.ndarray:
@@ -164,7 +154,7 @@ def checked_mask(data: bytes | None, size: tuple[int, int]) -> np.ndarray:
 
 
 def digests_of(root: str, *, workers: int) -> set[bytes]:
-    """Return the digests of the images in every LMDB of `root`; those that cannot be decoded are passed over."""
+    """Return the digests of the images in every LMDB of `root`; those that cannot be decoded are skipped."""
     readers = map(LmdbReader, find_lmdbs(root))
     return {
         sample.digest
@@ -174,7 +164,7 @@ def digests_of(root: str, *, workers: int) -> set[bytes]:
     }
 
 
-# --- reports ----------------------------------------------------------------------------------------------------------
+# --- findings ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,7 +176,7 @@ class Checker:
     workers: int
     others: set[bytes]
 
-    def check(self, path: Path, mask_path: Path | None, log: RejectionLog) -> Report:
+    def check(self, path: Path, mask_path: Path | None, log: RejectionLog) -> Findings:
         """Check one LMDB, with its masks when `mask_path` is given."""
         reader = LmdbReader(path)
         masks = None if mask_path is None else LmdbReader(mask_path)
@@ -194,43 +184,43 @@ class Checker:
             len(masks)  # what is not a mask LMDB is named before the work begins
         indices, others = scan_keys(reader)
         try:
-            report = Report(str(path), len(reader))
+            findings = Findings(str(path), len(reader))
         except UserError:
-            report = Report(str(path), None)
-        for reason, count, detail in _count_problems(report.num_samples, indices):
-            report.problems[reason] += count
+            findings = Findings(str(path), None)
+        for reason, count, detail in _count_problems(findings.num_samples, indices):
+            findings.problems[reason] += count
             log.add(str(path), reason, detail, count)
-        report.notes["keys that nothing reads"] = others
+        findings.notes["keys that nothing reads"] = others
         digests = bytearray()  # small: there may be millions
         for sample in checked_samples(reader, masks, indices, workers=self.workers):
-            report.samples += 1
+            findings.samples += 1
             reason = sample.reason or (SHARED if sample.digest in self.others else "")
             if reason:
-                report.problems[reason] += 1
+                findings.problems[reason] += 1
                 log.add(f"{path}:{sample.index}", reason, sample.detail or sample.label)
             else:
-                self._describe(sample, report)
+                self._describe(sample, findings)
                 digests += sample.digest[:8]
-        report.notes["images that occur more than once"] = report.valid - len(np.unique(np.frombuffer(digests, "u8")))
-        report.notes = +report.notes
-        return report
+        findings.notes["images that occur more than once"] = findings.valid - len(
+            np.unique(np.frombuffer(digests, "u8"))
+        )
+        findings.notes = +findings.notes
+        return findings
 
-    def _describe(self, sample: Sample, report: Report) -> None:
+    def _describe(self, sample: Sample, findings: Findings) -> None:
         """Add a valid sample to the statistics."""
-        report.valid += 1
-        report.good.append(sample.index)
-        report.lengths[len(sample.label)] += 1
-        report.heights[_power_of_two(sample.height)] += 1
-        report.aspects[_power_of_two(sample.width / sample.height)] += 1
-        report.notes["masks without text"] += sample.mask_empty
+        findings.valid += 1
+        findings.good.append(sample.index)
+        findings.lengths[len(sample.label)] += 1
+        findings.notes["masks without text"] += sample.mask_empty
         read = sample.label
         if self.charset is not None:
             read = self.charset.normalize(sample.label)
             foreign = [c for c in sample.label if not self.charset.normalize(c)]
-            report.foreign_characters.update(foreign)
-            report.notes["labels with characters outside the charset"] += bool(foreign)
-            report.notes["labels without any character of the charset"] += bool(sample.label) and not read
-        report.notes[f"labels longer than {self.max_length}"] += len(read) > self.max_length
+            findings.foreign_characters.update(foreign)
+            findings.notes["labels with characters outside the charset"] += bool(foreign)
+            findings.notes["labels without any character of the charset"] += bool(sample.label) and not read
+        findings.notes[f"labels longer than {self.max_length}"] += len(read) > self.max_length
 
 
 def _count_problems(num_samples: int | None, indices: np.ndarray) -> Iterator[tuple[str, int, str]]:
@@ -245,80 +235,53 @@ def _count_problems(num_samples: int | None, indices: np.ndarray) -> Iterator[tu
         yield f"beyond {NUM_SAMPLES}", len(indices) - within, f"{NUM_SAMPLES} is {num_samples}, last is {indices[-1]}"
 
 
-def _power_of_two(value: float) -> float:
-    """Return the smallest power of two that is not below a positive value."""
-    return 2 ** math.ceil(math.log2(value))
-
-
-def print_report(report: Report) -> None:
+def print_findings(findings: Findings) -> None:
     """Print the findings about one LMDB."""
     counts: dict[str, Any] = {
-        NUM_SAMPLES: "none" if report.num_samples is None else report.num_samples,
-        "samples": report.samples,
-        "valid": report.valid,
-        "problems": report.problems.total(),
+        NUM_SAMPLES: "none" if findings.num_samples is None else findings.num_samples,
+        "samples": findings.samples,
+        "valid": findings.valid,
+        "problems": findings.problems.total(),
     }
-    counts |= {f"  {reason}": count for reason, count in report.problems.most_common()}
-    counts |= {f"note: {note}": count for note, count in report.notes.most_common()}
-    print_summary(report.path, counts)
-    histograms = {
-        "label length": report.lengths,
-        "height up to, pixels": report.heights,
-        "width / height up to": report.aspects,
-    }
-    for title, histogram in histograms.items():
-        for number, (value, count) in enumerate(sorted(histogram.items())):
-            bar = "#" * round(40 * count / max(histogram.values()))
-            print(f"  {'' if number else title:20} {value:>8} {count:>10,} {bar}".rstrip())
-    if report.foreign_characters:
-        shown = " ".join(f"{character!r}:{count}" for character, count in report.foreign_characters.most_common(30))
+    counts |= {f"  {reason}": count for reason, count in findings.problems.most_common()}
+    counts |= {f"note: {note}": count for note, count in findings.notes.most_common()}
+    print_summary(findings.path, counts)
+    for number, (length, count) in enumerate(sorted(findings.lengths.items())):
+        bar = "#" * round(40 * count / max(findings.lengths.values()))
+        print(f"  {'' if number else 'label length':20} {length:>8} {count:>10,} {bar}".rstrip())
+    if findings.foreign_characters:
+        shown = " ".join(f"{character!r}:{count}" for character, count in findings.foreign_characters.most_common(30))
         print(f"  characters outside the charset: {shown}")
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def write_clean_copy(report: Report, mask_path: Path | None, root: str, output: Path, *, overwrite: bool) -> None:
+def write_clean_copy(findings: Findings, mask_path: Path | None, root: str, output: Path, *, overwrite: bool) -> None:
     """Write the valid samples of a checked LMDB anew, numbered without gaps.
 
     The copy lies below `output` as the LMDB does below `root`; with masks, below `output/images`, and the masks
     likewise below `output/masks`.
     """
-    if not report.good:
-        raise UserError(f"{report.path}: has no valid sample, so there is no clean copy to write")
-    place = Path(report.path).relative_to(root)
-    copies = {Path(report.path): output / place}
+    if not findings.good:
+        raise UserError(f"{findings.path}: has no valid sample, so there is no clean copy to write")
+    place = Path(findings.path).relative_to(root)
+    copies = {Path(findings.path): output / place}
     if mask_path:
-        place = place if place.name else Path(report.path).name
-        copies = {Path(report.path): output / "images" / place, mask_path: output / "masks" / place}
+        place = place if place.name else Path(findings.path).name
+        copies = {Path(findings.path): output / "images" / place, mask_path: output / "masks" / place}
     for source, target in copies.items():
         reader = LmdbReader(source)
         with LmdbWriter(target, overwrite=overwrite) as writer:
-            for index in report.good:
+            for index in findings.good:
                 writer.append(reader.get(image_key(index)), reader.get(label_key(index)), reader.get(mask_key(index)))
-
-
-def write_contact_sheet(report: Report, mask_path: Path | None, output: Path, count: int) -> None:
-    """Draw `count` valid samples, evenly spread over the LMDB."""
-    reader = LmdbReader(report.path)
-    masks = LmdbReader(mask_path) if mask_path else None
-    cells = []
-    for place in np.unique(np.linspace(0, len(report.good) - 1, count).astype(int)):
-        index = report.good[place]
-        mask = stored_mask(index, reader, masks)
-        label = reader.get(label_key(index)) or b""
-        image = decode_image(reader.get(image_key(index)))
-        cells.append(Cell(image, f"{index} {label.decode()}", None if mask is None else decode_mask(mask)))
-    save_contact_sheet(cells, output)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("lmdb", metavar="LMDB", help="an LMDB, or a folder of LMDBs")
-    parser.add_argument(
-        "--masks", metavar="LMDB", help="its masks, found as training finds those of dataset.masks.root"
-    )
+    parser.add_argument("--masks", metavar="LMDB", help="its masks, found as those of dataset.masks.root")
     parser.add_argument("--charset", metavar="FILE", help="count label characters outside this charset")
     parser.add_argument("--max-length", type=positive, default=25, help="count longer labels (default: 25)")
     parser.add_argument("--against", metavar="LMDB", help="images that these LMDBs (test sets) have too are problems")
@@ -333,35 +296,33 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    for flag in ("fix", "rejected"):
-        path = getattr(options, flag)
-        if path and Path(path).exists() and not options.overwrite:
-            raise UserError(f"{path}: exists already; choose another --{flag} or replace it with --overwrite")
+    refuse_existing(options.fix, options.rejected, overwrite=options.overwrite)
     lmdbs = find_lmdbs(options.lmdb)
     mask_paths = [options.masks and find_mask_lmdb(options.masks, options.lmdb, path) for path in lmdbs]
     charset = Charset.from_file(options.charset) if options.charset else None
     others = digests_of(options.against, workers=options.workers) if options.against else set()
     checker = Checker(charset, options.max_length, options.workers, others)
-    reports = []
+    found: list[Findings] = []
     beside = options.fix and f"{options.fix.rstrip('/')}-rejected.tsv"
     with RejectionLog(options.rejected or beside) as log:
         for path, mask_path in zip(lmdbs, mask_paths, strict=True):
-            report = checker.check(path, mask_path, log)
-            reports.append(report)
-            print_report(report)
-            if options.contact_sheet and report.good:
+            findings = checker.check(path, mask_path, log)
+            found.append(findings)
+            print_findings(findings)
+            if options.contact_sheet and findings.good:
                 sheet = Path(options.contact_sheet)
                 if len(lmdbs) > 1:
                     sheet = sheet.with_stem("-".join([sheet.stem, *path.relative_to(options.lmdb).parts]))
-                write_contact_sheet(report, mask_path, sheet, options.cells)
-            if options.fix and len(lmdbs) > 1 and not report.good:
+                places = np.unique(np.linspace(0, len(findings.good) - 1, options.cells).astype(int))
+                save_sheet_of_lmdb(path, mask_path, [findings.good[place] for place in places], sheet)
+            if options.fix and len(lmdbs) > 1 and not findings.good:
                 log.add(str(path), "no valid sample, no copy")
             elif options.fix:
-                write_clean_copy(report, mask_path, options.lmdb, Path(options.fix), overwrite=options.overwrite)
+                write_clean_copy(findings, mask_path, options.lmdb, Path(options.fix), overwrite=options.overwrite)
     if options.json:
-        text = json.dumps([report.to_dict() for report in reports], indent=2, ensure_ascii=False)
+        text = json.dumps([findings.to_dict() for findings in found], indent=2, ensure_ascii=False)
         write_atomically(Path(options.json), lambda file: file.write(text.encode() + b"\n"))
-    return 1 if any(report.problems for report in reports) else 0
+    return 1 if any(findings.problems for findings in found) else 0
 
 
 if __name__ == "__main__":

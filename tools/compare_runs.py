@@ -14,15 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 import cv2
 import numpy as np
 from scipy.stats import binomtest, norm
 
 from evaluation.report import MARGIN, render_page
+from evaluation.tables import markdown_table
 from loading.charset import PROTOCOLS, protocol_normalizer
 from tools.support import make_parser
 from utils import UserError, run_command_line, write_atomically
@@ -30,12 +29,11 @@ from utils import UserError, run_command_line, write_atomically
 EXAMPLE = """  python tools/compare_runs.py workdir/train-abinet workdir/train
   python tools/compare_runs.py workdir/train workdir/train --model_eval vision alignment"""
 
-ALL = "all words"
 LEVEL = norm.ppf(0.975)  # of a 95 % interval
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class TestedRun:
     """What a test left in its work folder: data set -> (label, prediction) of each word, in order."""
 
     folder: Path
@@ -57,7 +55,7 @@ class Flip:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One line of the table: counts of words, and what follows from them."""
 
     name: str
@@ -72,24 +70,24 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """Accuracy of B minus that of A."""
+        """Return the accuracy of B minus that of A."""
         return (self.gained - self.lost) / self.words
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference between paired shares (Bonett and Price, 2012)."""
+        """Return the 95 % interval of the difference between paired shares (Bonett and Price, 2012)."""
         gained, lost = (self.gained + 1) / (self.words + 2), (self.lost + 1) / (self.words + 2)
         half = LEVEL * np.sqrt((gained + lost - (gained - lost) ** 2) / (self.words + 2))
         return max(gained - lost - half, -1.0), min(gained - lost + half, 1.0)
 
     @property
     def p_value(self) -> float:
-        """McNemar's exact test: how likely flips as uneven as these are where both networks are equally good."""
+        """Return the p-value of McNemar's exact test: the chance of flips as uneven if both are equally good."""
         flips = self.gained + self.lost
         return binomtest(self.gained, flips).pvalue if flips else 1.0
 
 
-def load_evaluation(folder: Path, model_eval: str | None = None) -> Evaluation:
+def load_evaluation(folder: Path, model_eval: str | None = None) -> TestedRun:
     """Read the scores and predictions of a test.
 
     Args:
@@ -113,33 +111,25 @@ def load_evaluation(folder: Path, model_eval: str | None = None) -> Evaluation:
             words[name] = [(label, text) for label, text in (line.split("\t") for line in lines)]
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: missing or damaged; run main.py --phase test again") from error
-    return Evaluation(folder, model_eval, protocol, words)
+    return TestedRun(folder, model_eval, protocol, words)
 
 
-def check_same_words(first: Evaluation, second: Evaluation) -> None:
+def check_same_words(first: TestedRun, second: TestedRun) -> None:
     """Raise `UserError` where two evaluations are not of the same words."""
-    here, there = first.words, second.words
-    if names := sorted(here.keys() ^ there.keys()):
-        raise UserError(f"{first.folder} and {second.folder}: only one has {names[0]}; test both on the same sets")
-    for name in here:
-        labels = [[label for label, _ in each.words[name]] for each in (first, second)]
-        if len(labels[0]) != len(labels[1]):
-            counts = f"{len(labels[0])} and {len(labels[1])} words"
-            raise UserError(f"{first.folder} and {second.folder}: {name} has {counts}; test both on the same LMDB")
-        for number, (label, other) in enumerate(zip(*labels, strict=True), 1):
-            if label != other:
-                found = f"word {number} of {name} is {label!r} and {other!r}"
-                raise UserError(f"{first.folder} and {second.folder}: {found}; test both on the same LMDB")
+    for name in sorted({*first.words, *second.words}):
+        labels = [[label for label, _ in each.words.get(name, [])] for each in (first, second)]
+        if labels[0] != labels[1]:
+            raise UserError(f"{first.folder} and {second.folder}: other words in {name}; test both on the same sets")
 
 
 def compare(
-    first: Evaluation, second: Evaluation, protocol: int, images: dict[str, list[tuple[str, str]]]
-) -> tuple[list[Row], list[Flip]]:
-    """Return a row for each data set, then one for all words, and the words that flipped, in order.
+    first: TestedRun, second: TestedRun, protocol: int, images: dict[str, list[tuple[str, str]]]
+) -> tuple[list[Comparison], list[Flip]]:
+    """Return a row for each data set, for several one for all words too, and the words that flipped, in order.
 
     Args:
         protocol: characters that count, 36, 62 or 94; words of which nothing counts are left out.
-        images: those of a report, as `word_images` gives them.
+        images: those of a report, as `report_images` gives them.
     """
     normalize = protocol_normalizer(protocol)
     rows, flips = [], []
@@ -156,41 +146,41 @@ def compare(
             if before != after
         ]
         gained = sum(each.gained for each in changed)
-        rows.append(Row(name, len(words), (sum(right[0]), sum(right[1])), len(changed) - gained, gained))
+        rows.append(Comparison(name, len(words), (sum(right[0]), sum(right[1])), len(changed) - gained, gained))
         flips += changed
     rows = [row for row in rows if row.words]
     if not rows:
         raise UserError(f"{first.folder}: no word has a character that counts in protocol {protocol}")
-    sums = [sum(column) for column in zip(*((r.words, *r.right, r.lost, r.gained) for r in rows), strict=True)]
-    return [*rows, Row(ALL, sums[0], (sums[1], sums[2]), sums[3], sums[4])], flips
+    if len(rows) > 1:
+        sums = [sum(column) for column in zip(*((r.words, *r.right, r.lost, r.gained) for r in rows), strict=True)]
+        rows.append(Comparison("all words", sums[0], (sums[1], sums[2]), sums[3], sums[4]))
+    return rows, flips
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows for the terminal."""
+def format_rows(rows: Sequence[Comparison]) -> str:
+    """Return the rows for the terminal."""
     lines = [("data set", "words", "A %", "B %", "B - A", "95 % interval", "only A", "only B", "p")]
-    for row in rows if len(rows) > 2 else rows[:1]:
+    for row in rows:
         low, high = row.interval
         accuracies = [f"{100 * each:.2f}" for each in row.accuracies]
         difference = f"{100 * row.difference:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}"
-        lines.append((row.name, f"{row.words}", *accuracies, *difference, f"{row.lost}", f"{row.gained}", shown_p(row)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join("  ".join(line) for line in cells)
+        lines.append((row.name, row.words, *accuracies, *difference, row.lost, row.gained, shown_p(row)))
+    return markdown_table(lines)
 
 
-def shown_p(row: Row) -> str:
-    """The p-value as people write it."""
+def shown_p(row: Comparison) -> str:
+    """Return the p-value as people write it."""
     return f"{row.p_value:.3f}" if row.p_value >= 0.001 else f"{row.p_value:.0e}"
 
 
-def verdict(row: Row) -> str:
-    """What the test says, in a sentence."""
+def verdict(row: Comparison) -> str:
+    """Return what the test says, in a sentence."""
     if row.p_value >= 0.05:
         return "The difference may be due to chance (p ≥ 0.05)."
     return f"{'B' if row.difference > 0 else 'A'} is better (p {'< 0.001' if row.p_value < 0.001 else '< 0.05'})."
 
 
-def word_images(report: Path) -> dict[str, list[tuple[str, str]]]:
+def report_images(report: Path) -> dict[str, list[tuple[str, str]]]:
     """Return data set -> (label, image as a data URI) of each word in a report, in order; empty where there is none."""
     found: dict[str, list[tuple[str, str]]] = {}
     try:
@@ -221,17 +211,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         protocols = f"{first.protocol} and {second.protocol} characters"
         raise UserError(f"{first.folder} and {second.folder}: scored on {protocols}; choose with --protocol")
     protocol = options.protocol or first.protocol
-    images = word_images(second.folder / "report") or word_images(first.folder / "report")
+    images = report_images(second.folder / "report") or report_images(first.folder / "report")
     rows, flips = compare(first, second, protocol, images)
     sides = {name: f"{each.folder} ({each.model_eval})" for name, each in (("A", first), ("B", second))}
-    names = [each.folder.resolve().name for each in (first, second)]
-    if names[0] == names[1]:
-        names = [first.model_eval, second.model_eval]
     bound = max(abs(each) for row in rows for each in row.interval)
     page = render_page(
         "compare.html.j2",
-        title=f"{names[1]} against {names[0]}",
-        rows=rows if len(rows) > 2 else rows[:1],
+        title=f"{sides['B']} against {sides['A']}",
+        rows=rows,
         bound=bound,
         flips=[
             (f"Correct only in {side}", [each for each in flips if each.gained == gained])
@@ -245,15 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = second.folder / "report" / f"compare-{first.folder.resolve().name}-{first.model_eval}.html"
     output = Path(options.output or default)
     write_atomically(output, lambda file: file.write(page.encode(errors="backslashreplace")))
-    print(*(f"{name} = {side}" for name, side in sides.items()), "", table(rows), "", verdict(rows[-1]), sep="\n")
-    for heading, gained in (("correct only in A", False), ("correct only in B", True)):
-        chosen = [flip for flip in flips if flip.gained == gained]
-        print(f"\n{heading}: {len(chosen)} words (label, A, B)")
-        for flip in chosen[: options.words]:
-            print(f"  {flip.dataset}  {flip.label}  {flip.first or '∅'}  {flip.second or '∅'}")
-        if len(chosen) > options.words:
-            print(f"  ... and {len(chosen) - options.words} more")
-    print(f"\nall of them, with images: {output}")
+    print(*(f"{name} = {side}" for name, side in sides.items()), "", format_rows(rows), "", verdict(rows[-1]), sep="\n")
+    print(f"\nthe words that only one of them gets right, with images: {output}")
     return 0
 
 
@@ -262,15 +242,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("first", metavar="A", help="work folder of a test")
     parser.add_argument("second", metavar="B", help="work folder of another test, of the same words")
-    parser.add_argument(
-        "--model_eval",
-        nargs="+",
-        metavar="NAME",
-        help="sub-model to compare, or that of A and that of B (default: the last tested)",
-    )
+    parser.add_argument("--model_eval", nargs="+", metavar="NAME", help="sub-model, or A's and B's (default: the last)")
     parser.add_argument("--protocol", type=int, choices=PROTOCOLS, help="characters that count (default: the tests')")
     parser.add_argument("--output", metavar="FILE", help="HTML page (default: B/report/compare-A-MODEL_EVAL.html)")
-    parser.add_argument("--words", type=int, default=10, help="words to print either way (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.model_eval and len(options.model_eval) > 2:
         parser.error("--model_eval takes one or two names")

@@ -1,36 +1,35 @@
 """Make the language model's training and validation words from text corpora, or from a word-frequency list.
 
 Both outputs are tab-separated with the columns `inp` and `gt` (the same word twice: dataset.use_sm makes misspellings
-during training). No word of one output is in the other, in upper or lower case.
+during training). No word of one output is in the other, in upper or lower case. Corpora may be packed (.gz, .bz2, .xz).
 """
 
 import bz2
-import csv
 import functools
 import gzip
 import hashlib
-import io
 import itertools
 import lzma
+import math
 import os
 import random
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
+from evaluation.tables import csv_text
 from loading.charset import Charset
-from tools.support import RejectionLog, make_parser, positive, print_summary, progress, seed_number
+from tools.support import RejectionLog, make_parser, positive, print_summary, progress, refuse_existing, seed_number
 from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_language_data.py data/language_train.csv data/language_test.csv
   python tools/create_language_data.py data/WikiText-103.csv data/WikiText-103_eval_d1.csv --corpus wikitext-103/
-  python tools/create_language_data.py train.csv test.csv --corpus words.txt --flatten --charset data/charset_62.txt"""
+  python tools/create_language_data.py train.csv test.csv --corpus words.txt --temperature inf"""
 
 DEFAULT_COUNT = 1_000_000  # rows drawn from the word-frequency list
 CORPUS_SUFFIXES = (".txt", ".tokens", ".raw", ".gz", ".bz2", ".xz")
@@ -45,11 +44,10 @@ _FOREIGN = "\0"  # marks a letter or digit that the charset lacks
 
 
 class WordRule:
-    """Tells which words are kept: characters of `charset`, and a length in characters from `shortest` to `longest`."""
+    """Tells which words are kept: those of the charset's characters, of which they have at most `longest`."""
 
-    def __init__(self, charset: Charset, shortest: int = 1, longest: int = 25) -> None:
+    def __init__(self, charset: Charset, longest: int = 25) -> None:
         self.charset = charset
-        self.shortest = shortest
         self.longest = longest
         self._normalize = functools.cache(self._normalized)
 
@@ -67,10 +65,8 @@ class WordRule:
         words = text.split()
         if not words:
             return [], "no letter or digit"
-        fitting = [word for word in words if self.shortest <= len(word) <= self.longest]
-        if fitting:
-            return fitting, ""
-        return [], "too long" if max(map(len, words)) > self.longest else "too short"
+        fitting = [word for word in words if len(word) <= self.longest]
+        return fitting, "" if fitting else "too long"
 
     def _normalized(self, character: str) -> str:
         foreign = _FOREIGN if character.isalnum() else "" if character in APOSTROPHES else " "
@@ -122,10 +118,8 @@ def frequency_list(language: str, seed: int) -> dict[str, float]:
     The list has only the shapes of long numbers (`0000` stands for all of four digits); a shape is filled with random
     digits here, NUMBERS_PER_SHAPE times if it has digits only, else once.
     """
-    try:
-        import wordfreq
-    except ImportError as error:
-        raise UserError("no --corpus given and wordfreq is not installed; pip install wordfreq, or name one") from error
+    import wordfreq  # takes a second
+
     try:
         words = dict(wordfreq.get_frequency_dict(language, wordlist="best"))
     except LookupError as error:
@@ -162,7 +156,7 @@ def select_words(tokens: dict[str, float], rule: WordRule, log: RejectionLog, *,
         for word in found:
             words[word] += frequency
     if not words:
-        raise UserError("no usable word in the input; check --corpus, --charset and the lengths")
+        raise UserError("no usable word in the input; check --corpus, --charset and --max-length")
     return dict(sorted(words.items()))
 
 
@@ -212,72 +206,50 @@ def draw_rows(words: dict[str, float], count: int, temperature: float, seed: int
 
 def write_rows(path: str | os.PathLike, rows: list[str]) -> None:
     """Write the language CSV, all of it or nothing."""
-
-    def write(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-        writer.writerow(("inp", "gt"))
-        writer.writerows(zip(rows, rows, strict=True))
-        text.detach()  # flushed, and left open
-
-    write_atomically(Path(path), write)
+    text = csv_text([("inp", "gt"), *zip(rows, rows, strict=True)], delimiter="\t")
+    write_atomically(Path(path), lambda file: file.write(text.encode()))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("train", metavar="TRAIN_CSV", help="file to make")
     parser.add_argument("validation", metavar="VALIDATION_CSV", help="file to make")
-    parser.add_argument(
-        "--corpus",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="UTF-8 text files (.gz, .bz2, .xz too) or folders of them",
-    )
-    parser.add_argument(
-        "--language", default="en", help="of the word-frequency list, used without --corpus (default: en)"
-    )
+    parser.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="UTF-8 text files, or folders of them")
+    parser.add_argument("--language", default="en", help="of the words without --corpus (default: %(default)s)")
     parser.add_argument("--charset", default="data/charset_36.txt", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--min-length", type=positive, default=1, help="in characters (default: 1)")
     parser.add_argument("--max-length", type=positive, default=25, help="in characters (default: 25)")
-    frequencies = parser.add_mutually_exclusive_group()
-    frequencies.add_argument("--flatten", action="store_true", help="every word equally often")
-    frequencies.add_argument(
-        "--temperature", type=float, default=1.0, help="1 keeps frequencies, more flattens them (default: 1)"
-    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="1 keeps frequencies, inf ignores them (1)")
     parser.add_argument(
         "--count",
         type=positive,
-        help="rows of both files together (default: as many as the corpus has words, with --flatten each distinct word "
-        f"once; {DEFAULT_COUNT} from the word-frequency list)",
+        help="rows of both files together (default: as many as the corpus has words, at temperature inf each distinct "
+        f"word once; {DEFAULT_COUNT} from the word-frequency list)",
     )
     parser.add_argument("--validation-share", type=float, default=0.05, help="of the distinct words (default: 0.05)")
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
     options = parser.parse_args(arguments)
-    for output in (options.train, options.validation):
-        if os.path.exists(output) and not options.overwrite:
-            raise UserError(f"{output}: exists already; choose another output or replace it with --overwrite")
+    refuse_existing(options.train, options.validation, overwrite=options.overwrite)
     if os.path.abspath(options.train) == os.path.abspath(options.validation):
         raise UserError(f"{options.train}: named for training and validation; give two files")
     if not options.temperature > 0:
         raise UserError(f"--temperature {options.temperature:g}: is not above 0; 1 keeps frequencies")
     if not 0 <= options.validation_share < 1:
         raise UserError(f"--validation-share {options.validation_share:g}: is not from 0 to below 1")
-    rule = WordRule(Charset.from_file(options.charset), options.min_length, options.max_length)
-    temperature, count = float("inf") if options.flatten else options.temperature, options.count
+    rule = WordRule(Charset.from_file(options.charset), options.max_length)
+    temperature, count = options.temperature, options.count
     with RejectionLog.beside(os.path.splitext(options.train)[0]) as log:
         if options.corpus:
             words = select_words(read_corpora(find_corpora(options.corpus), log), rule, log, countable=True)
         else:
             words = select_words(frequency_list(options.language, options.seed), rule, log, countable=False)
             words = vary_case(words) if rule.charset.has_upper_case else words
-            count = count or (None if temperature == float("inf") else DEFAULT_COUNT)
+            count = count or (None if math.isinf(temperature) else DEFAULT_COUNT)
         parts = split_words(words, options.validation_share, options.seed)
         if count is not None:
             held_back = round(count * len(parts[1]) / len(words))
             sizes = [count - held_back, held_back]
-        elif temperature == float("inf"):
+        elif math.isinf(temperature):
             sizes = [len(part) for part in parts]
         else:
             sizes = [int(sum(part.values())) for part in parts]

@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
@@ -89,13 +89,21 @@ def word_of_line(entry: bytes, *, folder: str) -> Word:
     return missing or Word(line, reason="no separator", detail="neither tab nor comma between path and label")
 
 
-def words_of_list(image_folder: str, gt_file: str, *, workers: int) -> Iterator[Word]:
-    """Yield the words of `gt_file` in its order, each read and checked, with a progress bar."""
-    if not os.path.isdir(image_folder):
-        raise UserError(f"{image_folder}: no such folder; IMAGE_FOLDER is what the paths of {gt_file} are relative to")
-    total = sum(1 for _ in read_entries(gt_file))
-    read = functools.partial(word_of_line, folder=os.path.abspath(image_folder))
-    words = map_in_processes(read, read_entries(gt_file), workers=workers, chunk_size=64)
+def words_of_list(
+    folder: str, entries: str, *, workers: int, read: Callable[..., Word] = word_of_line
+) -> Iterator[Word]:
+    """Yield the words of a list in its order, with a progress bar.
+
+    Args:
+        folder: what the paths in the list are relative to.
+        entries: file with an entry a line.
+        read: (line, folder=...) -> its word; runs in a worker.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; name the one that the paths of {entries} are relative to")
+    total = sum(1 for _ in read_entries(entries))
+    read = functools.partial(read, folder=os.path.abspath(folder))
+    words = map_in_processes(read, read_entries(entries), workers=workers, chunk_size=64)
     yield from progress(words, total=total, unit="word", description="images")
 
 

@@ -17,13 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tool
 
 import cv2
 import numpy as np
-import torch
 
-from builders import build_ssn, ssn_part
+from builders import build_ssn
 from bundle import load_ssn
 from config import load_config
 from engine import distributed
-from engine.checkpoints import load_weights, read_checkpoint
 from engine.distributed import Process
 from engine.precision import PRECISIONS
 from inference.segmenter import Segmenter
@@ -39,9 +37,8 @@ from loading.lmdb_io import (
     is_lmdb,
     label_key,
 )
-from modules.ssn import SSN
 from tools.support import RejectionLog, make_parser, positive, print_summary, progress
-from utils import UserError, first_line, run_command_line, write_atomically
+from utils import UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --checkpoint ssn.pth \\
     --input data/training/label/real --output data/masks
@@ -62,23 +59,14 @@ Word = tuple[int, np.ndarray | str]  # number from 1, and image (H, W, 3) or why
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument(
-        "--config", help="YAML whose model.ssn describes the network (default: the checkpoint's own description)"
-    )
+    parser.add_argument("--config", help="YAML that describes the network (default: the checkpoint does)")
     parser.add_argument("--checkpoint", help="weights of SSN (default: the config's model.ssn.checkpoint)")
     parser.add_argument("--input", required=True, metavar="LMDB", help="word LMDB, or a folder of them")
     parser.add_argument("--output", required=True, metavar="MASK_LMDB", help="LMDB to make, or a folder for them")
-    parser.add_argument(
-        "--areas", type=positive, nargs="+", metavar="SIDE", help="scales, pixels (default: the network's own)"
-    )
+    parser.add_argument("--areas", type=positive, nargs="+", metavar="SIDE", help="scales, pixels (default: its own)")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the fastest here")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=256,
-        help="words that are read, sorted by size and stored together (default: %(default)s)",
-    )
+    parser.add_argument("--batch-size", type=positive, default=256, help="words read and stored together (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists, from the start")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of config keys")
     return parser.parse_args(arguments)
@@ -130,50 +118,29 @@ def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
 def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
     """Return the file of SSN's weights, and SSN with them, ready for images.
 
+    The config describes the network, or else the checkpoint itself.
+
     Raises:
         UserError: the checkpoint is missing, cannot be read, or is of other widths; nothing describes the network; the
             device is not there.
     """
-    checkpoint, ssn, areas = configured_ssn(options) if options.config else carried_ssn(options)
-    own_gpu = distributed.pick_device()
-    try:
-        device = torch.device(options.device or own_gpu)
-        if device == torch.device("cuda"):
-            device = own_gpu
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device} cannot be used ({first_line(error)}); give cpu or cuda") from error
-    return Path(checkpoint), Segmenter(ssn, areas, device=device, precision=options.precision)
-
-
-def carried_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]]:
-    """Return checkpoint, network and areas as the checkpoint itself describes them."""
-    if options.overrides:
+    if options.overrides and options.config is None:
         raise UserError(f"{options.overrides[0]}: there is no config to change; give one with --config")
-    if options.checkpoint is None:
-        raise UserError("no weights: give --checkpoint, or --config with model.ssn.checkpoint in it")
-    try:
-        ssn, areas = load_ssn(options.checkpoint)
-    except UserError as error:
-        raise UserError(f"{error}, or describe its network with --config") from error
-    return options.checkpoint, ssn, options.areas or areas
-
-
-def configured_ssn(options: argparse.Namespace) -> tuple[str, SSN, Sequence[int]]:
-    """Return checkpoint, network and areas as the config describes them."""
-    config = load_config(options.config, options.overrides)
-    own = config.model.checkpoint if config.model.kind == "ssn" else None
-    checkpoint = options.checkpoint or config.model.ssn.checkpoint or own
+    config = load_config(options.config, options.overrides) if options.config else None
+    checkpoint = options.checkpoint or (config and (config.model.ssn.checkpoint or config.model.checkpoint))
     if checkpoint is None:
         raise UserError("no weights: give --checkpoint, or set model.ssn.checkpoint in the config")
-    config.model.ssn.checkpoint = None  # the command line's replaces it
-    ssn = build_ssn(config)
-    state = read_checkpoint(checkpoint)  # outside the `try`: a damaged file says nothing about widths
     try:
-        load_weights(ssn, ssn_part(state), checkpoint)
+        if config is None:
+            ssn, areas = load_ssn(checkpoint)
+        else:
+            config.model.ssn.checkpoint = checkpoint
+            ssn, areas = build_ssn(config), config.model.ssn.areas
     except UserError as error:
-        raise UserError(f"{error} (here: model.ssn of {options.config}, its widths and depths)") from error
-    return checkpoint, ssn, options.areas or config.model.ssn.areas
+        raise UserError(f"{error}; the network is described by model.ssn of {options.config or '--config'}") from error
+    # For several GPUs, `cuda` is each process's own.
+    device = distributed.pick_device(name=None if options.device == "cuda" else options.device)
+    return Path(checkpoint), Segmenter(ssn, options.areas or areas, device=device, precision=options.precision)
 
 
 class MaskOutput:

@@ -6,6 +6,7 @@ The result holds pairs of an image and a grey mask: 255 = text, 0 = background, 
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -60,64 +61,58 @@ class Truth(NamedTuple):
     boxes: list[Box] | None = None
 
 
+class DataSet(NamedTuple):
+    """How a published set is laid out and read; patterns match paths below the source, in any case.
+
+    Args:
+        read: (mask, annotation or None) -> ground truth.
+        masks: its group `stem` is the stem of the image.
+        not_images: masks of any kind.
+        annotations: of an image, with the same group.
+    """
+
+    read: Callable[[Path, Path | None], Truth]
+    masks: str
+    not_images: str
+    annotations: str = "(?!)"  # none
+
+
 class Entry(NamedTuple):
-    """An image of a set (None where it is missing), its mask, and the function that reads the ground truth."""
+    """An image of a set (None where it is missing), with its mask and its annotation if it has one."""
 
     name: str
     image: Path | None
     mask: Path
-    read: Callable[[Path], Truth]
+    annotation: Path | None
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def files_below(source: Path, suffixes: set[str]) -> list[Path]:
-    """Return every file below `source` with one of these endings (lower case), sorted."""
-    return sorted(each for each in source.rglob("*") if each.suffix.lower() in suffixes and each.is_file())
-
-
-def folders_of(path: Path, source: Path) -> list[str]:
-    """Return the names, in lower case, of the folders between `source` and a file."""
-    return [part.lower() for part in path.relative_to(source).parts[:-1]]
-
-
-def find_entries(
-    source: Path,
-    split: str | None,
-    read: Callable[[Path], Truth],
-    *,
-    suffixes: set[str],
-    is_mask: Callable[[Path], bool],
-    is_other: Callable[[Path], bool] | None = None,
-    stem_of: Callable[[Path], str] = lambda mask: mask.stem,
-) -> list[Entry]:
-    """Return an entry for each mask of a split: its image has the same stem.
-
-    Args:
-        split: folder that masks lie below; None takes all masks.
-        suffixes: of masks.
-        is_mask: whether a file with such a suffix is a mask.
-        is_other: whether a file belongs to masks of any kind, so that it is no image; None: `is_mask` tells.
-        stem_of: mask -> stem of its image.
-    """
+def find_entries(data_set: DataSet, source: Path, split: str | None) -> list[Entry]:
+    """Return an entry for each mask below a folder `split` (None: for each mask): its image has the same stem."""
     images: dict[str, list[Path]] = {}
-    for each in files_below(source, IMAGE_SUFFIXES):
-        if not (is_other or is_mask)(each):
-            images.setdefault(each.stem, []).append(each)
+    masks: list[tuple[Path, str]] = []
+    annotations: dict[str, Path] = {}
+    for path in sorted(each for each in source.rglob("*") if each.is_file()):
+        place = path.relative_to(source)
+        mask, annotation, not_image = (
+            re.fullmatch(f"(.*/)?{pattern}", place.as_posix(), re.IGNORECASE)
+            for pattern in (data_set.masks, data_set.annotations, data_set.not_images)
+        )
+        if mask and (split is None or split.lower() in map(str.lower, place.parts[:-1])):
+            masks.append((path, mask["stem"]))
+        elif annotation:
+            annotations[annotation["stem"]] = path
+        elif not not_image and path.suffix.lower() in IMAGE_SUFFIXES:
+            images.setdefault(path.stem, []).append(path)
     entries: list[Entry] = []
     names: set[str] = set()
-    for mask in files_below(source, suffixes):
-        if not is_mask(mask) or (split is not None and split.lower() not in folders_of(mask, source)):
-            continue
-        stem = stem_of(mask)
+    for mask, stem in masks:
         found = images.get(stem, [])  # of several images, the one whose folder has the name of the mask's
         image = next((each for each in found if each.parent.name == mask.parent.name), found[0] if found else None)
         candidates = itertools.chain([stem, f"{mask.parent.name}_{stem}"], (f"{stem}_{n}" for n in itertools.count(2)))
         name = next(each for each in candidates if each not in names)
         if image is not None:
             names.add(name)
-        entries.append(Entry(name, image, mask, read))
+        entries.append(Entry(name, image, mask, annotations.get(stem)))
     return entries
 
 
@@ -150,7 +145,7 @@ def classes_of(values: np.ndarray, *, text: int) -> np.ndarray:
 _CHARACTER = re.compile(r'^(#?)\s*((?:-?\d+(?:\.\d+)?[\s,]+){9})"(.*)"\s*$')
 
 
-class Character(NamedTuple):
+class AnnotatedCharacter(NamedTuple):
     """One line of an ICDAR 2013 text file."""
 
     color: tuple[int, ...]
@@ -158,19 +153,19 @@ class Character(NamedTuple):
     ignored: bool
 
 
-def parse_icdar13(text: str) -> list[list[Character]]:
+def parse_icdar13(text: str) -> list[list[AnnotatedCharacter]]:
     """Read the characters of each word: lines `R G B  x y  x1 y1 x2 y2  "c"`, `#` before ignored ones, words apart.
 
     Raises:
         RejectedError: a line that is neither such a line nor a comment.
     """
-    words: list[list[Character]] = [[]]
+    words: list[list[AnnotatedCharacter]] = [[]]
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
         match = _CHARACTER.match(line.strip())
         if match:
             values = [float(value) for value in match[2].replace(",", " ").split()]
             color, corners = tuple(map(int, values[:3])), np.reshape(values[5:], (2, 2))
-            words[-1].append(Character(color, corners, bool(match[1])))
+            words[-1].append(AnnotatedCharacter(color, corners, bool(match[1])))
         elif not line.strip():
             words.append([])
         elif not line.lstrip().startswith("#"):
@@ -178,12 +173,11 @@ def parse_icdar13(text: str) -> list[list[Character]]:
     return [word for word in words if word]
 
 
-def read_icdar13(mask_path: Path) -> Truth:
+def read_icdar13(mask_path: Path, text_path: Path | None) -> Truth:
     """Take coloured pixels as text; those of characters to ignore, and the white ones in their boxes, are ignored."""
     colors = read_values(mask_path, colours=True)
     white = (colors == 255).all(axis=2)
     mask = np.where(white, BACKGROUND, TEXT).astype(np.uint8)
-    text_path = next(iter(sorted(mask_path.parent.glob(f"{mask_path.stem}.[tT][xX][tT]"))), None)
     if text_path is None:
         return Truth(mask)
     words = parse_icdar13(text_path.read_text(encoding="utf-8", errors="replace"))
@@ -196,18 +190,6 @@ def read_icdar13(mask_path: Path) -> Truth:
     return Truth(mask, [box_around(np.concatenate(corners)) for corners in known if corners])
 
 
-def icdar13_entries(source: Path, split: str | None) -> list[Entry]:
-    """Return the images of ICDAR 2013 focused scene text, tasks 2.1 and 2.2."""
-    return find_entries(
-        source,
-        split,
-        read_icdar13,
-        suffixes={".bmp", ".png"},
-        is_mask=lambda path: path.stem.endswith("_GT"),
-        stem_of=lambda mask: mask.stem.removesuffix("_GT"),
-    )
-
-
 # --- Total-Text ------------------------------------------------------------------------------------------------------
 
 LONGEST_RECORD = 4096  # characters of one polygon; the published ones have up to 400
@@ -215,20 +197,20 @@ _RECORD = re.compile(r"(?=x:\s{0,9}\[\[)")
 _POLYGON = re.compile(r"x:\s*\[\[([^\]]*)\]\].*?y:\s*\[\[([^\]]*)\]\].*?transcriptions:\s*\[(.*?)\]\s*$", re.S | re.M)
 
 
-def read_totaltext(mask_path: Path, polygons: dict[str, Path]) -> Truth:
+def read_totaltext(mask_path: Path, polygons: Path | None) -> Truth:
     """Take grey from 128 as text (the masks are JPEGs or PNGs); words marked `#` are ignored."""
     mask = np.where(read_values(mask_path) >= 128, TEXT, BACKGROUND).astype(np.uint8)
-    if mask_path.stem not in polygons:
+    if polygons is None:
         return Truth(mask)
     boxes = []
-    records = _RECORD.split(polygons[mask_path.stem].read_text(encoding="utf-8", errors="replace"))
+    records = _RECORD.split(polygons.read_text(encoding="utf-8", errors="replace"))
     if max(map(len, records)) > LONGEST_RECORD:
-        raise RejectedError("damaged polygons", f"{polygons[mask_path.stem].name}: a record without an end")
+        raise RejectedError("damaged polygons", f"{polygons.name}: a record without an end")
     for match in filter(None, map(_POLYGON.search, records)):
         try:
             points = np.array([match[axis].replace(",", " ").split() for axis in (1, 2)], dtype=float).T  # (points, 2)
         except ValueError as error:
-            raise RejectedError("damaged polygons", f"{polygons[mask_path.stem].name}: {match[0][:60]!r}") from error
+            raise RejectedError("damaged polygons", f"{polygons.name}: {match[0][:60]!r}") from error
         if not len(points):
             continue
         if match[3].strip().strip("u'\"") == "#":
@@ -238,47 +220,24 @@ def read_totaltext(mask_path: Path, polygons: dict[str, Path]) -> Truth:
     return Truth(mask, boxes)
 
 
-def totaltext_entries(source: Path, split: str | None) -> list[Entry]:
-    """Return the images of Total-Text: `groundtruth_pixel/SPLIT` beside `Images/SPLIT`."""
-
-    def below(path: Path, start: str) -> bool:
-        return any(folder.startswith(start) for folder in folders_of(path, source))
-
-    polygons = {re.sub("^(poly_)?gt_", "", each.stem): each for each in files_below(source, {".txt"})}
-    return find_entries(
-        source,
-        split,
-        lambda mask: read_totaltext(mask, polygons),
-        suffixes=IMAGE_SUFFIXES,
-        is_mask=lambda path: below(path, "groundtruth_pixel"),
-        is_other=lambda path: below(path, "groundtruth"),  # the set has masks of whole regions as well
-    )
-
-
 # --- COCO_TS and MLT_S -----------------------------------------------------------------------------------------------
 
 
-def label_folder_entries(source: Path, split: str | None) -> list[Entry]:
-    """Return the images of COCO_TS or MLT_S: PNG masks in a folder whose name ends in `labels` or `masks`.
+def read_labels(mask_path: Path, annotation: None, *, text: int = 1) -> Truth:
+    """Take `text` as text and 0 as background; every other value, 255 above all, is ignored."""
+    return Truth(classes_of(read_values(mask_path), text=text))
 
-    Masks hold class numbers: 1 = text, 0 = background, every other value, 255 above all, is ignored. A set in whose
-    first masks nothing has the value 1, but some have 255, is binary: 255 = text, what lies between (a blurred
-    boundary) is ignored.
+
+def text_value(masks: Sequence[Path]) -> int:
+    """Return the value of text in a set: 1, or 255 if its first masks have that value and none has 1.
+
+    Such a set is binary; what lies between (a blurred boundary) is ignored.
     """
-
-    def is_mask(path: Path) -> bool:
-        return any(folder.endswith(("labels", "masks")) for folder in folders_of(path, source))
-
-    def read(mask: Path) -> Truth:
-        return Truth(classes_of(read_values(mask), text=text))
-
-    entries = find_entries(source, split, read, suffixes={".png"}, is_mask=is_mask)
     seen: set[int] = set()
-    for entry in entries[:VALUES_SCANNED]:
+    for mask in masks[:VALUES_SCANNED]:
         with contextlib.suppress(RejectedError):  # counted when its turn comes
-            seen.update(np.unique(read_values(entry.mask)).tolist())
-    text = 255 if 1 not in seen and 255 in seen else 1
-    return entries
+            seen.update(np.unique(read_values(mask)).tolist())
+    return 255 if 1 not in seen and 255 in seen else 1
 
 
 # --- TextSeg ---------------------------------------------------------------------------------------------------------
@@ -302,30 +261,30 @@ def read_textseg(mask_path: Path, annotation: Path | None) -> Truth:
     return Truth(mask, boxes)
 
 
-def textseg_entries(source: Path, split: str | None) -> list[Entry]:
-    """Return the images of TextSeg: `image`, `semantic_label`, `annotation`."""
-
-    def stem_of(mask: Path) -> str:
-        return re.sub("_mask(fg)?$", "", mask.stem)
-
-    annotations = {each.stem.removesuffix("_anno"): each for each in files_below(source, {".json"})}
-    return find_entries(
-        source,
-        split,
-        lambda mask: read_textseg(mask, annotations.get(stem_of(mask))),
-        suffixes={".png"},
-        is_mask=lambda path: "semantic_label" in folders_of(path, source),
-        is_other=lambda path: any(folder.endswith("_label") for folder in folders_of(path, source)),
-        stem_of=stem_of,
-    )
-
-
+LABEL_FOLDERS = DataSet(
+    read_labels, r"[^/]*(labels|masks)/(.*/)?(?P<stem>[^/]+)\.png", not_images="[^/]*(labels|masks)/.*"
+)
 FORMATS = {
-    "icdar13": icdar13_entries,
-    "totaltext": totaltext_entries,
-    "coco_ts": label_folder_entries,
-    "mlt_s": label_folder_entries,
-    "textseg": textseg_entries,
+    "icdar13": DataSet(
+        read_icdar13,
+        r"(?P<stem>[^/]+)_gt\.(bmp|png)",
+        not_images=r"[^/]+_gt\.\w+",
+        annotations=r"(?P<stem>[^/]+)_gt\.txt",
+    ),
+    "totaltext": DataSet(
+        read_totaltext,
+        rf"groundtruth_pixel[^/]*/(.*/)?(?P<stem>[^/]+)\.({'|'.join(each[1:] for each in sorted(IMAGE_SUFFIXES))})",
+        not_images="groundtruth[^/]*/.*",  # the set has masks of whole regions as well
+        annotations=r"(poly_)?(gt_)?(?P<stem>[^/]+)\.txt",
+    ),
+    "coco_ts": LABEL_FOLDERS,
+    "mlt_s": LABEL_FOLDERS,
+    "textseg": DataSet(
+        read_textseg,
+        r"semantic_label/(.*/)?(?P<stem>[^/]+?)(_mask(fg)?)?\.png",
+        not_images="[^/]*_label/.*",
+        annotations=r"(?P<stem>[^/]+?)(_anno)?\.json",
+    ),
 }
 
 # --- boxes -----------------------------------------------------------------------------------------------------------
@@ -381,7 +340,7 @@ def pair_lmdb(path: Path) -> Iterator[Callable[[str, str, bytes, bytes], None]]:
 
 
 def pairs_of(
-    entry: Entry, rejected: RejectionLog, *, words: bool, margin: float
+    entry: Entry, read: Callable[[Path, Path | None], Truth], rejected: RejectionLog, *, words: bool, margin: float
 ) -> Iterator[tuple[str, str, bytes, bytes]]:
     """Yield (name, file ending, encoded image, encoded mask) of a whole image or of each of its words.
 
@@ -392,7 +351,7 @@ def pairs_of(
         raise RejectedError("image missing")
     data = read_file(entry.image)
     image = checked_image(data)
-    truth = entry.read(entry.mask)
+    truth = read(entry.mask, entry.annotation)
     if truth.mask.shape != image.shape[:2]:
         raise RejectedError("mask of another size", f"(height, width) {truth.mask.shape}, image {image.shape[:2]}")
     if not words:
@@ -422,9 +381,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", metavar="NAME", help="only masks below a folder of this name, such as Train")
     parser.add_argument("--lmdb", action="store_true", help="make an LMDB instead of folders images/ and masks/")
     parser.add_argument("--words", action="store_true", help="cut out words instead of keeping whole images")
-    parser.add_argument(
-        "--margin", type=float, default=0.1, help="around words, in shorter sides of their boxes (default: %(default)s)"
-    )
+    parser.add_argument("--margin", type=float, default=0.1, help="around words, in shorter sides (%(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -438,17 +395,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--output {output}: exists already; choose another output or remove it")
     if not options.margin >= 0:
         raise UserError(f"--margin {options.margin}: is negative; give 0 or more")
-    entries = FORMATS[options.format](source, options.split)
+    data_set = FORMATS[options.format]
+    entries = find_entries(data_set, source, options.split)
     if not entries:
         where = f" below a folder {options.split}" if options.split else ""
         raise UserError(
             f"--source {source}: holds no masks of {options.format}{where}; see --help for what is expected"
         )
-    kept = 0
+    read, kept = data_set.read, 0
+    if read is read_labels:
+        read = functools.partial(read_labels, text=text_value([entry.mask for entry in entries]))
     with RejectionLog.beside(output) as rejected, (pair_lmdb if options.lmdb else pair_folder)(output) as add:
         for entry in progress(entries, total=len(entries), unit="image", description=options.format):
             try:
-                for pair in pairs_of(entry, rejected, words=options.words, margin=options.margin):
+                for pair in pairs_of(entry, read, rejected, words=options.words, margin=options.margin):
                     add(*pair)
                     kept += 1
             except RejectedError as error:

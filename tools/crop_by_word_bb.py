@@ -4,12 +4,9 @@ import functools
 import itertools
 import os
 import re
-import struct
 import sys
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
-from tools.create_lmdb_dataset import read_entries
+from tools.create_lmdb_dataset import words_of_list
 from tools.support import (
     RejectedError,
     Word,
@@ -32,10 +29,9 @@ from tools.support import (
     read_word,
     store_words,
 )
-from utils import UserError, run_command_line
+from utils import UserError, first_line, run_command_line
 
 EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
-  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST_upright --rectify
   python tools/crop_by_word_bb.py mnt/ramdisk/max/90kDICT32px/annotation_train.txt data/training/MJ/MJ_train"""
 
 MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
@@ -52,26 +48,17 @@ class Scene(NamedTuple):
     words: tuple[str, ...]
 
 
-DAMAGE = (zlib.error, struct.error, EOFError)  # of compressed parts
-
-
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     """Return the raw (imname, wordBB, txt) of every image in a gt.mat; the large `charBB` is not read."""
     from scipy import io
-    from scipy.io.matlab import MatReadError
 
     fields = ("imnames", "wordBB", "txt")
     try:
         with ProcessPoolExecutor(1) as process:  # scipy's reader can crash on a damaged file
             content = process.submit(io.loadmat, gt_file, variable_names=fields).result()
-    except OSError as error:
-        raise UserError(f"{gt_file}: cannot be read ({error.strerror or error}); name SynthText's gt.mat") from error
-    except NotImplementedError as error:
-        raise UserError(f"{gt_file}: is a MATLAB 7.3 file; save it in MATLAB as version 7") from error
-    except (MatReadError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, *DAMAGE) as error:
-        raise UserError(f"{gt_file}: is not a valid MATLAB file ({error}); copy or unpack it again") from error
-    except BrokenProcessPool as error:
-        raise UserError(f"{gt_file}: crashes the reader of MATLAB files; copy or unpack it again") from error
+    except Exception as error:  # the reader raises almost anything for a damaged file
+        cause = "MATLAB 7.3: save it as version 7" if isinstance(error, NotImplementedError) else first_line(error)
+        raise UserError(f"{gt_file}: cannot be read as a MATLAB file ({cause}); name SynthText's gt.mat") from error
     missing = [field for field in fields if field not in content]
     if missing:
         raise UserError(f"{gt_file}: has no {', '.join(missing)}; name SynthText's gt.mat")
@@ -95,7 +82,7 @@ def _text(value: Any) -> str:
     return " ".join(map(_text, np.ravel(value))) if isinstance(value, np.ndarray) else str(value)
 
 
-def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, rectify: bool, form: str) -> list[Word]:
+def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, form: str) -> list[Word]:
     """Cut every word out of one image of SynthText; runs in a worker."""
     name, boxes, words = parse_scene(raw)
     if not boxes.size and not words:
@@ -114,18 +101,16 @@ def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, rectify: bool, form: s
     for number, (box, label) in enumerate(zip(boxes.transpose(2, 1, 0).astype(np.float32), words, strict=True), 1):
         place = f"{name}#{number}"
         try:
-            found.append(Word(place, image=crop_word(image, box, rectify=rectify, form=form), label=label))
+            found.append(Word(place, image=crop_word(image, box, form=form), label=label))
         except RejectedError as error:
             found.append(Word(place, reason=error.reason, detail=f"corners {np.round(box, 1).tolist()}"))
     return found
 
 
-def crop_word(image: np.ndarray, box: np.ndarray, *, rectify: bool, form: str) -> bytes:
+def crop_word(image: np.ndarray, box: np.ndarray, *, form: str) -> bytes:
     """Cut one word out of `image` (H, W, 3) by its corners `box` (4, 2), and encode it; raises RejectedError."""
     check_box(box, image.shape[1], image.shape[0])
-    if rectify and not cv2.isContourConvex(box):
-        raise RejectedError("crossed box")
-    crop = crop_rectified(image, box) if rectify else crop_upright(image, box)
+    crop = crop_upright(image, box)
     done, encoded = cv2.imencode(f".{form}", crop[..., ::-1], FORMATS[form])
     if not done:
         raise RejectedError("too large for the format")
@@ -151,18 +136,6 @@ def crop_upright(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     return image[top:bottom, left:right]
 
 
-def crop_rectified(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Warp the four-cornered `box` of `image` to a rectangle; its first corner becomes the top left."""
-    sides = np.linalg.norm(box - np.roll(box, -1, axis=0), axis=1)  # top, right, bottom, left
-    width = max(1, round(float(max(sides[0], sides[2]))))
-    height = max(1, round(float(max(sides[1], sides[3]))))
-    target = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
-    transform = cv2.getPerspectiveTransform(box.astype(np.float32), target)
-    return cv2.warpPerspective(
-        image, transform, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
-    )
-
-
 def mjsynth_word(content: bytes, *, folder: str) -> Word:
     """Read the word of one annotation line, `./2425/1/115_Lube_45484.jpg 45484`; runs in a worker."""
     line = content.decode(errors="backslashreplace")
@@ -179,20 +152,15 @@ def mjsynth_word(content: bytes, *, folder: str) -> Word:
 def words_of(options: Any) -> Iterator[Word]:
     """Yield the words of the archive that the command line names, in its order, with a progress bar."""
     annotation = options.annotation
-    folder = os.path.abspath(options.images or os.path.dirname(os.path.abspath(annotation)))
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; --images names the folder that the images' paths are relative to")
+    folder = options.images or os.path.dirname(os.path.abspath(annotation))
     if annotation.endswith(".mat"):
         scenes = read_synthtext(annotation)
-        crop = functools.partial(crop_scene, folder=folder, rectify=options.rectify, form=options.format)
+        crop = functools.partial(crop_scene, folder=folder, form=options.format)
         results = map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
         bar = progress(results, total=len(scenes), unit="image", description="SynthText")
         yield from itertools.chain.from_iterable(bar)
     elif annotation.endswith(".txt"):
-        total = sum(1 for _ in read_entries(annotation))
-        read = functools.partial(mjsynth_word, folder=folder)
-        words = map_in_processes(read, read_entries(annotation), workers=options.workers, chunk_size=64)
-        yield from progress(words, total=total, unit="word", description="MJSynth")
+        yield from words_of_list(folder, annotation, workers=options.workers, read=mjsynth_word)
     else:
         raise UserError(f"{annotation}: is neither SynthText's gt.mat nor MJSynth's annotation_*.txt")
 
@@ -201,12 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="folder that the images' paths are relative to (default: that of ANNOTATION)"
-    )
-    parser.add_argument(
-        "--rectify", action="store_true", help="SynthText: turn each box upright by perspective, not cut around it"
-    )
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the images' paths (default: ANNOTATION's)")
     parser.add_argument("--format", choices=FORMATS, default="jpg", help="SynthText: of the crops (default: jpg)")
     add_run_arguments(parser)
     options = parser.parse_args(arguments)

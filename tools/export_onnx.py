@@ -46,7 +46,7 @@ from evaluation.evaluator import chosen_logits
 from inference.segmenter import fold_batch_norms
 from loading.batches import IMAGENET_MEAN, IMAGENET_STD
 from modules.ssn import SSN
-from tools.support import make_parser, print_summary
+from tools.support import make_parser, print_summary, refuse_existing
 from utils import UserError, run_command_line, write_atomically
 
 if TYPE_CHECKING:
@@ -220,10 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     if missing := [each for each in PACKAGES if importlib.util.find_spec(each) is None]:
         raise UserError(f"{', '.join(missing)} is not installed; install requirements-dev.txt")
-    outputs = {"--output": options.output, "--ssn-output": options.ssn_output}
-    for flag, path in outputs.items():
-        if path is not None and Path(path).exists() and not options.overwrite:
-            raise UserError(f"{flag} {path} exists; give another path or --overwrite")
+    refuse_existing(options.output, options.ssn_output, overwrite=options.overwrite)
     bundle = load_bundle(options.checkpoint, load_config(options.config) if options.config else None)
     model_eval = checked_model_eval(bundle.config, options.model_eval)
     ssn, areas = load_ssn(options.ssn) if options.ssn else (bundle.ssn, bundle.areas)

@@ -8,14 +8,13 @@ the others use the small network.
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -27,25 +26,12 @@ import torch
 import torchvision
 from torch.utils.benchmark import timer
 
-from builders import build_model
-from bundle import load_ssn
 from config import Config, load_config
-from engine.distributed import Process, pick_device
+from engine.distributed import pick_device
 from engine.precision import PRECISIONS, choose_algorithms, use_tf32
 from engine.trainer import Trainer
-from inference.prepare import prepare_for_inference
-from inference.segmenter import Segmenter
-from modules.ssn import PUBLISHED_AREAS, SSN
-from run_builders import build_training_data
-from tools.benchmark import (
-    describe_machine,
-    loading_call,
-    make_trainer,
-    without_checkpoints,
-    word_images,
-    write_rendered_words,
-)
-from tools.measuring import count_flops, count_launches, host_seconds, matrix_rate, time_in_turns
+from evaluation.tables import markdown_table
+from tools import benchmark
 from tools.support import make_parser, positive, usable_cores
 from utils import run_command_line, write_atomically
 
@@ -53,7 +39,7 @@ EXAMPLE = """  python tools/gpu_check.py
   python tools/gpu_check.py --seconds 1800 --output gpu-check.md"""
 
 ROOT = Path(__file__).resolve().parents[1]
-RENDERING = ROOT / "configs" / "render.yaml"
+CONFIGS = {"small": "small", "full size": "train", "small SSN": "small_ssn", "SSN": "train_ssn"}
 TOLERANCE = 0.02  # of the mean loss of the last steps, against fp32's
 LAST_STEPS = 10
 KEPT_BATCHES = 8  # training repeats these, so that loading does not count
@@ -70,15 +56,14 @@ class Scale:
     training_batch: int
     reading_batch: int
     mask_words: int
-    loaded_batches: int
 
 
-ON_GPU = Scale(2048, 200, 50, 40, 96, 256, 64, 20)
-ON_CPU = Scale(48, 12, 0, 3, 8, 16, 4, 3)
+ON_GPU = Scale(2048, 200, 50, 40, 96, 256, 64)
+ON_CPU = Scale(48, 12, 0, 3, 8, 16, 4)
 
 
 @dataclass
-class Row:
+class PartResult:
     """One line of the table; `verdict` is ok, failed, measured or left out."""
 
     part: str
@@ -87,46 +72,55 @@ class Row:
     verdict: str
 
 
+Result = tuple[str, str]  # what a part found, and its verdict
+
+
 class LeftOutError(Exception):
     """A part cannot be done here; the message says what it needs."""
 
 
+@dataclass
 class GpuCheck:
-    """Runs the parts one after another; a part that fails does not stop the others."""
+    """Runs the parts one after another; a part that fails does not stop the others.
 
-    def __init__(self, *, device: torch.device, scale: Scale, folder: Path, seconds: float) -> None:
-        self.device = device
-        self.scale = scale
-        self.folder = folder
-        self.deadline = time.monotonic() + seconds
-        self.rows: list[Row] = []
-        self.losses: dict[str, dict[str, list[float]]] = {"small": {}, "full size": {}}
-        self.flops: dict[str, float] = {}  # of a word in a training step
+    `losses` holds those of each network in each form, `flops` those of a word in a training step of each network.
+    """
 
-    def run(self) -> list[Row]:
+    device: torch.device
+    scale: Scale
+    folder: Path
+    deadline: float  # of time.monotonic()
+    rows: list[PartResult] = field(default_factory=list)
+    losses: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {"small": {}, "full size": {}})
+    flops: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> list[PartResult]:
         """Run all parts, those that need no compiler first."""
-        write_rendered_words(self.folder, self.scale.words, str(RENDERING))
+        benchmark.render_words_to(self.folder, self.scale.words)
         self.part("tests that need a GPU", "pytest -m gpu", self.gpu_tests, gpu=True)
         for form in PRECISIONS:
-            self.part("small network", form, lambda form=form: self.training("small", form), gpu=form == "fp16")
+            self.part("small network", form, self.training, "small", form, gpu=form == "fp16")
         for form in PRECISIONS:
-            self.part("full size", form, lambda form=form: self.training("full size", form), gpu=True)
+            self.part("full size", form, self.training, "full size", form, gpu=True)
         self.part("two equal runs", "deterministic", self.two_runs)
         self.part("kill and resume", "deterministic", self.kill_and_resume)
-        self.part("masks", "online", self.masks)
+        large, ssn = ("full size", "SSN") if self.device.type == "cuda" else ("small", "small SSN")
+        self.part("masks", ssn, self.speed, "masks", ssn, "bf16")
         for workers in dict.fromkeys((1, max(1, min(usable_cores() - 1, 16)))):
-            self.part("loading", f"workers: {workers}", lambda workers=workers: self.loading(workers))
-        self.part("reading", "fp32", lambda: self.reading("fp32", compiled=False))
-        self.part("reading", "bf16", lambda: self.reading("bf16", compiled=False))
+            settings = f"dataset.num_workers={workers}", "dataset.data_aug=true"
+            self.part("loading", f"workers: {workers}", self.speed, "loading", "small", "bf16", *settings)
+        for form in ("fp32", "bf16"):
+            self.part("reading", form, self.speed, "reading", large, form)
         # The rest needs a compiler.
-        self.part("small network", "bf16, compiled", lambda: self.training("small", "bf16", "default"), gpu=True)
-        self.part("reading", "bf16, compiled", lambda: self.reading("bf16", compiled=True), gpu=True)
+        self.part("small network", "bf16, compiled", self.training, "small", "bf16", "default", gpu=True)
+        self.part("reading", "bf16, compiled", self.speed, "reading", large, "bf16", gpu=True, compiled=True)
         for mode in ("default", "reduce-overhead"):
-            work = lambda mode=mode: self.training("full size", "bf16", mode)  # noqa: E731
-            self.part("full size", f"bf16, compiled, {mode}", work, gpu=True)
+            self.part("full size", f"bf16, compiled, {mode}", self.training, "full size", "bf16", mode, gpu=True)
         return self.rows
 
-    def part(self, name: str, form: str, work: Callable[[], tuple[str, str]], *, gpu: bool = False) -> None:
+    def part(
+        self, name: str, form: str, work: Callable[..., Result], *arguments: str, gpu: bool = False, **named: bool
+    ) -> None:
         """Do one part, which may need a GPU, and add its line."""
         print(f"{name}, {form} ...", file=sys.stderr, flush=True)
         try:
@@ -134,7 +128,7 @@ class GpuCheck:
                 raise LeftOutError("needs a GPU")
             if time.monotonic() > self.deadline:
                 raise LeftOutError("no time was left; give more --seconds")
-            result, verdict = work()
+            result, verdict = work(*arguments, **named)
         except LeftOutError as reason:
             result, verdict = str(reason), "left out"
         except Exception as error:  # whatever it is, the other parts are worth knowing
@@ -144,18 +138,18 @@ class GpuCheck:
             torch.compiler.reset()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        self.rows.append(Row(name, form, result, verdict))
+        self.rows.append(PartResult(name, form, result, verdict))
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
-    def gpu_tests(self) -> tuple[str, str]:
+    def gpu_tests(self) -> Result:
         """Run the tests that are marked gpu."""
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=self._seconds_left())
         lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]]
         return lines[-1].strip("= "), "ok" if done.returncode == 0 else "failed"
 
-    def training(self, network: str, precision: str, mode: str | None = None) -> tuple[str, str]:
+    def training(self, network: str, precision: str, mode: str | None = None) -> Result:
         """Train: losses compared with fp32's, words/s, share of the matrix rate, launches and host time of a step."""
         steps = self.scale.small_steps if network == "small" else self.scale.full_steps
         if mode is not None:
@@ -170,11 +164,13 @@ class GpuCheck:
             losses.append(trainer._step(batches[step % len(batches)], 0.0).terms["total"])
         rate = (steps - warm) * len(batches[0]) / (timer() - started)
         losses[:] = torch.stack(losses).tolist()
-        share = rate * self._flops_of_a_word(network) / matrix_rate(self.device, PRECISIONS[precision])
+        share = rate * self._flops_of_a_word(network) / benchmark.matrix_rate(self.device, PRECISIONS[precision])
         result = [f"{rate:.3g} words/s", f"{100 * share:.0f} % of the matrix rate"]
         if self.device.type == "cuda":
             call = partial(trainer._step, batches[0], 0.0)
-            launches, (host, step) = count_launches(call), host_seconds(call)
+            launches, start = benchmark.count_launches(call), timer()
+            call()
+            host, step = time.perf_counter() - start, timer() - start  # `timer` waits for the GPU
             result += [f"{launches} launches", f"host {1000 * host:.1f} of {1000 * step:.1f} ms a step"]
         reference = self.losses[network].get("fp32")
         if reference is None or precision == "fp32":
@@ -184,7 +180,7 @@ class GpuCheck:
         result.insert(0, f"loss differs by {100 * difference:.2f} % from fp32's")
         return ", ".join(result), "ok" if difference <= TOLERANCE else "failed"
 
-    def two_runs(self) -> tuple[str, str]:
+    def two_runs(self) -> Result:
         """Compare losses and weights of two runs with `training.deterministic`, bit for bit."""
         choose_algorithms(deterministic=True, search=False)
         try:
@@ -199,7 +195,7 @@ class GpuCheck:
         equal = all(torch.equal(first, second) for first, second in zip(*found, strict=True))
         return f"{len(steps)} steps {'are equal' if equal else 'differ'} bit for bit", "ok" if equal else "failed"
 
-    def kill_and_resume(self) -> tuple[str, str]:
+    def kill_and_resume(self) -> Result:
         """Kill and resume `main.py`, and compare every logged loss with those of a run that was left alone."""
         half, whole = self.scale.resumed_steps, 2 * self.scale.resumed_steps
         self._main("whole", whole).wait(self._seconds_left())
@@ -217,58 +213,29 @@ class GpuCheck:
         result = f"killed after step {killed} of {whole}: losses {'equal' if equal else 'differ'} bit for bit"
         return result, "ok" if equal else "failed"
 
-    def masks(self) -> tuple[str, str]:
-        """Predict masks: W48 at the published eight scales on a GPU, the shipped weights on a CPU."""
-        if self.device.type == "cuda":
-            name, ssn, areas = "W48 at eight scales", SSN(), PUBLISHED_AREAS
-        else:
-            name, (ssn, areas) = "shipped weights", load_ssn(ROOT / "weights" / "binet-small.pth")
-        segmenter = Segmenter(ssn, areas, device=self.device)
-        images = word_images(self.scale.mask_words)
-        rate = len(images) / time_in_turns({"masks": partial(segmenter, images)}, runs=1)["masks"].median
-        return f"{name}: {rate:.1f} words/s in {segmenter.precision}", "measured"
-
-    def loading(self, workers: int) -> tuple[str, str]:
-        """Load words of an LMDB: decoding, augmentation, collation."""
-        config = self._config("small", f"dataset.num_workers={workers}", "dataset.data_aug=true")
-        loader = build_training_data(config, device=self.device, process=Process())
-        call = loading_call(loader, self.scale.loaded_batches * workers)
-        call()  # waits for the workers to start
-        started = timer()
-        words = call()
-        return f"{words / (timer() - started):.0f} words/s", "measured"
-
-    def reading(self, precision: str, *, compiled: bool) -> tuple[str, str]:
-        """Read with the prepared form of the full-size network, or of the small one on a CPU."""
+    def speed(self, task: str, network: str, precision: str, *overrides: str, compiled: bool = False) -> Result:
+        """Measure a task of tools/benchmark.py."""
         if compiled:
             self._need_compiler()
-        network = "full size" if self.device.type == "cuda" else "small"
-        config = self._config(network)
-        model = build_model(config).to(self.device)
-        model = prepare_for_inference(model, precision=precision, compile=compiled)
-        height, width, words = config.dataset.image_height, config.dataset.image_width, self.scale.reading_batch
-        images = torch.randn(words, 3, height, width, device=self.device)
-        masks = torch.rand(words, 1, height, width, device=self.device)
-        timing = time_in_turns({"reading": lambda: model(images, masks)})["reading"]
-        return f"{network}, batch of {words}: {words / timing.median:.0f} words/s", "measured"
+        words = self.scale.mask_words if task == "masks" else self.scale.reading_batch
+        flags = ["--device", self.device.type, "--precision", precision, "--batch-size", str(words), "--runs", "3"]
+        flags += ["--config", network, *([] if compiled else ["--no-compile"])]
+        options = benchmark.parse_arguments([task, *flags])
+        measured = benchmark.Benchmark(options, self._config(network, *overrides))
+        getattr(measured, task)()
+        rates = [f"{row['task']}, {row['form']}: {row['rate']:.3g} words/s" for row in measured.rows]
+        return "; ".join(rates), "measured"
 
     # --- what the parts share -----------------------------------------------------------------------------------------
 
     def _config(self, network: str, *overrides: str) -> Config:
-        name = {"small": "small", "full size": "train"}[network]
-        settings = [
-            f"dataset.train.roots=[{json.dumps(str(self.folder / 'images'))}]",
-            "dataset.test.roots=[]",
-            f"dataset.masks.root={json.dumps(str(self.folder / 'masks'))}",
-            f"dataset.train.batch_size={self.scale.training_batch}",
-            f"dataset.charset_path={json.dumps(str(ROOT / 'data' / 'charset_36.txt'))}",
-            f"dataset.cache_dir={json.dumps(str(self.folder / 'cache'))}",
-            "dataset.num_workers=0",
-            "dataset.data_aug=false",
-            f"global.workdir={json.dumps(str(self.folder / 'runs'))}",
-            *overrides,
-        ]
-        return without_checkpoints(load_config(ROOT / "configs" / f"{name}.yaml", settings))
+        """Return the config of a network on the rendered words, loaded in this process and without augmentation."""
+        settings = [f"dataset.charset_path={json.dumps(str(ROOT / 'data' / 'charset_36.txt'))}"]
+        settings += ["dataset.num_workers=0", "dataset.data_aug=false"]
+        config = load_config(ROOT / "configs" / f"{CONFIGS[network]}.yaml", [*settings, *overrides])
+        config.dataset.train.batch_size = self.scale.training_batch
+        config.run.workdir = str(self.folder / "runs")
+        return benchmark.trained_on(benchmark.without_checkpoints(config), self.folder)
 
     def _trainer(
         self, network: str, *overrides: str, compile_mode: str | None = None, dropout: bool = False
@@ -277,12 +244,12 @@ class GpuCheck:
         compiling = [] if compile_mode is None else ["training.compile=true", f"training.compile_mode={compile_mode}"]
         rates = [] if dropout else ["model.vision.dropout=0.0", "model.language.dropout=0.0"]
         config = self._config(network, *overrides, *compiling, *rates)
-        return make_trainer(config, device=self.device, batches=KEPT_BATCHES)
+        return benchmark.make_trainer(config, device=self.device, batches=KEPT_BATCHES)
 
     def _flops_of_a_word(self, network: str) -> float:
         if network not in self.flops:
             trainer, (batch, *_) = self._trainer(network)
-            self.flops[network] = count_flops(partial(trainer._step, batch, 0.0))["Global"] / len(batch)
+            self.flops[network] = benchmark.count_flops(partial(trainer._step, batch, 0.0)) / len(batch)
         return self.flops[network]
 
     def _main(self, name: str, steps: int, *arguments: str) -> subprocess.Popen:
@@ -307,42 +274,18 @@ class GpuCheck:
             raise LeftOutError("needs a C compiler")
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Return what the numbers depend on beside the code."""
-    found = describe_machine(device) | {"torchvision": torchvision.__version__, "python": platform.python_version()}
-    found |= {"cores": usable_cores(), "compiler": shutil.which("cc") or "none"}
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-        found |= {
-            "GPU memory": f"{memory:.0f} GiB",
-            "CUDA": torch.version.cuda,
-            "cuDNN": torch.backends.cudnn.version(),
-        }
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        if shutil.which(query[0]):
-            found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-    return {name: str(value) for name, value in found.items()}
-
-
-def report(facts: dict[str, str], rows: Sequence[Row], seconds: float) -> Iterator[str]:
-    """Yield the lines of `gpu-check.md`."""
-    yield f"`make gpu-check`, {seconds:.0f} s. " + ", ".join(f"{name}: {value}" for name, value in facts.items())
-    yield ""
-    yield "| part | form | result | verdict |"
-    yield "|---|---|---|---|"
-    for row in rows:
-        yield f"| {row.part} | {row.form} | {row.result.replace('|', '/')} | {row.verdict} |"
+def report(facts: dict[str, object], rows: Sequence[PartResult], seconds: float) -> str:
+    """Return the content of `gpu-check.md`."""
+    head = f"`make gpu-check`, {seconds:.0f} s. " + ", ".join(f"{name}: {value}" for name, value in facts.items())
+    cells = [[row.part, row.form, row.result.replace("|", "/"), row.verdict] for row in rows]
+    return f"{head}\n\n{markdown_table([['part', 'form', 'result', 'verdict'], *cells], left=4)}\n"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument(
-        "--output", default="gpu-check.md", metavar="FILE", help="where to write the table (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seconds", metavar="N", type=positive, default=480, help="start no part after so long (default: %(default)s)"
-    )
+    parser.add_argument("--output", default="gpu-check.md", metavar="FILE", help="table to write (%(default)s)")
+    parser.add_argument("--seconds", metavar="N", type=positive, default=480, help="start no part later (%(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -357,12 +300,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
     use_tf32(False)
     choose_algorithms(deterministic=False, search=True)
-    facts = environment(device)
+    facts = benchmark.describe_machine(device) | {"torchvision": torchvision.__version__, "cores": usable_cores()}
+    facts |= {"cuDNN": torch.backends.cudnn.version(), "compiler": shutil.which("cc") or "none"}
     with TemporaryDirectory() as folder:
         scale = ON_GPU if device.type == "cuda" else ON_CPU
-        check = GpuCheck(device=device, scale=scale, folder=Path(folder), seconds=options.seconds)
+        check = GpuCheck(device, scale, Path(folder), time.monotonic() + options.seconds)
         rows = check.run()
-    text = "\n".join(report(facts, rows, time.monotonic() - started)) + "\n"
+    text = report(facts, rows, time.monotonic() - started)
     write_atomically(Path(options.output), lambda file: file.write(text.encode()))
     print(text, end="")
     return int(any(row.verdict == "failed" for row in rows))

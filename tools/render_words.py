@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 import argparse
 import json
@@ -19,11 +17,19 @@ import json
 import cv2
 import numpy as np
 
-from evaluation.contact_sheet import Cell, save_contact_sheet
+from evaluation.contact_sheet import save_sheet_of_lmdb
 from loading.lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import BACKGROUND_KINDS, OutputConfig
-from tools.support import make_parser, map_in_processes, positive, print_summary, progress, seed_number, usable_cores
+from tools.support import (
+    add_run_arguments,
+    make_parser,
+    map_in_processes,
+    positive,
+    print_summary,
+    progress,
+    seed_number,
+)
 from utils import is_folder_name, run_command_line
 
 EXAMPLE = """  python tools/render_words.py --output data/rendered --name words --count 10000 --seed 0
@@ -79,8 +85,8 @@ def render_words(config: RenderConfig, count: int, *, seed: int, workers: int) -
     return progress(words, total=count, unit="word", description="words")
 
 
-def store_words(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> list[EncodedWord]:
-    """Write both LMDBs, which appear together at the end; return the words, all but the first without their images."""
+def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> list[EncodedWord]:
+    """Write both LMDBs, which appear together at the end; return the words without their images."""
     paths = output / "images" / name, output / "masks" / name
     new = [path for path in paths if not path.exists()]
     kept: list[EncodedWord] = []
@@ -89,7 +95,7 @@ def store_words(words: Iterator[EncodedWord], output: Path, name: str, *, overwr
             for word in words:
                 images.append(word.image, word.text)
                 masks.append(word.mask, word.text)
-                kept.append(word if len(kept) < SHEET_WORDS else word._replace(image=b"", mask=b""))
+                kept.append(word._replace(image=b"", mask=b""))
             images.commit()  # a full disk shows here, before either has its name
             masks.commit()
     except BaseException:
@@ -100,40 +106,15 @@ def store_words(words: Iterator[EncodedWord], output: Path, name: str, *, overwr
     return kept
 
 
-def draw_sheet(words: list[EncodedWord], path: Path) -> None:
-    """Save a sheet of the first words: image, mask, and mask over the image."""
-    cells = []
-    for word in words[:SHEET_WORDS]:
-        image = cv2.imdecode(np.frombuffer(word.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-        mask = cv2.imdecode(np.frombuffer(word.mask, np.uint8), cv2.IMREAD_GRAYSCALE)
-        cells.append(Cell(image, word.text, mask))
-    save_contact_sheet(cells, path)
-
-
-def read_settings(options: argparse.Namespace) -> RenderConfig:
-    """Return the settings of the YAML file, then those of the overrides, then those of the flags."""
-    flags = {"difficulty": options.difficulty, "photos": options.photos}
-    chosen = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
-    return load_render_config(options.config, [*options.overrides, *chosen])
-
-
-def share(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
-
-
 def folder_name(text: str) -> str:
-    """An argparse type: the name of one folder."""
+    """Parse the name of one folder, for argparse."""
     if not is_folder_name(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of one folder")
     return text
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; settings may stand before, between and after the flags."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as background=clutter")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of images/ and masks/")
@@ -141,26 +122,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=positive, default=10000, help="number of words (default: 10000)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of the words (default: 0)")
     parser.add_argument("--config", metavar="YAML", help="settings, such as configs/render.yaml (default: built in)")
-    parser.add_argument("--difficulty", type=share, metavar="0..1", help="0: clear words, 1: hard ones")
+    parser.add_argument("--difficulty", type=float, metavar="0..1", help="0: clear words, 1: hard ones")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs for backgrounds")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help=f"image of the first {SHEET_WORDS} words")
-    parser.add_argument(
-        "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the LMDBs when they exist")
-    return parser
+    add_run_arguments(parser)
+    options = parser.parse_intermixed_args(arguments)
+    flags = {"difficulty": options.difficulty, "photos": options.photos}
+    options.overrides += [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # Intermixed: settings may stand before, between and after the flags.
-    options = build_parser().parse_intermixed_args(arguments)
-    config = read_settings(options)
+    options = parse_arguments(arguments)
+    config = load_render_config(options.config, options.overrides)
     start = time.perf_counter()
     words = render_words(config, options.count, seed=options.seed, workers=options.workers)
-    kept = store_words(words, options.output, options.name, overwrite=options.overwrite)
+    kept = write_lmdbs(words, options.output, options.name, overwrite=options.overwrite)
     seconds = time.perf_counter() - start
     if options.contact_sheet:
-        draw_sheet(kept, options.contact_sheet)
+        paths = (options.output / kind / options.name for kind in ("images", "masks"))
+        save_sheet_of_lmdb(*paths, range(1, min(len(kept), SHEET_WORDS) + 1), options.contact_sheet)
     counts: dict[str, object] = {"words": len(kept), "different texts": len({word.text for word in kept})}
     counts["font families"] = len({word.family for word in kept})
     kinds = Counter(word.background for word in kept)

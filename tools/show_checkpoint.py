@@ -1,17 +1,14 @@
 """Print what a checkpoint holds and how it came to be: form, network, parameters, scores, command, versions, hours."""
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # lets `python tools/NAME.py` find the repository's modules
-
-from torch import Tensor
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from engine.checkpoints import checkpoint_weights, read_checkpoint
 from tools.support import make_parser, print_summary
@@ -26,8 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     state = read_checkpoint(options.checkpoint)
-    print_summary(f"{options.checkpoint}: {form_of(state)}", contents(state))
+    charset, name = state.get("charset"), section(section(state, "config"), "model").get("name", UNKNOWN)
+    iteration = section(state, "training").get("iteration", state.get("iteration", UNKNOWN))
+    facts = {
+        "network": printable(str(name)),
+        "characters": len(charset) if isinstance(charset, str | list) else UNKNOWN,
+        "iteration": printable(str(iteration)),
+    }
+    print_summary(f"{options.checkpoint}: {form_of(state)}", facts)
     print_summary("parameters", parameter_counts(state))
+    show("scores", state.get("scores"))
     show_provenance("training", state)
     if "ssn" in state:
         show_provenance("training of the SSN", section(state, "ssn"))
@@ -47,81 +52,38 @@ def form_of(state: Mapping[str, Any]) -> str:
     return "weights alone" if "model" in state else "a plain state_dict"
 
 
-def contents(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return network, characters, iteration and scores."""
-    name = section(section(state, "config"), "model").get("name")
-    charset = state.get("charset")
-    iteration = section(state, "training").get("iteration", state.get("iteration"))
-    weighted = section(section(state, "scores"), "weighted")
-    scores = {f"weighted {metric}": value for metric, value in weighted.items() if metric != "samples"}
-    return {
-        "network": known(name),
-        "characters": len(charset) if isinstance(charset, str | list) else UNKNOWN,
-        "iteration": known(iteration),
-        "words or images scored": known(weighted.get("samples")),
-        **{printable(str(metric)): known(value) for metric, value in scores.items()},
-    }
-
-
 def parameter_counts(state: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of parameters of each sub-model and in all; the SSN of a bundle is one of them."""
     counts: Counter[str] = Counter()
-    for name, tensor in checkpoint_weights(state).items():
-        counts[printable(name.split(".")[0])] += learnt(name, tensor)
-    if "ssn" in state:
-        counts["ssn"] = sum(learnt(*each) for each in checkpoint_weights(section(state, "ssn")).items())
+    parts = [("", state), *([("ssn", section(state, "ssn"))] if "ssn" in state else [])]
+    for part, content in parts:
+        for name, tensor in checkpoint_weights(content).items():
+            if name.split(".")[-1] not in BUFFERS:
+                counts[part or printable(name.split(".")[0])] += tensor.numel()
     counts["all"] = counts.total()
     return dict(counts)
 
 
-def learnt(name: str, tensor: Tensor) -> int:
-    """Return the number of parameters in a tensor; none if it is a buffer."""
-    return 0 if name.split(".")[-1] in BUFFERS else tensor.numel()
-
-
 def show_provenance(heading: str, state: Mapping[str, Any]) -> None:
-    """Print hours and samples, and how the run was started and resumed."""
-    carried = section(state, "provenance")
-    if not carried:
-        print(f"{heading}\n  {UNKNOWN}: command, versions, commit, device, hours, words seen")
-        return
-    starts = carried.get("starts")
-    starts = [start for start in starts if isinstance(start, Mapping)] if isinstance(starts, list) else []
-    # Of a run that is older than its provenance, only what came after the first resume was counted.
-    least = ", at least" if starts and starts[0].get("iteration") else ""
-    counts = {f"hours{least}": carried.get("hours"), f"words or images seen{least}": carried.get("samples")}
-    print_summary(heading, {name: known(count) for name, count in counts.items()})
-    for start in starts:
-        versions = ", ".join(f"{name} {version}" for name, version in section(start, "versions").items())
-        commit = known(start.get("commit"))
-        state_of_tree = {True: " with changes", False: " without changes"}.get(start.get("dirty"), "")
-        rows = {
-            "at iteration": known(start.get("iteration")),
-            "time": known(start.get("time")),
-            "command": known(start.get("command")),
-            "versions": printable(versions) or UNKNOWN,
-            "commit": commit + state_of_tree,
-            "device": known(start.get("device")),
-            "processes": known(start.get("processes")),
-        }
-        print_summary("resumed" if start.get("iteration") else "started", rows)
-    if least:
-        print(f"  iterations up to {known(starts[0]['iteration'])} have no record; theirs are not in these numbers")
+    """Print how a network came to be, and whether its hours and samples are lower bounds."""
+    show(heading, state.get("provenance"))
+    starts = section(state, "provenance").get("starts")
+    first = starts[0] if isinstance(starts, list) and starts else None
+    if isinstance(first, Mapping) and first.get("iteration"):  # the run is older than its provenance
+        missing = printable(str(first["iteration"]))
+        print(f"  hours and samples are lower bounds: iterations up to {missing} have no record")
+
+
+def show(heading: str, content: Any) -> None:
+    """Print a part of a checkpoint that holds plain data, as JSON."""
+    text = json.dumps(content, indent=2, default=str) if content else UNKNOWN
+    print(heading, *(f"  {printable(line)}" for line in text.splitlines()), sep="\n")
 
 
 def section(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return a mapping inside a checkpoint; empty if there is none."""
     value = state.get(name)
     return value if isinstance(value, Mapping) else {}
-
-
-def known(value: Any) -> Any:
-    """Return a value as it is printed."""
-    if value is None:
-        return UNKNOWN
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return value if isinstance(value, int) else printable(str(value))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

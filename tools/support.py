@@ -1,6 +1,7 @@
 """Shared by the command-line tools: arguments, worker processes, the list of rejected entries, the summary."""
 
 import argparse
+import contextlib
 import itertools
 import os
 import stat
@@ -17,9 +18,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from loading.decoding import MAX_PIXELS, BrokenImageError, ImageArray, decode_image
-from loading.lmdb_io import LmdbWriter
+from loading.lmdb_io import LmdbReader, LmdbWriter, image_key, label_key
 from loading.workers import use_one_thread
-from utils import ArgumentParser, UserError, write_atomically
+from utils import ArgumentParser, UserError, printable, write_atomically
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,7 +38,7 @@ def make_parser(description: str, example: str) -> ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """Parse a whole number from 1, for argparse."""
+    """Parse a positive integer, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
@@ -45,7 +46,7 @@ def positive(text: str) -> int:
 
 
 def seed_number(text: str) -> int:
-    """Parse a whole number that every generator takes as a seed, for argparse."""
+    """Parse an integer that every generator takes as a seed, for argparse."""
     number = int(text)
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
@@ -59,10 +60,15 @@ def usable_cores() -> int:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all tools on LMDBs of words share."""
-    parser.add_argument(
-        "--workers", type=positive, default=usable_cores(), help="worker processes (default: the cores)"
-    )
+    parser.add_argument("--workers", type=positive, default=usable_cores(), help="processes (default: the cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists")
+
+
+def refuse_existing(*outputs: str | os.PathLike | None, overwrite: bool) -> None:
+    """Raise UserError if an output exists and is not to be replaced; None is no output."""
+    for output in outputs:
+        if output is not None and not overwrite and os.path.exists(output):
+            raise UserError(f"{output}: exists already; choose another output or replace it with --overwrite")
 
 
 def progress(
@@ -128,12 +134,7 @@ class RejectionLog:
         """Note that `entry`, which stands for so many words, was left out."""
         self.counts[reason] += words
         if self.path is not None:
-            self._rows.append(f"{_one_field(entry)}\t{reason}\t{_one_field(detail)}\n")
-
-
-def _one_field(text: str) -> str:
-    """Escape the characters of a text that would break a line of a tab-separated file."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+            self._rows.append(f"{printable(entry)}\t{reason}\t{printable(detail)}\n")
 
 
 def print_summary(heading: str, counts: dict[str, Any], log: RejectionLog | None = None) -> None:
@@ -160,6 +161,15 @@ def checked_image(data: bytes) -> ImageArray:
         return decode_image(data)
     except BrokenImageError as error:
         raise RejectedError("damaged image", str(error)) from error
+
+
+def decoded_words(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[tuple[int, ImageArray, str]]:
+    """Yield number, image and label of some words of an LMDB; those whose image cannot be decoded are left out."""
+    reader = LmdbReader(path)
+    for number in numbers:
+        label = (reader.get(label_key(number)) or b"").decode("utf-8", "replace").strip()
+        with contextlib.suppress(BrokenImageError):
+            yield number, decode_image(reader.get(image_key(number)) or b""), label
 
 
 def inside(folder: str, name: str) -> str | None:

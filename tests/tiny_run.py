@@ -122,7 +122,7 @@ class Run:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 180) -> None:
         """Wait for something that the run does."""
         end = time.monotonic() + seconds
         while not condition():

@@ -14,7 +14,7 @@ from yaml_io import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.endswith("render"))
-RECIPES = [path for path in CONFIGS if path.stem != "template"]
+RECIPES = [path for path in CONFIGS if path.stem not in ("template", "small_real_words")]
 
 PUBLISHED = """
 global:
@@ -430,6 +430,16 @@ def test_recipes_open_with_their_command_and_hold_only_what_differs(path):
         except UserError:
             continue
         assert without != config, f"{'.'.join(names)} repeats the default"
+
+
+def test_the_real_words_go_after_another_small_config():
+    words = FOLDER / "small_real_words.yaml"
+    assert f"--config=configs/{words.name}" in words.read_text().split("dataset:")[0]
+    for name in ("small", "small_abinet", "small_pretrain_vision"):
+        dataset = load_config([FOLDER / f"{name}.yaml", words]).dataset
+        assert len(dataset.train.roots) == len(dataset.train.shares)
+        assert [sum(shares) for shares in zip(*dataset.train.shares, strict=True)] == pytest.approx([1, 1])
+        assert dataset.data_aug is True
 
 
 def test_recipes_as_published():

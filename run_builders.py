@@ -281,8 +281,8 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
         callbacks = build_callbacks(config, data=data, device=device, process=process)
     model = build_model(with_checkpoint(config, None) if resumed else config)
     model = distributed.synchronized(model, config.training.sync_batchnorm)
-    # The layout that a GPU's convolutions are fastest in; before the optimiser makes momenta in the same one.
-    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    # The layout that convolutions are fastest in; before the optimiser makes momenta in the same one.
+    model.to(device, memory_format=torch.channels_last)
     criterion = build_criterion(config)
     batches = len(data.batch_sampler)
     iterations = config.training.iterations or config.training.epochs * batches

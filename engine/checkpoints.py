@@ -269,6 +269,8 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         found = {name: torch.as_tensor(value).shape for name, value in momenta.items()}
         if found.pop("step", torch.Size()).numel() != 1 or found != dict.fromkeys(names, parameter.shape):
             raise ValueError("the state of the optimizer is damaged")
+        for name in names:  # in the memory format of the parameter: torch's fused kernels take it for granted
+            momenta[name] = torch.empty_like(parameter, requires_grad=False).copy_(momenta[name])
         restored[place] = momenta
     optimizer.load_state_dict({"state": restored, "param_groups": ours})
 

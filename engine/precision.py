@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,32 +79,6 @@ def training_arithmetic(device: torch.device, precision: str) -> Iterator[None]:
             )
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else it multiplies in float32
         yield
-
-
-class ChannelSum(nn.Conv2d):
-    """A 1x1 convolution to one channel, computed as a sum."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """maps (N, C, H, W) -> (N, 1, H, W)."""
-        return (maps * self.weight.view(1, -1, 1, 1)).sum(dim=1, keepdim=True) + self.bias
-
-
-def sum_few_channels(network: nn.Module) -> None:
-    """Make a CPU compute 1x1 convolutions of one or two channels to one as sums; changes the network in place.
-
-    oneDNN takes fifteen times as long for batches of 16 or more: a tenth of a small network's training step.
-    """
-    for module in network.modules():
-        if type(module) is nn.Conv2d and module.weight.shape in ((1, 1, 1, 1), (1, 2, 1, 1)):
-            module.__class__ = ChannelSum
-
-
-def prefers_channels_last(device: torch.device, precision: str) -> bool:
-    """Return whether training uses channels-last memory, in which convolutions are faster.
-
-    A CPU in float32 does not: its sums over a batch would depend more on the number of processes that share it.
-    """
-    return device.type != "cpu" or precision != "fp32"
 
 
 def channels_last(value: Tensor | None) -> Tensor | None:

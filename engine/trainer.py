@@ -25,7 +25,7 @@ from engine.averaging import AveragedWeights, running_statistics
 from engine.checkpoints import restore_optimizer
 from engine.distributed import Process
 from engine.optimization import frozen_parts
-from engine.precision import channels_last, prefers_channels_last, sum_few_channels, training_arithmetic
+from engine.precision import channels_last, training_arithmetic
 from engine.provenance import Provenance
 from utils import UserError, first_line
 
@@ -135,8 +135,6 @@ class Trainer:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(model)
         self._frozen = frozen_parts(model)
-        if device.type == "cpu":
-            sum_few_channels(model)
         self._network = distributed.parallel(model, device, find_unused_parameters=find_unused_parameters)
         self._compiled = None if compile_mode is None else torch.compile(self._network, mode=compile_mode)
 
@@ -302,8 +300,7 @@ class Trainer:
 
     def _inputs(self, part: Any) -> Iterable[Tensor | None]:
         """Return the inputs of the network in the memory format in which convolutions are fastest."""
-        laid_out = prefers_channels_last(self.device, self.precision)
-        return map(channels_last, part.inputs()) if laid_out else part.inputs()
+        return map(channels_last, part.inputs())
 
     def share_statistics(self) -> None:
         """Average the running statistics of the processes before the network is evaluated or saved.

@@ -1,11 +1,15 @@
 """A run's checkpoints: their order, what a resume sets aside, what older versions wrote."""
 
+import copy
+
 import pytest
 import tiny_run
 import torch
 from tiny_run import folder_of, run, write_config
+from torch import nn
 
-from engine.checkpoints import newest_valid_checkpoint, saved_checkpoints, set_aside_later
+from engine.checkpoints import newest_valid_checkpoint, restore_optimizer, saved_checkpoints, set_aside_later
+from engine.optimization import make_optimizer, parameter_groups
 
 
 def test_checkpoints_of_a_run_are_told_from_other_files(tmp_path):
@@ -48,3 +52,25 @@ def test_a_refused_resume_renames_nothing(tmp_path):
     refused = tiny_run.start(config, f"--resume={older}", "optimizer.type=SGD")
     assert refused.wait() == 2, refused.text()
     assert sorted(path.name for path in folder_of(config).glob("*.pth")) == before
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_a_run_resumes_in_another_memory_format(kind):
+    """Earlier versions trained with contiguous weights on a CPU."""
+    torch.manual_seed(0)
+    old = nn.Conv2d(4, 5, 3)
+    new = copy.deepcopy(old).to(memory_format=torch.channels_last)
+    image = torch.randn(2, 4, 5, 5)
+    optimizers = [make_optimizer(kind, parameter_groups(each, lr=0.1, weight_decay=0.0)) for each in (old, new)]
+
+    def step(network, optimizer):
+        network(image).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(old, optimizers[0])
+    new.load_state_dict(old.state_dict())
+    restore_optimizer(optimizers[1], copy.deepcopy(optimizers[0].state_dict()))
+    for network, optimizer in zip((old, new), optimizers, strict=True):
+        step(network, optimizer)
+    torch.testing.assert_close(new.weight, old.weight)

@@ -1,6 +1,5 @@
 """Precisions: what autocast computes in, and a device's own choice."""
 
-import copy
 import os
 
 import pytest
@@ -9,18 +8,15 @@ from torch.nn import functional as F
 
 from engine.precision import (
     PRECISIONS,
-    ChannelSum,
     autocast,
     channels_last,
     choose_algorithms,
     fastest_precision,
-    sum_few_channels,
     training_arithmetic,
     use_tf32,
     without_search,
 )
 from modules.transformer import TransformerEncoder
-from tests.reference import known_inputs, small_recogniser
 
 CPU = torch.device("cpu")
 
@@ -88,18 +84,6 @@ def test_16_bit_training_on_a_cpu_uses_unfused_attention(name):
     torch.testing.assert_close(
         output.float(), F.scaled_dot_product_attention(query, query, query), rtol=0.05, atol=0.05
     )
-
-
-def test_sums_of_few_channels_compute_what_the_convolutions_do():
-    network = small_recogniser().eval()
-    swapped = copy.deepcopy(network)
-    sum_few_channels(swapped)
-    refinement = copy.deepcopy(swapped).vision.mask_refinement
-    assert {type(refinement.rf), type(refinement.rf2)} == {ChannelSum}
-    assert list(swapped.state_dict()) == list(network.state_dict())
-    image, mask, *_ = known_inputs(5, 2)
-    masks = [each(image, mask).vision.refined_mask for each in (network, swapped)]
-    torch.testing.assert_close(*masks, rtol=1e-5, atol=1e-6)
 
 
 def test_only_images_change_their_memory_format():

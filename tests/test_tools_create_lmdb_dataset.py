@@ -151,7 +151,6 @@ def test_hostile_input_is_counted_by_reason_and_the_rest_is_stored(tmp_path):
         assert len(reader) == 2
         reasons = [reason for _, reason in _rejected(tmp_path / "out-rejected.tsv")]
         assert reasons == [reason for reason in lines.values() if reason]
-        reader.close()
 
 
 def test_second_run_is_refused_and_loses_nothing(tmp_path):

@@ -11,13 +11,14 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from engine.checkpoints import iteration_of, save_atomically, saved_checkpoints, set_aside_later, write_list
+from engine.checkpoints import iteration_of, save_atomically, saved_checkpoints, write_list
 from engine.writers import Record, Scores, Writer
 from evaluation.drawing import draw_words, grid
 from evaluation.evaluator import Observer, score_table
@@ -33,9 +34,6 @@ logger = logging.getLogger(__name__)
 class Callback:
     """Base of all callbacks. Each hook gets the trainer; the ones here do nothing."""
 
-    def on_resume(self, trainer: Trainer) -> None:
-        """After the state of a checkpoint was restored."""
-
     def on_fit_start(self, trainer: Trainer) -> None:
         """Before the first step, after a resume."""
 
@@ -43,10 +41,7 @@ class Callback:
         """After a batch came from the loader, before its step."""
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        """After step number `trainer.iteration` (counted from 1)."""
-
-    def on_step_skipped(self, trainer: Trainer, batch: Any, iteration: int) -> None:
-        """After a step whose loss or gradient was not finite: the weights are as before it."""
+        """After step number `trainer.iteration` (counted from 1); one that was not finite left the weights as before."""
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """After the last step of an epoch; `trainer.epoch` counts it already."""
@@ -94,7 +89,7 @@ class MetricLog(Callback, Observer):
         if not trainer.process.is_main:
             self.writers = []
         for writer in self.writers:
-            writer.open(trainer.iteration, trainer.iterations)
+            writer.open(trainer.iteration)
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         if not self.writers:
@@ -107,8 +102,6 @@ class MetricLog(Callback, Observer):
         self._samples += step.samples
         self._seconds += step.duration
         self._waited += step.data_wait
-        for writer in self.writers:
-            writer.count_step()
         if is_due:
             self._write(trainer, step)
 
@@ -124,6 +117,7 @@ class MetricLog(Callback, Observer):
         }
         record = Record(
             iteration=trainer.iteration,
+            iterations=trainer.iterations,
             epoch=trainer.epoch,
             losses=means,
             learning_rate=step.learning_rate,
@@ -168,31 +162,27 @@ class MetricLog(Callback, Observer):
         self._names, self._rows, self._unread = list(state.get("names", [])), list(state.get("rows", [])), []
 
 
-class Evaluation(Callback):
-    """Evaluates every `interval` iterations and after the last one, and saves the best weights as `best-<name>.pth`.
+@dataclass(eq=False, kw_only=True)
+class Periodic(Callback):
+    """Base of what is done every `interval` iterations, from iteration `start` on, for run `name` in its folder."""
 
-    Args:
-        start: first iteration that is evaluated.
-        observers: see every evaluated batch.
-    """
+    folder: Path
+    name: str
+    interval: int
+    start: int = 0
 
-    def __init__(
-        self,
-        *,
-        evaluator: Evaluator,
-        interval: int,
-        folder: Path,
-        name: str,
-        start: int = 0,
-        observers: Sequence[Any] = (),
-    ):
-        self.evaluator = evaluator
-        self.observers = list(observers)
-        self.interval = interval
-        self.start = start
-        self.best_path = folder / f"best-{name}.pth"
-        self.best = -math.inf
-        self.last_iteration = -1
+    def is_reached(self, trainer: Trainer) -> bool:
+        return trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
+
+
+@dataclass(eq=False, kw_only=True)
+class Evaluation(Periodic):
+    """Evaluates periodically and after the last iteration, and saves the best weights as `best-<name>.pth`."""
+
+    evaluator: Evaluator
+    observers: Sequence[Any] = ()  # they see every evaluated batch
+    best: float = field(default=-math.inf, init=False)
+    last_iteration: int = field(default=-1, init=False)
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.iteration and self._is_due(trainer):  # the run was killed between the checkpoint and its evaluation
@@ -203,8 +193,8 @@ class Evaluation(Callback):
             self._evaluate(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
-        reached = trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
-        return (reached or trainer.iteration >= trainer.iterations) and self.last_iteration != trainer.iteration
+        is_last = trainer.iteration >= trainer.iterations
+        return (is_last or self.is_reached(trainer)) and self.last_iteration != trainer.iteration
 
     def _evaluate(self, trainer: Trainer) -> None:
         trainer.call("on_evaluation_start")
@@ -216,7 +206,7 @@ class Evaluation(Callback):
             self.best = value
             if trainer.process.is_main:
                 content = trainer.weights() | {"iteration": trainer.iteration, "scores": scores}
-                save_atomically(content, self.best_path)
+                save_atomically(content, self.folder / f"best-{self.name}.pth")
         trainer.call("on_evaluation_end", scores)
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,8 +217,9 @@ class Evaluation(Callback):
         self.last_iteration = state.get("last_iteration", self.last_iteration)
 
 
-class Checkpoints(Callback):
-    """Saves `<name>_<epoch>_<iteration>.pth` every `interval` iterations, at a stop signal and at the end.
+@dataclass(eq=False, kw_only=True)
+class Checkpoints(Periodic):
+    """Saves `<name>_<epoch>_<iteration>.pth` periodically, at a stop signal and at the end.
 
     The epoch in a name is the number of finished epochs. The last `keep` checkpoints stay, and `checkpoint.yaml` lists
     them, newest last. Put this callback last, so that a checkpoint holds what the others did.
@@ -236,17 +227,8 @@ class Checkpoints(Callback):
     `provenance.json` says how the run came to be, as every checkpoint does.
     """
 
-    def __init__(self, *, folder: Path, name: str, interval: int, keep: int, start: int = 0):
-        self.folder = folder
-        self.name = name
-        self.interval = interval
-        self.keep = keep
-        self.start = start
-        self._saved: int | None = None  # the iteration after which nothing has changed since it was saved
-
-    def on_resume(self, trainer: Trainer) -> None:
-        if trainer.process.is_main:
-            set_aside_later(self.folder, self.name, trainer.iteration)
+    keep: int
+    _saved: int | None = field(default=None, init=False)  # the iteration that was saved, if nothing has changed since
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.process.is_main:
@@ -255,22 +237,19 @@ class Checkpoints(Callback):
             trainer.provenance.write(self.folder / "provenance.json")
 
     def on_evaluation_start(self, trainer: Trainer) -> None:
-        if self._is_due(trainer) or trainer.iteration == trainer.iterations:
+        if self.is_reached(trainer) or trainer.iteration == trainer.iterations:
             self.save(trainer)
 
     def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
         self._saved = None
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        if self._is_due(trainer) and trainer.iteration != trainer.iterations:  # the last one is saved at the end
+        if self.is_reached(trainer) and trainer.iteration != trainer.iterations:  # the last one is saved at the end
             self.save(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         if self._saved != trainer.iteration:
             self.save(trainer)
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        return trainer.iteration % self.interval == 0 and trainer.iteration >= self.start
 
     def save(self, trainer: Trainer) -> None:
         self._saved = trainer.iteration
@@ -286,18 +265,14 @@ class Checkpoints(Callback):
         trainer.provenance.write(self.folder / "provenance.json")
 
 
+@dataclass(eq=False)
 class UnreadableSamples(Callback):
-    """Counts the samples that could not be read, which their batches leave out, and names each of them once.
+    """Counts the samples that could not be read, which their batches leave out, and names each of them once."""
 
-    Args:
-        dataset: the one that the batches come from; `describe(index)` names a sample.
-    """
+    dataset: Any  # that the batches come from; `describe(index)` names a sample
+    _reasons: dict[int, str] = field(default_factory=dict, init=False)  # by index
 
     MAX_NAMED = 100  # the others are only counted
-
-    def __init__(self, *, dataset: Any):
-        self.dataset = dataset
-        self._reasons: dict[int, str] = {}  # by index
 
     def on_batch_loaded(self, trainer: Trainer, batch: Any) -> None:
         for index, reason in batch.skipped.items():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.distributed import batch_mean, summed_counts
+from engine.distributed import batch_mean, summed
 from modules.outputs import RecogniserOutput
 from modules.ssn import SegmentationOutput
 
@@ -86,7 +86,7 @@ class Criterion(nn.Module):
             whole: sums of `counts` over the whole batch, if this is a part; None: this is the whole batch.
         """
         if whole is None:  # several processes exchange all counts in one message
-            whole = summed_counts([self.counts(output, *targets)])
+            whole = summed([self.counts(output, *targets)])
         terms = self.terms(output, *targets, whole=whole)
         if not terms:
             raise ValueError(f"no loss term is left: every weight of {self.weights} is 0 or its sub-model is missing")

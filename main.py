@@ -18,7 +18,7 @@ from builders import build_criterion, build_model, checked_model_eval, with_chec
 from command_line import check_request, overrides_of, parse_arguments, requested_checkpoint
 from config import Config, continued, load_config, save_config
 from engine import distributed
-from engine.checkpoints import load_training_state, resume_state, weights_to_test
+from engine.checkpoints import load_training_state, resume_state, set_aside_later, weights_to_test
 from engine.distributed import Process
 from engine.precision import choose_algorithms, use_tf32
 from engine.run_folder import claimed, dropped_if_refused, log_to
@@ -92,6 +92,8 @@ def train(
         )
     if state is not None:
         load_training_state(trainer, state)
+        if process.is_main:
+            set_aside_later(folder, config.run.name, trainer.iteration)
         logger.info("resumed after iteration %d", trainer.iteration)
         state = None  # frees the memory of its weights and momenta
     try:

@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 LONGEST_LINE = 1000  # characters of an error message
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
-FILE_ONLY = "file_only"  # of a log record, see `setup_logging`
 RENDER_SCHEME = "render://"  # begins a data root that is no file but a renderer's YAML
 
 
@@ -81,12 +80,8 @@ def run_command_line(main: Callable[[], int | None]) -> None:
 
 
 def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> None:
-    """Log to stderr and, if `path` is given, append the same lines with dates to that file.
-
-    A line logged with `extra={FILE_ONLY: True}` goes to the file only; the terminal shows a progress bar instead.
-    """
+    """Log to stderr and, if `path` is given, append the same lines with dates to that file."""
     terminal = logging.StreamHandler()
-    terminal.addFilter(lambda record: not getattr(record, FILE_ONLY, False))
     terminal.setFormatter(logging.Formatter(LOG_FORMAT, "%H:%M:%S"))
     handlers: list[logging.Handler] = [terminal]
     if path is not None:

@@ -233,7 +233,6 @@ def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
     """
     try:
         trainer.load_state_dict(state)
-        trainer.call("on_resume")
     except UserError:
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -203,20 +203,22 @@ def counted(count: Tensor) -> Tensor:
     return count
 
 
-def summed_counts(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the float32 sum of each name over the parts of a batch and the processes, with one message for all."""
+def summed(
+    parts: Sequence[Mapping[str, Tensor]], over_processes: Callable[[Tensor], Tensor] = counted
+) -> dict[str, Tensor]:
+    """Return the float32 sum of each name over the parts of a batch and the processes, with one message for all.
+
+    Args:
+        over_processes: `counted`, the sum over them, or `average`.
+    """
     names = list(parts[0])
     sums = torch.stack([torch.stack([each[name].float() for name in names]) for each in parts]).sum(0)
-    return dict(zip(names, counted(sums).unbind(), strict=True))
+    return dict(zip(names, over_processes(sums).unbind(), strict=True))
 
 
 def average(values: Tensor) -> Tensor:
     """Return the average of a tensor over the processes."""
-    if is_distributed():
-        values = values.clone()
-        dist.all_reduce(values)
-        values = values / dist.get_world_size()
-    return values
+    return counted(values) / dist.get_world_size() if is_distributed() else values
 
 
 def average_buffers(buffers: list[Tensor]) -> None:
@@ -237,17 +239,8 @@ def put_back(values: Tensor, tensors: list[Tensor]) -> None:
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
-def largest(number: int) -> int:
-    """Return the largest of the processes' numbers; every process must call it."""
-    if not is_distributed():
-        return number
-    value = torch.tensor(int(number))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value)
-
-
 def gather(items: list[Any]) -> list[Any]:
-    """Return the items of all processes in order of rank, on every process."""
+    """Return the items of all processes in order of rank, on every process; all must call it."""
     if not is_distributed():
         return items
     parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]

@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
+MAX_SKIPPED = 10  # steps in a row that are not finite, or batches of which nothing can be read, end the run
 STOP_CHECK_ITERATIONS = 10  # several processes agree on a stop signal only this often, since that costs a message
 LOSS_SCALE = 2.0**10  # initial scale of fp16; torch doubles it every 2,000 finite steps
 SECOND_SIGNAL_AFTER = 2.0  # seconds; before that it is the same Ctrl-C, from the terminal and from the launcher
@@ -57,72 +58,33 @@ class Step:
             self.duration += time.perf_counter() - started
 
 
+@dataclass(eq=False, kw_only=True)
 class Trainer:
-    """Fits a network; everything optional is a callback.
+    """Fits a network; everything optional is a callback."""
 
-    Args:
-        model: on `device`; the trainer wraps it (data parallelism, compilation), `self.model` stays the plain network.
-        criterion: called `(output, *targets)`, returns named terms and `total`.
-        optimizer: fused, so that the scaler can cancel a step on the device.
-        learning_rate_factor: iteration (from 0) -> factor of the configured learning rate.
-        data: endless batches; iterating over it starts at `data.batch_sampler.set_position(epoch, batch)`.
-        batches_per_epoch: batches until the epoch counts one more.
-        iterations: steps of the whole run.
-        precision: fp32, bf16 (autocast) or fp16 (autocast and gradient scaling).
-        accumulation: parts into which a batch is split; their terms and gradients add up to those of the whole batch,
-            but batch norms use the statistics of each part.
-        clip_grad: largest gradient norm; None: no clipping.
-        ema_decay: decay of the averaged weights that are evaluated and saved; None: no average.
-        compile_mode: of torch.compile; None: not compiled. A batch in which a sample could not be read goes through the
-            plain network.
-        find_unused_parameters: some parameters may get no gradient (a loss term has weight 0); several processes then
-            look for them at every step.
-        max_skipped_steps: the run stops after this many steps in a row that are not finite, or unreadable batches.
-        callbacks: called by name at each hook of `callbacks.Callback`.
-        extra_state: values that every checkpoint carries (config, charset).
-    """
+    model: nn.Module  # on `device`; it stays the plain network, whatever wraps it (data parallelism, compilation)
+    criterion: nn.Module  # called `(output, *targets)`, returns named terms and `total`
+    optimizer: Optimizer  # fused, so that the scaler can cancel a step on the device
+    learning_rate_factor: Callable[[int], float]  # of an iteration, counted from 0
+    data: DataLoader  # endless; iterating over it starts at `data.batch_sampler.set_position(epoch, batch)`
+    batches_per_epoch: int
+    iterations: int  # steps of the whole run
+    device: torch.device
+    process: Process
+    callbacks: Sequence[Any] = ()  # called by name at each hook of `callbacks.Callback`
+    precision: str = "fp32"  # or bf16 (autocast), or fp16 (autocast and gradient scaling)
+    accumulation: int = 1  # parts of a batch; only batch norms see that they are parts
+    clip_grad: float | None = 20.0  # largest gradient norm; None: no clipping
+    ema_decay: float | None = None  # of the averaged weights that are evaluated and saved; None: no average
+    compile_mode: str | None = None  # of torch.compile; None: not compiled
+    find_unused_parameters: bool = False  # some get no gradient, as a loss term has weight 0
+    extra_state: dict[str, Any] = field(default_factory=dict)  # part of every checkpoint (config, charset)
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        criterion: nn.Module,
-        optimizer: Optimizer,
-        learning_rate_factor: Callable[[int], float],
-        data: DataLoader,
-        batches_per_epoch: int,
-        iterations: int,
-        device: torch.device,
-        process: Process,
-        callbacks: Sequence[Any] = (),
-        precision: str = "fp32",
-        accumulation: int = 1,
-        clip_grad: float | None = 20.0,
-        ema_decay: float | None = None,
-        compile_mode: str | None = None,
-        find_unused_parameters: bool = False,
-        max_skipped_steps: int = 10,
-        extra_state: dict[str, Any] | None = None,
-    ):
-        self.model = model
-        self.criterion = criterion
-        self.optimizer = optimizer
-        self.learning_rate_factor = learning_rate_factor
-        self.data = data
-        self.batches_per_epoch = batches_per_epoch
-        self.iterations = iterations
-        self.device = device
-        self.process = process
-        self.callbacks = list(callbacks)
-        self.precision = precision
-        self.accumulation = accumulation
-        self.clip_grad = clip_grad
-        self.max_skipped_steps = max_skipped_steps
-        self.extra_state = extra_state or {}
-        self.provenance = Provenance(device, process.world_size)
+    def __post_init__(self) -> None:
+        self.provenance = Provenance(self.device, self.process.world_size)
         # In every precision it decides whether the optimiser steps; its scale stays 1 unless that is fp16.
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE if self.scales_loss else 1.0)
-        self.ema = AveragedWeights(model, decay=ema_decay) if ema_decay else None
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=LOSS_SCALE if self.scales_loss else 1.0)
+        self.ema = AveragedWeights(self.model, decay=self.ema_decay) if self.ema_decay else None
         self.iteration = 0  # steps done
         self.epoch = 0
         self.batch_in_epoch = 0  # batches of this epoch done
@@ -131,12 +93,13 @@ class Trainer:
         self._signalled_at = -math.inf
         self._skipped_in_a_row = 0
         self._waiting: tuple[Step, Any, int, Tensor, Any] | None = None  # to be checked
-        self._base_rates = [group["lr"] for group in optimizer.param_groups]
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._statistics = running_statistics(model)
-        self._frozen = frozen_parts(model)
-        self._network = distributed.parallel(model, device, find_unused_parameters=find_unused_parameters)
-        self._compiled = None if compile_mode is None else torch.compile(self._network, mode=compile_mode)
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._statistics = running_statistics(self.model)
+        self._frozen = frozen_parts(self.model)
+        unused = self.find_unused_parameters
+        self._network = distributed.parallel(self.model, self.device, find_unused_parameters=unused)
+        self._compiled = None if self.compile_mode is None else torch.compile(self._network, mode=self.compile_mode)
 
     @property
     def epochs_done(self) -> int:
@@ -206,7 +169,7 @@ class Trainer:
     def _pass_over(self, batch: Any) -> None:
         """Leave out a batch of which nothing could be read; with several processes, which share every step, fail."""
         self._empty_in_a_row += 1
-        if distributed.is_distributed() or self._empty_in_a_row >= self.max_skipped_steps:
+        if distributed.is_distributed() or self._empty_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"only {len(batch)} samples of a batch could be read after iteration {self.iteration} (named above); "
                 "check the data with tools/check_lmdb.py, or raise dataset.train.batch_size"
@@ -239,7 +202,8 @@ class Trainer:
     def _forward_backward(self, batch: Any) -> dict[str, Tensor]:
         """Accumulate the gradients of the batch's parts and return the loss terms of the global batch."""
         parts = batch.split(self.accumulation)
-        network = self._network_for(batch)
+        # A batch with skipped samples has another size, for which the network would be compiled anew, for minutes.
+        network = self._network if self._compiled is None or getattr(batch, "skipped", None) else self._compiled
         whole = self._whole_counts(parts, network) if len(parts) > 1 else None
         collected: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts):
@@ -251,9 +215,7 @@ class Trainer:
                     terms = self.criterion(output, *part.targets(), whole=whole)
                 self.scaler.scale(terms["total"]).backward()
             collected.append({name: term.detach() for name, term in terms.items()})
-        names = list(collected[0])
-        stacked = torch.stack([torch.stack([terms[name].float() for name in names]) for terms in collected]).sum(0)
-        return dict(zip(names, distributed.average(stacked).unbind(), strict=True))
+        return distributed.summed(collected, distributed.average)
 
     @torch.no_grad()
     def _whole_counts(self, parts: Sequence[Any], network: Callable) -> dict[str, Tensor]:
@@ -272,7 +234,7 @@ class Trainer:
                 counts.append(self.criterion.counts(output, *part.targets()))
         if before:
             torch._foreach_copy_(buffers, before)
-        return distributed.summed_counts(counts)
+        return distributed.summed(counts)
 
     def _update(self, norm: Tensor, finite: Tensor) -> None:
         """Clip and step the optimiser if loss and gradient norm are finite; the decision stays on the device.
@@ -290,13 +252,6 @@ class Trainer:
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = base * factor
         return self.optimizer.defaults["lr"] * factor
-
-    def _network_for(self, batch: Any) -> Callable:
-        """Return the compiled network, but the plain one if a sample of the batch could not be read.
-
-        A batch of another size would be compiled again, for minutes, in the middle of an epoch.
-        """
-        return self._network if self._compiled is None or getattr(batch, "skipped", None) else self._compiled
 
     def _inputs(self, part: Any) -> Iterable[Tensor | None]:
         """Return the inputs of the network in the memory format in which convolutions are fastest."""
@@ -331,7 +286,7 @@ class Trainer:
             return self.stop_signal is not None
         if self.iteration % STOP_CHECK_ITERATIONS:
             return False
-        number = distributed.largest(self.stop_signal or 0)
+        number = max(distributed.gather([int(self.stop_signal or 0)]))
         if number:
             self.stop_signal = signal.Signals(number)
         return bool(number)
@@ -386,14 +341,13 @@ class Trainer:
 
     def _report_skipped(self, step: Step, batch: Any, iteration: int) -> None:
         names = [name for name, term in step.terms.items() if not bool(torch.isfinite(term))]
-        in_a_row, is_last = self._skipped_in_a_row, self._skipped_in_a_row >= self.max_skipped_steps
+        in_a_row, is_last = self._skipped_in_a_row, self._skipped_in_a_row >= MAX_SKIPPED
         if self.scales_loss and not names and not is_last:
             # Normal in fp16: the scale grows until it is too large, and is halved then.
             logger.info("iteration %d skipped: the scaled gradient is out of fp16's range", iteration)
             return
         what, words = ", ".join(names or ["gradient"]), batch.indices.tolist()
         logger.warning("iteration %d skipped: %s not finite, %d in a row; words %s", iteration, what, in_a_row, words)
-        self.call("on_step_skipped", batch, iteration)
         if is_last:
             raise UserError(
                 f"{in_a_row} steps in a row were not finite ({what}; words {words[:8]}...); "

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import secrets
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils import FILE_ONLY, UserError, explain_full_disk, first_line, write_atomically
+from utils import UserError, explain_full_disk, first_line, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +27,7 @@ class Record:
     """What is logged of the steps since the record before."""
 
     iteration: int
+    iterations: int  # of the whole run
     epoch: int
     losses: Mapping[str, float]  # mean of each term and of `total`; NaN if no step was finite
     learning_rate: float
@@ -69,11 +69,8 @@ class Scores:
 class Writer:
     """Base of all writers; the methods here do nothing."""
 
-    def open(self, iteration: int, iterations: int) -> None:
+    def open(self, iteration: int) -> None:
         """Start or go on after `iteration`; drop what was written of later ones, which the run repeats."""
-
-    def count_step(self) -> None:
-        """One step was made."""
 
     def write(self, record: Record) -> None:
         """Write a record."""
@@ -86,38 +83,17 @@ class Writer:
 
 
 class Console(Writer):
-    """A line per record, in the terminal and log.txt; in a terminal a tqdm bar replaces the line."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._iterations = 0
-
-    def open(self, iteration: int, iterations: int) -> None:
-        self._iterations = iterations
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=iterations, initial=iteration, unit="step", dynamic_ncols=True)
-
-    def count_step(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
+    """A line per record, in the terminal and log.txt."""
 
     def write(self, record: Record) -> None:
-        loss, rate = f"{record.losses['total']:.4f}", f"{record.samples_per_second:.0f}"
-        if self._bar is not None:
-            self._bar.set_postfix(loss=loss, rate=f"{rate}/s", epoch=record.epoch)
+        place = f"epoch {record.epoch}  iteration {record.iteration}/{record.iterations}"
         terms = "  ".join(f"{name} {mean:.4f}" for name, mean in record.losses.items() if name != "total")
-        line = (
-            f"epoch {record.epoch}  iteration {record.iteration}/{self._iterations}  loss {loss}  {terms}  "
-            f"lr {record.learning_rate:.2e}  {rate} samples/s  {tqdm.format_interval(record.seconds_left)} left"
-        )
-        logger.info("%s", line, extra={FILE_ONLY: self._bar is not None})
+        speed = f"{record.samples_per_second:.0f} samples/s  {tqdm.format_interval(record.seconds_left)} left"
+        loss, rate = record.losses["total"], record.learning_rate
+        logger.info("%s  loss %.4f  %s  lr %.2e  %s", place, loss, terms, rate, speed)
 
     def write_scores(self, scores: Scores) -> None:
         logger.info("iteration %d\n%s", scores.iteration, scores.table)
-
-    def close(self, *, failed: bool = False) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 class History(Writer):
@@ -127,7 +103,7 @@ class History(Writer):
         self.path = path
         self._file: Any = None
 
-    def open(self, iteration: int, iterations: int) -> None:
+    def open(self, iteration: int) -> None:
         kept = self._lines_up_to(iteration)
         write_atomically(self.path, lambda file: file.writelines(kept))
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
@@ -161,7 +137,7 @@ class TensorBoard(Writer):
         self.folder = folder
         self._events: SummaryWriter | None = None
 
-    def open(self, iteration: int, iterations: int) -> None:
+    def open(self, iteration: int) -> None:
         self._events = SummaryWriter(str(self.folder), purge_step=iteration + 1 if iteration else None)
 
     def write(self, record: Record) -> None:
@@ -214,7 +190,7 @@ class WeightsAndBiases(Writer):
         self._settings = {"project": project, "name": name, "dir": str(folder), "config": dict(config)}
         self._run: Any = None
 
-    def open(self, iteration: int, iterations: int) -> None:
+    def open(self, iteration: int) -> None:
         if not self._id_file.exists():
             write_atomically(self._id_file, lambda file: file.write(secrets.token_hex(4).encode()))
         number = self._id_file.read_text(encoding="utf-8").strip()

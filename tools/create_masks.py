@@ -180,7 +180,7 @@ class MaskOutput:
 
     def check(self) -> None:
         """Find out whether there is anything to do; raises UserError when something else is in the way."""
-        self.complete = bool(distributed.largest(int(self.process.is_main and self._is_made())))
+        self.complete = any(distributed.gather([self.process.is_main and self._is_made()]))
 
     def _is_made(self) -> bool:
         if self.overwrite or not self.target.exists():

@@ -82,7 +82,7 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
 
 def build_vision_model(config: Config, charset: Charset) -> VisionModel:
     """Return backbone, mask blocks if `model.vision.segmentation` is enabled, attention and classifier."""
-    vision, size = config.model.vision, image_size(config)
+    vision, size = config.model.vision, config.dataset.image_size
     backbone = ResNet(
         mask_branch=vision.segmentation.enabled,
         side_channels=vision.segmentation.side_channels,
@@ -132,11 +132,6 @@ def build_ssn(config: Config) -> SSN:
 def build_charset(config: Config) -> Charset:
     """Return the characters of the network."""
     return Charset.from_file(config.dataset.charset_path)
-
-
-def image_size(config: Config) -> tuple[int, int]:
-    """Return height and width of the network's input, pixels."""
-    return config.dataset.image_height, config.dataset.image_width
 
 
 def with_checkpoint(config: Config, checkpoint: str | None) -> Config:
@@ -222,7 +217,7 @@ def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
     path = config.model.ssn.checkpoint or config.model.checkpoint
     state = {} if path is None else read_checkpoint(path)
     if config.model.ssn.checkpoint is None and "ssn" not in state:
-        raise UserError("model.ssn.checkpoint is not set; name the weights of the network that makes the masks")
+        raise UserError("model.ssn.checkpoint: missing; name the weights of the SSN that makes the masks")
     carried = build_carried_ssn(state, path)
     ssn, areas = carried or (build_ssn(config), config.model.ssn.areas)
     if config.model.ssn.areas != SSNConfig().areas:

@@ -36,11 +36,6 @@ class Bundle:
     ssn: SSN | None
     areas: tuple[int, ...]
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the recogniser's input, pixels."""
-        return self.config.dataset.image_height, self.config.dataset.image_width
-
 
 def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
     """Build the networks of a checkpoint.

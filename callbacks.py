@@ -41,7 +41,7 @@ class Callback:
         """After a batch came from the loader, before its step."""
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        """After step number `trainer.iteration` (counted from 1); one that was not finite left the weights as before."""
+        """After step number `trainer.iteration`, counted from 1; see `Step.finite`."""
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """After the last step of an epoch; `trainer.epoch` counts it already."""

@@ -128,9 +128,10 @@ def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
     if before is None:
         return config
     then = Config.from_dict(before, "the run to resume", drop_unknown=True)
-    fixed = {"global.seed": (then.run.seed, config.run.seed)}
-    fixed["dataset.train.batch_size"] = (then.dataset.train.batch_size, config.dataset.train.batch_size)
-    for key, (old, new) in fixed.items():
+    for key, old, new in (
+        ("global.seed", then.run.seed, config.run.seed),
+        ("dataset.train.batch_size", then.dataset.train.batch_size, config.dataset.train.batch_size),
+    ):
         if old != new:
             raise UserError(
                 f"{key}: the run to resume has {old}, not {new}, and its place in the data means nothing with "
@@ -163,9 +164,6 @@ def _training_problems(config: Config) -> Iterator[tuple[str, str]]:
     if training.compile and training.compile_mode != "default" and training.accumulation > 1:
         yield "training.compile_mode", f"{training.compile_mode} needs training.accumulation=1; change one of them"
     yield from _mixture_problems(config.dataset.train)
-    reads_files = any(not root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
-    if reads_files and config.model.takes_masks:
-        yield from _mask_problems(config)
 
 
 def _vision_problems(config: Config) -> Iterator[tuple[str, str]]:
@@ -214,18 +212,6 @@ def _mixture_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:
         yield "dataset.train.shares", f"{len(train.shares)} shares for {len(train.roots)} roots; give one for each root"
     elif not all(map(sum, zip(*train.shares, strict=True))):
         yield "dataset.train.shares", "all are 0 at the start or at the end of the run; give one of them more"
-
-
-def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:
-    masks = config.dataset.masks
-    if masks.source == "lmdb" and masks.root is None:
-        yield (
-            "dataset.masks.root",
-            "missing: the network reads masks from LMDBs (make them with tools/create_masks.py), "
-            "else set dataset.masks.source=online or model.vision.segmentation.enabled=false",
-        )
-    if masks.source == "online" and config.model.ssn.checkpoint is None and config.model.checkpoint is None:
-        yield "model.ssn.checkpoint", "missing: dataset.masks.source=online needs the weights of a trained SSN"
 
 
 # --- template ---------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ class Reader:
         use_tf32(bundle.config.training.tf32)  # as in the test
         self._model = prepare_for_inference(bundle.model.to(self.device), precision=self.precision, compile=compile)
         self._steps = bundle.config.dataset.max_length + 1
-        self._resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
+        self._resize = ResizeWord(size=bundle.config.dataset.image_size, fit=bundle.config.dataset.fit)
         self._turn_tall = bundle.config.dataset.turn_tall
         self._segmenter = self._make_segmenter(bundle, ssn) if self.takes_masks and masks == "auto" else None
         self._always_on_one_thread = compile  # a compiled network is made for one number of threads

@@ -20,7 +20,6 @@ from builders import (
     build_schedule,
     build_segmenter,
     checked_model_eval,
-    image_size,
     with_checkpoint,
 )
 from callbacks import Callback, Checkpoints, Evaluation, MetricLog, UnreadableSamples
@@ -46,11 +45,7 @@ from utils import RENDER_SCHEME, UserError
 
 logger = logging.getLogger(__name__)
 
-SPLITS = TRAIN, TEST, VALID = (
-    "train",
-    "test",
-    "valid",
-)  # sections of `dataset`; render:// roots have other words in each
+SPLITS = TRAIN, TEST, VALID = "train", "test", "valid"  # of `dataset`; render:// roots have other words in each
 AUGMENTATIONS = {True: AugmentWord, "rand": RandAugmentWord}  # by dataset.data_aug
 MIN_TRAINING_SIDE = 7  # pixels; words of smaller images are left out of training, as published
 
@@ -101,7 +96,7 @@ def _open_words(config: Config, roots: list[str], *, split: str, device: torch.d
             "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
             data.charset_path,
         )
-    resize = ResizeWord(size=image_size(config), fit=data.fit, random_aspect=training and data.multiscales)
+    resize = ResizeWord(size=data.image_size, fit=data.fit, random_aspect=training and data.multiscales)
     datasets = open_word_datasets(
         roots,
         labels=labels,
@@ -129,11 +124,11 @@ def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | N
     only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
     if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.run.phase == "train"):
         raise UserError(
-            "the network takes masks and dataset.masks.root is not set; name the folder of mask LMDBs "
-            "(tools/create_masks.py), or set dataset.masks.source=online and model.ssn.checkpoint"
+            "dataset.masks.root: missing; the network takes masks: name the folder of mask LMDBs "
+            "(tools/create_masks.py), set dataset.masks.source=online, or model.vision.segmentation.enabled=false"
         )
     if masks.source == "none":
-        raise UserError("dataset.masks.source is none, but the network takes masks; set lmdb or online")
+        raise UserError("dataset.masks.source: none, but the network takes masks; set lmdb or online")
     return masks.root or ""
 
 

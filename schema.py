@@ -84,23 +84,17 @@ class GlobalConfig(Section):
 class TrainDataConfig(Section):
     """Training data."""
 
-    roots: Roots = key(
-        [], "LMDBs, folders of LMDBs, render://FILE.yaml; CSV files for language; folders of pairs for SSN."
-    )
+    roots: Roots = key([], "LMDBs, folders of LMDBs, render://FILE.yaml; language: CSV files; SSN: folders of pairs.")
     batch_size: PositiveInt = key(384, "Samples in one optimiser step over all processes.")
     length: PositiveInt | None = key(
-        None,
-        "Samples in an epoch: of each render:// root (null: its own number); with shares, of all (null: their sum).",
+        None, "Samples in an epoch: of each render:// root (null: its own), or with shares of all (null: their sum)."
     )
     shares: list[Share] | None = key(
         None,
-        "Share of each root in every batch: a number, or [first, last] that it changes between over the run; each root "
-        "is passed through in its own order before it repeats. null: every sample once an epoch.",
+        "Share of each root in every batch: a number, or [first, last] of the run; null: each sample once an epoch.",
     )
     difficulty: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Pair, BeforeValidator(_as_pair)] | None = key(
-        None,
-        "Difficulty of render:// words, 0 to 1: a number, or [first, last] that it changes between over the run; null: "
-        "that of the file. For rendered LMDBs: shares that change, of one LMDB for each difficulty.",
+        None, "Difficulty of render:// words, 0 to 1: a number, or [first, last] of the run; null: that of the file."
     )
 
 
@@ -112,13 +106,10 @@ class TestDataConfig(Section):
     roots: Roots = key([], "As train.roots; each LMDB found is one set with its own row.")
     batch_size: PositiveInt = key(384, "Samples read at once; does not change results.")
     lexicon: str | None = key(
-        None,
-        "Word list that predictions are chosen from: a text file with a word a line, or NAME of the lists that the "
-        "LMDBs hold under NAME-%09d, words separated by commas or spaces. null: predictions are free.",
+        None, "List that predictions are chosen from: a file with a word a line, or NAME of lists in LMDBs (NAME-%09d)."
     )
     lexicon_match: Literal["probability", "distance"] = key(
-        "probability",
-        "The word that is chosen: the most probable one, or the one at the smallest edit distance from the prediction.",
+        "probability", "Choose the most probable word, or the one at the smallest edit distance from the prediction."
     )
 
 
@@ -140,9 +131,7 @@ class SegmentationDataConfig(Section):
 
     crop_size: Annotated[list[PositiveInt], Pair] = key([513, 513], "Height and width of a training crop, pixels.")
     scale_range: Annotated[list[PositiveFloat], Pair] = key([0.5, 2.0], "Factors of random resizing before the crop.")
-    ignore_level: int | None = key(
-        128, "Grey level of masks that marks pixels to ignore; null: none (soft masks).", ge=1, le=254
-    )
+    ignore_level: int | None = key(128, "Grey level of ignored pixels in masks; null (soft masks): none.", ge=1, le=254)
 
 
 class DatasetConfig(Section):
@@ -154,28 +143,21 @@ class DatasetConfig(Section):
     charset_path: str = key("data/charset_36.txt", "Characters of the network, one `id<TAB>character` per line.")
     eval_protocol: Literal[36, 62, 94] | None = key(
         None,
-        "Score on 36 (case and punctuation blind), 62 or 94 characters; null: the charset's own where "
-        "eval_case_sensitive is true, else 36.",
+        "Characters that are compared; null: the charset's if eval_case_sensitive, else 36 (no case, punctuation).",
     )
     max_length: PositiveInt = key(25, "Longest word, characters; the network has one step more, for the end.")
     image_height: PositiveInt = key(32, "Height of the network's input, pixels.")
     image_width: PositiveInt = key(128, "Width of the network's input, pixels.")
     case_sensitive: bool = key(False, "Keep the case of labels in training (needs a charset with upper case).")
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
-    data_aug: Literal[True, False, "rand"] = key(
-        True, "Augmentation of training samples: true, the published one; rand, RandAugment as in PARSeq; false, none."
-    )
+    data_aug: Literal[True, False, "rand"] = key(True, "Augmentation: true, as published; rand, as in PARSeq; false.")
     multiscales: bool = key(
         False,
-        "Keep the aspect when resizing: centred, borders replicated; in training, half of the time, a random one.",
+        "Keep the aspect when resizing: centred, borders replicated; half of the training words get a random one.",
     )
     align_left: bool = key(False, "Keep the aspect when resizing: at the left edge, the rest black.")
     turn_tall: float | None = key(
-        None,
-        "Height / width of an image above which it is read as stored and turned by 90 degrees both ways (test, Reader, "
-        "demo); the most confident prediction is kept. null: images are read as stored.",
-        ge=1,
-        allow_inf_nan=False,
+        None, "Read images of a larger height / width turned by 90 degrees both ways, too; null: only as stored.", ge=1
     )
     num_workers: int = key(4, "Data loading processes for each training process; 0 loads in the loop.", ge=0)
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
@@ -185,11 +167,14 @@ class DatasetConfig(Section):
     multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = key(
         None, "How workers start; null: torch's way."
     )
-    cache_dir: str | None = key(
-        None, "Folder for indices of LMDBs, which open at once then; null: the user's cache folder."
-    )
+    cache_dir: str | None = key(None, "Folder for indices of LMDBs, which open at once; null: the user's cache folder.")
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Return height and width of the network's input, pixels."""
+        return self.image_height, self.image_width
 
     @property
     def fit(self) -> Literal["stretch", "centre", "left"]:
@@ -208,21 +193,15 @@ class TrainingConfig(Section):
     start_iters: int = key(0, "Step from which evaluation and checkpoints start.", ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "Arithmetic of the networks; fp16 scales the loss.")
     tf32: bool = key(
-        False,
-        "Let a GPU round the inputs of float32 convolutions and matrix multiplications to 10 bits (TF32), in training "
-        "and test: several times faster, errors of about 1e-3. false: fp32 means float32 on every device.",
+        False, "Let a GPU use TF32 for float32 convolutions and matrix multiplications: faster, errors of about 1e-3."
     )
     deterministic: bool = key(False, "Use only GPU algorithms that give the same bits each time; slower.")
     compile: bool = key(False, "Compile the network with torch.compile.")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = key(
-        "default",
-        "reduce-overhead: a GPU replays the network as one graph; max-autotune: also with kernels chosen by timing. "
-        "Both need accumulation: 1.",
+        "default", "reduce-overhead: a GPU replays one graph; max-autotune: also times kernels. Needs accumulation: 1."
     )
     accumulation: PositiveInt = key(
-        1,
-        "Parts into which a batch is split to save memory. Loss and gradient are those of the whole batch, but batch "
-        "norms use the statistics of each part; BINet and SSN need one more forward pass, to count pixels.",
+        1, "Parts of a batch, to save memory: same loss and gradient, but batch norms see parts; slower with masks."
     )
     ema: float | None = key(
         None, "Decay of the averaged weights (EMA), at most (1 + step) / (10 + step); they are evaluated.", gt=0, lt=1
@@ -243,9 +222,7 @@ class OptimizerArgsConfig(Section):
 class SchedulerConfig(Section):
     """Learning rate over time."""
 
-    type: Literal["step", "poly", "one_cycle", "cosine"] = key(
-        "step", "step: x gamma after each period; poly; one_cycle; cosine: falls to 0 at the end of the run."
-    )
+    type: Literal["step", "poly", "one_cycle", "cosine"] = key("step", "step: x gamma after each period; cosine: to 0.")
     periods: Annotated[list[PositiveInt], Field(min_length=1)] = key(
         [6, 4], "step: lengths of the periods, epochs; the last one goes on to the end."
     )
@@ -266,9 +243,7 @@ class OptimizerConfig(Section):
     clip_grad: PositiveFloat | None = key(20.0, "Largest norm of the whole gradient; null: no clipping.")
     args: OptimizerArgsConfig = Field(default_factory=OptimizerArgsConfig)
     lr_groups: dict[str, PositiveFloat] = key(
-        {},
-        "Factors on lr by prefix of the parameters' names in a checkpoint, such as {vision: 0.1} or {semrfnhead: 10}; "
-        "the longest prefix counts.",
+        {}, "Factors on lr by prefix of parameters' names, such as {vision: 0.1}; the longest prefix counts."
     )
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
 
@@ -287,12 +262,17 @@ class SegmentationConfig(Section):
     side_channels: PositiveInt = key(128, "Channels of the backbone's side outputs and of the refinement.")
 
 
-class VisionConfig(Section):
+class PartConfig(Section):
+    """Part of a recogniser."""
+
+    freeze: bool = key(False, "Do not train it: weights and batch norm statistics stay, dropout is off.")
+    loss_weight: Weight = key(1.0, "Weight of its loss; 0: not computed.")
+
+
+class VisionConfig(PartConfig):
     """Vision model: backbone, encoder, masks, attention."""
 
     checkpoint: str | None = key(None, "Weights that the vision model starts from.")
-    freeze: bool = key(False, "Do not train it: weights and batch norm statistics stay, dropout is off.")
-    loss_weight: Weight = key(1.0, "Weight of the vision loss; 0: not computed.")
     attention: Literal["attention", "position"] = key(
         "attention", "attention: reading-order embedding; position: U-net keys (default of ABINet)."
     )
@@ -313,12 +293,10 @@ class VisionConfig(Section):
     segmentation: SegmentationConfig = Field(default_factory=SegmentationConfig)
 
 
-class LanguageConfig(Section):
+class LanguageConfig(PartConfig):
     """Language model (BCN)."""
 
     checkpoint: str | None = key(None, "Weights that the language model starts from.")
-    freeze: bool = key(False, "Do not train it: weights and batch norm statistics stay, dropout is off.")
-    loss_weight: Weight = key(1.0, "Weight of the language loss; 0: not computed.")
     num_layers: PositiveInt = key(4, "Decoder layers.")
     d_model: FeatureWidth = key(512, "Feature width E; equals the vision model's in a recogniser.")
     nhead: PositiveInt = key(8, "Heads; divides d_model.")
@@ -329,11 +307,9 @@ class LanguageConfig(Section):
     use_self_attn: bool = key(False, "Self-attention in the decoder layers.")
 
 
-class AlignmentConfig(Section):
+class AlignmentConfig(PartConfig):
     """Gate between vision and language."""
 
-    freeze: bool = key(False, "Do not train it: weights and batch norm statistics stay, dropout is off.")
-    loss_weight: Weight = key(1.0, "Weight of the alignment loss; 0: not computed.")
     d_model: FeatureWidth = key(512, "Feature width E; equals the vision model's.")
 
 
@@ -358,8 +334,7 @@ class SSNConfig(Section):
     head_width: PositiveInt = key(64, "Channels of the refining convolutions.")
     areas: Annotated[list[PositiveInt], Field(min_length=1)] = key(
         list(PUBLISHED_AREAS),
-        "Scales at which an image is segmented, as sides of squares of equal area, pixels; masks are the mean. At this "
-        "default, a checkpoint that carries its own areas is used with those.",
+        "Scales of segmentation, as sides of squares of equal area, pixels; this default yields to a checkpoint's own.",
     )
     loss_weights: SSNLossWeightsConfig = Field(default_factory=SSNLossWeightsConfig)
 

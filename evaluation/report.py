@@ -9,7 +9,7 @@ import bisect
 import json
 import string
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,21 +41,17 @@ BETWEEN = "\t"  # separates the characters of a confusion on the page; no protoc
 
 @dataclass(frozen=True)
 class ReportedWord:
-    """A word with the predictions of every sub-model, and where its images are.
-
-    `target` and `prediction` are what the protocol compares; `sprite` is the name of the sprite and `row` the word's
-    place on it, None for a word without images.
-    """
+    """A word with the predictions of every sub-model, and where its images are."""
 
     dataset: str
     word: ScoredWord
-    target: str
-    prediction: str
+    target: str  # what the protocol compares of the label
+    prediction: str  # the same of the text that was read
     vision: str | None
-    language: tuple[str, ...]
+    language: tuple[str, ...]  # of each round
     alignment: tuple[str, ...]
-    sprite: str | None = None
-    row: int = 0
+    sprite: str | None = None  # name of the sprite that shows it
+    row: int = 0  # its place there
 
     @property
     def right(self) -> bool:
@@ -64,26 +60,16 @@ class ReportedWord:
 
 @dataclass(eq=False, kw_only=True)
 class Report:
-    """Observes an evaluation and writes the report at its end.
+    """Observes an evaluation and writes the report at its end."""
 
-    Args:
-        folder: where `index.html` and `images/` go.
-        title: heading of the page.
-        normalize: brings a text to the form that the evaluation's protocol compares.
-        details: further facts for the head of the page, by name.
-        with_attention: keep the attention of each character.
-        rank: of this process; each process writes its own sprites.
-        max_words: words per process that get images and a place in the list; the others only count.
-    """
-
-    folder: Path
-    title: str
+    folder: Path  # where `index.html` and `images/` go
+    title: str  # heading of the page
     charset: Charset
-    normalize: Callable[[str], str]
-    details: Mapping[str, str] = field(default_factory=dict)
-    with_attention: bool = True
-    rank: int = 0
-    max_words: int = 20_000
+    normalize: Callable[[str], str]  # to what the evaluation's protocol compares of a text
+    details: Mapping[str, str] = field(default_factory=dict)  # further facts for the head of the page, by name
+    with_attention: bool = True  # keep the attention of each character
+    rank: int = 0  # of this process; each process writes its own sprites
+    max_words: int = 20_000  # of a process that get images and a place in the list; the others only count
     _words: list[ReportedWord] = field(default_factory=list, init=False)
     _sprites: "SpriteWriter | None" = field(default=None, init=False)
     _layout: dict[str, Any] | None = field(default=None, init=False)
@@ -95,10 +81,9 @@ class Report:
         places: list[tuple[str | None, int]] = [(None, 0)] * len(words)
         if output.vision is not None:
             places = [self._draw(*tiles) for tiles in self._tiles(batch, output, words)]
-        for row, word in enumerate(words):
+        for word, place, *read in zip(words, places, vision, language, alignment, strict=True):
             compared = self.normalize(word.label), self.normalize(word.text)
-            read = vision[row], language[row], alignment[row]
-            self._words.append(ReportedWord(dataset, word, *compared, *read, *places[row]))
+            self._words.append(ReportedWord(dataset, word, *compared, *read, *place))
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
         """Write the page."""
@@ -252,13 +237,9 @@ def _with_margin(image: np.ndarray, pixels: int) -> np.ndarray:
 
 def accuracy_by_length(words: Sequence[ReportedWord]) -> list[dict[str, Any]]:
     """Return `length`, `words` and `accuracy` for each length of a target that occurs, shortest first."""
-    counts: dict[int, list[bool]] = defaultdict(list)
-    for each in words:
-        counts[len(each.target)].append(each.right)
-    return [
-        {"length": length, "words": len(right), "accuracy": sum(right) / len(right)}
-        for length, right in sorted(counts.items())
-    ]
+    counts = Counter(len(each.target) for each in words)
+    right = Counter(len(each.target) for each in words if each.right)
+    return [{"length": n, "words": counts[n], "accuracy": right[n] / counts[n]} for n in sorted(counts)]
 
 
 def calibration(words: Sequence[ReportedWord], bins: int) -> list[dict[str, Any]]:

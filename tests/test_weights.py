@@ -163,7 +163,7 @@ def real_inputs():
     bundle = load_bundle(DEFAULT_CHECKPOINT)
     images = [decode_image(path.read_bytes()) for path in sorted(REAL_WORDS.glob("*/images/*"))]
     masks = Segmenter(bundle.ssn, bundle.areas)(images)
-    resize = ResizeWord(size=bundle.image_size, fit=bundle.config.dataset.fit)
+    resize = ResizeWord(size=bundle.config.dataset.image_size, fit=bundle.config.dataset.fit)
     sized = [resize(image, mask, None) for image, mask in zip(images, masks, strict=True)]
     tensors = normalize_images(stack_images([image for image, _ in sized]))
     return tensors, torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).float() / 255

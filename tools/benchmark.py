@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Measurement, Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from builders import build_model, build_ssn, image_size
+from builders import build_model, build_ssn
 from config import Config, load_config
 from engine.distributed import Process
 from engine.precision import PRECISIONS
@@ -147,7 +147,7 @@ class Benchmark:
         prepared = prepare_for_inference(model, precision=self.options.precision, compile=self.options.compile)
         networks = {"eager": (model, torch.float32), "prepared": (prepared, PRECISIONS[self.options.precision])}
         for task, words in (("reading", self.options.batch_size), ("latency", 1)):
-            image = torch.randn(words, 3, *image_size(self.config), device=self.device)
+            image = torch.randn(words, 3, *self.config.dataset.image_size, device=self.device)
             inputs = image, torch.rand_like(image[:, :1]) if self.config.model.takes_masks else None
             flops = count_flops(partial(model, *inputs))
             forms = {

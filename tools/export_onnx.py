@@ -128,7 +128,7 @@ class NetworkSSN(nn.Module):
 
 def export_recogniser(bundle: Bundle, path: Path, *, model_eval: str) -> None:
     """Write the recogniser."""
-    height, width = bundle.image_size
+    height, width = bundle.config.dataset.image_size
     examples = {"image": torch.zeros(2, 3, height, width)}
     if bundle.config.model.takes_masks:
         examples["mask"] = torch.rand(2, 1, height, width)
@@ -137,7 +137,7 @@ def export_recogniser(bundle: Bundle, path: Path, *, model_eval: str) -> None:
     facts = {
         "charset": bundle.charset.characters,
         "model_eval": model_eval,
-        "image_size": list(bundle.image_size),
+        "image_size": list(bundle.config.dataset.image_size),
         "fit": bundle.config.dataset.fit,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),

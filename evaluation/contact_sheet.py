@@ -17,14 +17,11 @@ GAP = 2  # pixels below each image of a cell
 
 @dataclass(frozen=True)
 class Cell:
-    """One word of a sheet.
+    """One word of a sheet."""
 
-    `image` is RGB, uint8, (H, W, 3); `mask` is grey, uint8, (H, W), 255 = text, or None; `caption` is written below.
-    """
-
-    image: np.ndarray
-    caption: str = ""
-    mask: np.ndarray | None = None
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    caption: str = ""  # written below it
+    mask: np.ndarray | None = None  # (H, W) uint8, 255 = text
 
 
 def make_contact_sheet(

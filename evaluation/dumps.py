@@ -17,15 +17,11 @@ ONE_FIELD = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # keeps a la
 
 @dataclass(eq=False)
 class PredictionFiles:
-    """Writes every `gt<TAB>prediction` to `<dataset>-<model_eval>/<model_eval>.txt`, the wrong ones to `-false.txt`.
-
-    Args:
-        normalize: what the evaluation's protocol compares of a text.
-    """
+    """Writes every `gt<TAB>prediction` to `<dataset>-<model_eval>/<model_eval>.txt`, the wrong ones to `-false.txt`."""
 
     folder: Path
     model_eval: str
-    normalize: Callable[[str], str]
+    normalize: Callable[[str], str]  # to what the evaluation's protocol compares of a text
     _predictions: dict[str, list[ScoredWord]] = field(default_factory=dict, init=False)
 
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, predictions: Sequence[ScoredWord]) -> None:

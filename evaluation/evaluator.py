@@ -6,6 +6,7 @@ score.
 """
 
 import functools
+import itertools
 import json
 import logging
 from collections import Counter
@@ -82,11 +83,8 @@ def most_confident(confidences: Sequence[float], owners: Sequence[int]) -> list[
         confidences: of M views.
         owners: the word that each view shows, in ascending order from 0.
     """
-    best: dict[int, int] = {}
-    for row, (word, confidence) in enumerate(zip(owners, confidences, strict=True)):
-        if word not in best or confidence > confidences[best[word]]:
-            best[word] = row
-    return list(best.values())
+    views = itertools.groupby(range(len(owners)), key=owners.__getitem__)
+    return [max(rows, key=confidences.__getitem__) for _, rows in views]
 
 
 def take_rows(output: Any, rows: Sequence[int]) -> Any:
@@ -108,43 +106,31 @@ def score_words(predictions: Sequence[ScoredWord], normalize: Callable[[str], st
     Args:
         normalize: what the protocol compares of a text (36: case and punctuation do not count).
     """
-    texts = [normalize(prediction.text) for prediction in predictions]
-    targets = [normalize(prediction.label) for prediction in predictions]
+    texts = [normalize(each.text) for each in predictions]
+    targets = [normalize(each.label) for each in predictions]
     correct = [text == target for text, target in zip(texts, targets, strict=True)]
+    error = metrics.expected_calibration_error([each.confidence for each in predictions], correct)
     return {
         "accuracy": metrics.word_accuracy(texts, targets),
         "ccr": metrics.character_accuracy(texts, targets),
         "ned": 1 - metrics.normalized_edit_distance(texts, targets) if texts else 0.0,
-        "ece": round(
-            metrics.expected_calibration_error([prediction.confidence for prediction in predictions], correct),
-            ECE_DIGITS,
-        ),
+        "ece": round(error, ECE_DIGITS),
     }
 
 
 @dataclass
 class WordEvaluator:
-    """Scores a recogniser, or one of its stages, on sets of words.
+    """Scores a recogniser, or one of its stages, on sets of words; mappings are by the name of a set."""
 
-    Args:
-        loaders: name of a data set -> this process's share of its batches.
-        protocol: charset of the comparison, 36, 62 or 94.
-        filtered: name -> reason -> words that are not read at all.
-        precision: fp32, bf16 or fp16 (autocast).
-        numbers: name -> index of a sample -> number of its entry in the LMDB; without, samples are counted from 1.
-        lexicons: name -> number of a sample -> the word list that its prediction is chosen from; without, predictions
-            are free.
-    """
-
-    loaders: Mapping[str, DataLoader]
-    filtered: Mapping[str, Mapping[str, int]]
+    loaders: Mapping[str, DataLoader]  # this process's share of the batches
+    filtered: Mapping[str, Mapping[str, int]]  # reason -> words that are not read at all
     charset: Charset
-    protocol: int
+    protocol: int  # characters that are compared: 36, 62 or 94
     model_eval: str
     device: torch.device
-    precision: str = "fp32"
-    numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
-    lexicons: Mapping[str, Callable[[int], Lexicon]] = field(default_factory=dict)
+    precision: str = "fp32"  # or bf16, fp16 (autocast)
+    numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)  # index -> number in the LMDB, else + 1
+    lexicons: Mapping[str, Callable[[int], Lexicon]] = field(default_factory=dict)  # number -> list to choose from
     headline: ClassVar[str] = "accuracy"  # decides which weights are best
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
@@ -157,9 +143,8 @@ class WordEvaluator:
             predictions, unreadable = self._read(model, name, loader, observers)
             scored = [word for word in predictions if normalize(word.label)]
             empty = Counter({EMPTY_IN_PROTOCOL: len(predictions) - len(scored)})
-            skipped = Counter(self.filtered[name]) + unreadable + empty
-            scores = score_words(scored, normalize)
-            datasets[name] = {"samples": len(scored), "skipped": dict(skipped), **scores}
+            skipped = dict(Counter(self.filtered[name]) + unreadable + empty)
+            datasets[name] = {"samples": len(scored), "skipped": skipped, **score_words(scored, normalize)}
         model.train(was_training)
         scores = {"model_eval": self.model_eval, "protocol": self.protocol, **with_means(datasets)}
         for observer in observers:
@@ -189,7 +174,7 @@ class WordEvaluator:
             for observer in observers:
                 observer.on_batch(name, batch, output, read)
         predictions = sorted(distributed.gather(predictions), key=lambda prediction: prediction.index)
-        return predictions, sum((Counter(each) for each in distributed.gather([dict(unreadable)])), Counter())
+        return predictions, sum(distributed.gather([unreadable]), Counter())
 
     @torch.inference_mode()
     def _read_batch(self, model: nn.Module, name: str, batch: Any) -> tuple[Any, RecogniserOutput, list[ScoredWord]]:
@@ -235,18 +220,17 @@ class SegmentationEvaluator:
         datasets = {}
         for name, loader in self.loaders.items():
             with without_search():
-                counts, samples, unreadable = self._count(segmenter, loader)
-            true_positive, false_positive, false_negative = counts
-            skipped = Counter(self.filtered[name]) + unreadable
+                shares = distributed.gather([self._count(segmenter, loader)])
+            counts, samples, skipped = (sum(each[1:], each[0]) for each in zip(*shares, strict=True))
             datasets[name] = {
                 "samples": samples,
-                "skipped": dict(skipped),
-                "iou": metrics.foreground_iou(true_positive, false_positive, false_negative),
-                "f_score": metrics.f_score(true_positive, false_positive, false_negative),
+                "skipped": dict(Counter(self.filtered[name]) + skipped),
+                "iou": metrics.foreground_iou(*counts.tolist()),
+                "f_score": metrics.f_score(*counts.tolist()),
             }
         return {"model_eval": "ssn", **with_means(datasets)}
 
-    def _count(self, segmenter: Segmenter, loader: DataLoader) -> tuple[list[int], int, Counter]:
+    def _count(self, segmenter: Segmenter, loader: DataLoader) -> tuple[np.ndarray, int, Counter]:
         """Return true positives, false positives and false negatives; images; counts of what could not be read."""
         counts = np.zeros(3, np.int64)
         samples, unreadable = 0, Counter()
@@ -259,10 +243,7 @@ class SegmentationEvaluator:
                 text, predicted = (sample.labels == 1)[counted], (mask >= TEXT_THRESHOLD)[counted]
                 counts += [(text & predicted).sum(), (~text & predicted).sum(), (text & ~predicted).sum()]
             samples += len(read)
-        shares = distributed.gather([(counts.tolist(), samples, dict(unreadable))])
-        totals = [sum(column) for column in zip(*(share[0] for share in shares), strict=True)]
-        skipped = sum((Counter(share[2]) for share in shares), Counter())
-        return totals, sum(share[1] for share in shares), skipped
+        return counts, samples, unreadable
 
 
 Evaluator = WordEvaluator | SegmentationEvaluator
@@ -294,17 +275,12 @@ def score_table(scores: Mapping[str, Any]) -> str:
     return markdown_table(rows)
 
 
-def score_csv(scores: Mapping[str, Any]) -> str:
-    """Format scores as comma-separated values, fractions in full: one row per data set, then weighted and mean."""
-    return csv_text([["dataset", "samples", "skipped", *scores["mean"]], *score_rows(scores)])
-
-
 def write_scores(folder: Path, scores: Mapping[str, Any], *, name: str = "metrics") -> None:
-    """Write `<name>.json`, and its table as `<name>.md` and `<name>.csv`, each all or nothing."""
+    """Write `<name>.json`, and its rows as `<name>.md`, in per cent, and `<name>.csv`, fractions in full."""
     contents = {
         "json": json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
         "md": score_table(scores) + "\n",
-        "csv": score_csv(scores),
+        "csv": csv_text([["dataset", "samples", "skipped", *scores["mean"]], *score_rows(scores)]),
     }
     for suffix, content in contents.items():
         write_atomically(folder / f"{name}.{suffix}", lambda file, content=content: file.write(content.encode()))

@@ -138,15 +138,10 @@ def read_lexicon(path: str | Path) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredLexicons:
-    """The word lists of an LMDB: number of a word -> its list, stored as `<name>-%09d`.
-
-    Args:
-        name: "lexicon" in the LMDBs of IIIT5K and SVT that go around; other names tell lists of 50 from those of 1,000.
-        make: words -> their Lexicon.
-    """
+    """The word lists of an LMDB: number of a word -> its list, stored as `<name>-%09d`."""
 
     reader: LmdbReader
-    name: str
+    name: str  # "lexicon" in the LMDBs of IIIT5K and SVT that go around
     make: Callable[[Sequence[str]], Lexicon]
 
     def __call__(self, number: int) -> Lexicon:

@@ -60,34 +60,26 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
         UserError: a checkpoint is missing or does not fit.
     """
     kind = config.model.kind
-    charset = charset or (None if kind == "ssn" else build_charset(config))
     if kind == "ssn":
-        model = build_ssn(config)
-    elif kind == "vision":
+        return _with_weights(build_ssn(config), config.model.checkpoint, config)
+    charset = charset or build_charset(config)
+    if kind == "vision":
         model = VisionRecogniser(build_vision_model(config, charset))
     elif kind == "language":
         model = LanguageRecogniser(build_language_model(config, charset))
     else:
-        alignment = config.model.alignment
-        model = BINet(
-            vision=build_vision_model(config, charset),
-            language=build_language_model(config, charset),
-            alignment=AlignmentModel(num_classes=charset.num_classes, d_model=alignment.d_model).requires_grad_(
-                not alignment.freeze
-            ),
-            iter_size=config.model.iter_size,
-        )
+        parts = {"vision": build_vision_model(config, charset), "language": build_language_model(config, charset)}
+        alignment = AlignmentModel(num_classes=charset.num_classes, d_model=config.model.alignment.d_model)
+        alignment.requires_grad_(not config.model.alignment.freeze)
+        model = BINet(**parts, alignment=alignment, iter_size=config.model.iter_size)
     return _with_weights(model, config.model.checkpoint, config)
 
 
 def build_vision_model(config: Config, charset: Charset) -> VisionModel:
     """Return backbone, mask blocks if `model.vision.segmentation` is enabled, attention and classifier."""
     vision, size = config.model.vision, config.dataset.image_size
-    backbone = ResNet(
-        mask_branch=vision.segmentation.enabled,
-        side_channels=vision.segmentation.side_channels,
-        **vision.model_dump(include={"stem_width", "widths", "depths", "strides"}),
-    )
+    masks, options = vision.segmentation, vision.model_dump(include={"stem_width", "widths", "depths", "strides"})
+    backbone = ResNet(mask_branch=masks.enabled, side_channels=masks.side_channels, **options)
     if vision.backbone == "transformer":
         options = vision.model_dump(include={"nhead", "d_inner", "dropout", "activation", "positional_encoding"})
         backbone = TransformerBackbone(resnet=backbone, image_size=size, num_layers=vision.backbone_ln, **options)
@@ -97,11 +89,11 @@ def build_vision_model(config: Config, charset: Charset) -> VisionModel:
         "num_classes": charset.num_classes,
         "image_size": size,
     }
-    if not vision.segmentation.enabled:
+    if not masks.enabled:
         model = VisionModel(**common)
     else:
         blocks = {"normalize", "sft_blocks", "sft_channels", "condition_channels", "hidden_channels"}
-        model = MaskedVisionModel(**common, **vision.segmentation.model_dump(include=blocks))
+        model = MaskedVisionModel(**common, **masks.model_dump(include=blocks))
     return _started(model, vision, config, "model.vision")
 
 

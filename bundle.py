@@ -25,16 +25,13 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Bundle:
-    """The networks of a checkpoint file, in eval mode and on the CPU.
-
-    Without an SSN in the file, `ssn` is None and `areas` (its scales: sides of square areas, pixels) is empty.
-    """
+    """The networks of a checkpoint file, in eval mode and on the CPU."""
 
     model: torch.nn.Module
     config: Config
     charset: Charset
-    ssn: SSN | None
-    areas: tuple[int, ...]
+    ssn: SSN | None  # None if the file has none
+    areas: tuple[int, ...]  # its scales: sides of square areas, pixels; empty without one
 
 
 def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
@@ -51,7 +48,6 @@ def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
 
 
 def _built(state: Mapping[str, Any], path: Path | str, config: Config | None = None) -> Bundle:
-    """Build the networks of a checkpoint's content; `path` names it in messages."""
     config = with_checkpoint(config or _carried_config(state, path), None)
     if config.model.kind not in ("vision", "recogniser"):
         raise UserError(f"checkpoint {path} holds {config.model.name}, which reads no images; give a recogniser's")

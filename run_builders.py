@@ -135,19 +135,14 @@ def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | N
 def _open_language(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
     data = config.dataset
     labels = build_label_rule(config, case_sensitive=data.case_sensitive)
-    datasets = [
-        LanguageDataset(
-            root,
-            labels=labels,
-            use_sm=data.use_sm and split == TRAIN,
-            smooth_label=data.smooth_label and split == TRAIN,
-            smooth_factor=data.smooth_factor,
-            seed=config.run.seed,
-            stream=number,
-            root=number,
-        )
-        for number, root in enumerate(roots)
-    ]
+    options = {
+        "labels": labels,
+        "use_sm": data.use_sm and split == TRAIN,
+        "smooth_label": data.smooth_label and split == TRAIN,
+        "smooth_factor": data.smooth_factor,
+        "seed": config.run.seed,
+    }
+    datasets = [LanguageDataset(root, stream=number, root=number, **options) for number, root in enumerate(roots)]
     return datasets, LanguageCollate(labels)
 
 
@@ -190,17 +185,17 @@ def build_evaluator(
         raise UserError(f"dataset.{split}.roots is empty; name the LMDBs to test on, or give --test_root")
     open_sets = {"language": _open_language, "ssn": _open_segmentation}.get(config.model.kind, _open_words)
     datasets, collate = open_sets(config, settings.roots, split=split, device=device)
-    common = {"filtered": {dataset.name: dataset.filtered for dataset in datasets}, "device": device}
     is_ssn = config.model.kind == "ssn"
     loaders = {}
     for dataset in datasets:
         first, end = (rank * len(dataset) // process.world_size for rank in (process.rank, process.rank + 1))
         options = {"sampler": range(first, end), "batch_size": settings.batch_size}  # this process's share
         loaders[dataset.name] = make_loader(dataset, list if is_ssn else collate, **options, **_loading(config))
+    filtered = {dataset.name: dataset.filtered for dataset in datasets}
+    common = {"loaders": loaders, "filtered": filtered, "device": device}
     if is_ssn:
-        return SegmentationEvaluator(loaders=loaders, areas=config.model.ssn.areas, **common)
+        return SegmentationEvaluator(areas=config.model.ssn.areas, **common)
     return WordEvaluator(
-        loaders=loaders,
         charset=build_charset(config),
         protocol=evaluation_protocol(config),
         model_eval=model_eval,
@@ -248,9 +243,9 @@ def build_observers(
     """
     if config.model.kind == "ssn":
         return []
-    folder, normalize = config.work_folder, protocol_normalizer(evaluation_protocol(config))
+    normalize = protocol_normalizer(evaluation_protocol(config))
     report = Report(
-        folder=folder / "report",
+        folder=config.work_folder / "report",
         title=config.run.name,
         details={"network": config.model.name, "weights": weights},
         charset=build_charset(config),
@@ -258,8 +253,9 @@ def build_observers(
         with_attention=not image_only,
         rank=process.rank,
     )
-    files = PredictionFiles(folder=folder, model_eval=model_eval, normalize=normalize)
-    return [files, report] if image_only else [files, report, AttentionImages(folder=folder, model_eval=model_eval)]
+    common = {"folder": config.work_folder, "model_eval": model_eval}
+    files = [PredictionFiles(normalize=normalize, **common), report]
+    return files if image_only else [*files, AttentionImages(**common)]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -278,18 +274,15 @@ def build_trainer(config: Config, *, device: torch.device, process: Process, res
     model = distributed.synchronized(model, config.training.sync_batchnorm)
     # The layout that convolutions are fastest in; before the optimiser makes momenta in the same one.
     model.to(device, memory_format=torch.channels_last)
-    criterion = build_criterion(config)
-    batches = len(data.batch_sampler)
-    iterations = config.training.iterations or config.training.epochs * batches
-    training = config.training
+    criterion, sampler, training = build_criterion(config), data.batch_sampler, config.training
+    length = {"batches_per_epoch": len(sampler), "iterations": sampler.run_batches}
     return Trainer(
         model=model,
         criterion=criterion,
         optimizer=build_optimizer(config, model),
-        learning_rate_factor=build_schedule(config, batches_per_epoch=batches, iterations=iterations),
+        learning_rate_factor=build_schedule(config, **length),
         data=data,
-        batches_per_epoch=batches,
-        iterations=iterations,
+        **length,
         device=device,
         process=process,
         callbacks=callbacks,
@@ -337,6 +330,5 @@ def build_writers(config: Config) -> list[Writer]:
     folder, project = config.work_folder, config.training.wandb
     writers = [Console(), History(folder / "history.jsonl"), TensorBoard(folder / "tensorboard")]
     if project is not None:
-        about = {"name": config.run.name, "config": config.to_dict()}
-        writers.append(WeightsAndBiases(project=project, folder=folder, **about))
+        writers.append(WeightsAndBiases(project, name=config.run.name, folder=folder, config=config.to_dict()))
     return writers

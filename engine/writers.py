@@ -176,15 +176,9 @@ class WeightsAndBiases(Writer):
 
     The id is kept in the run's folder. Steps that a run repeats after a kill are equal to those before, and wandb
     ignores them (online; two offline files may hold them twice).
-
-    Args:
-        config: shown beside the curves.
-
-    Raises:
-        UserError: as `import_wandb`.
     """
 
-    def __init__(self, *, project: str, name: str, folder: Path, config: Mapping[str, Any]):
+    def __init__(self, project: str, *, name: str, folder: Path, config: Mapping[str, Any]):
         self._wandb = import_wandb()
         self._id_file = folder / "wandb-id.txt"
         self._settings = {"project": project, "name": name, "dir": str(folder), "config": dict(config)}
@@ -197,9 +191,8 @@ class WeightsAndBiases(Writer):
         try:
             self._run = self._wandb.init(id=number, resume="allow", **self._settings)
         except self._wandb.Error as error:
-            raise UserError(
-                f"training.wandb: {first_line(error)}; run wandb login, or set WANDB_MODE=offline"
-            ) from error
+            remedy = "run wandb login, or set WANDB_MODE=offline"
+            raise UserError(f"training.wandb: {first_line(error)}; {remedy}") from error
 
     def write(self, record: Record) -> None:
         self._run.log({"epoch": record.epoch, **record.scalars()}, step=record.iteration)

@@ -129,22 +129,20 @@ def validate_settings(
         UserError: with one line for each thing that is wrong.
     """
     places = places or {}
-    try:
-        settings = schema.model_validate(data)
-        found = list(settings.problems())
-    except ValidationError as invalid:
-        errors = invalid.errors(include_url=False)
-        ignored = [each for each in errors if each["type"] == "extra_forbidden"]
-        ignored = [each for each in ignored if drop_unknown or ".".join(each["loc"]) in gone]
-        if ignored:
-            for each in ignored:
-                dotted = ".".join(each["loc"])
-                data = _without(data, each["loc"])
+    ignored = True
+    while ignored:
+        try:
+            settings, ignored = schema.model_validate(data), []
+            found = list(settings.problems())
+        except ValidationError as invalid:
+            errors = invalid.errors(include_url=False)
+            unknown = {".".join(each["loc"]): each["loc"] for each in errors if each["type"] == "extra_forbidden"}
+            ignored = [dotted for dotted in unknown if drop_unknown or dotted in gone]
+            for dotted in ignored:
+                data = _without(data, unknown[dotted])
                 if not (drop_unknown and dotted in gone):
                     logger.warning("%s: nothing reads this key any more; ignored", _located(dotted, source, places))
-            options = {"places": places, "problems": problems, "gone": gone, "drop_unknown": drop_unknown}
-            return validate_settings(schema, data, source, **options)
-        found = [_describe(error, schema) for error in errors]
+            found = [_describe(error, schema) for error in errors]
     problems = [*problems, *(f"{_located(dotted, source, places)}: {message}" for dotted, message in found)]
     if problems:
         shown = problems[:PROBLEMS_SHOWN]

@@ -5,7 +5,7 @@ image.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +100,22 @@ def draw_prediction(
     caption: str,
     characters: Sequence[str],
     attention: Sequence[np.ndarray],
-    mask: np.ndarray | None = None,
-    refined_mask: np.ndarray | None = None,
+    masks: Mapping[str, np.ndarray],
     over_image: bool = False,
 ) -> np.ndarray:
-    """Draw one word with its mask, refined mask and the attention of each predicted character.
+    """Draw one word with its masks and the attention of each predicted character.
 
     Args:
         image: (H, W, 3) uint8.
         caption: written below the image.
         characters: names of the steps to show; as many as `attention` has at most.
         attention: a map (h, w) for each step.
-        mask, refined_mask: of any size.
+        masks: by name, of any size.
         over_image: draw the masks as colour over the image instead of grey.
     """
     cells = [captioned(image, caption)]
-    for name, each in (("mask", mask), ("refined", refined_mask)):
-        if each is not None:
-            cells.append(captioned(overlay(image, each) if over_image else grey(each), name))
+    for name, each in masks.items():
+        cells.append(captioned(overlay(image, each) if over_image else grey(each), name))
     for character, weights in zip(characters, attention, strict=False):
         cells.append(captioned(heat(image, weights), character))
     return grid(cells, columns=4)
@@ -125,16 +123,21 @@ def draw_prediction(
 
 def draw_words(batch: Any, output: RecogniserOutput, predictions: Sequence[Any]) -> Iterator[np.ndarray]:
     """Draw each word of a batch with its masks, attention and prediction; `predictions` are `ScoredWord`s."""
-    attention = output.vision.attention.float().cpu().numpy()
-    refined = output.vision.refined_mask
-    masks = None if batch.masks is None else (batch.masks[:, 0] / 255.0).cpu().numpy()
-    refined = None if refined is None else refined[:, 0].float().cpu().numpy()
+    masks, attention = word_maps(batch, output)
     for row, (prediction, image) in enumerate(zip(predictions, to_images(batch.images), strict=True)):
         yield draw_prediction(
             image,
             caption=f"{prediction.label} > {prediction.text}",
             characters=[*prediction.text, "end"],
             attention=attention[row],
-            mask=None if masks is None else masks[row],
-            refined_mask=None if refined is None else refined[row],
+            masks={name: each[row] for name, each in masks.items()},
         )
+
+
+def word_maps(batch: Any, output: RecogniserOutput) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return mask and refined mask of each word (N, H, W), where there are any, and attention (N, T, h, w)."""
+    masks = {"mask": batch.masks, "refined mask": output.vision.refined_mask}
+    found = {name: each[:, 0].float().cpu().numpy() for name, each in masks.items() if each is not None}
+    if "mask" in found:
+        found["mask"] /= 255
+    return found, output.vision.attention.float().cpu().numpy()

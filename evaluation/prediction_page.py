@@ -12,6 +12,7 @@ from evaluation.report import render_page
 from loading.transforms import resize, turn
 
 HEIGHT, WIDTH = 96, 480  # pixels that an image on the page fits into
+REFINED = "refined mask"
 STEP_HEIGHT, STEP_WIDTH = 48, 144  # the same for the attention of a character
 
 
@@ -37,10 +38,8 @@ def page_entry(name: str, image: np.ndarray | None, prediction: Any) -> dict[str
         return entry | {"images": [], "characters": []}
     large, small = seen(image, prediction, HEIGHT, WIDTH), seen(image, prediction, STEP_HEIGHT, STEP_WIDTH)
     images = [("image", _uri(large["image"]))]
-    if large["mask"] is not None:
-        images.append(("text mask", _uri(overlay(large["image"], large["mask"]))))
-    if large["refined_mask"] is not None:
-        images.append(("refined mask", _uri(grey(large["refined_mask"]))))
+    for mask_name, mask in large["masks"].items():
+        images.append((mask_name, _uri(grey(mask) if mask_name == REFINED else overlay(large["image"], mask))))
     characters = [
         {"text": each.text, "confidence": each.confidence, "image": _uri(heat(small["image"], weights))}
         for each, weights in zip(prediction.characters, small["attention"], strict=True)
@@ -51,18 +50,18 @@ def page_entry(name: str, image: np.ndarray | None, prediction: Any) -> dict[str
 def seen(image: np.ndarray, prediction: Any, height: int, width: int) -> dict[str, Any]:
     """Return an image, (H, W, 3), as it was read, at the largest size that fits, its aspect kept.
 
-    `mask`, `refined_mask` (both may be None) and each map of `attention` are float in [0, 1], of that size.
+    `masks` (by name, where there are any) and the maps of `attention` are float in [0, 1], of that size.
     """
     image = turn(image, prediction.turned)
     scale = min(height / image.shape[0], width / image.shape[1])
     size = tuple(max(round(side * scale), 1) for side in image.shape[:2])
-    mask, refined = prediction.mask_levels, prediction.refined_mask
-    return {
-        "image": resize(image, size),
-        "mask": None if mask is None else resize(turn(mask, prediction.turned), size) / 255,
-        "refined_mask": None if refined is None else on_image(refined, size, prediction.extent),
-        "attention": [on_image(each, size, prediction.extent) for each in prediction.attention],
-    }
+    masks = {}
+    if prediction.mask_levels is not None:
+        masks["text mask"] = resize(turn(prediction.mask_levels, prediction.turned), size) / 255
+    if prediction.refined_mask is not None:
+        masks[REFINED] = on_image(prediction.refined_mask, size, prediction.extent)
+    attention = [on_image(each, size, prediction.extent) for each in prediction.attention]
+    return {"image": resize(image, size), "masks": masks, "attention": attention}
 
 
 def _uri(image: np.ndarray) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from engine import distributed
-from evaluation.drawing import grey, to_images
+from evaluation.drawing import grey, to_images, word_maps
 from evaluation.evaluator import ScoredWord, read_logits
 from evaluation.metrics import confidence_bins
 from loading.charset import Charset
@@ -105,16 +105,13 @@ class Report:
         self, batch: Any, output: RecogniserOutput, words: Sequence[ScoredWord]
     ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         """Yield the images (word, mask, refined mask; RGB) and the attention (steps, h, w) of each word."""
+        masks, attention = word_maps(batch, output)
         layers = {"word": to_images(batch.images)}
-        masks = None if batch.masks is None else batch.masks / 255.0
-        for name, maps in (("mask", masks), ("refined mask", output.vision.refined_mask)):
-            if maps is not None:
-                layers[name] = np.stack([grey(each) for each in maps[:, 0].float().cpu().numpy()])
+        layers |= {name: [grey(each) for each in maps] for name, maps in masks.items()}
         if self._layout is None:
             height, width = layers["word"].shape[1:3]
-            cells = list(output.vision.attention.shape[-2:])
+            cells = list(attention.shape[-2:])
             self._layout = {"width": width, "height": height, "layers": list(layers), "cells": cells}
-        attention = output.vision.attention.float().cpu().numpy()
         for row, word in enumerate(words):
             yield [layer[row] for layer in layers.values()], attention[row, : len(word.text) + 1]
 

@@ -20,6 +20,7 @@ from callbacks import (
     Checkpoints,
     Evaluation,
     MetricLog,
+    Periodic,
     UnreadableSamples,
 )
 from engine.distributed import Process
@@ -104,13 +105,11 @@ def every_callback(folder):
 
 
 def walk(each, trainer, steps):
-    each.on_resume(trainer)
     each.on_fit_start(trainer)
     for _ in range(steps):
         each.on_batch_loaded(trainer, Batch())
         trainer.iteration += 1
         each.on_step_end(trainer, step())
-    each.on_step_skipped(trainer, Batch(), trainer.iteration)
     each.on_epoch_end(trainer)
     scores = Evaluator().evaluate(None)
     each.on_evaluation_end(trainer, scores)
@@ -124,7 +123,7 @@ def walk(each, trainer, steps):
 
 def test_the_list_of_callbacks_is_complete(tmp_path):
     kinds = {kind for _, kind in inspect.getmembers(callbacks, inspect.isclass) if issubclass(kind, Callback)}
-    assert kinds - {Callback} == {type(each) for each in every_callback(tmp_path)}
+    assert kinds - {Callback, Periodic} == {type(each) for each in every_callback(tmp_path)}
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -210,36 +209,18 @@ def test_throughput_includes_waiting_for_the_gpu(tmp_path, monkeypatch, caplog):
     assert float(line.split(" samples/s")[0].split()[-1]) <= 8 / 0.5
 
 
-def test_the_log_of_a_terminal_run_has_losses_and_dates(tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
+def test_terminal_and_file_get_the_same_lines_with_losses_and_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(logging.root, "handlers", [])
     setup_logging(tmp_path / "log.txt")
     walk(metric_log(Console(), interval=5), FakeTrainer(), 10)
-    shown, lines = sys.stderr.getvalue(), (tmp_path / "log.txt").read_text().splitlines()
-    dated = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I .*loss 1\.0000  vision 0\.5000")
-    assert sum(bool(dated.match(line)) for line in lines) == 2
-    assert "vision 0.5" not in shown
-    assert "10/10" in shown
+    line = r" I epoch 0  iteration \d+/10  loss 1\.0000  vision 0\.5000  lr 1\.00e-01  8 samples/s  00:0\d left"
+    dated, timed = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d" + line), re.compile(r"\d\d:\d\d:\d\d" + line)
+    assert sum(bool(dated.fullmatch(each)) for each in (tmp_path / "log.txt").read_text().splitlines()) == 2
+    assert sum(bool(timed.fullmatch(each)) for each in sys.stderr.getvalue().splitlines()) == 2
 
 
-def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    walk(metric_log(Console(), interval=1), FakeTrainer(), 10)
-    shown = sys.stderr.getvalue()
-    assert "10/10" in shown
-    assert "loss=1.0000" in shown
-    assert "rate=" in shown
-
-
-def test_progress_gives_lines_elsewhere(tmp_path, caplog):
+def test_a_line_is_logged_at_each_interval_and_at_the_end(tmp_path, caplog):
     caplog.set_level("INFO")
     walk(metric_log(Console(), interval=4), FakeTrainer(), 10)
     *lines, table = [record.getMessage() for record in caplog.records]

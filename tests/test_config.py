@@ -364,8 +364,6 @@ def test_override_cannot_run_code(write):
             "no part that is trained has a loss",
         ),
         ("dataset: {segmentation: {scale_range: [2, 1]}}", "dataset.segmentation.scale_range", "larger"),
-        ("dataset: {train: {roots: [a]}}", "dataset.masks.root", "tools/create_masks.py"),
-        ("dataset: {train: {roots: [a]}, masks: {source: online}}", "model.ssn.checkpoint", "weights"),
     ],
 )
 def test_keys_that_do_not_fit_together(write, text, key, message):

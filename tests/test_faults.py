@@ -106,9 +106,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(config, monkeypatch):
                 self.before = {key: value.clone() for key, value in trainer.model.named_parameters()}
                 self.indices = batch.indices
 
-        def on_step_skipped(self, trainer, batch, iteration):
-            self.skipped = iteration
-            self.unchanged = all(torch.equal(v, self.before[k]) for k, v in trainer.model.named_parameters())
+        def on_step_end(self, trainer, step):
+            if not step.finite:
+                self.skipped = trainer.iteration
+                self.unchanged = all(torch.equal(v, self.before[k]) for k, v in trainer.model.named_parameters())
 
     spoil = Spoil()
     build = run_builders.build_callbacks

@@ -12,6 +12,7 @@ from engine.distributed import Process
 from loading.augmentation import AugmentWord, RandAugmentWord
 from loading.transforms import ResizeWord
 from run_builders import build_callbacks, build_evaluator, build_trainer, build_training_data
+from schema import MasksConfig
 from tests import small_networks
 from utils import UserError
 
@@ -126,6 +127,22 @@ def test_validation_words_of_a_renderer_are_those_of_neither_training_nor_test(t
     ]
     assert [len(each) for each in words] == [30, 30]
     assert not words[0] & words[1]
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({}, r"^dataset\.masks\.root: missing.*tools/create_masks\.py.*segmentation\.enabled=false"),
+        ({"source": "online"}, r"^model\.ssn\.checkpoint: missing; name the weights"),
+        ({"source": "none"}, r"^dataset\.masks\.source: none, but the network takes masks"),
+    ],
+)
+def test_missing_masks_are_named_before_any_data_is_opened(masks, message):
+    config = small_networks.small_config("binet")
+    config.dataset.masks = MasksConfig(**masks)
+    config.dataset.train.roots = ["no-such-folder"]
+    with pytest.raises(UserError, match=message):
+        build_training_data(config, device=torch.device("cpu"), process=Process())
 
 
 def test_an_interval_of_an_epoch_has_its_batches(tmp_path):

@@ -43,11 +43,11 @@ def wandb(monkeypatch):
 
 
 def writer(folder):
-    return WeightsAndBiases(project="words", name="run", folder=folder, config={"a": 1})
+    return WeightsAndBiases("words", name="run", folder=folder, config={"a": 1})
 
 
 RECORD = Record(
-    iteration=4, epoch=1, losses={"vision": 0.5, "total": 1.0}, learning_rate=0.1, gradient_norm=3.0,
+    iteration=4, iterations=10, epoch=1, losses={"vision": 0.5, "total": 1.0}, learning_rate=0.1, gradient_norm=3.0,
     samples_per_second=8.0, data_wait_share=0.25, seconds_left=60.0,
 )  # fmt: skip
 SCORES = {
@@ -59,7 +59,7 @@ SCORES = {
 
 def test_losses_scores_and_words_are_logged_once_each(tmp_path, wandb):
     each = writer(tmp_path)
-    each.open(0, 10)
+    each.open(0)
     each.write(RECORD)
     each.write_scores(Scores(4, SCORES, "table", np.zeros((32, 64, 3), np.uint8)))
     each.close()
@@ -78,7 +78,7 @@ def test_losses_scores_and_words_are_logged_once_each(tmp_path, wandb):
 def test_a_resumed_run_goes_on_under_the_same_id_and_another_run_has_its_own(tmp_path, wandb):
     for folder in ("one", "one", "two"):
         each = writer(tmp_path / folder)
-        each.open(0, 10)
+        each.open(0)
         each.close(failed=True)
         each.close()
     ids = [logged.settings["id"] for logged in wandb.runs]
@@ -93,7 +93,7 @@ def test_what_wandb_refuses_is_a_user_error(tmp_path, wandb, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(UserError, match=r"^training\.wandb: no API key; run wandb login"):
-        writer(tmp_path).open(0, 10)
+        writer(tmp_path).open(0)
 
 
 def test_without_wandb_the_key_is_named(tmp_path, monkeypatch):

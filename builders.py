@@ -44,7 +44,7 @@ SUB_MODELS = ("alignment", "vision", "language")
 KEYS_SHOWN = 3  # of those in which a config differs from a checkpoint's
 # Keys of `model` that change no tensor's shape, and the section of another network.
 NOT_OF_THE_NETWORK = {"activation", "areas", "attention_mode", "checkpoint", "detach", "dropout", "freeze"} | {
-    *("iter_size", "loss_weight", "loss_weights", "nhead", "normalize", "ssn", "strict", "threshold")
+    *("iter_size", "loss_weight", "nhead", "normalize", "ssn", "strict", "threshold")
 }
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def build_language_model(config: Config, charset: Charset) -> LanguageModel:
 def build_ssn(config: Config) -> SSN:
     """Return the text segmentation network, with the weights of `model.ssn.checkpoint`."""
     settings = config.model.ssn
-    hrnet = HRNet(**settings.model_dump(exclude={"checkpoint", "areas", "loss_weights", "head_width"}))
+    hrnet = HRNet(**settings.model_dump(exclude={"checkpoint", "areas", "head_width"}))
     return _with_weights(SSN(hrnet, head_width=settings.head_width), settings.checkpoint, config)
 
 
@@ -248,7 +248,7 @@ def ssn_part(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def build_criterion(config: Config) -> nn.Module:
     """Return the loss of the network that `model.name` names: `criterion(output, *batch.targets())` -> named terms."""
     if config.model.kind == "ssn":
-        return SegmentationCriterion(weights=config.model.ssn.loss_weights.model_dump())
+        return SegmentationCriterion()
     vision = config.model.vision
     weights = {
         "vision": vision.loss_weight,

@@ -28,6 +28,7 @@ GONE_KEYS = (
     "model.ensemble",
     "optimizer.head_lr_factor",
     "model.use_vision",
+    "model.ssn.loss_weights",
 )
 
 
@@ -187,8 +188,6 @@ def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
     """Check that some part that is trained has a loss to learn from."""
     model = config.model
     if model.kind == "ssn":
-        if not any(model.ssn.loss_weights.model_dump().values()):
-            yield "model.ssn.loss_weights", "all weights of the loss are 0; set one of semantic, refined, trimap"
         return
     losses = {"vision": {"vision", "refinement", "alignment"}}  # part -> losses that train it
     losses |= {"language": {"language", "alignment"}, "alignment": {"alignment"}}

@@ -87,7 +87,7 @@ class TrainDataConfig(Section):
     roots: Roots = key([], "LMDBs, folders of LMDBs, render://FILE.yaml; language: CSV files; SSN: folders of pairs.")
     batch_size: PositiveInt = key(384, "Samples in one optimiser step over all processes.")
     length: PositiveInt | None = key(
-        None, "Samples in an epoch: of each render:// root (null: its own), or with shares of all (null: their sum)."
+        None, "Samples in an epoch: of a render:// root, or with shares of all; null: all."
     )
     shares: list[Share] | None = key(
         None,
@@ -120,9 +120,7 @@ class ValidDataConfig(TestDataConfig):
 class MasksConfig(Section):
     """Source of the text masks."""
 
-    source: Literal["lmdb", "online", "none"] = key(
-        "lmdb", "lmdb: files (rendered words bring their own); online: SSN in the loop; none: without segmentation."
-    )
+    source: Literal["lmdb", "online", "none"] = key("lmdb", "lmdb: files (but of renderings their own); online: SSN.")
     root: str | None = key(None, "Folder of mask LMDBs; the masks of <root of images>/X are in <masks.root>/X.")
 
 
@@ -165,7 +163,7 @@ class DatasetConfig(Section):
     smooth_label: bool = key(False, "Smooth the language inputs' one-hot characters.")
     smooth_factor: float = key(0.1, "Largest share of a character that smoothing spreads over all.", ge=0, lt=1)
     multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = key(
-        None, "How workers start; null: torch's way."
+        None, "Start of workers; null: torch's."
     )
     cache_dir: str | None = key(None, "Folder for indices of LMDBs, which open at once; null: the user's cache folder.")
     masks: MasksConfig = Field(default_factory=MasksConfig)
@@ -274,7 +272,7 @@ class VisionConfig(PartConfig):
 
     checkpoint: str | None = key(None, "Weights that the vision model starts from.")
     attention: Literal["attention", "position"] = key(
-        "attention", "attention: reading-order embedding; position: U-net keys (default of ABINet)."
+        "attention", "attention: reading order; position (ABINet): U-net."
     )
     attention_mode: Literal["nearest", "bilinear"] = key("nearest", "position: upsampling in the U-net.")
     backbone: Literal["transformer", "resnet"] = key("transformer", "ResNet45 with encoder layers, or without.")
@@ -313,14 +311,6 @@ class AlignmentConfig(PartConfig):
     d_model: FeatureWidth = key(512, "Feature width E; equals the vision model's.")
 
 
-class SSNLossWeightsConfig(Section):
-    """Weights of the SSN losses."""
-
-    semantic: Weight = key(1.0, "Weight of the cross-entropy of the semantic logits.")
-    refined: Weight = key(0.5, "Weight of the cross-entropy of the refined logits.")
-    trimap: Weight = key(0.5, "Weight of the same at the pixels of the trimap (class boundaries).")
-
-
 class SSNConfig(Section):
     """Text segmentation network: HRNet and head."""
 
@@ -336,7 +326,6 @@ class SSNConfig(Section):
         list(PUBLISHED_AREAS),
         "Scales of segmentation, as sides of squares of equal area, pixels; this default yields to a checkpoint's own.",
     )
-    loss_weights: SSNLossWeightsConfig = Field(default_factory=SSNLossWeightsConfig)
 
 
 class ModelConfig(Section):

@@ -44,33 +44,23 @@ def f_score(true_positives: float, false_positives: float, false_negatives: floa
 
 
 def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:
-    """Return the mean distance between confidence and accuracy over equally wide bins, weighted by their words.
+    """Return the mean distance between confidence and accuracy over the bins of `reliability`, weighted by words."""
+    words, confidence, right = reliability(confidences, correct, bins)
+    return float(np.abs(confidence - right).sum() / max(words.sum(), 1))
+
+
+def reliability(confidences: Sequence[float], correct: Sequence[bool], bins: int) -> np.ndarray:
+    """Return the words of each bin of confidence, the sum of their confidences, and how many are right: (3, bins).
+
+    All bins are equally wide and include their upper edge, the first one also 0.
 
     Args:
         confidences: probability of each prediction, in [0, 1].
         correct: whether each prediction is right.
-        bins: number of bins.
-
-    Raises:
-        ValueError: there are not as many confidences as predictions.
     """
-    confidence = np.asarray(confidences, dtype=np.float64)
-    right = np.asarray(correct, dtype=np.float64)
-    if confidence.shape != right.shape:
-        raise ValueError(f"{confidence.size} confidences for {right.size} words")
-    if not confidence.size:
-        return 0.0
-    gaps = np.bincount(confidence_bins(confidence, bins), weights=confidence - right, minlength=bins)
-    return float(np.abs(gaps).sum() / confidence.size)
-
-
-def confidence_bins(confidences: Sequence[float] | np.ndarray, bins: int) -> np.ndarray:
-    """Return the bin of each confidence; all bins are equally wide and include their upper edge, the first one also 0.
-
-    Edges as i / bins compare exactly with confidences that were written as such fractions.
-    """
-    edges = np.arange(1, bins + 1) / bins
-    return np.minimum(np.searchsorted(edges, confidences, side="left"), bins - 1)
+    edges = np.arange(1, bins + 1) / bins  # these compare exactly with confidences that were written as such fractions
+    places = np.minimum(np.searchsorted(edges, confidences, side="left"), bins - 1)
+    return np.stack([np.bincount(places, weights, bins) for weights in (None, confidences, correct)])
 
 
 def _mean(values: Sequence[float]) -> float:

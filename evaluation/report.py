@@ -23,7 +23,7 @@ from rapidfuzz.distance import Levenshtein
 from engine import distributed
 from evaluation.drawing import grey, to_images, word_maps
 from evaluation.evaluator import ScoredWord, read_logits
-from evaluation.metrics import confidence_bins
+from evaluation.metrics import reliability
 from loading.charset import Charset
 from modules.outputs import RecogniserOutput
 from utils import write_atomically
@@ -244,19 +244,13 @@ def calibration(words: Sequence[ReportedWord], bins: int) -> list[dict[str, Any]
 
     The bins are those of `metrics.expected_calibration_error`.
     """
-    members: list[list[ReportedWord]] = [[] for _ in range(bins)]
-    for each, place in zip(words, confidence_bins([each.word.confidence for each in words], bins), strict=True):
-        members[place].append(each)
-    return [
-        {
-            "low": number / bins,
-            "high": (number + 1) / bins,
-            "words": len(group),
-            "confidence": sum(each.word.confidence for each in group) / len(group) if group else None,
-            "accuracy": sum(each.right for each in group) / len(group) if group else None,
-        }
-        for number, group in enumerate(members)
-    ]
+    sums = reliability([each.word.confidence for each in words], [each.right for each in words], bins)
+    rows = []
+    for place, (count, confidence, right) in enumerate(sums.T.tolist()):
+        mean, accuracy = (confidence / count, right / count) if count else (None, None)
+        edges = {"low": place / bins, "high": (place + 1) / bins}
+        rows.append({**edges, "words": int(count), "confidence": mean, "accuracy": accuracy})
+    return rows
 
 
 def confusions_of(target: str, prediction: str) -> list[tuple[str, str]]:

@@ -19,8 +19,6 @@ from yaml_io import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
 
-PROBLEMS_SHOWN = 30  # in one message
-
 
 def key(default: Any, description: str, **limits: Any) -> Any:
     """Define a key by its default, a sentence about its unit and effect, and pydantic's limits on the value."""
@@ -145,11 +143,8 @@ def validate_settings(
             found = [_describe(error, schema) for error in errors]
     problems = [*problems, *(f"{_located(dotted, source, places)}: {message}" for dotted, message in found)]
     if problems:
-        shown = problems[:PROBLEMS_SHOWN]
-        if more := len(problems) - len(shown):
-            shown.append(f"and {more} more: fix these first")
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration\n  "
-        raise UserError(head + "\n  ".join(shown))
+        raise UserError(head + "\n  ".join(problems))
     return settings
 
 

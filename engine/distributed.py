@@ -30,7 +30,6 @@ class Process:
     """The place of this process among `world_size`; a plain `python main.py` is rank 0 of 1."""
 
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
 
     @property
@@ -87,7 +86,7 @@ def start(device_type: str, *, timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Pr
         # Gloo always, for objects and flags that live on the host; NCCL for the tensors of a GPU.
         backend = "cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
-    return Process(dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size())
+    return Process(dist.get_rank(), dist.get_world_size())
 
 
 def stop() -> None:

@@ -222,12 +222,8 @@ class SegmentationEvaluator:
             with without_search():
                 shares = distributed.gather([self._count(segmenter, loader)])
             counts, samples, skipped = (sum(each[1:], each[0]) for each in zip(*shares, strict=True))
-            datasets[name] = {
-                "samples": samples,
-                "skipped": dict(Counter(self.filtered[name]) + skipped),
-                "iou": metrics.foreground_iou(*counts.tolist()),
-                "f_score": metrics.f_score(*counts.tolist()),
-            }
+            skipped = dict(Counter(self.filtered[name]) + skipped)
+            datasets[name] = {"samples": samples, "skipped": skipped, **metrics.mask_scores(*counts.tolist())}
         return {"model_eval": "ssn", **with_means(datasets)}
 
     def _count(self, segmenter: Segmenter, loader: DataLoader) -> tuple[np.ndarray, int, Counter]:

@@ -31,16 +31,11 @@ def normalized_edit_distance(predictions: Sequence[str], targets: Sequence[str])
     return _mean([Levenshtein.normalized_distance(*pair) for pair in zip(predictions, targets, strict=True)])
 
 
-def foreground_iou(true_positives: float, false_positives: float, false_negatives: float) -> float:
-    """Return the intersection over union of the text pixels, from counts of pixels."""
+def mask_scores(true_positives: int, false_positives: int, false_negatives: int) -> dict[str, float]:
+    """Return intersection over union (`iou`) and F-score (`f_score`) of the text pixels, from counts of pixels."""
     union = true_positives + false_positives + false_negatives
-    return true_positives / union if union else 0.0
-
-
-def f_score(true_positives: float, false_positives: float, false_negatives: float) -> float:
-    """Return the harmonic mean of precision and recall of the text pixels, from counts of pixels."""
-    total = 2 * true_positives + false_positives + false_negatives
-    return 2 * true_positives / total if total else 0.0
+    iou = true_positives / union if union else 0.0
+    return {"iou": iou, "f_score": 2 * true_positives / (union + true_positives) if union else 0.0}
 
 
 def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:

@@ -71,8 +71,12 @@ class Report:
     rank: int = 0  # of this process; each process writes its own sprites
     max_words: int = 20_000  # of a process that get images and a place in the list; the others only count
     _words: list[ReportedWord] = field(default_factory=list, init=False)
-    _sprites: "SpriteWriter | None" = field(default=None, init=False)
     _layout: dict[str, Any] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        # Other names than those of an earlier report, whose page stays usable until this one replaces it.
+        prefix = f"{time.time_ns():x}-{self.rank}"
+        self._sprites = SpriteWriter(self.folder / "images", prefix=prefix, attention=self.with_attention)
 
     def on_batch(self, dataset: str, batch: Any, output: RecogniserOutput, words: Sequence[ScoredWord]) -> None:
         """Store the predictions of one batch and draw its words."""
@@ -80,21 +84,20 @@ class Report:
         language, alignment = (self._read_rounds(part, len(words)) for part in (output.language, output.alignment))
         places: list[tuple[str | None, int]] = [(None, 0)] * len(words)
         if output.vision is not None:
-            places = [self._draw(*tiles) for tiles in self._tiles(batch, output, words)]
+            tiles = self._tiles(batch, output, words)
+            places = [self._sprites.add(*each) if self._sprites.count < self.max_words else (None, 0) for each in tiles]
         for word, place, *read in zip(words, places, vision, language, alignment, strict=True):
             compared = self.normalize(word.label), self.normalize(word.text)
             self._words.append(ReportedWord(dataset, word, *compared, *read, *place))
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
         """Write the page."""
-        if self._sprites is not None:
-            self._sprites.flush()
+        self._sprites.flush()
         words = distributed.gather(self._words)
         layout = next(iter(distributed.gather([self._layout] if self._layout else [])), None)
         distributed.barrier()
         if distributed.is_main():
             self._write(words, layout, scores)
-        self._words, self._sprites = [], None
 
     def _read_rounds(self, rounds: Sequence[Any] | None, count: int) -> list[tuple[str, ...]]:
         """Return the predictions of each word in every round."""
@@ -114,16 +117,6 @@ class Report:
             self._layout = {"width": width, "height": height, "layers": list(layers), "cells": cells}
         for row, word in enumerate(words):
             yield [layer[row] for layer in layers.values()], attention[row, : len(word.text) + 1]
-
-    def _draw(self, images: list[np.ndarray], attention: np.ndarray) -> tuple[str | None, int]:
-        """Draw a word; returns the name of its sprite and its row there."""
-        if self._sprites is None:
-            # Other names than those of an earlier report, whose page stays usable until this one replaces it.
-            prefix = f"{time.time_ns():x}-{self.rank}"
-            self._sprites = SpriteWriter(self.folder / "images", prefix=prefix, attention=self.with_attention)
-        if self._sprites.count >= self.max_words:
-            return None, 0
-        return self._sprites.add(images, attention)
 
     def _write(self, words: Sequence[ReportedWord], layout: dict[str, Any] | None, scores: Mapping[str, Any]) -> None:
         datasets = list(scores["datasets"])

@@ -64,7 +64,7 @@ class FakeTrainer:
 
     def __init__(self, iterations=10, rank=0):
         self.iteration, self.epoch, self.iterations = 0, 0, iterations
-        self.process = Process(rank, rank, rank + 1)
+        self.process = Process(rank, rank + 1)
         self.evaluation_model = nn.Linear(1, 1)
         self.provenance = Provenance(torch.device("cpu"), rank + 1)
         self.called = []

@@ -251,7 +251,7 @@ def half_in_parts(rank):
     if rank is None:
         return {name: tensor.numpy() for name, tensor in terms_and_gradients("binet", parts=1).items()}
     rows = slice(0, 4) if rank == 0 else slice(4, 8)
-    found = terms_and_gradients("binet", parts=2, rows=rows, process=distributed.Process(rank, rank, 2))
+    found = terms_and_gradients("binet", parts=2, rows=rows, process=distributed.Process(rank, 2))
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 

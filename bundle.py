@@ -110,8 +110,8 @@ def save_bundle(
         state = ssn_part(read_checkpoint(ssn))
         config = _carried_config(state, ssn)
         config.model.ssn.areas = list(areas) or config.model.ssn.areas
-        content["ssn"] = {"model": _stored(state, config, None, half), "config": portable(config)}
-        content["ssn"] |= _provenance(state)
+        weights = _stored(state, config, None, half)
+        content["ssn"] = {"model": weights, "config": portable(config)} | _provenance(state)
     # A file that cannot be read is found here, not by its receiver.
     if _built(content, recogniser).ssn is None and ssn is not None:
         raise UserError(f"--ssn {ssn}: holds no SSN; give a checkpoint that main.py trained with model.name=ssn")
@@ -121,14 +121,11 @@ def save_bundle(
 
 def portable(config: Config) -> dict[str, Any]:
     """Return a config as plain data without what is valid on one machine only: paths and other checkpoints."""
-    config = with_checkpoint(config, None)
-    fresh = Config()
-    config.model.ssn.checkpoint = None
+    config, fresh = with_checkpoint(config, None), Config()
+    config.model.ssn.checkpoint = config.dataset.masks.root = config.dataset.cache_dir = None
     config.run.workdir = fresh.run.workdir
-    config.dataset.train.roots = []
+    config.dataset.train.roots = config.dataset.valid.roots = config.dataset.test.roots = []
     config.dataset.train.shares = config.dataset.train.difficulty = None
-    config.dataset.valid.roots = config.dataset.test.roots = []
-    config.dataset.masks.root = config.dataset.cache_dir = None
     config.dataset.charset_path = fresh.dataset.charset_path  # the checkpoint carries the characters themselves
     return config.to_dict()
 

@@ -69,9 +69,8 @@ class Callback:
 class MetricLog(Callback, Observer):
     """Collects losses, speed and scores, and gives them to the writers each `interval` iterations and at the last one.
 
-    A loss is its mean over the steps since the record before; a step with a term that is not finite does not count. The
-    tensors of the steps are read only when a record is due, so that no other step waits for a GPU. It observes
-    evaluations as well, to show some words of each.
+    A loss is its mean over the steps since the record before, those that are not finite left out. The steps' tensors
+    are read only when a record is due, so that no other step waits for a GPU.
     """
 
     WORDS = 8  # shown of each evaluation
@@ -83,7 +82,7 @@ class MetricLog(Callback, Observer):
         self._rows: list[list[float]] = []  # the terms of each step
         self._unread: list[torch.Tensor] = []
         self._images: list[np.ndarray] = []
-        self._samples, self._seconds, self._waited = 0, 0.0, 0.0  # since the record before
+        self._sums: Counter[str] = Counter()  # of samples, seconds and seconds waited since the record before
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if not trainer.process.is_main:
@@ -99,15 +98,13 @@ class MetricLog(Callback, Observer):
             step.wait()
         self._names = list(step.terms)
         self._unread.extend(step.terms.values())
-        self._samples += step.samples
-        self._seconds += step.duration
-        self._waited += step.data_wait
+        self._sums.update(samples=step.samples, seconds=step.duration, waited=step.data_wait)
         if is_due:
             self._write(trainer, step)
 
     def _write(self, trainer: Trainer, step: Step) -> None:
-        seconds = max(self._seconds, 1e-9)
-        rate = self._samples / seconds
+        seconds = max(self._sums["seconds"], 1e-9)
+        rate = self._sums["samples"] / seconds
         self._read()
         finite = [row for row in self._rows if all(map(math.isfinite, row))] or [[math.nan] * len(self._names)]
         self._rows = []
@@ -123,10 +120,10 @@ class MetricLog(Callback, Observer):
             learning_rate=step.learning_rate,
             gradient_norm=float(step.gradient_norm),
             samples_per_second=rate,
-            data_wait_share=self._waited / seconds,
+            data_wait_share=self._sums["waited"] / seconds,
             seconds_left=(trainer.iterations - trainer.iteration) * step.samples / max(rate, 1e-9),
         )
-        self._samples, self._seconds, self._waited = 0, 0.0, 0.0
+        self._sums.clear()
         for writer in self.writers:
             writer.write(record)
 
@@ -221,10 +218,9 @@ class Evaluation(Periodic):
 class Checkpoints(Periodic):
     """Saves `<name>_<epoch>_<iteration>.pth` periodically, at a stop signal and at the end.
 
-    The epoch in a name is the number of finished epochs. The last `keep` checkpoints stay, and `checkpoint.yaml` lists
-    them, newest last. Put this callback last, so that a checkpoint holds what the others did.
-    If an evaluation is due at the same step, the checkpoint is saved before it: an evaluation that fails costs no step.
-    `provenance.json` says how the run came to be, as every checkpoint does.
+    The epoch in a name is the number of finished epochs. The last `keep` checkpoints stay, listed in `checkpoint.yaml`.
+    Put this callback last, so that a checkpoint holds what the others did. If an evaluation is due at the same step,
+    the checkpoint is saved before it: an evaluation that fails costs no step.
     """
 
     keep: int

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from schema import DatasetConfig, GlobalConfig, ModelConfig, OptimizerConfig, TrainDataConfig, TrainingConfig
+from schema import DatasetConfig, GlobalConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from settings import Section, is_section, load_settings, validate_settings, walk_schema
 from utils import RENDER_SCHEME, UserError
 from yaml_io import dump_yaml
@@ -164,7 +164,13 @@ def _training_problems(config: Config) -> Iterator[tuple[str, str]]:
     yield from _loss_problems(config)
     if training.compile and training.compile_mode != "default" and training.accumulation > 1:
         yield "training.compile_mode", f"{training.compile_mode} needs training.accumulation=1; change one of them"
-    yield from _mixture_problems(config.dataset.train)
+    train = config.dataset.train
+    if train.difficulty and not any(root.startswith(RENDER_SCHEME) for root in train.roots):
+        yield "dataset.train.difficulty", "no root is render://FILE.yaml, and words of files have theirs already"
+    if train.shares is not None and len(train.shares) != len(train.roots):
+        yield "dataset.train.shares", f"{len(train.shares)} shares for {len(train.roots)} roots; give one for each root"
+    elif train.shares is not None and not all(map(sum, zip(*train.shares, strict=True))):
+        yield "dataset.train.shares", "all are 0 at the start or at the end of the run; give one of them more"
 
 
 def _vision_problems(config: Config) -> Iterator[tuple[str, str]]:
@@ -200,17 +206,6 @@ def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
     if not any(weights.get(loss) for part in parts if part not in frozen for loss in losses[part]):
         key = f"model.{frozen[0]}.freeze" if frozen else f"model.{parts[0]}.loss_weight"
         yield key, "no part that is trained has a loss to learn from; set a loss_weight above 0, or a freeze to false"
-
-
-def _mixture_problems(train: TrainDataConfig) -> Iterator[tuple[str, str]]:
-    if train.difficulty and not any(root.startswith(RENDER_SCHEME) for root in train.roots):
-        yield "dataset.train.difficulty", "no root is render://FILE.yaml, and words of files have theirs already"
-    if train.shares is None:
-        return
-    if len(train.shares) != len(train.roots):
-        yield "dataset.train.shares", f"{len(train.shares)} shares for {len(train.roots)} roots; give one for each root"
-    elif not all(map(sum, zip(*train.shares, strict=True))):
-        yield "dataset.train.shares", "all are 0 at the start or at the end of the run; give one of them more"
 
 
 # --- template ---------------------------------------------------------------------------------------------------------

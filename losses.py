@@ -1,8 +1,8 @@
 """Named loss terms and their weighted sum.
 
 A criterion is called with a network's output and the batch's targets. It returns a dict of scalar tensors: its terms,
-unweighted, and `total`, the sum that is minimised. Terms with weight 0 are not computed. All means are taken over the
-whole (global) batch; the mean of an empty set is 0. Nothing here waits for the device.
+unweighted, and `total`, the sum that is minimised. All means are taken over the whole (global) batch; the mean of an
+empty set is 0. Nothing here waits for the device.
 
 For a batch in parts (`training.accumulation`), `criterion.counts` returns how many steps and pixels the means of a part
 are taken over. With the sums of these counts as `whole`, terms and gradients of the parts add up to those of the batch.

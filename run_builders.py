@@ -83,14 +83,10 @@ def build_training_sampler(config: Config, datasets: Sequence[Any], *, process: 
     return sampler
 
 
-def build_label_rule(config: Config, *, case_sensitive: bool) -> LabelRule:
-    """Return how a label becomes what the network is taught."""
-    return LabelRule(build_charset(config), max_length=config.dataset.max_length, case_sensitive=case_sensitive)
-
-
 def _open_words(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
     data, training = config.dataset, split == TRAIN
-    labels = build_label_rule(config, case_sensitive=data.case_sensitive if training else data.eval_case_sensitive)
+    case_sensitive = data.case_sensitive if training else data.eval_case_sensitive
+    labels = LabelRule(build_charset(config), max_length=data.max_length, case_sensitive=case_sensitive)
     if training and not data.case_sensitive and any(map(str.isupper, labels.charset.characters)):
         logger.warning(
             "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
@@ -134,7 +130,7 @@ def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | N
 
 def _open_language(config: Config, roots: list[str], *, split: str, device: torch.device) -> tuple[list, Callable]:
     data = config.dataset
-    labels = build_label_rule(config, case_sensitive=data.case_sensitive)
+    labels = LabelRule(build_charset(config), max_length=data.max_length, case_sensitive=data.case_sensitive)
     options = {
         "labels": labels,
         "use_sm": data.use_sm and split == TRAIN,

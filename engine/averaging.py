@@ -5,8 +5,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-RUNNING_STATISTICS = {"running_mean", "running_var"}
-
 
 class AveragedWeights:
     """Exponential moving average of a network's weights and buffers; integer buffers are copied.
@@ -14,16 +12,12 @@ class AveragedWeights:
     The decay of update n, from 0, is min(decay, (1 + n) / (10 + n)), so that the average forgets the first weights in a
     short run, too. Steps are counted on the host: torch's `AveragedModel` copies its counter to the device, which
     stalls a GPU.
-
-    Attributes:
-        module: the averaged network.
-        steps: updates so far.
     """
 
     def __init__(self, network: nn.Module, *, decay: float) -> None:
         self.module = copy.deepcopy(network).requires_grad_(False)
         self.decay = decay
-        self.steps = 0
+        self.steps = 0  # updates so far
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -44,4 +38,4 @@ def _floats_and_integers(network: nn.Module) -> tuple[list[Tensor], list[Tensor]
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
     """Return running means and variances of a network's batch norms."""
-    return [buffer for name, buffer in network.named_buffers() if name.split(".")[-1] in RUNNING_STATISTICS]
+    return [each for name, each in network.named_buffers() if name.endswith(("running_mean", "running_var"))]

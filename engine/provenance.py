@@ -26,27 +26,21 @@ ARGUMENT = re.compile(r"'[^']*'|[^\s']+")  # of a command that `shlex.join` made
 
 
 class Provenance:
-    """Counts the hours and samples of a run and remembers how it was started and resumed.
-
-    Attributes:
-        starts: a dict for the start and for each resume: `iteration`, `time` (UTC), `command` (paths below the
-            current folder are relative to it), `versions`, `commit` and `dirty` (None if this is no git checkout),
-            `device`, `processes`.
-        samples: words (images of an SSN) seen over all processes, repeated ones included.
-    """
+    """Counts the hours and samples of a run and remembers how it was started and resumed."""
 
     def __init__(self, device: torch.device, processes: int):
         here = re.compile(PATH_START + re.escape(f"{Path.cwd()}/"))
         start = {
             "iteration": 0,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            # Paths below the current folder are relative to it.
             "command": here.sub("", shlex.join(["python", *sys.argv])),
             **source(),
             "device": device_name(device),
             "processes": processes,
         }
-        self.starts = [start]
-        self.samples = 0
+        self.starts = [start]  # one for the start and for each resume
+        self.samples = 0  # words (images of an SSN) seen over all processes, repeated ones included
         self._hours_before = 0.0
         self._since = time.monotonic()
 
@@ -87,7 +81,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def source() -> dict[str, Any]:
-    """Return `versions` of the program and its foundations, and the git `commit` and whether it was `dirty`."""
+    """Return `versions` of the program and its foundations, the git `commit` and whether it was `dirty`, else None."""
     project = ROOT / "pyproject.toml"
     ours = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] if project.is_file() else None
     versions = {

@@ -243,10 +243,7 @@ class Trainer:
         return map(channels_last, part.inputs())
 
     def share_statistics(self) -> None:
-        """Average the running statistics of the processes before the network is evaluated or saved.
-
-        Each process saw its own part of every batch, but all must read alike, also after a resume.
-        """
+        """Average the running statistics of the processes, so that all evaluate and save the same network."""
         distributed.average_buffers(self._statistics)
         if self.ema is not None:
             distributed.average_buffers(running_statistics(self.ema.module))
@@ -369,12 +366,7 @@ class Trainer:
         return {"model": self.evaluation_model.state_dict(), **self.extra_state, **provenance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken.
-
-        Raises:
-            UserError: the run had more or fewer training data.
-            KeyError, RuntimeError, ValueError: the run had another network or optimiser.
-        """
+        """Continue exactly where `state_dict` was taken; raises UserError if that run had other training data."""
         training = state["training"]
         if (batches := training["batches_per_epoch"]) != self.batches_per_epoch:
             raise UserError(

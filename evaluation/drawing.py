@@ -106,8 +106,6 @@ def draw_prediction(
     """Draw one word with its masks and the attention of each predicted character.
 
     Args:
-        image: (H, W, 3) uint8.
-        caption: written below the image.
         characters: names of the steps to show; as many as `attention` has at most.
         attention: a map (h, w) for each step.
         masks: by name, of any size.

@@ -76,13 +76,10 @@ class Lexicon:
     """Chooses the word of a list that best fits a network's output.
 
     Args:
-        words: the list; characters that the network lacks are left out, and of words that are equal then the first one
-            is kept.
-        charset: the network's characters.
+        words: the list; characters that the network lacks are left out, and of words that are equal then all but one.
         steps: T; longer words cannot be predicted.
-        match: "probability" chooses the most probable word, and among equally probable ones the closest to the greedy
-            prediction; "distance" chooses the word at the smallest edit distance from the greedy prediction, as most
-            papers do, and among equally close ones the most probable.
+        match: "probability" chooses the most probable word, and of equally probable ones the closest to the greedy
+            prediction; "distance", as most papers do, the closest one, and of equally close ones the most probable.
 
     Raises:
         UserError: the network can predict no word of the list.
@@ -128,12 +125,9 @@ def read_lexicon(path: str | Path) -> list[str]:
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"lexicon {path}: cannot be read ({error.strerror}); name a text file with a word a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"lexicon {path}: is not UTF-8 text; save it as UTF-8") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "not UTF-8")
+        raise UserError(f"lexicon {path}: cannot be read ({reason}); name a UTF-8 file with a word a line") from error
 
 
 @dataclass(frozen=True)

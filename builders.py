@@ -217,8 +217,8 @@ def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
     return Segmenter(ssn, areas, device=device)
 
 
-def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, list[int]] | None:
-    """Return the SSN that a checkpoint describes, and its areas; None if it describes none.
+def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, tuple[int, ...]] | None:
+    """Return the SSN that a checkpoint describes, in eval mode, and its areas; None if it describes none.
 
     Its weights and config are the checkpoint's own, or stand beside a recogniser's as `state["ssn"]`.
 
@@ -234,7 +234,7 @@ def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, 
         return None
     ssn = build_ssn(config)
     load_weights(ssn, part, path)
-    return ssn, config.model.ssn.areas
+    return ssn.eval().requires_grad_(False), tuple(config.model.ssn.areas)
 
 
 def ssn_part(state: Mapping[str, Any]) -> Mapping[str, Any]:

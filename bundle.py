@@ -55,13 +55,7 @@ def _built(state: Mapping[str, Any], path: Path | str, config: Config | None = N
     model = build_model(config, charset)
     load_described(model, state, path, config)
     ssn, areas = build_carried_ssn(state, path) or (None, ())
-    return Bundle(
-        model=model.eval().requires_grad_(False),
-        config=config,
-        charset=charset,
-        ssn=None if ssn is None else ssn.eval().requires_grad_(False),
-        areas=tuple(areas),
-    )
+    return Bundle(model.eval().requires_grad_(False), config, charset, ssn, areas)
 
 
 def load_ssn(path: Path | str) -> tuple[SSN, tuple[int, ...]]:
@@ -73,8 +67,7 @@ def load_ssn(path: Path | str) -> tuple[SSN, tuple[int, ...]]:
     carried = build_carried_ssn(read_checkpoint(path), path)
     if carried is None:
         raise UserError(f"checkpoint {path} holds no SSN with its config; give one that main.py trained")
-    ssn, areas = carried
-    return ssn.eval().requires_grad_(False), tuple(areas)
+    return carried
 
 
 def save_bundle(

@@ -67,10 +67,7 @@ def refinement_loss(refined_mask: Tensor, threshold: float, whole: Counts) -> Te
 class Criterion(nn.Module):
     """Base of both criteria: the terms of a batch and their weighted sum.
 
-    A criterion has `terms(output, *targets, whole)`, those with a weight, and `counts(output, *targets)`.
-
-    Args:
-        weights: of each term; terms with weight 0 are not computed.
+    A criterion has `terms(output, *targets, whole)`, those whose weight is not 0, and `counts(output, *targets)`.
     """
 
     counts_outputs = True  # whether `counts` needs the network's output

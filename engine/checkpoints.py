@@ -207,10 +207,7 @@ def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
 
 
 def set_aside_later(folder: Path, name: str, iteration: int) -> None:
-    """Rename the checkpoints of run `name` after an iteration to `superseded-*`: a resumed run takes their steps anew.
-
-    They may be damaged, or the user went back to an older one.
-    """
+    """Rename the checkpoints of run `name` after an iteration, whose steps are taken anew, to `superseded-*`."""
     for later in saved_checkpoints(folder, name):
         if iteration_of(later) > iteration:
             (folder / later).replace(folder / f"superseded-{later}")

@@ -159,11 +159,7 @@ class TensorBoard(Writer):
 
 
 def import_wandb() -> ModuleType:
-    """Return the package wandb.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return the package wandb; raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError as error:

@@ -165,16 +165,13 @@ class Report:
 
 @dataclass(eq=False)
 class SpriteWriter:
-    """Writes sprites: `words-<name>.jpg` with a row of images for each word, and `attention-<name>.png`.
-
-    `count` is the number of words; `_number` is that of the sprite that is being filled.
-    """
+    """Writes sprites: `words-<name>.jpg` with a row of images for each word, and `attention-<name>.png`."""
 
     folder: Path
     prefix: str
     attention: bool
-    count: int = field(default=0, init=False)
-    _number: int = field(default=0, init=False)
+    count: int = field(default=0, init=False)  # of words
+    _number: int = field(default=0, init=False)  # of the sprite that is being filled
     _rows: list[np.ndarray] = field(default_factory=list, init=False)
     _attention: list[np.ndarray] = field(default_factory=list, init=False)
 

@@ -121,7 +121,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], path: Path | str, *
         if strict:
             raise UserError(f"{message}. Check the config's model section, or allow it with --model_strict false")
         logger.warning("%s", message)
-    fitting = {k: v for k, v in weights.items() if k in expected and _form(v) == _form(expected[k])}
+    fitting = {k: v for k, v in weights.items() if k in expected and _fits(v, expected[k])}
     if not fitting:
         raise UserError(f"checkpoint {path} has no tensor of the network; it belongs to another model.name")
     model.load_state_dict(fitting, strict=False)
@@ -131,17 +131,25 @@ def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     """Return how `weights` differ from `expected`, one phrase per kind of difference."""
     missing = [name for name in expected if name not in weights]
     extra = [name for name in weights if name not in expected]
-    forms = {name: (_form(weights[name]), _form(tensor)) for name, tensor in expected.items() if name in weights}
-    reshaped = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in forms.items() if theirs != ours]
+    reshaped = [
+        f"{name} {_form(weights[name], tensor)}, not {_form(tensor, weights[name])}"
+        for name, tensor in expected.items()
+        if name in weights and not _fits(weights[name], tensor)
+    ]
     kinds = (("missing", missing), ("not in the network", extra), ("of other shapes in the file", reshaped))
     return [f"{len(names)} {kind}: {', '.join(names[:NAMES_SHOWN])}" for kind, names in kinds if names]
 
 
-def _form(tensor: Tensor) -> str:
-    """Return what a tensor of a file and that of the network must have in common; floats may have any precision."""
-    is_usual = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-    kind = "" if is_usual else f" {'float' if tensor.is_floating_point() else 'integer'} {tensor.layout}"
-    return f"{tuple(tensor.shape)}{kind}{' meta' if tensor.is_meta else ''}"
+def _fits(tensor: Tensor, expected: Tensor) -> bool:
+    """Return whether a tensor of a file fits one of the network; floats may have any precision."""
+    kinds = [(each.shape, each.is_floating_point(), each.layout, each.is_meta) for each in (tensor, expected)]
+    return kinds[0] == kinds[1]
+
+
+def _form(tensor: Tensor, other: Tensor) -> str:
+    """Return what distinguishes a tensor from another one: its shape, else its type."""
+    same_shape = tensor.shape == other.shape
+    return f"{tensor.dtype} {tensor.layout} {tensor.device}" if same_shape else f"{tuple(tensor.shape)}"
 
 
 # --- a run's checkpoints ----------------------------------------------------------------------------------------------

@@ -236,6 +236,15 @@ def test_a_bad_batch_changes_nothing_and_is_named(tmp_path, caplog):
         assert torch.isfinite(tensor).all(), name
 
 
+def test_a_batch_of_which_nothing_can_be_read_ends_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    full = collate([trainer.data.dataset[SampleKey(0, index)] for index in range(BATCH)])
+    empty = ToyBatch(full.x[:0], full.y[:0], full.indices[:0])
+    trainer._batches = lambda: iter([(full, 0.0), (empty, 0.0)])
+    with pytest.raises(UserError, match="only 0 samples of a batch could be read after iteration 1"):
+        trainer.fit()
+
+
 @pytest.mark.parametrize("kind", ["Adam", "SGD"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("clip_grad", [20.0, None])

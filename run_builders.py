@@ -296,7 +296,11 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
     """Return the callbacks of training, in the order in which they run."""
     folder, training = config.work_folder, config.training
     common = {"folder": folder, "name": config.run.name, "start": training.start_iters}
-    metric_log = MetricLog(writers=build_writers(config), interval=training.show_iters)
+    writers: list[Writer] = [Console(), History(folder / "history.jsonl"), TensorBoard(folder / "tensorboard")]
+    if training.wandb is not None:
+        about = {"name": config.run.name, "folder": folder, "config": config.to_dict()}
+        writers.append(WeightsAndBiases(training.wandb, **about))
+    metric_log = MetricLog(writers=writers, interval=training.show_iters)
 
     def interval(iterations: int | str) -> int:
         return len(data.batch_sampler) if iterations == "epoch" else iterations
@@ -315,16 +319,3 @@ def build_callbacks(config: Config, *, data: DataLoader, device: torch.device, p
         callbacks.append(Evaluation(evaluator=evaluator, observers=[metric_log], **often))
     often = {"interval": interval(training.save_iters), **common}
     return [*callbacks, Checkpoints(keep=training.keep_checkpoints, **often)]
-
-
-def build_writers(config: Config) -> list[Writer]:
-    """Return where losses and scores are written.
-
-    Raises:
-        UserError: `training.wandb` is set and wandb is not installed.
-    """
-    folder, project = config.work_folder, config.training.wandb
-    writers = [Console(), History(folder / "history.jsonl"), TensorBoard(folder / "tensorboard")]
-    if project is not None:
-        writers.append(WeightsAndBiases(project, name=config.run.name, folder=folder, config=config.to_dict()))
-    return writers

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # with a gradient
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -152,7 +151,7 @@ class SyncBatchNorm(_BatchNorm):
         own_variance, own_mean = torch.var_mean(values.float(), axes, correction=0)  # (C,)
         own = torch.cat([own_mean, own_variance, own_mean.new_full((1,), values.numel() // values.shape[1])])
         places = [own if rank == dist.get_rank() else torch.zeros_like(own) for rank in range(dist.get_world_size())]
-        means, variances, counts = all_reduce(torch.stack(places)).split([len(own_mean), len(own_mean), 1], dim=1)
+        means, variances, counts = _Sum.apply(torch.stack(places)).split([len(own_mean), len(own_mean), 1], dim=1)
         count = counts.sum(0)  # (1,)
         mean = (means * counts).sum(0) / count  # (C,)
         variance = ((variances + (means - mean).square()) * counts).sum(0) / count
@@ -170,6 +169,18 @@ class SyncBatchNorm(_BatchNorm):
             share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
+
+
+class _Sum(torch.autograd.Function):  # torch's own all_reduce with a gradient cannot be compiled
+    """Sums a tensor over the processes in the forward pass, and its gradient in the backward pass."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        return counted(values)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return counted(gradient)
 
 
 def batch_mean(total: Tensor, count: Tensor) -> Tensor:

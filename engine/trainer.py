@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,7 +196,7 @@ class Trainer:
             sync = contextlib.nullcontext() if last or not distributed.is_distributed() else self._network.no_sync()
             with sync:
                 with training_arithmetic(self.device, self.precision):
-                    output = network(*self._inputs(part))
+                    output = network(*map(channels_last, part.inputs()))
                     terms = self.criterion(output, *part.targets(), whole=whole)
                 self.scaler.scale(terms["total"]).backward()
             collected.append({name: term.detach() for name, term in terms.items()})
@@ -215,7 +215,7 @@ class Trainer:
         counts = []
         with torch.random.fork_rng(devices), training_arithmetic(self.device, self.precision):
             for part in parts:
-                output = network(*self._inputs(part)) if self.criterion.counts_outputs else None
+                output = network(*map(channels_last, part.inputs())) if self.criterion.counts_outputs else None
                 counts.append(self.criterion.counts(output, *part.targets()))
         if before:
             torch._foreach_copy_(buffers, before)
@@ -237,10 +237,6 @@ class Trainer:
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = base * factor
         return self.optimizer.defaults["lr"] * factor
-
-    def _inputs(self, part: Any) -> Iterable[Tensor | None]:
-        """Return the inputs of the network in the memory format in which convolutions are fastest."""
-        return map(channels_last, part.inputs())
 
     def share_statistics(self) -> None:
         """Average the running statistics of the processes, so that all evaluate and save the same network."""

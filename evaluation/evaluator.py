@@ -87,11 +87,6 @@ def most_confident(confidences: Sequence[float], owners: Sequence[int]) -> list[
     return [max(rows, key=confidences.__getitem__) for _, rows in views]
 
 
-def take_rows(output: Any, rows: Sequence[int]) -> Any:
-    """Return some rows of all tensors of a network's output."""
-    return _pytree.tree_map(lambda leaf: None if leaf is None else leaf[rows], output)
-
-
 def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
     """Return logits (N, T, C) of the sub-model to score: vision, or the last round of language or alignment."""
     part = getattr(output, model_eval)
@@ -183,7 +178,8 @@ class WordEvaluator:
         texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
         if isinstance(batch, Batch) and batch.owners is not None:
             rows = most_confident(confidences, batch.owners.tolist())
-            batch, output = batch.with_images(rows), take_rows(output, rows)
+            batch = batch.with_images(rows)
+            output = _pytree.tree_map(lambda leaf: None if leaf is None else leaf[rows], output)
             texts, confidences = [texts[row] for row in rows], [confidences[row] for row in rows]
         indices = batch.indices.tolist()
         numbers = [*map(self.numbers.get(name, lambda index: index + 1), indices)]

@@ -8,7 +8,6 @@ import contextlib
 import io
 import struct
 import zlib
-from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -28,9 +27,6 @@ _GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_WITH_ALPHA = (4, 6)  # colour types
 _NO_SIZE_IN_JPEG = (0xC4, 0xC8, 0xCC)  # segments among C0 to CF that begin no frame
-
-FLOAT_RANGES = (1, 255, 65535)  # 0 to each: the ranges of a deep image's levels
-INTEGER_RANGES = (255, 65535)
 
 # OpenCV need not report images that cannot be decoded: the data set does, by name.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
@@ -57,17 +53,16 @@ class BrokenImageError(ValueError):
 
 
 def decode_image(data: bytes | memoryview, *, oriented: bool = False) -> ImageArray:
-    """Decode an image of any depth, colour model and usual format to RGB.
+    """Decode an image of 8 or 16 bits, any colour model and usual format to RGB.
 
-    Deeper levels within [0, 1] (floats only), [0, 255] or [0, 65535] are scaled by that range, others by their own;
-    grey is repeated; transparent pixels show a white background.
+    16 bits lose their lower 8; grey is repeated; transparent pixels show a white background.
 
     Args:
         oriented: turn the image as its EXIF orientation says; not in data sets: their masks and boxes are those of the
             stored pixels.
 
     Raises:
-        BrokenImageError: it is damaged, or has more than MAX_PIXELS.
+        BrokenImageError: it is damaged, has levels of 32 bits, or more than MAX_PIXELS.
     """
     return _decode(data, _COLOR, "RGB", oriented)
 
@@ -86,12 +81,11 @@ def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> 
         raise BrokenImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if oriented:
         flags &= ~cv2.IMREAD_IGNORE_ORIENTATION
-    # OpenCV drops transparency, and decodes floats only as such.
-    for depth in (0, cv2.IMREAD_ANYDEPTH) if is_opaque or mode == "L" else ():
+    if is_opaque or mode == "L":  # OpenCV drops transparency
         with contextlib.suppress(cv2.error):
-            image = cv2.imdecode(buffer, flags | depth)
+            image = cv2.imdecode(buffer, flags)
             if image is not None:
-                return image if image.dtype == np.uint8 else _scaled(image, FLOAT_RANGES)
+                return image
     try:
         with Image.open(io.BytesIO(data)) as opened:
             if oriented:
@@ -129,7 +123,7 @@ def _header(data: bytes | memoryview) -> tuple[Size, bool]:
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """Convert to Pillow's mode `RGB` or `L`, 8 bits; in RGB, transparency becomes white.
 
-    Pillow's own conversions clip deep levels at 255, so they are scaled here: 16 bits lose their lower 8.
+    Pillow's own conversions clip deep levels at 255: here 16 bits lose their lower 8, and 32 bits raise ValueError.
     """
     if mode == "RGB" and image.has_transparency_data:
         ground = Image.new("RGB", image.size, "white")
@@ -139,20 +133,5 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        image = Image.fromarray(_scaled(np.asarray(image), FLOAT_RANGES if image.mode == "F" else INTEGER_RANGES))
+        raise ValueError("levels of 32 bits; convert them to 8 or 16")
     return image.convert(mode)
-
-
-def _scaled(levels: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
-    """Scale deep levels to uint8 by the first of `ranges` that holds them all, else by the range of their own.
-
-    What is not finite becomes 0.
-    """
-    levels = np.nan_to_num(levels, posinf=0, neginf=0).astype(np.float32, copy=False)
-    low, high = float(levels.min(initial=0)), float(levels.max(initial=0))
-    if low < 0 or high > ranges[-1]:
-        low = float(levels.min())
-        scale = 255 / ((high - low) or 1)
-    else:
-        low, scale = 0.0, 255 / next(each for each in ranges if high <= each)
-    return np.rint(levels * scale - low * scale).astype(np.uint8)

@@ -8,12 +8,12 @@ use, so that it can be handed to worker processes that are forked or spawned.
 import contextlib
 import errno
 import fcntl
-import hashlib
-import json
+import glob
 import os
 import shutil
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,16 @@ def find_lmdbs(root: str | os.PathLike) -> list[Path]:
     root = Path(root)
     if not root.exists():
         raise UserError(f"{root}: no such folder; name an LMDB or a folder of LMDBs")
-    if is_lmdb(root):
-        return [root]
-    found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.endswith(PARTIAL_SUFFIX))
-        if DATA_FILE in files:
-            found.append(Path(folder))
-            subfolders.clear()
-    if not found or root.name.endswith(PARTIAL_SUFFIX):
+    pattern = os.path.join(glob.escape(str(root)), "**", "")
+    found = [Path(folder) for folder in glob.iglob(pattern, recursive=True, include_hidden=True) if is_lmdb(folder)]
+    if not found:
         raise UserError(
             f"{root}: holds no finished LMDB (a folder with {DATA_FILE}); make one with tools/create_lmdb_dataset.py"
         )
     return sorted(found)
 
 
+@dataclass(eq=False)
 class LmdbWriter:
     """Writes an LMDB in batches of transactions to `<path>.partial` and gives it its name when it is complete.
 
@@ -97,19 +92,14 @@ class LmdbWriter:
         UserError: `path` exists, another process writes it, the partial folder is of another run, the disk is full.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        *,
-        overwrite: bool = False,
-        identity: str | None = None,
-        in_order: bool = False,
-    ) -> None:
-        self.path = Path(os.path.abspath(path))
+    path: str | os.PathLike
+    overwrite: bool = False
+    identity: str | None = None
+    in_order: bool = False
+
+    def __post_init__(self) -> None:
+        self.path = Path(os.path.abspath(self.path))
         self.partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
-        self.overwrite = overwrite
-        self.identity = identity
-        self.in_order = in_order
         self._pending: dict[bytes, bytes] = {}
         self._pending_bytes = 0
         self._environment: lmdb.Environment | None = None
@@ -298,10 +288,6 @@ class LmdbReader:
             raise UserError(f"{self.path}: {NUM_SAMPLES} is {stored[:20]!r}, not a number of samples; {mend}")
         return int(stored)
 
-    def __bool__(self) -> bool:
-        """Return true: a reader is something even where its LMDB has no sample."""
-        return True
-
     def get(self, key: str) -> bytes | None:
         """Return the value of `key`, None when it is not there."""
         with self.transaction() as transaction:
@@ -316,13 +302,6 @@ class LmdbReader:
                     if not key.startswith(start):
                         return
                     yield key.decode(errors="backslashreplace")
-
-    def fingerprint(self, *settings: Any) -> str:
-        """Return 16 characters that name the file as it is now, with settings that a result made of it depends on."""
-        path = (self.path / DATA_FILE).resolve()
-        status = path.stat()
-        parts = [str(path), status.st_size, status.st_mtime_ns, *settings]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def transaction(self, *, buffers: bool = False) -> lmdb.Transaction:
         """Begin a read transaction, a context manager; with `buffers`, values are memoryviews valid inside it only."""

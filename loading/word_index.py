@@ -5,6 +5,7 @@ they are read.
 """
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import lmdb
 import numpy as np
 
 from loading.batches import EMPTY, TOO_LONG, LabelRule
-from loading.lmdb_io import LmdbReader
+from loading.lmdb_io import DATA_FILE, LmdbReader
 from utils import UserError, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 MISSING = "missing"  # no image or no label under the number of the sample
 NOT_UTF8 = "not_utf8"
 
-_FORMAT = 2  # of the files; a new one makes old files unused
+_FORMAT = 3  # of the files; a new one makes old files unused
 _STATES = (None, NOT_UTF8, EMPTY, TOO_LONG)  # why a label cannot be used; None: it can
 
 
@@ -52,8 +53,10 @@ def open_word_index(reader: LmdbReader, labels: LabelRule, *, cache_dir: str | P
     """
     if cache_dir is None:
         return scan_words(reader, labels)
-    rule = labels.charset.characters, labels.max_length, labels.case_sensitive
-    path = Path(cache_dir) / f"{reader.path.resolve().name}-{reader.fingerprint(_FORMAT, *rule)}.npz"
+    folder, file = reader.path.resolve(), (reader.path / DATA_FILE).stat()
+    parts = [str(folder), file.st_size, file.st_mtime_ns, _FORMAT]
+    parts += [labels.charset.characters, labels.max_length, labels.case_sensitive]
+    path = Path(cache_dir) / f"{folder.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npz"
     try:
         with np.load(path) as stored:
             return WordIndex(stored["numbers"], json.loads(str(stored["filtered"])))

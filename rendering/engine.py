@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
@@ -13,15 +14,32 @@ from rendering.effects import letter_stroke, sample_style
 from rendering.fonts import FontBook, Typeface, find_families, open_face
 from rendering.geometry import Warp, sample_warp
 from rendering.letters import Letters, sample_height, sample_layout, set_letters
-from rendering.neighbours import place_neighbours
-from rendering.occlusion import occlude
 from rendering.painting import Drawing, paint
-from rendering.streams import Stream
+from rendering.surroundings import occlude, place_neighbours
 from rendering.words import WordSource
 from utils import UserError
 
 _DETAIL = 1.5  # size of the flat word over that of the final one, so that the warp seldom enlarges
 _SAME_FACE = 0.85  # share of neighbouring text in the word's own face, size and colour
+
+
+class Stream(IntEnum):
+    """The concerns that have a random stream of their own, so that another background leaves the letters as they are.
+
+    Changed numbers give other words for the same seed.
+    """
+
+    WORD = 0
+    FONT = 1
+    LAYOUT = 2
+    GEOMETRY = 3
+    EFFECTS = 4
+    COLOURS = 5
+    BACKGROUND_KIND = 6
+    BACKGROUND = 7
+    DEGRADATION = 8
+    NEIGHBOURS = 9
+    OCCLUSION = 10
 
 
 @dataclass(frozen=True)
@@ -132,8 +150,7 @@ class _Word:
             typeface, scale = fonts.choose(text, rng), 0.5 + size
         other = set_letters(open_face(typeface), text, scale * letters.unit)
         space = np.array(warp.margins) / warp.unit
-        around = place_neighbours(letters, other, space, rng)
-        return warp.apply(around.fill, around.centre), own
+        return warp.apply(*place_neighbours(letters, other, space, rng)), own
 
     def finish(self, drawing: Drawing, kind: str) -> RenderedWord:
         """Draw the letters on a background and degrade the image."""

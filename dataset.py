@@ -437,7 +437,7 @@ def open_segmentation_datasets(
 ) -> list[SegmentationDataset]:
     """Open every set of some roots: `roots` and `mask_root` as for `find_pairs`, the rest as in SegmentationDataset."""
     common = {"transform": transform, "ignore_level": ignore_level, "seed": seed}
-    found = find_pairs(roots, mask_root)
+    found = [(number, source) for number, root in enumerate(roots) for source in find_pairs(root, mask_root)]
     names = _names([source.path for _, source in found])
     return [
         SegmentationDataset(source, stream=stream, name=name, root=root, **common)

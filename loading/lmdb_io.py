@@ -106,7 +106,12 @@ class LmdbWriter:
         self._check_target()
         with self._explained_errors():
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = self._claim_partial()
+            self._lock = os.open(self.partial / _WRITER_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock)
+                raise UserError(f"{self.path}: another process is writing it; wait or choose another output") from None
             try:
                 self._environment = self._open_partial()
             except BaseException:
@@ -192,16 +197,6 @@ class LmdbWriter:
             raise UserError(f"{self.path}: exists and holds other files than an LMDB; choose another output")
         if content and not self.overwrite:
             raise UserError(f"{self.path}: exists already; choose another output or replace it with --overwrite")
-
-    def _claim_partial(self) -> int:
-        """Lock the partial folder against other processes; return the lock."""
-        lock = os.open(self.partial / _WRITER_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(f"{self.path}: another process is writing it; wait or choose another output") from None
-        return lock
 
     def _open_partial(self) -> lmdb.Environment:
         """Open the LMDB of the partial folder, emptied unless it is the one to go on with."""

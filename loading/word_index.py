@@ -60,10 +60,9 @@ def open_word_index(reader: LmdbReader, labels: LabelRule, *, cache_dir: str | P
     try:
         with np.load(path) as stored:
             return WordIndex(stored["numbers"], json.loads(str(stored["filtered"])))
-    except (FileNotFoundError, NotADirectoryError):
-        pass
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        logger.warning("%s: is damaged (%s), scanning again", path, error)
+        if path.exists():
+            logger.warning("%s: is damaged (%s), scanning again", path, error)
     index = scan_words(reader, labels)
     try:
         write_atomically(path, lambda file: np.savez(file, numbers=index.numbers, filtered=json.dumps(index.filtered)))

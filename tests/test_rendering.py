@@ -1,6 +1,5 @@
 """The renderer: what it promises of letters, masks, seeds, fonts, words and settings."""
 
-import dataclasses
 import functools
 import multiprocessing
 import pickle
@@ -112,9 +111,9 @@ class TestMasks:
     @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
     def test_recolouring_changes_the_mask_and_nothing_else(self, make, difficulty, monkeypatch):
         def other_colours(word, stream):
-            return stream_of(dataclasses.replace(word, index=1000) if stream is Stream.COLOURS else word, stream)
+            index = 1000 if stream is Stream.COLOURS else word.index
+            return word.renderer.generator.at((word.seed, index), (0, stream, 0))
 
-        stream_of = _Word.stream
         settings = [*PLAIN_LETTERS, *ALONE, *NO_CAMERA, f"difficulty={difficulty}", "contrast=0"]
         renderer = make(*settings)
         changed_letters = 0

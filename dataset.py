@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
@@ -95,7 +94,7 @@ class WordSet(SampleSet):
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[WordSample | Skipped]:
         """Return the samples of a batch; their words are read together, so that online masks take a single call."""
         keys = [as_key(key) for key in keys]
-        words = self._read(keys)
+        words = list(map(self._read, keys))
         usable = [place for place, word in enumerate(words) if not isinstance(word, str)]
         if self.segmenter is not None and usable:
             masks = self.segmenter([words[place][0] for place in usable])
@@ -112,7 +111,7 @@ class WordSet(SampleSet):
         first, *turned = [self.transform(view.image, view.mask, rng) for view in seen]
         return WordSample(*first, text, key.index, turned)
 
-    def _read(self, keys: list[SampleKey]) -> list[Word]:
+    def _read(self, key: SampleKey) -> Word:
         raise NotImplementedError
 
 
@@ -157,13 +156,9 @@ class WordDataset(WordSet):
         """Return file and key of a sample, for messages."""
         return f"{self.reader.path} {image_key(self.number(index))}"
 
-    def _read(self, keys: list[SampleKey]) -> list[Word]:
-        with self.reader.transaction(buffers=True) as transaction:
-            return [self._read_word(transaction, self.number(key.index)) for key in keys]
-
-    def _read_word(self, transaction: lmdb.Transaction, number: int) -> Word:
-        data = transaction.get(image_key(number).encode())
-        text = transaction.get(label_key(number).encode())
+    def _read(self, key: SampleKey) -> Word:
+        number = self.number(key.index)
+        data, text = self.reader.get(image_key(number)), self.reader.get(label_key(number))
         if data is None or text is None:
             return MISSING
         try:
@@ -173,7 +168,7 @@ class WordDataset(WordSet):
         if min(image.shape[:2]) < self.min_side:
             return TINY
         mask = None if self.masks is None else self.masks.read(number, image)
-        return mask if isinstance(mask, str) else (image, mask, bytes(text).decode())
+        return mask if isinstance(mask, str) else (image, mask, text.decode())
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -215,10 +210,7 @@ class RenderedDataset(WordSet):
         """Return the name of a sample, for messages."""
         return f"{self.name} word {index}"
 
-    def _read(self, keys: list[SampleKey]) -> list[Word]:
-        return list(map(self._render, keys))
-
-    def _render(self, key: SampleKey) -> Word:
+    def _read(self, key: SampleKey) -> Word:
         if not 0 <= key.index < self.length:
             raise IndexError(f"word {key.index} of {self.length}")
         difficulty = None if self.difficulty is None else float(np.interp(key.progress, (0, 1), self.difficulty))

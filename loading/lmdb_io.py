@@ -298,11 +298,11 @@ class LmdbReader:
                         return
                     yield key.decode(errors="backslashreplace")
 
-    def transaction(self, *, buffers: bool = False) -> lmdb.Transaction:
-        """Begin a read transaction, a context manager; with `buffers`, values are memoryviews valid inside it only."""
+    def transaction(self) -> lmdb.Transaction:
+        """Begin a read transaction, a context manager."""
         if self._environment is None:
             self._environment = self._open()
-        return self._environment.begin(buffers=buffers)
+        return self._environment.begin()
 
     def _open(self) -> lmdb.Environment:
         name = os.path.realpath(self.path)

@@ -50,14 +50,13 @@ class LmdbMasks:
 
     def read(self, number: int, image: ImageArray) -> Mask | str:
         """Return the mask of an image, of its size, or the reason why there is none."""
-        with self.reader.transaction(buffers=True) as transaction:
-            data = transaction.get(image_key(number).encode())
-            if data is None:
-                return MASK_MISSING
-            try:
-                mask = decode_mask(data)
-            except BrokenImageError:
-                return MASK_BROKEN
+        data = self.reader.get(image_key(number))
+        if data is None:
+            return MASK_MISSING
+        try:
+            mask = decode_mask(data)
+        except BrokenImageError:
+            return MASK_BROKEN
         return mask if mask.shape == image.shape[:2] else MASK_SIZE
 
 

@@ -53,16 +53,17 @@ class BrokenImageError(ValueError):
 
 
 def decode_image(data: bytes | memoryview, *, oriented: bool = False) -> ImageArray:
-    """Decode an image of 8 or 16 bits, any colour model and usual format to RGB.
+    """Decode an image of any depth, colour model and usual format to RGB.
 
-    16 bits lose their lower 8; grey is repeated; transparent pixels show a white background.
+    Deeper levels within [0, 1] (floats only), [0, 255] or [0, 65535] are scaled by that range, others by their own;
+    grey is repeated; transparent pixels show a white background.
 
     Args:
         oriented: turn the image as its EXIF orientation says; not in data sets: their masks and boxes are those of the
             stored pixels.
 
     Raises:
-        BrokenImageError: it is damaged, has levels of 32 bits, or more than MAX_PIXELS.
+        BrokenImageError: it is damaged, or has more than MAX_PIXELS.
     """
     return _decode(data, _COLOR, "RGB", oriented)
 
@@ -81,11 +82,12 @@ def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> 
         raise BrokenImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if oriented:
         flags &= ~cv2.IMREAD_IGNORE_ORIENTATION
-    if is_opaque or mode == "L":  # OpenCV drops transparency
+    # OpenCV drops transparency, and decodes floats only as such.
+    for depth in (0, cv2.IMREAD_ANYDEPTH) if is_opaque or mode == "L" else ():
         with contextlib.suppress(cv2.error):
-            image = cv2.imdecode(buffer, flags)
+            image = cv2.imdecode(buffer, flags | depth)
             if image is not None:
-                return image
+                return image if image.dtype == np.uint8 else _scaled(image)
     try:
         with Image.open(io.BytesIO(data)) as opened:
             if oriented:
@@ -123,7 +125,7 @@ def _header(data: bytes | memoryview) -> tuple[Size, bool]:
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """Convert to Pillow's mode `RGB` or `L`, 8 bits; in RGB, transparency becomes white.
 
-    Pillow's own conversions clip deep levels at 255: here 16 bits lose their lower 8, and 32 bits raise ValueError.
+    Pillow's own conversions clip deep levels at 255, so they are scaled here: 16 bits lose their lower 8.
     """
     if mode == "RGB" and image.has_transparency_data:
         ground = Image.new("RGB", image.size, "white")
@@ -133,5 +135,15 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError("levels of 32 bits; convert them to 8 or 16")
+        image = Image.fromarray(_scaled(np.asarray(image)))
     return image.convert(mode)
+
+
+def _scaled(levels: np.ndarray) -> np.ndarray:
+    """Scale deep levels to uint8 by the first usual range that holds them all, else by their own; NaN becomes 0."""
+    tops = (1, 255, 65535) if np.issubdtype(levels.dtype, np.floating) else (255, 65535)
+    levels = np.nan_to_num(levels, posinf=0, neginf=0)
+    low, high = levels.min(), levels.max()
+    if low >= 0 and high <= tops[-1]:
+        low, high = 0, next(each for each in tops if high <= each)
+    return np.rint(np.interp(levels, (low, high), (0, 255))).astype(np.uint8)

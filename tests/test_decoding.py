@@ -58,19 +58,28 @@ class TestDecoding:
             assert turned[:6].min() > 128 > turned[10:].max()
         assert decode_mask(data, oriented=True).shape == (16, 8)
 
-    @pytest.mark.parametrize("kind", [np.uint16, ">u2"])
-    def test_16_bits_are_scaled(self, kind):
-        ramp = np.tile(np.linspace(0, 255, 52, dtype=np.float32), (4, 1))  # 5 levels a step
-        deep = Image.fromarray(ramp.astype(kind) * np.uint16(257))
-        assert np.abs(decode_image(encoded(deep, "TIFF"))[..., 0] - ramp).max() <= 1
-
-    @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32])
+    @pytest.mark.parametrize("top", [1.0, 255.0, 65535.0, None])
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_32_bits_are_refused(self, kind, channels):
-        """What their levels mean is not known: clipped at 255, an image of floats up to 1 would be black."""
-        levels = np.ones((4, 8, channels), kind)
-        with pytest.raises(BrokenImageError):
-            decode_image(cv2.imencode(".tiff", levels)[1].tobytes())
+    def test_deep_images_are_scaled(self, top, channels):
+        ramp = np.tile(np.linspace(0, 255, 52, dtype=np.float32), (4, 1))  # 5 levels a step
+        levels = ramp * 1e6 - 77 if top is None else ramp / 255 * top
+        data = cv2.imencode(".tiff", np.repeat(levels[..., None], channels, axis=2))[1].tobytes()
+        decoded = decode_image(data)
+        assert decoded.dtype == np.uint8
+        assert np.abs(decoded[..., 0] - ramp).max() <= 1
+        if channels == 1:
+            for deep in (
+                ramp.astype(np.int32) * 257,
+                ramp.astype(np.uint16) * 257,
+                ramp.astype(">u2") * np.uint16(257),
+            ):
+                assert np.abs(decode_image(encoded(Image.fromarray(deep), "TIFF"))[..., 0] - ramp).max() <= 1
+
+    def test_infinite_levels_and_flat_images_are_decoded(self):
+        levels = np.full((4, 8), np.nan, np.float32)
+        assert decode_image(cv2.imencode(".tiff", levels)[1].tobytes()).max() == 0
+        levels[:] = 1e9
+        assert decode_image(cv2.imencode(".tiff", levels)[1].tobytes()).shape == (4, 8, 3)
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
     def test_a_huge_image_is_refused_by_its_header(self, kind):

@@ -139,18 +139,17 @@ class WordDataset(WordSet):
         super().__post_init__()
         self.name = self.name or Path(os.path.abspath(self.path)).name
         self.reader = LmdbReader(self.path)
-        self.index = open_word_index(self.reader, self.labels, cache_dir=self.cache_dir)
-        self.filtered = self.index.filtered
+        self.numbers, self.filtered = open_word_index(self.reader, self.labels, cache_dir=self.cache_dir)
         if self.masks is not None and len(self):
-            self.masks.check(self.reader, self.index.numbers)
+            self.masks.check(self.reader, self.numbers)
         logger.info("%s: %s words; left out: %s", self.reader.path, f"{len(self):,}", _counts(self.filtered))
 
     def __len__(self) -> int:
-        return len(self.index.numbers)
+        return len(self.numbers)
 
     def number(self, index: int) -> int:
         """Return the number of a sample in the LMDB, from 1: that of its keys."""
-        return int(self.index.numbers[index])
+        return int(self.numbers[index])
 
     def describe(self, index: int) -> str:
         """Return file and key of a sample, for messages."""
@@ -356,17 +355,15 @@ class LanguageDataset(SampleSet):
         text, target = self._pairs[self._rows[key.index]]
         if self.use_sm:
             text = mutate_spelling(text, self.labels.charset.characters, rng, max_length=self.labels.max_length)
-        return LanguageSample(text, target, key.index, self._noise(rng) if self.smooth_label else None)
+        noise = None
+        if self.smooth_label:  # (T, C), each step with the same sum, at most `smooth_factor`
+            noise = rng.random((self.labels.steps, self.labels.charset.num_classes), dtype=np.float32)
+            noise *= np.float32(rng.uniform(0.0, self.smooth_factor)) / noise.sum(1, keepdims=True)
+        return LanguageSample(text, target, key.index, noise)
 
     def describe(self, index: int) -> str:
         """Return file and text of a sample, for messages."""
         return f"{self.path} {self._pairs[self._rows[index]][1]!r}"
-
-    def _noise(self, rng: np.random.Generator) -> np.ndarray:
-        """Return what smoothing adds: (T, C), each step with the same sum, at most `smooth_factor`."""
-        noise = rng.random((self.labels.steps, self.labels.charset.num_classes), dtype=np.float32)
-        share = np.float32(rng.uniform(0.0, self.smooth_factor))
-        return noise * (share / noise.sum(1, keepdims=True))
 
 
 # --- segmentation -----------------------------------------------------------------------------------------------------

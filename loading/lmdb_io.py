@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import itertools
 import os
 import shutil
 import weakref
@@ -290,13 +291,14 @@ class LmdbReader:
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         """Yield every key that begins with `prefix`, in order; bytes that are not UTF-8 are shown escaped."""
-        start = prefix.encode()
+        return (key.decode(errors="backslashreplace") for key, _ in self.entries(prefix.encode(), values=False))
+
+    def entries(self, prefix: bytes, *, values: bool = True) -> Iterator[tuple[bytes, bytes]]:
+        """Yield key and value of every key that begins with `prefix`, in order; without `values` they are not read."""
         with self.transaction() as transaction, transaction.cursor() as cursor:
-            if cursor.set_range(start):
-                for key in cursor.iternext(keys=True, values=False):
-                    if not key.startswith(start):
-                        return
-                    yield key.decode(errors="backslashreplace")
+            if cursor.set_range(prefix):
+                found = cursor.iternext() if values else ((key, b"") for key in cursor.iternext(values=False))
+                yield from itertools.takewhile(lambda entry: entry[0].startswith(prefix), found)
 
     def transaction(self) -> lmdb.Transaction:
         """Begin a read transaction, a context manager."""

@@ -103,11 +103,9 @@ class WordRenderer:
         word = _Word(self, config, seed, index, text)
         return word.on(background or self.backgrounds.sample_kind(word.stream(Stream.BACKGROUND_KIND)))
 
-    def render_on_backgrounds(
-        self, seed: int, index: int, kinds: Sequence[str], *, text: str | None = None
-    ) -> dict[str, RenderedWord]:
+    def render_on_backgrounds(self, seed: int, index: int, kinds: Sequence[str]) -> dict[str, RenderedWord]:
         """Render the same letters in the same place on each of some kinds of background."""
-        word = _Word(self, self.config, seed, index, text)
+        word = _Word(self, self.config, seed, index, None)
         return {kind: word.on(kind) for kind in kinds}
 
 

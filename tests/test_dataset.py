@@ -217,7 +217,7 @@ class TestIndexCache:
         first = open_set(words, cache_dir=tmp_path / "cache")
         monkeypatch.setattr(word_index, "scan_words", lambda *_: pytest.fail("scanned again"))
         second = open_set(words, cache_dir=tmp_path / "cache")
-        np.testing.assert_array_equal(first.index.numbers, second.index.numbers)
+        np.testing.assert_array_equal(first.numbers, second.numbers)
 
     def test_other_rule_or_file_is_another_index(self, words, tmp_path):
         cache = tmp_path / "cache"

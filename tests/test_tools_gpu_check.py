@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests import test_resume
 from tools import gpu_check
 
 NEED_A_GPU = {
@@ -27,10 +28,10 @@ def parts(monkeypatch):
 
         return work
 
-    monkeypatch.setattr(gpu_check.benchmark, "render_words_to", lambda *_: None)
+    monkeypatch.setattr(gpu_check.render_words, "main", lambda arguments: 0)
     monkeypatch.setattr(gpu_check, "pick_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    for name in ("gpu_tests", "training", "two_runs", "kill_and_resume", "speed"):
+    for name in ("tests", "training", "speed"):
         monkeypatch.setattr(gpu_check.GpuCheck, name, part(name))
     return done
 
@@ -47,13 +48,16 @@ def test_without_a_gpu_the_parts_that_need_one_are_named(parts, tmp_path):
     assert {key for key, value in lines.items() if value == ("needs a GPU", "left out")} == NEED_A_GPU
     assert len(lines) - len(NEED_A_GPU) == len(parts)
     assert {("training", "small", "bf16"), ("speed", "masks", "small SSN", "bf16")} <= set(parts)
+    tests = [selected for name, selected, *_ in parts if name == "tests"]
+    assert [getattr(test_resume, each.removeprefix("tests/test_resume.py::")) for each in tests]
+    assert len(tests) == 2
 
 
 def test_a_part_that_fails_changes_its_line_and_the_exit_status(parts, tmp_path, monkeypatch):
-    def fail(self):
+    def fail(self, *arguments):
         raise ZeroDivisionError("no\nwords")
 
-    monkeypatch.setattr(gpu_check.GpuCheck, "two_runs", fail)
+    monkeypatch.setattr(gpu_check.GpuCheck, "tests", fail)
     assert gpu_check.main(["--output", str(tmp_path / "check.md")]) == 1
     lines = lines_of(tmp_path / "check.md")
     assert lines["two equal runs", "deterministic"] == ("ZeroDivisionError: no", "failed")

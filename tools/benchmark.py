@@ -12,7 +12,7 @@ Forms of reading and training:
   autocast  for training: --precision under autocast
   compiled  for training: the same, compiled
 
-Training of words needs no data, as words are rendered; so does loading if the config names no training data.
+Words to train on are rendered, so that only loading needs data.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
@@ -36,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Measurement, Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from builders import build_model, build_ssn, image_size
+from builders import build_model, build_ssn, image_size, with_checkpoint
 from config import Config, load_config
 from engine.distributed import Process
 from engine.precision import PRECISIONS
@@ -48,7 +47,7 @@ from inference.segmenter import Segmenter
 from run_builders import build_trainer, build_training_data
 from schema import TrainDataConfig
 from tools.support import make_parser, positive
-from utils import UserError, run_command_line, write_atomically
+from utils import RENDER_SCHEME, UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/benchmark.py reading training --config configs/train.yaml --threads 2 --json speed.json
   python tools/benchmark.py reading --config configs/small.yaml --precision fp32 --no-compile
@@ -57,10 +56,9 @@ EXAMPLE = """  python tools/benchmark.py reading training --config configs/train
 
 YARDSTICK = "resnet50 224x224 fp32"
 YARDSTICK_SIZE = 224
-RENDERING = Path(__file__).resolve().parents[1] / "configs" / "render.yaml"
+RENDERED_WORDS = f"{RENDER_SCHEME}{Path(__file__).resolve().parents[1] / 'configs' / 'render.yaml'}"
 ROUND_SECONDS = 0.2  # a round repeats a short call for so long
 LOADED_BATCHES = 10  # of a call of the task loading, at least
-MADE_WORDS = 1000  # rendered where the config names no training data
 WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the images that masks are made of
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
@@ -164,15 +162,17 @@ class Benchmark:
         settings = {"eager": ("fp32", False), "autocast": (precision, False), "compiled": (precision, True)}
         if not self.options.compile:
             del settings["compiled"]
+        config = self.config.model_copy(deep=True)
+        words, config.dataset.num_workers = self.options.batch_size, 0
+        if config.model.kind in ("vision", "recogniser"):
+            config.dataset.train = TrainDataConfig(roots=[RENDERED_WORDS], length=words)
+            config.dataset.masks.source = "lmdb"  # renderings bring their masks
+        config.dataset.train.batch_size = words
         forms: dict[str, Form] = {}
-        with TemporaryDirectory() as folder:
-            config = self._with_words(folder)
-            config.dataset.train.batch_size, config.dataset.num_workers = self.options.batch_size, 0
-            for name, (precision, compiled) in settings.items():
-                config.training.precision, config.training.compile = precision, compiled
-                trainer, (batch,) = make_trainer(config, device=self.device, batches=1)
-                step = partial(trainer._step, batch, 0.0)
-                forms[name] = Form(step, len(batch), PRECISIONS[precision])
+        for name, (precision, compiled) in settings.items():
+            config.training.precision, config.training.compile = precision, compiled
+            trainer, (batch,) = make_trainer(config, device=self.device, batches=1)
+            forms[name] = Form(partial(trainer._step, batch, 0.0), len(batch), PRECISIONS[precision])
         flops = count_flops(forms["eager"].call)
         for form in forms.values():
             form.flops = flops
@@ -180,13 +180,11 @@ class Benchmark:
 
     def loading(self) -> None:
         """Load batches with the config's number of workers."""
-        with TemporaryDirectory() as folder:
-            config = self.config if self.config.dataset.train.roots else self._with_words(folder)
-            batches = iter(build_training_data(config, device=self.device, process=Process()))
-            workers = config.dataset.num_workers
-            number = -(-LOADED_BATCHES // max(1, workers)) * max(1, workers)  # as many for each worker
-            call = lambda: sum(len(batch.inputs()[0]) for batch in islice(batches, number))  # noqa: E731
-            self._measure("loading", {f"workers: {workers}": Form(call, call())})
+        batches = iter(build_training_data(self.config, device=self.device, process=Process()))
+        workers = self.config.dataset.num_workers
+        number = -(-LOADED_BATCHES // max(1, workers)) * max(1, workers)  # as many for each worker
+        call = lambda: sum(len(batch.inputs()[0]) for batch in islice(batches, number))  # noqa: E731
+        self._measure("loading", {f"workers: {workers}": Form(call, call())})
 
     def masks(self) -> None:
         """Predict the masks of images of the sizes that words have."""
@@ -212,13 +210,6 @@ class Benchmark:
             row |= {"ratio": rates[name] / rates[YARDSTICK] if YARDSTICK in rates else None}
             self.rows.append(row | {"memory": peak_memory(form.call, self.device)})
 
-    def _with_words(self, folder: str) -> Config:
-        """Return a copy of the config that trains on words rendered into a folder, if it is one of word images."""
-        if self.config.model.kind not in ("vision", "recogniser"):
-            return self.config.model_copy(deep=True)
-        render_words_to(Path(folder), MADE_WORDS)
-        return trained_on(self.config, Path(folder))
-
     def _yardstick(self, images: int) -> Form:
         """Return resnet50 on as many images."""
         from torchvision.models import resnet50
@@ -229,26 +220,6 @@ class Benchmark:
 
 
 # --- what tools/gpu_check.py shares -----------------------------------------------------------------------------------
-
-
-def render_words_to(folder: Path, words: int) -> None:
-    """Render words: their JPEG images to the LMDB folder/images/made, their masks to folder/masks/made."""
-    from rendering import load_render_config  # the engine is only needed here
-    from tools.render_words import render_words, write_lmdbs
-
-    rendered = render_words(load_render_config(RENDERING), words, seed=0, workers=1)
-    write_lmdbs(rendered, folder, "made", overwrite=False)
-
-
-def trained_on(config: Config, folder: Path) -> Config:
-    """Return a copy of a config that trains on the words that `render_words_to` wrote."""
-    config = config.model_copy(deep=True)
-    batch_size = config.dataset.train.batch_size
-    config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
-    config.dataset.test.roots = []
-    config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
-    config.dataset.cache_dir = str(folder / "cache")
-    return config
 
 
 def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple[Trainer, list[Any]]:
@@ -272,14 +243,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "load before": os.getloadavg()[0],
         **source()["versions"],
     }
-
-
-def without_checkpoints(config: Config) -> Config:
-    """Return a copy of a config whose networks start from random weights: speed does not depend on them."""
-    config = config.model_copy(deep=True)
-    for part in (config.model, config.model.vision, config.model.language, config.model.ssn):
-        part.checkpoint = None
-    return config
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -332,8 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    config = without_checkpoints(load_config(options.config, options.overrides))
-    benchmark = Benchmark(options, config)
+    config = load_config(options.config, options.overrides)
+    benchmark = Benchmark(options, with_checkpoint(config, None))  # speed does not depend on weights
     machine = describe_machine(benchmark.device)
     for task in options.tasks:
         getattr(benchmark, task)()

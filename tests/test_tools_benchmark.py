@@ -14,10 +14,6 @@ from utils import UserError
 QUICK = ["--precision", "fp32", "--no-compile", "--runs", "1", "--batch-size", "2"]
 ROOTS = f"dataset.train.roots=[{benchmark.RENDERED_WORDS}]"
 RENDERED = [ROOTS, "dataset.train.length=12", "dataset.train.batch_size=2", "dataset.multiprocessing_context=fork"]
-    f"dataset.train.roots=[{benchmark.RENDERED_WORDS}]",
-    "dataset.train.length=12",
-    "dataset.train.batch_size=2",
-]
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Corpora become language data: parted by word, drawn by frequency, the same for the same seed."""
 
 import csv
-import gzip
 import os
 from collections import Counter
 from pathlib import Path
@@ -130,13 +129,12 @@ def test_corpora_of_every_kind_are_read(tmp_path):
     folder.mkdir()
     (folder / "a.txt").write_text("# a header\n#\nalpha\n# beta\n", encoding="utf-8")
     (folder / "b.tokens").write_bytes(b" gamma <unk> @-@ \nbr\xff\xfe ken\n delta " + b"x" * 30 + b"\n")
-    with gzip.open(folder / "c.txt.gz", "wt") as file:
-        file.write("epsilon")
+    (folder / "c.raw").write_text("epsilon")
     (folder / "d.bin").write_text("not text")
     train, validation = _make(tmp_path, "--corpus", folder)
     assert sorted(train + validation) == ["alpha", "beta", "delta", "epsilon", "gamma", "ken"]
     rejected = (tmp_path / "train-rejected.tsv").read_text(encoding="utf-8")
-    for reason in ("not UTF-8", "marker", "too long", "no letter or digit"):
+    for reason in ("outside the charset", "marker", "too long", "no letter or digit"):
         assert f"\t{reason}\t" in rejected
 
 
@@ -173,13 +171,13 @@ def test_mistakes_are_named(tmp_path):
         _make(tmp_path, "--corpus", tmp_path / "empty")
     with pytest.raises(UserError, match="xx"):
         _make(tmp_path, "--language", "xx")
-    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"word " * 9999)[:-20])
-    with pytest.raises(UserError, match=r"cut\.gz"):
-        _make(tmp_path, "--corpus", tmp_path / "cut.gz")
+    (tmp_path / "packed.gz").write_bytes(bytes(range(128, 256)) * 99)
+    with pytest.raises(UserError, match="no usable word"):
+        _make(tmp_path, "--corpus", tmp_path / "packed.gz")
     same = str(tmp_path / "same.csv")
     with pytest.raises(UserError, match="two files"):
         create_language_data.main([same, same])
-    assert sorted(os.listdir(tmp_path)) == ["corpus.txt", "cut.gz", "empty"]
+    assert sorted(os.listdir(tmp_path)) == ["corpus.txt", "empty", "packed.gz"]
 
 
 @pytest.mark.skipif(not WORDS.is_dir(), reason="shared data is absent")

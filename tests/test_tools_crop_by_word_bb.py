@@ -84,7 +84,7 @@ ENTRIES = [
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_synthtext_words_are_cut_out_in_order(tmp_path, workers):
     gt = _save_archive(tmp_path / "SynthText", ENTRIES)
-    crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--workers", workers, "--format", "png"])
+    crop_by_word_bb.main([str(gt), str(tmp_path / "out"), "--workers", workers])
     words = _words(tmp_path / "out")
     assert [label for label, _ in words] == ["Lines:", "I", "lost", "Kevin"]
     assert [crop.shape[:2] for _, crop in words] == [(20, 50), (20, 50), (30, 80), (30, 60)]
@@ -139,7 +139,7 @@ def test_extreme_boxes_are_rejected(scale):
 
 def test_words_that_are_too_long_for_their_format_are_rejected():
     with pytest.raises(RejectedError, match="too large"):
-        crop_word(np.zeros((8, 66_000, 3), np.uint8), _box(0, 0, 66_000, 8).T.copy(), form="jpg")
+        crop_word(np.zeros((8, 66_000, 3), np.uint8), _box(0, 0, 66_000, 8).T.copy())
 
 
 @pytest.mark.parametrize("content", [b"", b"no mat file " * 50])

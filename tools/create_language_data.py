@@ -1,15 +1,12 @@
 """Make the language model's training and validation words from text corpora, or from a word-frequency list.
 
 Both outputs are tab-separated with the columns `inp` and `gt` (the same word twice: dataset.use_sm makes misspellings
-during training). No word of one output is in the other, in upper or lower case. Corpora may be packed (.gz, .bz2, .xz).
+during training). No word of one output is in the other, in upper or lower case.
 """
 
-import bz2
 import functools
-import gzip
 import hashlib
 import itertools
-import lzma
 import math
 import os
 import random
@@ -32,15 +29,15 @@ EXAMPLE = """  python tools/create_language_data.py data/language_train.csv data
   python tools/create_language_data.py train.csv test.csv --corpus words.txt --temperature inf"""
 
 DEFAULT_COUNT = 1_000_000  # rows drawn from the word-frequency list
-CORPUS_SUFFIXES = (".txt", ".tokens", ".raw", ".gz", ".bz2", ".xz")
+CORPUS_SUFFIXES = (".txt", ".tokens", ".raw")
 MARKERS = frozenset({"<unk>", "<eos>", "<pad>", "@-@", "@,@", "@.@"})  # of WikiText
 APOSTROPHES = "'\u2019\u02bc"
 COMMON_WORDS = 1000  # stay in training: `the` missing there would cost more than it could measure in validation
 NUMBERS_PER_SHAPE = 200
 CASE_SHARES = (0.5, 0.25, 0.25)  # lower, Capitalised, UPPER, for word lists that know lower case only
 
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _FOREIGN = "\0"  # marks a letter or digit that the charset lacks
+_NOT_UTF8 = "\ufffd"  # stands for bytes that are no UTF-8
 
 
 class WordRule:
@@ -69,8 +66,9 @@ class WordRule:
         return fitting, "" if fitting else "too long"
 
     def _normalized(self, character: str) -> str:
-        foreign = _FOREIGN if character.isalnum() else "" if character in APOSTROPHES else " "
-        return self.charset.normalize(character) or foreign
+        if character.isalnum() or character == _NOT_UTF8:
+            return self.charset.normalize(character) or _FOREIGN
+        return self.charset.normalize(character) or ("" if character in APOSTROPHES else " ")
 
 
 def find_corpora(paths: Iterable[str]) -> list[Path]:
@@ -89,26 +87,19 @@ def find_corpora(paths: Iterable[str]) -> list[Path]:
     return files
 
 
-def read_corpora(files: list[Path], log: RejectionLog) -> Counter[str]:
-    """Count the tokens (separated by white space) of UTF-8 text files; those that are not UTF-8 go to `log`.
+def read_corpora(files: list[Path]) -> Counter[str]:
+    """Count the tokens (separated by white space) of UTF-8 text files.
 
-    Lines that begin with # before the first other line are a header. Files may be packed (.gz, .bz2, .xz).
+    Lines that begin with # before the first other line are a header.
     """
-    encoded: Counter[bytes] = Counter()
+    tokens: Counter[str] = Counter()
     for path in progress(files, total=len(files), unit="file", description="corpora"):
         try:
-            with _OPENERS.get(path.suffix, open)(path, "rb") as lines:
-                for line in itertools.dropwhile(lambda line: line.startswith(b"#"), lines):
-                    encoded.update(line.split())
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); copy or unpack it again") from error
-    tokens: Counter[str] = Counter()
-    for token, count in encoded.items():
-        try:
-            for word in token.decode().split():  # at blanks that are not ASCII
-                tokens[word] += count
-        except UnicodeDecodeError as error:
-            log.add(token.decode(errors="backslashreplace"), "not UTF-8", str(error.reason), count)
+            with open(path, encoding="utf-8", errors="replace") as lines:
+                for line in itertools.dropwhile(lambda line: line.startswith("#"), lines):
+                    tokens.update(line.split())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
     return tokens
 
 
@@ -240,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     temperature, count = options.temperature, options.count
     with RejectionLog.beside(os.path.splitext(options.train)[0]) as log:
         if options.corpus:
-            words = select_words(read_corpora(find_corpora(options.corpus), log), rule, log, countable=True)
+            words = select_words(read_corpora(find_corpora(options.corpus)), rule, log, countable=True)
         else:
             words = select_words(frequency_list(options.language, options.seed), rule, log, countable=False)
             words = vary_case(words) if rule.charset.has_upper_case else words

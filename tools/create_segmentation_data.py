@@ -26,10 +26,12 @@ from PIL import Image
 from loading.decoding import IMAGE_ERRORS, MAX_PIXELS
 from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
 from tools.support import (
+    Box,
     RejectedError,
     RejectionLog,
     checked_image,
     make_parser,
+    pixel_slices,
     print_summary,
     progress,
     read_file,
@@ -50,8 +52,6 @@ what is expected below --source (folders may lie deeper):
 TEXT, BACKGROUND, IGNORED = 255, 0, 128
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 VALUES_SCANNED = 200  # masks looked at to find out which values a set uses
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels, right and bottom not included
 
 
 class Truth(NamedTuple):
@@ -295,15 +295,6 @@ def box_around(points: np.ndarray) -> Box:
     if not len(points) or not np.isfinite(points).all():
         raise RejectedError("damaged box", f"corners {points.tolist()}")
     return (*points.min(axis=0).tolist(), *(points.max(axis=0) + 1).tolist())
-
-
-def pixel_slices(box: Box, shape: tuple[int, ...], *, margin: float = 0.0) -> tuple[slice, slice]:
-    """Return rows and columns of a box, `margin` times its shorter side wider on each side, clipped to the image."""
-    left, top, right, bottom = box
-    extra = margin * min(right - left, bottom - top)
-    rows = slice(max(0, int(top - extra)), max(0, min(shape[0], int(np.ceil(bottom + extra)))))
-    columns = slice(max(0, int(left - extra)), max(0, min(shape[1], int(np.ceil(right + extra)))))
-    return rows, columns
 
 
 # --- output ----------------------------------------------------------------------------------------------------------

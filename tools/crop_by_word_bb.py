@@ -24,6 +24,7 @@ from tools.support import (
     find_image,
     make_parser,
     map_in_processes,
+    pixel_slices,
     progress,
     read_file,
     read_word,
@@ -36,7 +37,7 @@ EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
 
 MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
 MIN_VISIBLE = 0.5  # share of a box that must lie inside the image
-FORMATS = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, 95], "png": []}
+JPEG_QUALITY = 95
 _MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
 
 
@@ -82,7 +83,7 @@ def _text(value: Any) -> str:
     return " ".join(map(_text, np.ravel(value))) if isinstance(value, np.ndarray) else str(value)
 
 
-def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, form: str) -> list[Word]:
+def crop_scene(raw: tuple[Any, Any, Any], *, folder: str) -> list[Word]:
     """Cut every word out of one image of SynthText; runs in a worker."""
     name, boxes, words = parse_scene(raw)
     if not boxes.size and not words:
@@ -101,17 +102,21 @@ def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, form: str) -> list[Wor
     for number, (box, label) in enumerate(zip(boxes.transpose(2, 1, 0).astype(np.float32), words, strict=True), 1):
         place = f"{name}#{number}"
         try:
-            found.append(Word(place, image=crop_word(image, box, form=form), label=label))
+            found.append(Word(place, image=crop_word(image, box), label=label))
         except RejectedError as error:
             found.append(Word(place, reason=error.reason, detail=f"corners {np.round(box, 1).tolist()}"))
     return found
 
 
-def crop_word(image: np.ndarray, box: np.ndarray, *, form: str) -> bytes:
-    """Cut one word out of `image` (H, W, 3) by its corners `box` (4, 2), and encode it; raises RejectedError."""
+def crop_word(image: np.ndarray, box: np.ndarray) -> bytes:
+    """Return the part of an image (H, W, 3) in the upright rectangle around the corners `box` (4, 2), as a JPEG.
+
+    Raises:
+        RejectedError: there is no such part.
+    """
     check_box(box, image.shape[1], image.shape[0])
-    crop = crop_upright(image, box)
-    done, encoded = cv2.imencode(f".{form}", crop[..., ::-1], FORMATS[form])
+    rows, columns = pixel_slices((*box.min(axis=0), *box.max(axis=0)), image.shape)
+    done, encoded = cv2.imencode(".jpg", image[rows, columns, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     if not done:
         raise RejectedError("too large for the format")
     return encoded.tobytes()
@@ -127,13 +132,6 @@ def check_box(box: np.ndarray, width: int, height: int) -> None:
     visible = np.minimum(high, (width, height)) - np.maximum(low, 0)
     if visible.min() <= 0 or visible.prod() < MIN_VISIBLE * (high - low).prod():
         raise RejectedError("box outside the image")
-
-
-def crop_upright(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Return the part of `image` in the upright rectangle around `box`, clipped to the image."""
-    left, top = np.floor(np.maximum(box.min(axis=0), 0)).astype(int)
-    right, bottom = np.ceil(box.max(axis=0)).astype(int)
-    return image[top:bottom, left:right]
 
 
 def mjsynth_word(content: bytes, *, folder: str) -> Word:
@@ -155,7 +153,7 @@ def words_of(options: Any) -> Iterator[Word]:
     folder = options.images or os.path.dirname(os.path.abspath(annotation))
     if annotation.endswith(".mat"):
         scenes = read_synthtext(annotation)
-        crop = functools.partial(crop_scene, folder=folder, form=options.format)
+        crop = functools.partial(crop_scene, folder=folder)
         results = map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
         bar = progress(results, total=len(scenes), unit="image", description="SynthText")
         yield from itertools.chain.from_iterable(bar)
@@ -170,7 +168,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images' paths (default: ANNOTATION's)")
-    parser.add_argument("--format", choices=FORMATS, default="jpg", help="SynthText: of the crops (default: jpg)")
     add_run_arguments(parser)
     options = parser.parse_args(arguments)
     store_words(words_of(options), options.output, overwrite=options.overwrite)

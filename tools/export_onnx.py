@@ -20,7 +20,6 @@ N, H and W are free. Charset, sizes, fit, mean, deviation, areas and opset are i
 tools/read_with_onnx.py is an example that reads with both.
 """
 
-import argparse
 import contextlib
 import copy
 import importlib.util
@@ -215,8 +214,16 @@ def store(model: "onnx.ModelProto", path: Path, facts: dict[str, object]) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
-    options = parse_arguments(arguments)
+    """Run one command line; return the exit status."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="recogniser, with its config")
+    parser.add_argument("--config", metavar="YAML", help="how to build a checkpoint that carries no config")
+    parser.add_argument("--output", required=True, metavar="FILE", help="ONNX file of the recogniser to write")
+    parser.add_argument("--ssn-output", metavar="FILE", help="ONNX file of the SSN to write")
+    parser.add_argument("--ssn", metavar="FILE", help="checkpoint of the SSN (default: the one in --checkpoint)")
+    parser.add_argument("--model_eval", metavar="NAME", help="sub-model whose logits to give (default: the last)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    options = parser.parse_args(arguments)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     if missing := [each for each in PACKAGES if importlib.util.find_spec(each) is None]:
         raise UserError(f"{', '.join(missing)} is not installed; install requirements-dev.txt")
@@ -230,19 +237,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.ssn_output is not None:
         export_ssn(ssn, areas, Path(options.ssn_output))
     return 0
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
-    parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="recogniser, with its config")
-    parser.add_argument("--config", metavar="YAML", help="how to build a checkpoint that carries no config")
-    parser.add_argument("--output", required=True, metavar="FILE", help="ONNX file of the recogniser to write")
-    parser.add_argument("--ssn-output", metavar="FILE", help="ONNX file of the SSN to write")
-    parser.add_argument("--ssn", metavar="FILE", help="checkpoint of the SSN (default: the one in --checkpoint)")
-    parser.add_argument("--model_eval", metavar="NAME", help="sub-model whose logits to give (default: the last)")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Print what a checkpoint holds and how it came to be: form, network, parameters, scores, command, versions, hours."""
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -20,9 +19,11 @@ UNKNOWN = "not known"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
-    options = parse_arguments(arguments)
-    state = read_checkpoint(options.checkpoint)
+    """Run one command line; return the exit status."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("checkpoint", metavar="FILE", help="any checkpoint: ours, a bundle, the published form")
+    path = parser.parse_args(arguments).checkpoint
+    state = read_checkpoint(path)
     charset, name = state.get("charset"), section(section(state, "config"), "model").get("name", UNKNOWN)
     iteration = section(state, "training").get("iteration", state.get("iteration", UNKNOWN))
     facts = {
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "characters": len(charset) if isinstance(charset, str | list) else UNKNOWN,
         "iteration": printable(str(iteration)),
     }
-    print_summary(f"{options.checkpoint}: {form_of(state)}", facts)
+    print_summary(f"{path}: {form_of(state)}", facts)
     print_summary("parameters", parameter_counts(state))
     show("scores", state.get("scores"))
     show_provenance("training", state)
@@ -55,8 +56,7 @@ def form_of(state: Mapping[str, Any]) -> str:
 def parameter_counts(state: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of parameters of each sub-model and in all; the SSN of a bundle is one of them."""
     counts: Counter[str] = Counter()
-    parts = [("", state), *([("ssn", section(state, "ssn"))] if "ssn" in state else [])]
-    for part, content in parts:
+    for part, content in ("", state), ("ssn", section(state, "ssn")):
         for name, tensor in checkpoint_weights(content).items():
             if name.split(".")[-1] not in BUFFERS:
                 counts[part or printable(name.split(".")[0])] += tensor.numel()
@@ -84,13 +84,6 @@ def section(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return a mapping inside a checkpoint; empty if there is none."""
     value = state.get(name)
     return value if isinstance(value, Mapping) else {}
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
-    parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("checkpoint", metavar="FILE", help="any checkpoint: ours, a bundle, the published form")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

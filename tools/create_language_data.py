@@ -75,15 +75,10 @@ def find_corpora(paths: Iterable[str]) -> list[Path]:
     """Return the files that `paths` name; of a folder, every text file below it. Raises UserError if there is none."""
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in CORPUS_SUFFIXES and p.is_file())
-            if not found:
-                raise UserError(f"{path}: holds no {', '.join(CORPUS_SUFFIXES)} file; name the corpus files")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder; --corpus names text files or folders of them")
+        is_text = (each for each in path.rglob("*") if each.suffix in CORPUS_SUFFIXES and each.is_file())
+        files += sorted(is_text) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--corpus {' '.join(paths)}: holds no {', '.join(CORPUS_SUFFIXES)} file; name the files")
     return files
 
 

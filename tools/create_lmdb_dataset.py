@@ -16,7 +16,7 @@ from tools.support import (
     make_parser,
     map_in_processes,
     progress,
-    read_word,
+    read_image,
     store_words,
 )
 from utils import UserError, run_command_line
@@ -65,45 +65,50 @@ def _unquote(label: str) -> str:
     return label
 
 
-def word_of_line(entry: bytes, *, folder: str) -> Word:
-    """Read and check the image and label of one line; runs in a worker."""
-    try:
-        line = entry.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Word(entry.decode(errors="backslashreplace"), reason="line is not UTF-8", detail=str(error))
+def word_of_line(line: str, *, folder: str) -> tuple[str, bytes]:
+    """Return the label and the image of a line; raises RejectedError."""
     missing = None
     for name, label in split_line(line):
-        if not name:
-            missing = missing or Word(line, reason="no path")
-            continue
         try:
             path = find_image(folder, name)
         except RejectedError as error:
-            missing = missing or Word(name, reason=error.reason)
+            missing = missing or error
             continue
         if not label:
-            return Word(name, reason="empty label")
+            raise RejectedError("empty label")
         if "\t" in label:
-            return Word(name, reason="tab in label", detail=label)
-        return read_word(name, path, label)
-    return missing or Word(line, reason="no separator", detail="neither tab nor comma between path and label")
+            raise RejectedError("tab in label", label)
+        return label, read_image(path)
+    raise missing or RejectedError("no separator", "neither tab nor comma between path and label")
+
+
+def word_of_entry(entry: bytes, *, read: Callable[[str], tuple[str, bytes]]) -> Word:
+    """Return the word of an entry of a list, or why there is none; runs in a worker."""
+    name = entry.decode(errors="backslashreplace")
+    try:
+        label, image = read(entry.decode())
+    except UnicodeDecodeError as error:
+        return Word(name, reason="line is not UTF-8", detail=str(error))
+    except RejectedError as error:
+        return Word(name, reason=error.reason, detail=error.detail)
+    return Word(name, image=image, label=label)
 
 
 def words_of_list(
-    folder: str, entries: str, *, workers: int, read: Callable[..., Word] = word_of_line
+    folder: str, entries: str, *, workers: int, read: Callable[..., tuple[str, bytes]] = word_of_line
 ) -> Iterator[Word]:
     """Yield the words of a list in its order, with a progress bar.
 
     Args:
         folder: what the paths in the list are relative to.
         entries: file with an entry a line.
-        read: (line, folder=...) -> its word; runs in a worker.
+        read: (line, folder=...) -> its label and image; raises RejectedError.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; name the one that the paths of {entries} are relative to")
     total = sum(1 for _ in read_entries(entries))
-    read = functools.partial(read, folder=os.path.abspath(folder))
-    words = map_in_processes(read, read_entries(entries), workers=workers, chunk_size=64)
+    word = functools.partial(word_of_entry, read=functools.partial(read, folder=os.path.abspath(folder)))
+    words = map_in_processes(word, read_entries(entries), workers=workers, chunk_size=64)
     yield from progress(words, total=total, unit="word", description="images")
 
 

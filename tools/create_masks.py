@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -45,10 +46,9 @@ EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --ch
   python tools/create_masks.py --checkpoint weights/binet-small.pth --input data/training/label/real --output data/masks
   torchrun --nproc_per_node=8 tools/create_masks.py --checkpoint ssn.pth --input data/training/MJ --output data/masks
 
-The processes of torchrun, on one machine or several that share the folders, share the words; the result is byte for
-byte that of one process. A run that was stopped goes on when the same command is given again, even with another number
-of processes; until then its masks are in OUTPUT.part-*.partial. A word whose image cannot be decoded gets no mask; it
-is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how the masks were made."""
+A run that was stopped goes on when the same command is given again, even with another number of processes; until then
+its masks are in OUTPUT.part-*.partial. A word whose image cannot be decoded gets no mask; it is counted and listed in
+OUTPUT-rejected.tsv. OUTPUT-masks.json says how the masks were made."""
 
 CHUNK_PIXELS = 1 << 23  # of images that are held at once, whatever their number: scenes are larger than words
 SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the others
@@ -56,27 +56,22 @@ SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the other
 Word = tuple[int, np.ndarray | str]  # number from 1, and image (H, W, 3) or why there is none
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; return the exit status."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--config", help="YAML that describes the network (default: the checkpoint does)")
     parser.add_argument("--checkpoint", help="weights of SSN (default: the config's model.ssn.checkpoint)")
-    parser.add_argument("--input", required=True, metavar="LMDB", help="word LMDB, or a folder of them")
-    parser.add_argument("--output", required=True, metavar="MASK_LMDB", help="LMDB to make, or a folder for them")
+    parser.add_argument("--input", required=True, type=Path, metavar="LMDB", help="word LMDB, or a folder of them")
+    parser.add_argument("--output", required=True, type=Path, metavar="MASK_LMDB", help="LMDB to make, or a folder")
     parser.add_argument("--areas", type=positive, nargs="+", metavar="SIDE", help="scales, pixels (default: its own)")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the fastest here")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--batch-size", type=positive, default=256, help="words read and stored together (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists, from the start")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of config keys")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool and return its exit status."""
-    options = parse_arguments(arguments)
+    options = parser.parse_args(arguments)
     process = distributed.start("cpu", timeout=SHARE_TIMEOUT)  # what the processes tell each other lives on the host
-    pairs = paired_paths(Path(options.input), Path(options.output))
+    pairs = paired_paths(options.input, options.output)
     checkpoint, segmenter = load_segmenter(options)
     settings = {
         "checkpoint": _digest(checkpoint.read_bytes()),
@@ -86,12 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = distributed.gather([settings])
     if any(each != settings for each in found):
         raise UserError(f"the processes would make other masks: {found}; give --precision, and all the same weights")
-    outputs = [
-        MaskOutput(source, target, settings, overwrite=options.overwrite, process=process) for source, target in pairs
-    ]
-    for output in outputs:
-        output.check()
-    for output in outputs:
+    make = functools.partial(MaskOutput, settings=settings, overwrite=options.overwrite, process=process)
+    for output in [make(source, target) for source, target in pairs]:  # all are checked before the first is made
         output.make(segmenter, batch_size=options.batch_size)
     distributed.stop()
     return 0
@@ -156,10 +147,13 @@ class MaskOutput:
         settings: what the masks depend on beside the images.
         overwrite: replace what is at `target`, and start anew.
         process: this one among those that share the words.
+
+    Raises:
+        UserError: what is at `target` was made otherwise, and is not to be replaced.
     """
 
     def __init__(
-        self, source: Path, target: Path, settings: dict[str, Any], *, overwrite: bool, process: Process
+        self, source: Path, target: Path, *, settings: dict[str, Any], overwrite: bool, process: Process
     ) -> None:
         self.reader = LmdbReader(source)
         self.target = target
@@ -169,7 +163,7 @@ class MaskOutput:
         self.settings = settings | {"source": self._source_digest()}
         self.identity = json.dumps(self.settings, sort_keys=True)
         self._record_path = target.with_name(f"{target.name}-masks.json")
-        self.complete = False
+        self.complete = bool(distributed.largest(int(process.is_main and self._is_made())))
 
     def _source_digest(self) -> str:
         """Name the source's content, wherever it lies: its size, number of words, and a few of the words."""
@@ -177,10 +171,6 @@ class MaskOutput:
         parts = [str(self.count).encode(), str((self.reader.path / DATA_FILE).stat().st_size).encode()]
         parts += [self.reader.get(key(index)) or b"" for index in chosen for key in (image_key, label_key)]
         return _digest(b"\0".join(parts))
-
-    def check(self) -> None:
-        """Find out whether there is anything to do; raises UserError when something else is in the way."""
-        self.complete = bool(distributed.largest(int(self.process.is_main and self._is_made())))
 
     def _is_made(self) -> bool:
         if self.overwrite or not self.target.exists():

@@ -4,7 +4,6 @@ The result holds pairs of an image and a grey mask: 255 = text, 0 = background, 
 (dataset.segmentation.ignore_level).
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -86,8 +85,8 @@ class Entry(NamedTuple):
     annotation: Path | None
 
 
-def find_entries(data_set: DataSet, source: Path, split: str | None) -> list[Entry]:
-    """Return an entry for each mask below a folder `split` (None: for each mask): its image has the same stem."""
+def find_entries(data_set: DataSet, source: Path, split: str | None) -> Iterator[Entry]:
+    """Yield an entry for each mask below a folder `split` (None: for each mask): its image has the same stem."""
     images: dict[str, list[Path]] = {}
     masks: list[tuple[Path, str]] = []
     annotations: dict[str, Path] = {}
@@ -103,17 +102,15 @@ def find_entries(data_set: DataSet, source: Path, split: str | None) -> list[Ent
             annotations[annotation["stem"]] = path
         elif not not_image and path.suffix.lower() in IMAGE_SUFFIXES:
             images.setdefault(path.stem, []).append(path)
-    entries: list[Entry] = []
     names: set[str] = set()
     for mask, stem in masks:
-        found = images.get(stem, [])  # of several images, the one whose folder has the name of the mask's
-        image = next((each for each in found if each.parent.name == mask.parent.name), found[0] if found else None)
+        found = images.get(stem, [None])  # of several images, the one whose folder has the name of the mask's
+        image = next((each for each in found if each and each.parent.name == mask.parent.name), found[0])
         candidates = itertools.chain([stem, f"{mask.parent.name}_{stem}"], (f"{stem}_{n}" for n in itertools.count(2)))
         name = next(each for each in candidates if each not in names)
         if image is not None:
             names.add(name)
-        entries.append(Entry(name, image, mask, annotations.get(stem)))
-    return entries
+        yield Entry(name, image, mask, annotations.get(stem))
 
 
 def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
@@ -121,13 +118,11 @@ def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise RejectedError("mask too large", f"{path.name}: {opened.width} x {opened.height} pixels")
+                raise ValueError(f"{opened.width} x {opened.height} pixels")
             if opened.mode == "P" and not colours:
                 return np.asarray(opened)
             values = np.asarray(opened.convert("RGB"))
             return values if colours else values.max(axis=2)  # three equal channels
-    except RejectedError:
-        raise
     except IMAGE_ERRORS as error:
         raise RejectedError("damaged mask", f"{path.name}: {error}") from error
 
@@ -180,7 +175,7 @@ def read_icdar13(mask_path: Path, text_path: Path | None) -> Truth:
     mask = np.where(white, BACKGROUND, TEXT).astype(np.uint8)
     if text_path is None:
         return Truth(mask)
-    words = parse_icdar13(text_path.read_text(encoding="utf-8", errors="replace"))
+    words = parse_icdar13(read_file(text_path).decode(errors="replace"))
     for character in itertools.chain.from_iterable(words):
         if character.ignored:
             rows, columns = pixel_slices(box_around(character.corners), mask.shape)
@@ -203,7 +198,7 @@ def read_totaltext(mask_path: Path, polygons: Path | None) -> Truth:
     if polygons is None:
         return Truth(mask)
     boxes = []
-    records = _RECORD.split(polygons.read_text(encoding="utf-8", errors="replace"))
+    records = _RECORD.split(read_file(polygons).decode(errors="replace"))
     if max(map(len, records)) > LONGEST_RECORD:
         raise RejectedError("damaged polygons", f"{polygons.name}: a record without an end")
     for match in filter(None, map(_POLYGON.search, records)):
@@ -251,7 +246,7 @@ def read_textseg(mask_path: Path, annotation: Path | None) -> Truth:
     if annotation is None:
         return Truth(mask)
     try:
-        words = json.loads(annotation.read_text(encoding="utf-8"))
+        words = json.loads(read_file(annotation))
         boxes = [
             box_around(np.array(word["bbox"], dtype=float).reshape(-1, 2))  # two corners or four
             for word in (words.values() if isinstance(words, dict) else words)
@@ -306,19 +301,18 @@ def pair_folder(path: Path) -> Iterator[Callable[[str, str, bytes, bytes], None]
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
 
     def add(name: str, suffix: str, image: bytes, mask: bytes) -> None:
-        with explain_full_disk(path):
-            (partial / "images" / f"{name}{suffix}").write_bytes(image)
-            (partial / "masks" / f"{name}.png").write_bytes(mask)
+        (partial / "images" / f"{name}{suffix}").write_bytes(image)
+        (partial / "masks" / f"{name}.png").write_bytes(mask)
 
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        for name in ("images", "masks"):
-            try:
+        with explain_full_disk(path):
+            for name in ("images", "masks"):
                 (partial / name).mkdir(parents=True)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be made ({error.strerror}); choose another output") from error
-        yield add
-        os.replace(partial, path)
+            yield add
+            os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -363,23 +357,18 @@ def _png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; return the exit status."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="which published set it is")
-    parser.add_argument("--source", required=True, metavar="FOLDER", help="where the set was unpacked")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="what to make")
+    parser.add_argument("--source", required=True, type=Path, metavar="FOLDER", help="where the set was unpacked")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="what to make")
     parser.add_argument("--split", metavar="NAME", help="only masks below a folder of this name, such as Train")
     parser.add_argument("--lmdb", action="store_true", help="make an LMDB instead of folders images/ and masks/")
     parser.add_argument("--words", action="store_true", help="cut out words instead of keeping whole images")
     parser.add_argument("--margin", type=float, default=0.1, help="around words, in shorter sides (%(default)s)")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool and return its exit status."""
-    options = parse_arguments(arguments)
-    source, output = Path(options.source), Path(options.output)
+    options = parser.parse_args(arguments)
+    source, output = options.source, options.output
     if not source.is_dir():
         raise UserError(f"--source {source}: no such folder; name the one that the set was unpacked to")
     if output.exists():
@@ -387,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.margin >= 0:
         raise UserError(f"--margin {options.margin}: is negative; give 0 or more")
     data_set = FORMATS[options.format]
-    entries = find_entries(data_set, source, options.split)
+    entries = list(find_entries(data_set, source, options.split))
     if not entries:
         where = f" below a folder {options.split}" if options.split else ""
         raise UserError(

@@ -27,7 +27,7 @@ from tools.support import (
     pixel_slices,
     progress,
     read_file,
-    read_word,
+    read_image,
     store_words,
 )
 from utils import UserError, first_line, run_command_line
@@ -134,17 +134,13 @@ def check_box(box: np.ndarray, width: int, height: int) -> None:
         raise RejectedError("box outside the image")
 
 
-def mjsynth_word(content: bytes, *, folder: str) -> Word:
-    """Read the word of one annotation line, `./2425/1/115_Lube_45484.jpg 45484`; runs in a worker."""
-    line = content.decode(errors="backslashreplace")
-    name = line.rsplit(maxsplit=1)[0]
+def mjsynth_word(line: str, *, folder: str) -> tuple[str, bytes]:
+    """Return the label and the image of an annotation line, `./2425/1/115_Lube_45484.jpg 45484`."""
+    name = line.rstrip().rpartition(" ")[0]
     match = _MJSYNTH_NAME.fullmatch(name.rpartition("/")[2])
     if match is None:
-        return Word(line, reason="no label in the file name")
-    try:
-        return read_word(name, find_image(folder, name), match["label"])
-    except RejectedError as error:
-        return Word(name, reason=error.reason)
+        raise RejectedError("no label in the file name")
+    return match["label"], read_image(find_image(folder, name))
 
 
 def words_of(options: Any) -> Iterator[Word]:

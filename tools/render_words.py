@@ -4,7 +4,6 @@ import functools
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 from evaluation.contact_sheet import save_sheet_of_lmdb
 from loading.lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
-from rendering.config import BACKGROUND_KINDS, OutputConfig
+from rendering.config import OutputConfig
 from tools.support import (
     add_run_arguments,
     make_parser,
@@ -42,13 +41,11 @@ _JPEG_QUALITY = 95
 
 
 class EncodedWord(NamedTuple):
-    """A word as stored in the LMDBs, and what the summary counts."""
+    """A word as stored in the LMDBs."""
 
     image: bytes
     mask: bytes
     text: str
-    family: str
-    background: str
 
 
 def encode_word(word: RenderedWord, output: OutputConfig) -> EncodedWord:
@@ -60,7 +57,7 @@ def encode_word(word: RenderedWord, output: OutputConfig) -> EncodedWord:
         full_colour = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
         encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY, *full_colour])[1]
     mask = cv2.imencode(".png", word.mask, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1]
-    return EncodedWord(encoded.tobytes(), mask.tobytes(), word.text, word.family, word.background)
+    return EncodedWord(encoded.tobytes(), mask.tobytes(), word.text)
 
 
 @functools.lru_cache(maxsize=1)
@@ -85,25 +82,21 @@ def render_words(config: RenderConfig, count: int, *, seed: int, workers: int) -
     return progress(words, total=count, unit="word", description="words")
 
 
-def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> list[EncodedWord]:
-    """Write both LMDBs, which appear together at the end; return the words without their images."""
+def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> None:
+    """Write both LMDBs, which appear together at the end."""
     paths = output / "images" / name, output / "masks" / name
     new = [path for path in paths if not path.exists()]
-    kept: list[EncodedWord] = []
     try:
         with LmdbWriter(paths[1], overwrite=overwrite) as masks, LmdbWriter(paths[0], overwrite=overwrite) as images:
             for word in words:
                 images.append(word.image, word.text)
                 masks.append(word.mask, word.text)
-                kept.append(word._replace(image=b"", mask=b""))
             images.commit()  # a full disk shows here, before either has its name
             masks.commit()
     except BaseException:
         for path in new:
-            if path.exists():
-                shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         raise
-    return kept
 
 
 def folder_name(text: str) -> str:
@@ -137,17 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_render_config(options.config, options.overrides)
     start = time.perf_counter()
     words = render_words(config, options.count, seed=options.seed, workers=options.workers)
-    kept = write_lmdbs(words, options.output, options.name, overwrite=options.overwrite)
-    seconds = time.perf_counter() - start
+    write_lmdbs(words, options.output, options.name, overwrite=options.overwrite)
+    counts = {"words": options.count, "words a second": options.count / (time.perf_counter() - start)}
+    paths = [options.output / kind / options.name for kind in ("images", "masks")]
     if options.contact_sheet:
-        paths = (options.output / kind / options.name for kind in ("images", "masks"))
-        save_sheet_of_lmdb(*paths, range(1, min(len(kept), SHEET_WORDS) + 1), options.contact_sheet)
-    counts: dict[str, object] = {"words": len(kept), "different texts": len({word.text for word in kept})}
-    counts["font families"] = len({word.family for word in kept})
-    kinds = Counter(word.background for word in kept)
-    counts |= {f"on {kind}": kinds[kind] for kind in BACKGROUND_KINDS if kinds[kind]}
-    counts["words a second"] = len(kept) / seconds
-    print_summary(f"{options.output}/images/{options.name} and {options.output}/masks/{options.name}", counts)
+        save_sheet_of_lmdb(*paths, range(1, min(options.count, SHEET_WORDS) + 1), options.contact_sheet)
+    print_summary(f"wrote {paths[0]} and {paths[1]}", counts)
     return 0
 
 

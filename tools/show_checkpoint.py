@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_summary(f"{path}: {form_of(state)}", facts)
     print_summary("parameters", parameter_counts(state))
     show("scores", state.get("scores"))
-    show_provenance("training", state)
+    show("training", state.get("provenance"))
     if "ssn" in state:
-        show_provenance("training of the SSN", section(state, "ssn"))
+        show("training of the SSN", section(state, "ssn").get("provenance"))
     return 0
 
 
@@ -62,16 +62,6 @@ def parameter_counts(state: Mapping[str, Any]) -> dict[str, int]:
                 counts[part or printable(name.split(".")[0])] += tensor.numel()
     counts["all"] = counts.total()
     return dict(counts)
-
-
-def show_provenance(heading: str, state: Mapping[str, Any]) -> None:
-    """Print how a network came to be, and whether its hours and samples are lower bounds."""
-    show(heading, state.get("provenance"))
-    starts = section(state, "provenance").get("starts")
-    first = starts[0] if isinstance(starts, list) and starts else None
-    if isinstance(first, Mapping) and first.get("iteration"):  # the run is older than its provenance
-        missing = printable(str(first["iteration"]))
-        print(f"  hours and samples are lower bounds: iterations up to {missing} have no record")
 
 
 def show(heading: str, content: Any) -> None:

@@ -199,6 +199,8 @@ def find_image(folder: str, name: str) -> str:
 
     Raises RejectedError when there is none, or when it lies outside the folder.
     """
+    if not name:
+        raise RejectedError("no path")
     for spelling in (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))):
         for candidate in (spelling, spelling.replace("\\", "/")):
             path = inside(folder, candidate)
@@ -220,14 +222,11 @@ def read_file(path: str | os.PathLike) -> bytes:
         raise RejectedError("cannot be read", str(error.strerror)) from error
 
 
-def read_word(name: str, path: str, label: str) -> Word:
-    """Return the word with the unchanged bytes of the image file `path`, checked, or the reason why it is rejected."""
-    try:
-        data = read_file(path)
-        checked_image(data)
-    except RejectedError as error:
-        return Word(name, reason=error.reason, detail=error.detail)
-    return Word(name, image=data, label=label)
+def read_image(path: str | os.PathLike) -> bytes:
+    """Return the bytes of an image file that training can decode; raises RejectedError."""
+    data = read_file(path)
+    checked_image(data)
+    return data
 
 
 def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False) -> None:

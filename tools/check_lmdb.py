@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tool
 from evaluation.contact_sheet import save_sheet_of_lmdb
 from loading.charset import Charset
 from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
-from loading.masks import find_mask_lmdb
+from loading.masks import LmdbMasks, find_mask_lmdb
 from tools.support import (
     RejectedError,
     RejectionLog,
@@ -82,31 +82,34 @@ def scan_keys(reader: LmdbReader) -> np.ndarray:
 
 
 def checked_samples(
-    reader: LmdbReader, masks: LmdbReader | None, numbers: np.ndarray, *, workers: int
+    reader: LmdbReader, masks: LmdbMasks | None, numbers: np.ndarray, *, workers: int
 ) -> Iterator[Sample]:
     """Check samples in order, with a progress bar."""
-    segmentation = next(reader.keys("mask-"), None) is not None  # labels, where it has some, name the pairs
-    check = functools.partial(check_sample, reader=reader, masks=masks, segmentation=segmentation)
+    has_pairs = next(reader.keys("mask-"), None) is not None  # labels, where it has some, name the pairs
+    masks = masks or (LmdbMasks(reader.path, mask_key) if has_pairs else None)
+    check = functools.partial(check_sample, reader=reader, masks=masks, has_labels=not has_pairs)
     results = map_in_processes(check, map(int, numbers), workers=workers, chunk_size=64)
     return progress(results, total=len(numbers), unit="word", description=reader.path.name)
 
 
-def check_sample(number: int, *, reader: LmdbReader, masks: LmdbReader | None, segmentation: bool) -> Sample:
+def check_sample(number: int, *, reader: LmdbReader, masks: LmdbMasks | None, has_labels: bool) -> Sample:
     """Read and decode everything under a number; runs in a worker."""
     label, mask_empty = "", False
     try:
         stored = reader.get(image_key(number))
         if stored is None:
             raise RejectedError("image missing")
-        if not segmentation:
+        if has_labels:
             label = checked_label(reader.get(label_key(number)))
         image = checked_image(stored)
-        if segmentation or masks is not None:
-            mask = reader.get(mask_key(number)) if masks is None else masks.get(image_key(number))
-            mask_empty = not checked_mask(mask, image.shape[:2]).any()
-        copied = masks and masks.get(label_key(number))  # training does without
-        if copied is not None and copied != label.encode():
-            raise RejectedError("mask of another word", f"its label is {copied!r}")
+        if masks is not None:
+            mask = masks.read(number, image)
+            if isinstance(mask, str):
+                raise RejectedError(mask)
+            mask_empty = not mask.any()
+            copied = masks.reader.get(label_key(number))  # training does without
+            if has_labels and copied is not None and copied != label.encode():
+                raise RejectedError("mask of another word", f"its label is {copied!r}")
     except RejectedError as error:
         return Sample(number, *error.args, label=label)
     digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest()
@@ -124,21 +127,6 @@ def checked_label(data: bytes | None) -> str:
     if not label:
         raise RejectedError("label empty")
     return label
-
-
-def checked_mask(data: bytes | None, size: tuple[int, int]) -> np.ndarray:
-    """Decode the mask (H, W, 3) of an image of `size` (height, width); raises RejectedError."""
-    if data is None:
-        raise RejectedError("mask missing")
-    try:
-        mask = checked_image(data)
-    except RejectedError as error:
-        raise RejectedError(f"mask: {error.reason}", error.detail) from error
-    if mask.shape[:2] != size:
-        raise RejectedError("mask of another size", f"{mask.shape[:2]} for an image of {size}")
-    if (mask != mask[..., :1]).any():
-        raise RejectedError("mask is not grey")
-    return mask
 
 
 def digests_of(root: str, *, workers: int) -> set[int]:
@@ -164,9 +152,9 @@ class Checker:
     def check(self, path: Path, mask_path: Path | None, log: RejectionLog) -> Findings:
         """Check one LMDB, with its masks when `mask_path` is given."""
         reader = LmdbReader(path)
-        masks = None if mask_path is None else LmdbReader(mask_path)
+        masks = None if mask_path is None else LmdbMasks(mask_path)
         if masks is not None:
-            len(masks)  # what is not a mask LMDB is named before the work begins
+            len(masks.reader)  # what is not a mask LMDB is named before the work begins
         numbers = scan_keys(reader)
         try:
             findings = Findings(path, len(reader), len(numbers))

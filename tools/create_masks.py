@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from config import load_config
 from engine import distributed
 from engine.distributed import Process
 from engine.precision import PRECISIONS
+from inference.pipeline import in_order
 from inference.segmenter import Segmenter
 from loading.decoding import BrokenImageError, decode_image
 from loading.lmdb_io import (
@@ -50,10 +51,7 @@ A run that was stopped goes on when the same command is given again, even with a
 its masks are in OUTPUT.part-*.partial. A word whose image cannot be decoded gets no mask; it is counted and listed in
 OUTPUT-rejected.tsv. OUTPUT-masks.json says how the masks were made."""
 
-CHUNK_PIXELS = 1 << 23  # of images that are held at once, whatever their number: scenes are larger than words
 SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the others
-
-Word = tuple[int, np.ndarray | str]  # number from 1, and image (H, W, 3) or why there is none
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,11 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """Return (word LMDB, mask LMDB) for each LMDB of the input; the output has the layout of the input.
-
-    Raises:
-        UserError: there is no LMDB, or an output would be an input or lie inside it.
-    """
+    """Return (word LMDB, mask LMDB) for each LMDB of the input; the output has the layout of the input."""
     # Masks of an earlier run may lie below the words.
     found = [each for each in find_lmdbs(source) if target.resolve() not in each.resolve().parents]
     if not found:
@@ -107,14 +101,7 @@ def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
 
 
 def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
-    """Return the file of SSN's weights, and SSN with them, ready for images.
-
-    The config describes the network, or else the checkpoint itself.
-
-    Raises:
-        UserError: the checkpoint is missing, cannot be read, or is of other widths; nothing describes the network; the
-            device is not there.
-    """
+    """Return the file of SSN's weights, and SSN as the config or else the checkpoint describes it, ready for images."""
     if options.overrides and options.config is None:
         raise UserError(f"{options.overrides[0]}: there is no config to change; give one with --config")
     config = load_config(options.config, options.overrides) if options.config else None
@@ -241,7 +228,7 @@ class MaskOutput:
     ) -> tuple[int, list[tuple[int, str]]]:
         """Segment this process's words that have no mask yet; return their number, and index and reason of the others.
 
-        The next words are read while the network works; each chunk is one transaction.
+        The next block of words is read while the network works; each is one transaction.
         """
         starts = range(1, self.count + 1, batch_size)[self.process.rank :: self.process.world_size]
         blocks = [range(start, min(start + batch_size, self.count + 1)) for start in starts]
@@ -254,19 +241,26 @@ class MaskOutput:
         bar.update(total - missing)
         try:
             with ThreadPoolExecutor(1) as pool, bar:
-                chunks = load_chunks(self.reader, todo)
-                following = pool.submit(next, chunks, None)
-                while (chunk := following.result()) is not None:
-                    following = pool.submit(next, chunks, None)
-                    read = [(index, image) for index, image in chunk if not isinstance(image, str)]
-                    for (index, _), mask in zip(read, segmenter([image for _, image in read]), strict=True):
+                for images in in_order(self._read, filter(None, todo), pool, ahead=1):
+                    read = {index: image for index, image in images.items() if not isinstance(image, str)}
+                    for index, mask in zip(read, segmenter(list(read.values())), strict=True):
                         part.put(image_key(index), cv2.imencode(".png", mask)[1].tobytes())
                     part.commit()
-                    rejected += [(index, image) for index, image in chunk if isinstance(image, str)]
-                    bar.update(len(chunk))
+                    rejected += [(index, image) for index, image in images.items() if index not in read]
+                    bar.update(len(images))
         finally:
             part.abort()  # a part never takes a name without PARTIAL_SUFFIX
         return missing - len(rejected), rejected
+
+    def _read(self, block: Sequence[int]) -> dict[int, np.ndarray | str]:
+        """Return the image of each word of a block, or why it cannot be decoded."""
+        images: dict[int, np.ndarray | str] = {}
+        for index in block:
+            try:
+                images[index] = decode_image(self.reader.get(image_key(index)) or b"")
+            except BrokenImageError as error:
+                images[index] = str(error)
+        return images
 
     def _merge(self, *, broken: int) -> None:
         """Write all masks and labels in the order of their keys: the file depends on nothing but its content."""
@@ -289,25 +283,6 @@ class MaskOutput:
         facts = {"settings": self.settings, "words": self.count, "without_mask": broken}
         record = json.dumps(facts, indent=1).encode() + b"\n"
         write_atomically(self._record_path, lambda file: file.write(record))
-
-
-def load_chunks(reader: LmdbReader, blocks: Sequence[Sequence[int]]) -> Iterator[list[Word]]:
-    """Read and decode words: a block at a time, in several chunks where its images are large."""
-    for block in blocks:
-        chunk: list[Word] = []
-        pixels = 0
-        for index in block:
-            try:
-                image = decode_image(reader.get(image_key(index)) or b"")
-                pixels += image[..., 0].size
-            except BrokenImageError as error:
-                image = str(error)
-            chunk.append((index, image))
-            if pixels >= CHUNK_PIXELS:
-                yield chunk
-                chunk, pixels = [], 0
-        if chunk:
-            yield chunk
 
 
 def _digest(data: bytes) -> str:

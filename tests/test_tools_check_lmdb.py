@@ -60,17 +60,25 @@ def _check(path, *options):
 
 
 def test_clean_lmdb_has_status_0_and_its_statistics(tmp_path):
-    _write(tmp_path / "a", [(_encode(0), "abc"), (_encode(1, "JPEG"), "Abc-é"), (_encode(2, size=(10, 40)), "é")])
-    status, found = _check(tmp_path / "a", "--charset", CHARSET_36, "--max-length", 2)
+    _write(
+        tmp_path / "a",
+        [
+            (_encode(0), "abc"),
+            (_encode(1, "JPEG"), "Abc-é"),
+            (_encode(2, size=(10, 40)), "é" * 2),
+            (_encode(3), "x" * 26),
+        ],
+    )
+    status, found = _check(tmp_path / "a", "--charset", CHARSET_36)
     assert status == 0
-    assert found["a"]["num_samples"] == found["a"]["valid"] == 3
+    assert found["a"]["num_samples"] == found["a"]["valid"] == 4
     assert found["a"]["problems"] == {}
-    assert found["a"]["lengths"] == {3: 1, 5: 1, 1: 1}
-    assert found["a"]["foreign_characters"] == {"é": 2, "-": 1}
+    assert found["a"]["lengths"] == {3: 1, 5: 1, 2: 1, 26: 1}
+    assert found["a"]["foreign_characters"] == {"é": 3, "-": 1}
     assert found["a"]["notes"] == {
         "labels with characters outside the charset": 2,
-        "labels without any character of the charset": 1,
-        "labels longer than 2": 2,
+        "labels that training skips: empty": 1,
+        "labels that training skips: too_long": 1,
     }
 
 

@@ -16,21 +16,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from evaluation.contact_sheet import save_sheet_of_lmdb
+from loading.batches import LabelRule
 from loading.charset import Charset
 from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
 from loading.masks import LmdbMasks, find_mask_lmdb
-from tools.support import (
-    RejectedError,
-    RejectionLog,
-    add_run_arguments,
-    checked_image,
-    make_parser,
-    map_in_processes,
-    positive,
-    print_summary,
-    progress,
-    refuse_existing,
-)
+from tools import support
+from tools.support import RejectedError
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/check_lmdb.py data/training --charset data/charset_36.txt
@@ -88,8 +79,8 @@ def checked_samples(
     has_pairs = next(reader.keys("mask-"), None) is not None  # labels, where it has some, name the pairs
     masks = masks or (LmdbMasks(reader.path, mask_key) if has_pairs else None)
     check = functools.partial(check_sample, reader=reader, masks=masks, has_labels=not has_pairs)
-    results = map_in_processes(check, map(int, numbers), workers=workers, chunk_size=64)
-    return progress(results, total=len(numbers), unit="word", description=reader.path.name)
+    results = support.map_in_processes(check, map(int, numbers), workers=workers, chunk_size=64)
+    return support.progress(results, total=len(numbers), unit="word", description=reader.path.name)
 
 
 def check_sample(number: int, *, reader: LmdbReader, masks: LmdbMasks | None, has_labels: bool) -> Sample:
@@ -101,7 +92,7 @@ def check_sample(number: int, *, reader: LmdbReader, masks: LmdbMasks | None, ha
             raise RejectedError("image missing")
         if has_labels:
             label = checked_label(reader.get(label_key(number)))
-        image = checked_image(stored)
+        image = support.checked_image(stored)
         if masks is not None:
             mask = masks.read(number, image)
             if isinstance(mask, str):
@@ -142,14 +133,13 @@ def digests_of(root: str, *, workers: int) -> set[int]:
 
 @dataclass(frozen=True)
 class Checker:
-    """Checks LMDBs with the same settings: `charset` and `max_length` as in training, `others` are digests."""
+    """Checks LMDBs with the same settings: `charset` as in training, `others` are digests."""
 
     charset: Charset | None
-    max_length: int
     workers: int
     others: set[int]
 
-    def check(self, path: Path, mask_path: Path | None, log: RejectionLog) -> Findings:
+    def check(self, path: Path, mask_path: Path | None, log: support.RejectionLog) -> Findings:
         """Check one LMDB, with its masks when `mask_path` is given."""
         reader = LmdbReader(path)
         masks = None if mask_path is None else LmdbMasks(mask_path)
@@ -181,14 +171,12 @@ class Checker:
         findings.valid.append(sample.number)
         findings.lengths[len(sample.label)] += 1
         findings.notes["masks without text"] += sample.mask_empty
-        read = sample.label
-        if self.charset is not None:
-            read = self.charset.normalize(sample.label)
-            foreign = [c for c in sample.label if not self.charset.normalize(c)]
+        if self.charset is not None and sample.label:
+            foreign = [each for each in sample.label if not self.charset.normalize(each)]
             findings.foreign_characters.update(foreign)
             findings.notes["labels with characters outside the charset"] += bool(foreign)
-            findings.notes["labels without any character of the charset"] += bool(sample.label) and not read
-        findings.notes[f"labels longer than {self.max_length}"] += len(read) > self.max_length
+            reason = LabelRule(self.charset).unusable(sample.label)
+            findings.notes[f"labels that training skips: {reason}"] += reason is not None
 
 
 def _count_problems(num_samples: int | None, numbers: np.ndarray) -> Iterator[tuple[str, int, str]]:
@@ -213,7 +201,7 @@ def print_findings(findings: Findings) -> None:
     }
     counts |= {f"  {reason}": count for reason, count in findings.problems.most_common()}
     counts |= {f"note: {note}": count for note, count in findings.notes.most_common()}
-    print_summary(str(findings.path), counts)
+    support.print_summary(str(findings.path), counts)
     for number, (length, count) in enumerate(sorted(findings.lengths.items())):
         bar = "#" * round(40 * count / max(findings.lengths.values()))
         print(f"  {'' if number else 'label length':20} {length:>8} {count:>10,} {bar}".rstrip())
@@ -247,31 +235,30 @@ def write_clean_copy(findings: Findings, mask_path: Path | None, root: str, outp
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = make_parser(__doc__, EXAMPLE)
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("lmdb", metavar="LMDB", help="an LMDB, or a folder of LMDBs")
     parser.add_argument("--masks", metavar="LMDB", help="its masks, found as those of dataset.masks.root")
-    parser.add_argument("--charset", metavar="FILE", help="count label characters outside this charset")
-    parser.add_argument("--max-length", type=positive, default=25, help="count longer labels (default: 25)")
+    parser.add_argument("--charset", metavar="FILE", help="count labels that do not fit this charset")
     parser.add_argument("--against", metavar="LMDB", help="images that these LMDBs (test sets) have too are problems")
     parser.add_argument("--contact-sheet", metavar="PNG", help="draw words from all over the LMDB to look at")
-    parser.add_argument("--cells", type=positive, default=64, help="words on the contact sheet (default: 64)")
+    parser.add_argument("--cells", type=support.positive, default=64, help="words on the contact sheet (default: 64)")
     parser.add_argument("--rejected", metavar="FILE", help="list the problems here (default: with --fix, beside it)")
     parser.add_argument("--fix", metavar="OUTPUT", help="write a copy without the problems")
-    add_run_arguments(parser)
+    support.add_run_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    refuse_existing(options.fix, options.rejected, overwrite=options.overwrite)
+    support.refuse_existing(options.fix, options.rejected, overwrite=options.overwrite)
     lmdbs = find_lmdbs(options.lmdb)
     mask_paths = [options.masks and find_mask_lmdb(options.masks, options.lmdb, path) for path in lmdbs]
     charset = Charset.from_file(options.charset) if options.charset else None
     others = digests_of(options.against, workers=options.workers) if options.against else set()
-    checker = Checker(charset, options.max_length, options.workers, others)
+    checker = Checker(charset, options.workers, others)
     has_problems = False
     beside = options.fix and f"{options.fix.rstrip('/')}-rejected.tsv"
-    with RejectionLog(options.rejected or beside) as log:
+    with support.RejectionLog(options.rejected or beside) as log:
         for path, mask_path in zip(lmdbs, mask_paths, strict=True):
             findings = checker.check(path, mask_path, log)
             has_problems |= bool(findings.problems)

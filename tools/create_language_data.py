@@ -34,6 +34,7 @@ MARKERS = frozenset({"<unk>", "<eos>", "<pad>", "@-@", "@,@", "@.@"})  # of Wiki
 APOSTROPHES = "'\u2019\u02bc"
 COMMON_WORDS = 1000  # stay in training: `the` missing there would cost more than it could measure in validation
 NUMBERS_PER_SHAPE = 200
+VALIDATION_SHARE = 0.05  # of the distinct words
 CASE_SHARES = (0.5, 0.25, 0.25)  # lower, Capitalised, UPPER, for word lists that know lower case only
 
 _FOREIGN = "\0"  # marks a letter or digit that the charset lacks
@@ -41,11 +42,10 @@ _NOT_UTF8 = "\ufffd"  # stands for bytes that are no UTF-8
 
 
 class WordRule:
-    """Tells which words are kept: those of the charset's characters, of which they have at most `longest`."""
+    """Tells which words are kept: those of the charset's characters. Training leaves out those that are too long."""
 
-    def __init__(self, charset: Charset, longest: int = 25) -> None:
+    def __init__(self, charset: Charset) -> None:
         self.charset = charset
-        self.longest = longest
         self._normalize = functools.cache(self._normalized)
 
     def words(self, token: str) -> tuple[list[str], str]:
@@ -60,10 +60,7 @@ class WordRule:
         if _FOREIGN in text:
             return [], "outside the charset"
         words = text.split()
-        if not words:
-            return [], "no letter or digit"
-        fitting = [word for word in words if len(word) <= self.longest]
-        return fitting, "" if fitting else "too long"
+        return words, "" if words else "no letter or digit"
 
     def _normalized(self, character: str) -> str:
         if character.isalnum() or character == _NOT_UTF8:
@@ -98,18 +95,15 @@ def read_corpora(files: list[Path]) -> Counter[str]:
     return tokens
 
 
-def frequency_list(language: str, seed: int) -> dict[str, float]:
-    """Return the words of the installed word-frequency list with their frequencies.
+def frequency_list(seed: int) -> dict[str, float]:
+    """Return the English words of the installed word-frequency list with their frequencies.
 
     The list has only the shapes of long numbers (`0000` stands for all of four digits); a shape is filled with random
     digits here, NUMBERS_PER_SHAPE times if it has digits only, else once.
     """
     import wordfreq  # takes a second
 
-    try:
-        words = dict(wordfreq.get_frequency_dict(language, wordlist="best"))
-    except LookupError as error:
-        raise UserError(f"--language {language}: there is no word list of it; give --corpus") from error
+    words = dict(wordfreq.get_frequency_dict("en", wordlist="best"))
     generator = random.Random(seed)
     for shape in sorted(word for word in words if "00" in word):
         frequency = words.pop(shape)
@@ -142,7 +136,7 @@ def select_words(tokens: dict[str, float], rule: WordRule, log: RejectionLog, *,
         for word in found:
             words[word] += frequency
     if not words:
-        raise UserError("no usable word in the input; check --corpus, --charset and --max-length")
+        raise UserError("no usable word in the input; check --corpus and --charset")
     return dict(sorted(words.items()))
 
 
@@ -201,9 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("train", metavar="TRAIN_CSV", help="file to make")
     parser.add_argument("validation", metavar="VALIDATION_CSV", help="file to make")
     parser.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="UTF-8 text files, or folders of them")
-    parser.add_argument("--language", default="en", help="of the words without --corpus (default: %(default)s)")
     parser.add_argument("--charset", default="data/charset_36.txt", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--max-length", type=positive, default=25, help="in characters (default: 25)")
     parser.add_argument("--temperature", type=float, default=1.0, help="1 keeps frequencies, inf ignores them (1)")
     parser.add_argument(
         "--count",
@@ -211,7 +203,6 @@ def main(arguments: list[str] | None = None) -> int:
         help="rows of both files together (default: as many as the corpus has words, at temperature inf each distinct "
         f"word once; {DEFAULT_COUNT} from the word-frequency list)",
     )
-    parser.add_argument("--validation-share", type=float, default=0.05, help="of the distinct words (default: 0.05)")
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
     options = parser.parse_args(arguments)
@@ -220,18 +211,16 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"{options.train}: named for training and validation; give two files")
     if not options.temperature > 0:
         raise UserError(f"--temperature {options.temperature:g}: is not above 0; 1 keeps frequencies")
-    if not 0 <= options.validation_share < 1:
-        raise UserError(f"--validation-share {options.validation_share:g}: is not from 0 to below 1")
-    rule = WordRule(Charset.from_file(options.charset), options.max_length)
+    rule = WordRule(Charset.from_file(options.charset))
     temperature, count = options.temperature, options.count
     with RejectionLog.beside(os.path.splitext(options.train)[0]) as log:
         if options.corpus:
             words = select_words(read_corpora(find_corpora(options.corpus)), rule, log, countable=True)
         else:
-            words = select_words(frequency_list(options.language, options.seed), rule, log, countable=False)
+            words = select_words(frequency_list(options.seed), rule, log, countable=False)
             words = vary_case(words) if rule.charset.has_upper_case else words
             count = count or (None if math.isinf(temperature) else DEFAULT_COUNT)
-        parts = split_words(words, options.validation_share, options.seed)
+        parts = split_words(words, VALIDATION_SHARE, options.seed)
         if count is not None:
             held_back = round(count * len(parts[1]) / len(words))
             sizes = [count - held_back, held_back]

@@ -8,17 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
-from tools.support import (
-    RejectedError,
-    Word,
-    add_run_arguments,
-    find_image,
-    make_parser,
-    map_in_processes,
-    progress,
-    read_image,
-    store_words,
-)
+from tools import support
+from tools.support import RejectedError, Word
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/create_lmdb_dataset.py words/ words/gt.txt data/training/words
@@ -70,7 +61,7 @@ def word_of_line(line: str, *, folder: str) -> tuple[str, bytes]:
     missing = None
     for name, label in split_line(line):
         try:
-            path = find_image(folder, name)
+            path = support.find_image(folder, name)
         except RejectedError as error:
             missing = missing or error
             continue
@@ -78,7 +69,7 @@ def word_of_line(line: str, *, folder: str) -> tuple[str, bytes]:
             raise RejectedError("empty label")
         if "\t" in label:
             raise RejectedError("tab in label", label)
-        return label, read_image(path)
+        return label, support.read_image(path)
     raise missing or RejectedError("no separator", "neither tab nor comma between path and label")
 
 
@@ -108,19 +99,19 @@ def words_of_list(
         raise UserError(f"{folder}: no such folder; name the one that the paths of {entries} are relative to")
     total = sum(1 for _ in read_entries(entries))
     word = functools.partial(word_of_entry, read=functools.partial(read, folder=os.path.abspath(folder)))
-    words = map_in_processes(word, read_entries(entries), workers=workers, chunk_size=64)
-    yield from progress(words, total=total, unit="word", description="images")
+    words = support.map_in_processes(word, read_entries(entries), workers=workers, chunk_size=64)
+    yield from support.progress(words, total=total, unit="word", description="images")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(__doc__, EXAMPLE)
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("image_folder", metavar="IMAGE_FOLDER", help="folder that the paths in GT_FILE are relative to")
     parser.add_argument("gt_file", metavar="GT_FILE", help="UTF-8 text, one image and label a line")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
-    add_run_arguments(parser)
+    support.add_run_arguments(parser)
     options = parser.parse_args(arguments)
     words = words_of_list(options.image_folder, options.gt_file, workers=options.workers)
-    store_words(words, options.output, overwrite=options.overwrite)
+    support.store_words(words, options.output, overwrite=options.overwrite)
     return 0
 
 

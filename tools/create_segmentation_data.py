@@ -24,17 +24,8 @@ from PIL import Image
 
 from loading.decoding import IMAGE_ERRORS, MAX_PIXELS
 from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
-from tools.support import (
-    Box,
-    RejectedError,
-    RejectionLog,
-    checked_image,
-    make_parser,
-    pixel_slices,
-    print_summary,
-    progress,
-    read_file,
-)
+from tools import support
+from tools.support import Box, RejectedError
 from utils import UserError, explain_full_disk, run_command_line
 
 EXAMPLE = """  python tools/create_segmentation_data.py --format totaltext --source Total-Text --split Train \\
@@ -175,10 +166,10 @@ def read_icdar13(mask_path: Path, text_path: Path | None) -> Truth:
     mask = np.where(white, BACKGROUND, TEXT).astype(np.uint8)
     if text_path is None:
         return Truth(mask)
-    words = parse_icdar13(read_file(text_path).decode(errors="replace"))
+    words = parse_icdar13(support.read_file(text_path).decode(errors="replace"))
     for character in itertools.chain.from_iterable(words):
         if character.ignored:
-            rows, columns = pixel_slices(box_around(character.corners), mask.shape)
+            rows, columns = support.pixel_slices(box_around(character.corners), mask.shape)
             own = (colors[rows, columns] == character.color).all(axis=2) | white[rows, columns]
             mask[rows, columns][own] = IGNORED
     known = [[each.corners for each in word if not each.ignored] for word in words]
@@ -198,7 +189,7 @@ def read_totaltext(mask_path: Path, polygons: Path | None) -> Truth:
     if polygons is None:
         return Truth(mask)
     boxes = []
-    records = _RECORD.split(read_file(polygons).decode(errors="replace"))
+    records = _RECORD.split(support.read_file(polygons).decode(errors="replace"))
     if max(map(len, records)) > LONGEST_RECORD:
         raise RejectedError("damaged polygons", f"{polygons.name}: a record without an end")
     for match in filter(None, map(_POLYGON.search, records)):
@@ -246,7 +237,7 @@ def read_textseg(mask_path: Path, annotation: Path | None) -> Truth:
     if annotation is None:
         return Truth(mask)
     try:
-        words = json.loads(read_file(annotation))
+        words = json.loads(support.read_file(annotation))
         boxes = [
             box_around(np.array(word["bbox"], dtype=float).reshape(-1, 2))  # two corners or four
             for word in (words.values() if isinstance(words, dict) else words)
@@ -325,7 +316,12 @@ def pair_lmdb(path: Path) -> Iterator[Callable[[str, str, bytes, bytes], None]]:
 
 
 def pairs_of(
-    entry: Entry, read: Callable[[Path, Path | None], Truth], rejected: RejectionLog, *, words: bool, margin: float
+    entry: Entry,
+    read: Callable[[Path, Path | None], Truth],
+    rejected: support.RejectionLog,
+    *,
+    words: bool,
+    margin: float,
 ) -> Iterator[tuple[str, str, bytes, bytes]]:
     """Yield (name, file ending, encoded image, encoded mask) of a whole image or of each of its words.
 
@@ -334,8 +330,8 @@ def pairs_of(
     """
     if entry.image is None:
         raise RejectedError("image missing")
-    data = read_file(entry.image)
-    image = checked_image(data)
+    data = support.read_file(entry.image)
+    image = support.checked_image(data)
     truth = read(entry.mask, entry.annotation)
     if truth.mask.shape != image.shape[:2]:
         raise RejectedError("mask of another size", f"(height, width) {truth.mask.shape}, image {image.shape[:2]}")
@@ -345,7 +341,7 @@ def pairs_of(
     if truth.boxes is None:
         raise RejectedError("no word boxes")
     for number, box in enumerate(truth.boxes, start=1):
-        rows, columns = pixel_slices(box, image.shape, margin=margin)
+        rows, columns = support.pixel_slices(box, image.shape, margin=margin)
         name, crop = f"{entry.name}_{number:03d}", image[rows, columns]
         if crop.size:
             yield name, ".png", _png(crop[..., ::-1]), _png(truth.mask[rows, columns])
@@ -359,7 +355,7 @@ def _png(image: np.ndarray) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit status."""
-    parser = make_parser(__doc__, EXAMPLE)
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="which published set it is")
     parser.add_argument("--source", required=True, type=Path, metavar="FOLDER", help="where the set was unpacked")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="what to make")
@@ -385,8 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     read, kept = data_set.read, 0
     if read is read_labels:
         read = functools.partial(read_labels, text=text_value([entry.mask for entry in entries]))
-    with RejectionLog.beside(output) as rejected, (pair_lmdb if options.lmdb else pair_folder)(output) as add:
-        for entry in progress(entries, total=len(entries), unit="image", description=options.format):
+    with support.RejectionLog.beside(output) as rejected, (pair_lmdb if options.lmdb else pair_folder)(output) as add:
+        for entry in support.progress(entries, total=len(entries), unit="image", description=options.format):
             try:
                 for pair in pairs_of(entry, read, rejected, words=options.words, margin=options.margin):
                     add(*pair)
@@ -395,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rejected.add(entry.name if entry.image else str(entry.mask), error.reason, error.detail)
         if not kept:
             raise UserError(f"--source {source}: none of {len(entries)} could be used ({dict(rejected.counts)})")
-    print_summary(f"{output}: made of {options.format}", {"images read": len(entries), "pairs": kept}, rejected)
+    support.print_summary(f"{output}: made of {options.format}", {"images read": len(entries), "pairs": kept}, rejected)
     return 0
 
 

@@ -15,21 +15,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
+from tools import support
 from tools.create_lmdb_dataset import words_of_list
-from tools.support import (
-    RejectedError,
-    Word,
-    add_run_arguments,
-    checked_image,
-    find_image,
-    make_parser,
-    map_in_processes,
-    pixel_slices,
-    progress,
-    read_file,
-    read_image,
-    store_words,
-)
+from tools.support import RejectedError, Word
 from utils import UserError, first_line, run_command_line
 
 EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
@@ -94,7 +82,7 @@ def crop_scene(raw: tuple[Any, Any, Any], *, folder: str) -> list[Word]:
             raise RejectedError("boxes are not 2 x 4 x N", f"shape {boxes.shape} of {boxes.dtype}")
         if boxes.shape[2] != len(words):
             raise RejectedError("boxes and words differ in number", f"{boxes.shape[2]} boxes, {len(words)} words")
-        image = checked_image(read_file(find_image(folder, name)))
+        image = support.checked_image(support.read_file(support.find_image(folder, name)))
     except RejectedError as error:
         count = max(1, len(words), boxes.shape[2] if is_sound else 0)
         return [Word(name, reason=error.reason, detail=error.detail, words=count)]
@@ -115,7 +103,7 @@ def crop_word(image: np.ndarray, box: np.ndarray) -> bytes:
         RejectedError: there is no such part.
     """
     check_box(box, image.shape[1], image.shape[0])
-    rows, columns = pixel_slices((*box.min(axis=0), *box.max(axis=0)), image.shape)
+    rows, columns = support.pixel_slices((*box.min(axis=0), *box.max(axis=0)), image.shape)
     done, encoded = cv2.imencode(".jpg", image[rows, columns, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     if not done:
         raise RejectedError("too large for the format")
@@ -140,7 +128,7 @@ def mjsynth_word(line: str, *, folder: str) -> tuple[str, bytes]:
     match = _MJSYNTH_NAME.fullmatch(name.rpartition("/")[2])
     if match is None:
         raise RejectedError("no label in the file name")
-    return match["label"], read_image(find_image(folder, name))
+    return match["label"], support.read_image(support.find_image(folder, name))
 
 
 def words_of(options: Any) -> Iterator[Word]:
@@ -150,8 +138,8 @@ def words_of(options: Any) -> Iterator[Word]:
     if annotation.endswith(".mat"):
         scenes = read_synthtext(annotation)
         crop = functools.partial(crop_scene, folder=folder)
-        results = map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
-        bar = progress(results, total=len(scenes), unit="image", description="SynthText")
+        results = support.map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
+        bar = support.progress(results, total=len(scenes), unit="image", description="SynthText")
         yield from itertools.chain.from_iterable(bar)
     elif annotation.endswith(".txt"):
         yield from words_of_list(folder, annotation, workers=options.workers, read=mjsynth_word)
@@ -160,13 +148,13 @@ def words_of(options: Any) -> Iterator[Word]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(__doc__, EXAMPLE)
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images' paths (default: ANNOTATION's)")
-    add_run_arguments(parser)
+    support.add_run_arguments(parser)
     options = parser.parse_args(arguments)
-    store_words(words_of(options), options.output, overwrite=options.overwrite)
+    support.store_words(words_of(options), options.output, overwrite=options.overwrite)
     return 0
 
 

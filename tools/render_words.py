@@ -20,15 +20,7 @@ from evaluation.contact_sheet import save_sheet_of_lmdb
 from loading.lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
 from rendering.config import OutputConfig
-from tools.support import (
-    add_run_arguments,
-    make_parser,
-    map_in_processes,
-    positive,
-    print_summary,
-    progress,
-    seed_number,
-)
+from tools import support
 from utils import is_folder_name, run_command_line
 
 EXAMPLE = """  python tools/render_words.py --output data/rendered --name words --count 10000 --seed 0
@@ -78,8 +70,8 @@ def render_words(config: RenderConfig, count: int, *, seed: int, workers: int) -
     settings = config.model_dump_json()
     _renderer(settings)  # raises the errors of the settings before any worker starts
     render = functools.partial(render_and_encode, settings=settings, seed=seed)
-    words = map_in_processes(render, range(count), workers=workers, chunk_size=32)
-    return progress(words, total=count, unit="word", description="words")
+    words = support.map_in_processes(render, range(count), workers=workers, chunk_size=32)
+    return support.progress(words, total=count, unit="word", description="words")
 
 
 def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> None:
@@ -99,27 +91,22 @@ def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwr
         raise
 
 
-def folder_name(text: str) -> str:
-    """Parse the name of one folder, for argparse."""
-    if not is_folder_name(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of one folder")
-    return text
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line; settings may stand before, between and after the flags."""
-    parser = make_parser(__doc__, EXAMPLE)
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as background=clutter")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of images/ and masks/")
-    parser.add_argument("--name", required=True, type=folder_name, help="name of both LMDBs")
-    parser.add_argument("--count", type=positive, default=10000, help="number of words (default: 10000)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the words (default: 0)")
+    parser.add_argument("--name", required=True, help="name of both LMDBs")
+    parser.add_argument("--count", type=support.positive, default=10000, help="number of words (default: 10000)")
+    parser.add_argument("--seed", type=support.seed_number, default=0, help="of the words (default: 0)")
     parser.add_argument("--config", metavar="YAML", help="settings, such as configs/render.yaml (default: built in)")
     parser.add_argument("--difficulty", type=float, metavar="0..1", help="0: clear words, 1: hard ones")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs for backgrounds")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help=f"image of the first {SHEET_WORDS} words")
-    add_run_arguments(parser)
+    support.add_run_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
+    if not is_folder_name(options.name):
+        parser.error(f"argument --name: {options.name!r} is not the name of one folder")
     flags = {"difficulty": options.difficulty, "photos": options.photos}
     options.overrides += [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     return options
@@ -135,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     paths = [options.output / kind / options.name for kind in ("images", "masks")]
     if options.contact_sheet:
         save_sheet_of_lmdb(*paths, range(1, min(options.count, SHEET_WORDS) + 1), options.contact_sheet)
-    print_summary(f"wrote {paths[0]} and {paths[1]}", counts)
+    support.print_summary(f"wrote {paths[0]} and {paths[1]}", counts)
     return 0
 
 

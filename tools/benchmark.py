@@ -6,13 +6,7 @@ Tasks:
   loading    decode, augment and collate the config's training data
   masks      predict masks with an SSN at the config's scales
 
-Forms of reading and training:
-  eager     float32
-  prepared  for inference: the form that prepare_for_inference returns
-  autocast  for training: --precision under autocast
-  compiled  for training: the same, compiled
-
-Words to train on are rendered, so that only loading needs data.
+Words to train on are rendered, so that only loading needs data. docs/benchmarks.md explains the forms of a task.
 """
 
 import argparse
@@ -20,8 +14,9 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -92,14 +87,25 @@ def time_in_turns(calls: Mapping[str, Call], *, runs: int = 5) -> dict[str, Meas
     return {name: Measurement.merge([found[name] for found in rounds])[0] for name in calls}
 
 
-def peak_memory(call: Call, device: torch.device) -> float | None:
-    """Return the MiB that a call takes on a GPU beyond what is allocated before it; None on a CPU."""
+def gpu_costs(call: Call, device: torch.device) -> dict[str, float | None]:
+    """Return what a call costs on a GPU; on a CPU each value is None.
+
+    `memory` is in MiB beyond what is allocated before the call, `launches` counts the kernels and graphs that the host
+    launches, and `host` is the time until it has done so, in seconds.
+    """
     if device.type != "cuda":
-        return None
+        return dict.fromkeys(("memory", "launches", "host"))
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    started = timer()  # waits for the GPU
     call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    host = time.perf_counter() - started
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        call()
+        timer()
+    launches = sum(event.count for event in found.key_averages() if event.key in LAUNCHES)
+    memory = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return {"memory": memory, "launches": launches, "host": host}
 
 
 def count_flops(call: Call) -> int:
@@ -117,34 +123,29 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / time_in_turns({"product": lambda: a @ b})["product"].median
 
 
-def count_launches(call: Call) -> int:
-    """Return how many kernels and graphs the host launches on a GPU in a call."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        call()
-        timer()  # waits for the GPU
-    return sum(event.count for event in found.key_averages() if event.key in LAUNCHES)
-
-
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Benchmark:
     """Measures tasks with one config on one device; `rows` collects what was found."""
 
-    def __init__(self, options: argparse.Namespace, config: Config) -> None:
-        self.options = options
-        self.config = config
-        self.device = torch.device(options.device)
-        self.rows: list[dict[str, Any]] = []
+    config: Config
+    device: torch.device
+    precision: str = "bf16"  # of all forms but eager
+    compile: bool = True  # measure compiled networks
+    batch_size: int = 32  # words
+    runs: int = 5  # rounds of the medians
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def reading(self) -> None:
         """Predict the words of a batch, and one word."""
         if self.config.model.kind != "recogniser":
-            raise UserError(f"{self.options.config}: is of kind {self.config.model.kind}; name a recogniser's config")
+            raise UserError(f"model.name {self.config.model.name}: reads no words; give the config of a recogniser")
         model = build_model(self.config).to(self.device).eval().requires_grad_(False)
-        prepared = prepare_for_inference(model, precision=self.options.precision, compile=self.options.compile)
-        networks = {"eager": (model, torch.float32), "prepared": (prepared, PRECISIONS[self.options.precision])}
-        for task, words in (("reading", self.options.batch_size), ("latency", 1)):
+        prepared = prepare_for_inference(model, precision=self.precision, compile=self.compile)
+        networks = {"eager": (model, torch.float32), "prepared": (prepared, PRECISIONS[self.precision])}
+        for task, words in (("reading", self.batch_size), ("latency", 1)):
             image = torch.randn(words, 3, *image_size(self.config), device=self.device)
             inputs = image, torch.rand_like(image[:, :1]) if self.config.model.takes_masks else None
             flops = count_flops(partial(model, *inputs))
@@ -158,12 +159,13 @@ class Benchmark:
 
     def training(self) -> None:
         """Take training steps, always with the same batch of rendered words."""
-        precision = self.options.precision
-        settings = {"eager": ("fp32", False), "autocast": (precision, False), "compiled": (precision, True)}
-        if not self.options.compile:
+        settings = {"eager": ("fp32", False), "autocast": (self.precision, False), "compiled": (self.precision, True)}
+        if self.precision == "fp32":
+            del settings["autocast"]
+        if not self.compile:
             del settings["compiled"]
         config = self.config.model_copy(deep=True)
-        words, config.dataset.num_workers = self.options.batch_size, 0
+        words, config.dataset.num_workers = self.batch_size, 0
         if config.model.kind in ("vision", "recogniser"):
             config.dataset.train = TrainDataConfig(roots=[RENDERED_WORDS], length=words)
             config.dataset.masks.source = "lmdb"  # renderings bring their masks
@@ -190,8 +192,8 @@ class Benchmark:
         """Predict the masks of images of the sizes that words have."""
         areas = self.config.model.ssn.areas
         ssn = build_ssn(self.config).to(self.device)
-        segmenter = Segmenter(ssn, areas, device=self.device, precision=self.options.precision)
-        number, random = self.options.batch_size, np.random.default_rng(0)
+        segmenter = Segmenter(ssn, areas, device=self.device, precision=self.precision)
+        number, random = self.batch_size, np.random.default_rng(0)
         heights = np.resize(np.linspace(*WORD_HEIGHTS, num=min(number, 8)).astype(int), number)
         images = [random.integers(0, 256, (each, each * WORD_ASPECT, 3), dtype=np.uint8) for each in heights]
         name = f"scales {', '.join(map(str, areas))}"
@@ -199,8 +201,8 @@ class Benchmark:
         self._measure("masks", forms)
 
     def _measure(self, task: str, forms: dict[str, Form]) -> None:
-        """Time the forms of a task in turns, measure the memory of each, and note a row for each."""
-        timings = time_in_turns({name: form.call for name, form in forms.items()}, runs=self.options.runs)
+        """Time the forms of a task in turns, and note a row for each."""
+        timings = time_in_turns({name: form.call for name, form in forms.items()}, runs=self.runs)
         rates = {name: form.words / timings[name].median for name, form in forms.items()}
         for name, form in forms.items():
             seconds = timings[name].median
@@ -208,7 +210,7 @@ class Benchmark:
             row = {"task": task, "form": name, "words": form.words, "seconds": seconds, "rate": rates[name]}
             row |= {"spread": timings[name].iqr / seconds, "flops": form.flops, "matrix_share": share}
             row |= {"ratio": rates[name] / rates[YARDSTICK] if YARDSTICK in rates else None}
-            self.rows.append(row | {"memory": peak_memory(form.call, self.device)})
+            self.rows.append(row | gpu_costs(form.call, self.device))
 
     def _yardstick(self, images: int) -> Form:
         """Return resnet50 on as many images."""
@@ -256,6 +258,8 @@ def as_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         "spread": ("spread", "{:.0%}"),
         "ratio": ("x resnet50", "{:.2f}"),
         "memory": ("MiB", "{:.0f}"),
+        "launches": ("launches", "{}"),
+        "host": ("s of the host", "{:.4f}"),
         "gflop": ("GFLOP a word", "{:.1f}"),
         "matrix_share": ("of matrix rate", "{:.0%}"),
     }
@@ -295,8 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    config = load_config(options.config, options.overrides)
-    benchmark = Benchmark(options, with_checkpoint(config, None))  # speed does not depend on weights
+    config = with_checkpoint(load_config(options.config, options.overrides), None)  # speed does not depend on weights
+    shared = {name: getattr(options, name) for name in ("precision", "compile", "batch_size", "runs")}
+    benchmark = Benchmark(config, torch.device(options.device), **shared)
     machine = describe_machine(benchmark.device)
     for task in options.tasks:
         getattr(benchmark, task)()

@@ -54,7 +54,6 @@ class Findings:
 
     path: Path
     num_samples: int | None
-    samples: int
     valid: array = field(default_factory=lambda: array("q"))
     problems: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
@@ -109,15 +108,12 @@ def check_sample(number: int, *, reader: LmdbReader, masks: LmdbMasks | None, ha
 
 def checked_label(data: bytes | None) -> str:
     """Decode a label; raises RejectedError."""
-    if data is None:
-        raise RejectedError("label missing")
+    if not data:
+        raise RejectedError("label missing or empty")
     try:
-        label = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RejectedError("label is not UTF-8", repr(data[:60])) from error
-    if not label:
-        raise RejectedError("label empty")
-    return label
 
 
 def digests_of(root: str, *, workers: int) -> set[int]:
@@ -131,52 +127,53 @@ def digests_of(root: str, *, workers: int) -> set[int]:
 # --- findings ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Checker:
-    """Checks LMDBs with the same settings: `charset` as in training, `others` are digests."""
+def check(
+    path: Path,
+    mask_path: Path | None,
+    log: support.RejectionLog,
+    *,
+    charset: Charset | None,
+    others: set[int],
+    workers: int,
+) -> Findings:
+    """Check one LMDB and its masks; `others` are digests of images that it must not have."""
+    reader = LmdbReader(path)
+    masks = None if mask_path is None else LmdbMasks(mask_path)
+    if masks is not None:
+        len(masks.reader)  # what is not a mask LMDB is named before the work begins
+    numbers = scan_keys(reader)
+    try:
+        findings = Findings(path, len(reader))
+    except UserError:
+        findings = Findings(path, None)
+    for reason, count, detail in _count_problems(findings.num_samples, numbers):
+        findings.problems[reason] += count
+        log.add(str(path), reason, detail, count)
+    digests = array("Q")  # there may be millions
+    for sample in checked_samples(reader, masks, numbers, workers=workers):
+        reason = sample.reason or (SHARED if sample.digest in others else "")
+        if reason:
+            findings.problems[reason] += 1
+            log.add(f"{path}:{sample.number}", reason, sample.detail or sample.label)
+        else:
+            _describe(sample, findings, charset)
+            digests.append(sample.digest)
+    findings.notes["images that occur more than once"] = len(digests) - len(np.unique(digests))
+    findings.notes = +findings.notes
+    return findings
 
-    charset: Charset | None
-    workers: int
-    others: set[int]
 
-    def check(self, path: Path, mask_path: Path | None, log: support.RejectionLog) -> Findings:
-        """Check one LMDB, with its masks when `mask_path` is given."""
-        reader = LmdbReader(path)
-        masks = None if mask_path is None else LmdbMasks(mask_path)
-        if masks is not None:
-            len(masks.reader)  # what is not a mask LMDB is named before the work begins
-        numbers = scan_keys(reader)
-        try:
-            findings = Findings(path, len(reader), len(numbers))
-        except UserError:
-            findings = Findings(path, None, len(numbers))
-        for reason, count, detail in _count_problems(findings.num_samples, numbers):
-            findings.problems[reason] += count
-            log.add(str(path), reason, detail, count)
-        digests = array("Q")  # there may be millions
-        for sample in checked_samples(reader, masks, numbers, workers=self.workers):
-            reason = sample.reason or (SHARED if sample.digest in self.others else "")
-            if reason:
-                findings.problems[reason] += 1
-                log.add(f"{path}:{sample.number}", reason, sample.detail or sample.label)
-            else:
-                self._describe(sample, findings)
-                digests.append(sample.digest)
-        findings.notes["images that occur more than once"] = len(digests) - len(np.unique(digests))
-        findings.notes = +findings.notes
-        return findings
-
-    def _describe(self, sample: Sample, findings: Findings) -> None:
-        """Add a valid sample to the statistics."""
-        findings.valid.append(sample.number)
-        findings.lengths[len(sample.label)] += 1
-        findings.notes["masks without text"] += sample.mask_empty
-        if self.charset is not None and sample.label:
-            foreign = [each for each in sample.label if not self.charset.normalize(each)]
-            findings.foreign_characters.update(foreign)
-            findings.notes["labels with characters outside the charset"] += bool(foreign)
-            reason = LabelRule(self.charset).unusable(sample.label)
-            findings.notes[f"labels that training skips: {reason}"] += reason is not None
+def _describe(sample: Sample, findings: Findings, charset: Charset | None) -> None:
+    """Add a valid sample to the statistics."""
+    findings.valid.append(sample.number)
+    findings.lengths[len(sample.label)] += 1
+    findings.notes["masks without text"] += sample.mask_empty
+    if charset is not None and sample.label:
+        foreign = [each for each in sample.label if not charset.normalize(each)]
+        findings.foreign_characters.update(foreign)
+        findings.notes["labels with characters outside the charset"] += bool(foreign)
+        reason = LabelRule(charset).unusable(sample.label)
+        findings.notes[f"labels that training skips: {reason}"] += reason is not None
 
 
 def _count_problems(num_samples: int | None, numbers: np.ndarray) -> Iterator[tuple[str, int, str]]:
@@ -195,7 +192,6 @@ def print_findings(findings: Findings) -> None:
     """Print the findings about one LMDB."""
     counts: dict[str, Any] = {
         NUM_SAMPLES: "none" if findings.num_samples is None else findings.num_samples,
-        "samples": findings.samples,
         "valid": len(findings.valid),
         "problems": findings.problems.total(),
     }
@@ -255,12 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
     mask_paths = [options.masks and find_mask_lmdb(options.masks, options.lmdb, path) for path in lmdbs]
     charset = Charset.from_file(options.charset) if options.charset else None
     others = digests_of(options.against, workers=options.workers) if options.against else set()
-    checker = Checker(charset, options.workers, others)
     has_problems = False
     beside = options.fix and f"{options.fix.rstrip('/')}-rejected.tsv"
     with support.RejectionLog(options.rejected or beside) as log:
         for path, mask_path in zip(lmdbs, mask_paths, strict=True):
-            findings = checker.check(path, mask_path, log)
+            findings = check(path, mask_path, log, charset=charset, others=others, workers=options.workers)
             has_problems |= bool(findings.problems)
             print_findings(findings)
             if options.contact_sheet and findings.valid:

@@ -48,15 +48,17 @@ def measure_word(image: np.ndarray, text: str) -> dict[str, float]:
     }
 
 
-def summarize(words: list[dict[str, float]]) -> dict[str, str]:
+def summarize(name: str, words: list[dict[str, float]]) -> dict[str, str]:
     """Return a cell for each measure: the share of words for which it is true, or its 10th, 50th, 90th percentile."""
+    if not words:
+        raise UserError(f"{name}: no word of it can be decoded")
     cells = {"words": f"{len(words):,}"}
-    for name in words[0]:
-        values = [word[name] for word in words]
+    for measure in words[0]:
+        values = [word[measure] for word in words]
         if isinstance(values[0], bool):
-            cells[name] = f"{100 * np.mean(values):.0f} %"
+            cells[measure] = f"{100 * np.mean(values):.0f} %"
         else:
-            cells[name] = " / ".join(f"{value:.3g}" for value in np.percentile(values, (10, 50, 90)))
+            cells[measure] = " / ".join(f"{value:.3g}" for value in np.percentile(values, (10, 50, 90)))
     return cells
 
 
@@ -85,24 +87,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of renderings (default: 0)")
     options = parser.parse_args(arguments)
     overrides = [source for source in options.sources if "=" in source]
-    columns: dict[str, dict[str, str]] = {}
-
-    def add_column(name: str, words: Iterator[dict[str, float]]) -> None:
-        measured = list(progress(words, total=options.count, unit="word", description=name))
-        if not measured:
-            raise UserError(f"{name}: no word of it can be decoded")
-        columns[name] = summarize(measured)
-
+    measured: dict[str, Iterator[dict[str, float]]] = {}
     for source in options.sources:
         if source.endswith((".yaml", ".yml")):
             for difficulty in options.difficulty or [None]:
                 settings = overrides if difficulty is None else [*overrides, f"difficulty={difficulty}"]
                 name = source if difficulty is None else f"{source} {difficulty:g}"
-                add_column(name, rendered(source, settings, options.count, options.seed))
+                measured[name] = rendered(source, settings, options.count, options.seed)
         elif source not in overrides:
-            add_column(source, stored(source, options.count))
-    if not columns:
+            measured[source] = stored(source, options.count)
+    if not measured:
         raise UserError("no source: name an LMDB or a .yaml file of render settings")
+    columns = {
+        name: summarize(name, list(progress(words, total=options.count, unit="word", description=name)))
+        for name, words in measured.items()
+    }
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = ([name, *(column.get(name, "") for column in columns.values())] for name in names)
     print(markdown_table([["", *columns], *rows]))

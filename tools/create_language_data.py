@@ -35,7 +35,6 @@ APOSTROPHES = "'\u2019\u02bc"
 COMMON_WORDS = 1000  # stay in training: `the` missing there would cost more than it could measure in validation
 NUMBERS_PER_SHAPE = 200
 VALIDATION_SHARE = 0.05  # of the distinct words
-CASE_SHARES = (0.5, 0.25, 0.25)  # lower, Capitalised, UPPER, for word lists that know lower case only
 
 _FOREIGN = "\0"  # marks a letter or digit that the charset lacks
 _NOT_UTF8 = "\ufffd"  # stands for bytes that are no UTF-8
@@ -72,8 +71,8 @@ def find_corpora(paths: Iterable[str]) -> list[Path]:
     """Return the files that `paths` name; of a folder, every text file below it. Raises UserError if there is none."""
     files: list[Path] = []
     for path in map(Path, paths):
-        is_text = (each for each in path.rglob("*") if each.suffix in CORPUS_SUFFIXES and each.is_file())
-        files += sorted(is_text) if path.is_dir() else [path]
+        texts = (each for each in path.rglob("*") if each.suffix in CORPUS_SUFFIXES and each.is_file())
+        files += sorted(texts) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--corpus {' '.join(paths)}: holds no {', '.join(CORPUS_SUFFIXES)} file; name the files")
     return files
@@ -114,25 +113,13 @@ def frequency_list(seed: int) -> dict[str, float]:
     return words
 
 
-def vary_case(words: dict[str, float]) -> dict[str, float]:
-    """Divide each word's frequency among its lower-case, capitalised and upper-case forms."""
-    varied: Counter[str] = Counter()
-    for word, frequency in words.items():
-        for form, share in zip((word, word.capitalize(), word.upper()), CASE_SHARES, strict=True):
-            varied[form] += frequency * share
-    return varied
-
-
-def select_words(tokens: dict[str, float], rule: WordRule, log: RejectionLog, *, countable: bool) -> dict[str, float]:
-    """Return the words that `rule` finds in `tokens` with their summed frequencies, sorted by word.
-
-    With `countable`, frequencies are numbers of occurrences and `log` counts those, else it counts distinct tokens.
-    """
+def select_words(tokens: dict[str, float], rule: WordRule, log: RejectionLog) -> dict[str, float]:
+    """Return the words that `rule` finds in `tokens` with their summed frequencies, sorted by word."""
     words: Counter[str] = Counter()
     for token, frequency in progress(tokens.items(), total=len(tokens), unit="token", description="words"):
         found, reason = rule.words(token)
         if not found:
-            log.add(token, reason, f"frequency {frequency:g}", int(frequency) if countable else 1)
+            log.add(token, reason, f"frequency {frequency:g}")
         for word in found:
             words[word] += frequency
     if not words:
@@ -198,10 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--charset", default="data/charset_36.txt", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="1 keeps frequencies, inf ignores them (1)")
     parser.add_argument(
-        "--count",
-        type=positive,
-        help="rows of both files together (default: as many as the corpus has words, at temperature inf each distinct "
-        f"word once; {DEFAULT_COUNT} from the word-frequency list)",
+        "--count", type=positive, help=f"rows of both files (default: the corpus's, or {DEFAULT_COUNT})"
     )
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
@@ -212,14 +196,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.temperature > 0:
         raise UserError(f"--temperature {options.temperature:g}: is not above 0; 1 keeps frequencies")
     rule = WordRule(Charset.from_file(options.charset))
+    if rule.charset.has_upper_case and not options.corpus:
+        raise UserError(f"--charset {options.charset}: the word-frequency list has lower case only; name a --corpus")
     temperature, count = options.temperature, options.count
     with RejectionLog.beside(os.path.splitext(options.train)[0]) as log:
-        if options.corpus:
-            words = select_words(read_corpora(find_corpora(options.corpus)), rule, log, countable=True)
-        else:
-            words = select_words(frequency_list(options.seed), rule, log, countable=False)
-            words = vary_case(words) if rule.charset.has_upper_case else words
-            count = count or (None if math.isinf(temperature) else DEFAULT_COUNT)
+        tokens = read_corpora(find_corpora(options.corpus)) if options.corpus else frequency_list(options.seed)
+        words = select_words(tokens, rule, log)
+        if not options.corpus and not math.isinf(temperature):
+            count = count or DEFAULT_COUNT
         parts = split_words(words, VALIDATION_SHARE, options.seed)
         if count is not None:
             held_back = round(count * len(parts[1]) / len(words))
@@ -231,9 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [draw_rows(part, size, temperature, options.seed) for part, size in zip(parts, sizes, strict=True)]
         write_rows(options.train, rows[0])
         write_rows(options.validation, rows[1])
-    counts: dict[str, int] = {"distinct words": len(words)}
-    if options.corpus:
-        counts["occurrences of them"] = int(sum(words.values()))
+    counts = {"distinct words": len(words)}
     for name, part in zip(("training", "validation"), rows, strict=True):
         counts |= {f"{name} rows": len(part), f"{name} words": len(set(part))}
     print_summary(f"wrote {options.train} and {options.validation}", counts, log)

@@ -47,13 +47,9 @@ def split_line(line: str) -> Iterator[tuple[str, str]]:
     separator = "\t" if "\t" in line else ","
     for place in (i for i, character in enumerate(line[:LONGEST_PATH]) if character == separator):
         name, label = line[:place].strip(), line[place + 1 :].strip()
-        yield name, _unquote(label) if separator == "," else label
-
-
-def _unquote(label: str) -> str:
-    if len(label) >= 2 and label[0] == label[-1] == '"':
-        return label[1:-1].replace('\\"', '"')
-    return label
+        if separator == "," and len(label) >= 2 and label[0] == label[-1] == '"':
+            label = label[1:-1].replace('\\"', '"')
+        yield name, label
 
 
 def word_of_line(line: str, *, folder: str) -> tuple[str, bytes]:
@@ -90,10 +86,7 @@ def words_of_list(
 ) -> Iterator[Word]:
     """Yield the words of a list in its order, with a progress bar.
 
-    Args:
-        folder: what the paths in the list are relative to.
-        entries: file with an entry a line.
-        read: (line, folder=...) -> its label and image; raises RejectedError.
+    `read` gives the label and the image of a line with a path in `folder`; it may raise RejectedError.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; name the one that the paths of {entries} are relative to")

@@ -95,7 +95,7 @@ def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
     pairs = [(each, target / each.relative_to(source)) for each in found]
     for _, output in pairs:
         for each in found:
-            if output.resolve() == each.resolve() or each.resolve() in output.resolve().parents:
+            if output.resolve().is_relative_to(each.resolve()):
                 raise UserError(f"--output {output} is the input {each} or lies in it; choose another output")
     return pairs
 

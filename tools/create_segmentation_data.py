@@ -52,19 +52,12 @@ class Truth(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """How a published set is laid out and read; patterns match paths below the source, in any case.
+    """How a published set is laid out and read; patterns match paths below the source, in any case."""
 
-    Args:
-        read: (mask, annotation or None) -> ground truth.
-        masks: its group `stem` is the stem of the image.
-        not_images: masks of any kind.
-        annotations: of an image, with the same group.
-    """
-
-    read: Callable[[Path, Path | None], Truth]
-    masks: str
-    not_images: str
-    annotations: str = "(?!)"  # none
+    read: Callable[[Path, Path | None], Truth]  # of a mask, and an annotation or None
+    masks: str  # the group `stem` is the stem of the image
+    not_images: str  # masks of any kind
+    annotations: str = "(?!)"  # of images, with the same group; none
 
 
 class Entry(NamedTuple):
@@ -120,10 +113,7 @@ def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
 
 def classes_of(values: np.ndarray, *, text: int) -> np.ndarray:
     """Return the mask of stored values of which 0 is background, `text` is text and every other one unknown."""
-    mask = np.full(values.shape, IGNORED, np.uint8)
-    mask[values == 0] = BACKGROUND
-    mask[values == text] = TEXT
-    return mask
+    return np.select([values == 0, values == text], [BACKGROUND, TEXT], IGNORED).astype(np.uint8)
 
 
 # --- ICDAR 2013, focused scene text ----------------------------------------------------------------------------------
@@ -140,10 +130,9 @@ class AnnotatedCharacter(NamedTuple):
 
 
 def parse_icdar13(text: str) -> list[list[AnnotatedCharacter]]:
-    """Read the characters of each word: lines `R G B  x y  x1 y1 x2 y2  "c"`, `#` before ignored ones, words apart.
+    """Return the characters of each word: lines `R G B  x y  x1 y1 x2 y2  "c"`, `#` before ignored ones, words apart.
 
-    Raises:
-        RejectedError: a line that is neither such a line nor a comment.
+    Raises RejectedError for a line that is neither such a line nor a comment.
     """
     words: list[list[AnnotatedCharacter]] = [[]]
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
@@ -316,17 +305,11 @@ def pair_lmdb(path: Path) -> Iterator[Callable[[str, str, bytes, bytes], None]]:
 
 
 def pairs_of(
-    entry: Entry,
-    read: Callable[[Path, Path | None], Truth],
-    rejected: support.RejectionLog,
-    *,
-    words: bool,
-    margin: float,
+    entry: Entry, read: Callable[[Path, Path | None], Truth], log: support.RejectionLog, *, words: bool, margin: float
 ) -> Iterator[tuple[str, str, bytes, bytes]]:
     """Yield (name, file ending, encoded image, encoded mask) of a whole image or of each of its words.
 
-    Raises:
-        RejectedError: the image or its ground truth cannot be used.
+    Raises RejectedError if the image or its ground truth cannot be used.
     """
     if entry.image is None:
         raise RejectedError("image missing")
@@ -346,7 +329,7 @@ def pairs_of(
         if crop.size:
             yield name, ".png", _png(crop[..., ::-1]), _png(truth.mask[rows, columns])
         else:
-            rejected.add(name, "box outside the image")
+            log.add(name, "box outside the image")
 
 
 def _png(image: np.ndarray) -> bytes:

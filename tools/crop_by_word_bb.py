@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,14 +27,6 @@ MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
 MIN_VISIBLE = 0.5  # share of a box that must lie inside the image
 JPEG_QUALITY = 95
 _MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
-
-
-class Scene(NamedTuple):
-    """One image of SynthText: its name, the corners x, y of N boxes from the text's top left on (2, 4, N), N words."""
-
-    name: str
-    boxes: np.ndarray
-    words: tuple[str, ...]
 
 
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
@@ -57,13 +49,16 @@ def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     return list(zip(names, boxes, texts, strict=True))
 
 
-def parse_scene(raw: tuple[Any, Any, Any]) -> Scene:
-    """Make a Scene of one raw entry; published entries with a single word have boxes of shape 2 x 4."""
+def parse_scene(raw: tuple[Any, Any, Any]) -> tuple[str, np.ndarray, list[str]]:
+    """Return name, corners and words of an image: x and y of N boxes (2, 4, N), from the text's top left on, N words.
+
+    Published entries with a single word have boxes of shape 2 x 4.
+    """
     raw_name, raw_boxes, raw_texts = raw
     name = str(np.ravel(raw_name)[0]) if np.size(raw_name) else ""
     boxes = np.asarray(raw_boxes)
-    words = tuple(word for text in np.ravel(raw_texts) for word in _text(text).split())
-    return Scene(name, boxes[..., None] if boxes.ndim == 2 else boxes, words)
+    words = [word for text in np.ravel(raw_texts) for word in _text(text).split()]
+    return name, boxes[..., None] if boxes.ndim == 2 else boxes, words
 
 
 def _text(value: Any) -> str:
@@ -97,11 +92,7 @@ def crop_scene(raw: tuple[Any, Any, Any], *, folder: str) -> list[Word]:
 
 
 def crop_word(image: np.ndarray, box: np.ndarray) -> bytes:
-    """Return the part of an image (H, W, 3) in the upright rectangle around the corners `box` (4, 2), as a JPEG.
-
-    Raises:
-        RejectedError: there is no such part.
-    """
+    """Return the part of an image (H, W, 3) in the upright rectangle around the corners `box` (4, 2), as a JPEG."""
     check_box(box, image.shape[1], image.shape[0])
     rows, columns = support.pixel_slices((*box.min(axis=0), *box.max(axis=0)), image.shape)
     done, encoded = cv2.imencode(".jpg", image[rows, columns, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])

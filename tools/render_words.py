@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
@@ -32,12 +31,7 @@ SHEET_WORDS = 64
 _JPEG_QUALITY = 95
 
 
-class EncodedWord(NamedTuple):
-    """A word as stored in the LMDBs."""
-
-    image: bytes
-    mask: bytes
-    text: str
+EncodedWord = tuple[bytes, bytes, str]  # image and mask as stored, text
 
 
 def encode_word(word: RenderedWord, output: OutputConfig) -> EncodedWord:
@@ -49,7 +43,7 @@ def encode_word(word: RenderedWord, output: OutputConfig) -> EncodedWord:
         full_colour = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
         encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY, *full_colour])[1]
     mask = cv2.imencode(".png", word.mask, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1]
-    return EncodedWord(encoded.tobytes(), mask.tobytes(), word.text)
+    return encoded.tobytes(), mask.tobytes(), word.text
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,9 +74,9 @@ def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwr
     new = [path for path in paths if not path.exists()]
     try:
         with LmdbWriter(paths[1], overwrite=overwrite) as masks, LmdbWriter(paths[0], overwrite=overwrite) as images:
-            for word in words:
-                images.append(word.image, word.text)
-                masks.append(word.mask, word.text)
+            for image, mask, text in words:
+                images.append(image, text)
+                masks.append(mask, text)
             images.commit()  # a full disk shows here, before either has its name
             masks.commit()
     except BaseException:

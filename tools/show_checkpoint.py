@@ -16,6 +16,13 @@ from utils import printable, run_command_line
 EXAMPLE = "  python tools/show_checkpoint.py weights/binet-small.pth"
 BUFFERS = {"running_mean", "running_var", "num_batches_tracked", "pe"}  # last part of the names of what is not learnt
 UNKNOWN = "not known"
+FORMS = {  # of checkpoints that have such a key, the first one of these
+    "training": "a checkpoint of training, which can be resumed",
+    "ssn": "a recogniser with the SSN that makes its masks",
+    "config": "weights with their config",
+    "opt": "the published form (fastai), weights and optimiser",
+    "model": "weights alone",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,15 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def form_of(state: Mapping[str, Any]) -> str:
     """Return what kind of checkpoint it is."""
-    if "training" in state:
-        return "a checkpoint of training, which can be resumed"
-    if "ssn" in state:
-        return "a recogniser with the SSN that makes its masks"
-    if "config" in state:
-        return "weights with their config"
-    if "opt" in state:
-        return "the published form (fastai), weights and optimiser"
-    return "weights alone" if "model" in state else "a plain state_dict"
+    return next((form for key, form in FORMS.items() if key in state), "a plain state_dict")
 
 
 def parameter_counts(state: Mapping[str, Any]) -> dict[str, int]:

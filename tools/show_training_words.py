@@ -22,11 +22,7 @@ EXAMPLE = """  python tools/show_training_words.py --config configs/small.yaml -
 
 
 def read_training_words(config: Config, count: int, *, epoch: int = 0) -> list[Cell]:
-    """Return the first `count` words that a run trains on from `epoch` on, with their labels as stored.
-
-    Raises:
-        UserError: the network of the config is not trained on word images, or its data cannot be opened.
-    """
+    """Return the first `count` words that a run trains on from `epoch` on, with their labels as stored."""
     if config.model.kind not in ("vision", "recogniser"):
         raise UserError(f"model.name {config.model.name}: is not trained on words; give the config of a recogniser")
     config = config.model_copy(deep=True)

@@ -174,7 +174,7 @@ def test_mjsynth_labels_come_from_the_file_names(tmp_path):
         Image.fromarray(pixels).save(root / name)
     (root / "1/2/5_zero_6.jpg").touch()
     lines = [f"{name} 1" for name in names]
-    lines += ["./1/2/5_zero_6.jpg 6", "./1/2/7_gone_8.jpg 8", "../../9_out_9.jpg 9", "./1/2/nolabel.jpg 1"]
+    lines += ["./1/2/5_zero_6.jpg 6", "./1/2/7_gone_8.jpg 8", "../../9_out_9.jpg 9", "./1/2/nolabel.jpg 1", "\u3000"]
     (root / "annotation_train.txt").write_text("\n".join(lines) + "\n")
     crop_by_word_bb.main([str(root / "annotation_train.txt"), str(tmp_path / "out")])
     assert [label for label, _ in _words(tmp_path / "out")] == ["Lube", "Spencerian", "a_b"]
@@ -183,6 +183,7 @@ def test_mjsynth_labels_come_from_the_file_names(tmp_path):
         "damaged image",
         "no such file",
         "path leaves the folder",
+        "no label in the file name",
         "no label in the file name",
     ]
 

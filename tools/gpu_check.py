@@ -40,8 +40,6 @@ RUN_TESTS = {
     "two equal runs": "test_deterministic_runs_are_equal",
     "kill and resume": "test_a_deterministic_run_killed_and_resumed_equals_uninterrupted",
 }
-
-
 RENDERED = {"cuda": 2048, "cpu": 48}  # words
 BATCHES = {  # words of a batch of each task
     "cuda": {"training": 96, "loading": 96, "masks": 64, "reading": 256},

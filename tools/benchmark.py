@@ -160,8 +160,6 @@ class Benchmark:
     def training(self) -> None:
         """Take training steps, always with the same batch of rendered words."""
         settings = {"eager": ("fp32", False), "autocast": (self.precision, False), "compiled": (self.precision, True)}
-        if self.precision == "fp32":
-            del settings["autocast"]
         if not self.compile:
             del settings["compiled"]
         config = self.config.model_copy(deep=True)

@@ -184,9 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="UTF-8 text files, or folders of them")
     parser.add_argument("--charset", default="data/charset_36.txt", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="1 keeps frequencies, inf ignores them (1)")
-    parser.add_argument(
-        "--count", type=positive, help=f"rows in all (default: the corpus's, or {DEFAULT_COUNT})"
-    )
+    parser.add_argument("--count", type=positive, help=f"rows in all (default: the corpus's, or {DEFAULT_COUNT})")
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
     options = parser.parse_args(arguments)

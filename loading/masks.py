@@ -20,10 +20,15 @@ MakeMasks = Callable[[list[ImageArray]], Sequence[Mask]]
 
 
 class LmdbMasks:
-    """Masks of a mask LMDB: the keys of the image LMDB, `image-%09d` = 8-bit grey, 255 = text."""
+    """Masks of a mask LMDB: the keys of the image LMDB, `image-%09d` = 8-bit grey, 255 = text.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        key: of the mask of a sample, another one in an LMDB that holds images and masks together.
+    """
+
+    def __init__(self, path: str | Path, key: Callable[[int], str] = image_key) -> None:
         self.reader = LmdbReader(path)
+        self.key = key
 
     def check(self, words: LmdbReader, numbers: np.ndarray) -> None:
         """Compare the numbers of samples, and presence, size and label of some samples spread over the set."""
@@ -50,7 +55,7 @@ class LmdbMasks:
 
     def read(self, number: int, image: ImageArray) -> Mask | str:
         """Return the mask of an image, of its size, or the reason why there is none."""
-        data = self.reader.get(image_key(number))
+        data = self.reader.get(self.key(number))
         if data is None:
             return MASK_MISSING
         try:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
@@ -22,13 +21,13 @@ from loading.augmentation import CropSegmentation, mutate_spelling
 from loading.batches import IGNORED, LabelRule, LanguageSample, SegmentationSample, Skipped, WordSample
 from loading.decoding import TEXT_THRESHOLD, BrokenImageError, ImageArray, Mask, decode_image, decode_mask
 from loading.language_csv import read_pairs
-from loading.lmdb_io import LmdbReader, image_key, label_key
+from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, label_key
 from loading.masks import LmdbMasks, MakeMasks, find_mask_lmdb
 from loading.pairs import PairFolder, PairLmdb, find_pairs
-from loading.roots import distinct_names, find_word_sets
 from loading.sampling import PlacedGenerator, SampleKey, as_key
 from loading.transforms import WordTransform, views
 from loading.word_index import MISSING, open_word_index
+from rendering import WordRenderer, load_render_config
 from utils import RENDER_SCHEME
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ class WordSet(SampleSet):
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[WordSample | Skipped]:
         """Return the samples of a batch; their words are read together, so that online masks take a single call."""
         keys = [as_key(key) for key in keys]
-        words = self._read(keys)
+        words = list(map(self._read, keys))
         usable = [place for place, word in enumerate(words) if not isinstance(word, str)]
         if self.segmenter is not None and usable:
             masks = self.segmenter([words[place][0] for place in usable])
@@ -112,7 +111,7 @@ class WordSet(SampleSet):
         first, *turned = [self.transform(view.image, view.mask, rng) for view in seen]
         return WordSample(*first, text, key.index, turned)
 
-    def _read(self, keys: list[SampleKey]) -> list[Word]:
+    def _read(self, key: SampleKey) -> Word:
         raise NotImplementedError
 
 
@@ -140,30 +139,25 @@ class WordDataset(WordSet):
         super().__post_init__()
         self.name = self.name or Path(os.path.abspath(self.path)).name
         self.reader = LmdbReader(self.path)
-        self.index = open_word_index(self.reader, self.labels, cache_dir=self.cache_dir)
-        self.filtered = self.index.filtered
+        self.numbers, self.filtered = open_word_index(self.reader, self.labels, cache_dir=self.cache_dir)
         if self.masks is not None and len(self):
-            self.masks.check(self.reader, self.index.numbers)
+            self.masks.check(self.reader, self.numbers)
         logger.info("%s: %s words; left out: %s", self.reader.path, f"{len(self):,}", _counts(self.filtered))
 
     def __len__(self) -> int:
-        return len(self.index.numbers)
+        return len(self.numbers)
 
     def number(self, index: int) -> int:
         """Return the number of a sample in the LMDB, from 1: that of its keys."""
-        return int(self.index.numbers[index])
+        return int(self.numbers[index])
 
     def describe(self, index: int) -> str:
         """Return file and key of a sample, for messages."""
         return f"{self.reader.path} {image_key(self.number(index))}"
 
-    def _read(self, keys: list[SampleKey]) -> list[Word]:
-        with self.reader.transaction(buffers=True) as transaction:
-            return [self._read_word(transaction, self.number(key.index)) for key in keys]
-
-    def _read_word(self, transaction: lmdb.Transaction, number: int) -> Word:
-        data = transaction.get(image_key(number).encode())
-        text = transaction.get(label_key(number).encode())
+    def _read(self, key: SampleKey) -> Word:
+        number = self.number(key.index)
+        data, text = self.reader.get(image_key(number)), self.reader.get(label_key(number))
         if data is None or text is None:
             return MISSING
         try:
@@ -173,36 +167,55 @@ class WordDataset(WordSet):
         if min(image.shape[:2]) < self.min_side:
             return TINY
         mask = None if self.masks is None else self.masks.read(number, image)
-        return mask if isinstance(mask, str) else (image, mask, bytes(text).decode())
+        return mask if isinstance(mask, str) else (image, mask, text.decode())
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class RenderedDataset(WordSet):
-    """Words that are rendered when they are asked for; a text that is not usable is skipped then.
+    """Words that are rendered when they are asked for, new ones in every epoch; texts that are not usable are skipped.
+
+    Sample i of epoch e is word e * length + i of (seed, split, stream) in every process.
 
     Args:
-        source: `source[SampleKey]` -> (image uint8 RGB, mask uint8, text), and its length.
+        path: YAML file of render settings.
+        length: words in an epoch; None: as in the file.
+        split: distinguishes training from test, so that they share no word.
+        difficulty: at the start and at the end of the run, 0 to 1; None: as in the file.
         with_masks: keep the masks.
         labels, transform, turn_tall, segmenter, name, root, seed, stream: as for WordSet.
+
+    Raises:
+        UserError: the file, a font folder, a word list or a folder of photographs is missing or wrong.
     """
 
-    source: Any = field(kw_only=False)
+    path: str | Path = field(kw_only=False)
+    length: int | None = None
+    split: int = 0
+    difficulty: tuple[float, float] | None = None
     with_masks: bool = True
-    name: str | None = "rendered"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config = load_render_config(self.path)
+        self.length = self.length or config.length
+        self.renderer = WordRenderer(config)
+        numbers = np.random.SeedSequence((self.seed, self.split, self.stream))
+        self.renderer_seed = int(numbers.generate_state(1, np.uint64)[0])
 
     def __len__(self) -> int:
-        return len(self.source)
+        return self.length
 
     def describe(self, index: int) -> str:
         """Return the name of a sample, for messages."""
         return f"{self.name} word {index}"
 
-    def _read(self, keys: list[SampleKey]) -> list[Word]:
-        words = (self.source[key] for key in keys)
-        return [
-            self.labels.unusable(text) or (image, mask if self.with_masks else None, text)
-            for image, mask, text in words
-        ]
+    def _read(self, key: SampleKey) -> Word:
+        if not 0 <= key.index < self.length:
+            raise IndexError(f"word {key.index} of {self.length}")
+        difficulty = None if self.difficulty is None else float(np.interp(key.progress, (0, 1), self.difficulty))
+        number = key.epoch * self.length + key.index
+        word = self.renderer.render(self.renderer_seed, number, difficulty=difficulty)
+        return self.labels.unusable(word.text) or (word.image, word.mask if self.with_masks else None, word.text)
 
 
 class JoinedDataset(ConcatDataset):
@@ -259,28 +272,43 @@ def open_word_datasets(
         masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), beside which rendered words
             bring their own; a function that makes all of them, as `segmenter` of WordSet; or None for none.
         labels, transform, seed, cache_dir, min_side, turn_tall: as for WordDataset.
-        length, split, difficulty: of renderers, as for `rendering.RenderedWords`.
+        length, split, difficulty: as for RenderedDataset.
 
     Returns:
         One data set for each LMDB and renderer, in the order of the roots and of the paths below them.
     """
+    found: list[tuple[int, str | Path]] = []  # number of the root, and an LMDB or a renderer's URL
+    for number, root in enumerate(map(str, roots)):
+        found += [(number, path) for path in ([root] if root.startswith(RENDER_SCHEME) else find_lmdbs(root))]
     datasets: list[WordDataset | RenderedDataset] = []
     segmenter = masks if callable(masks) else None
-    for stream, found in enumerate(find_word_sets(roots)):
+    for stream, ((number, path), name) in enumerate(zip(found, _names([path for _, path in found]), strict=True)):
         common = {"labels": labels, "transform": transform, "turn_tall": turn_tall, "segmenter": segmenter}
-        common |= {"name": found.name, "root": found.root, "seed": seed, "stream": stream}
-        if isinstance(found.path, str):  # render://
-            from rendering.endless import RenderedWords  # the renderer is only needed for such roots
-
-            path = found.path.removeprefix(RENDER_SCHEME)
-            source = RenderedWords(path, length=length, seed=seed, split=split, stream=stream, difficulty=difficulty)
-            datasets.append(RenderedDataset(source, with_masks=masks is not None, **common))
+        common |= {"name": name, "root": number, "seed": seed, "stream": stream}
+        if isinstance(path, str):
+            rendered = {"length": length, "split": split, "difficulty": difficulty, "with_masks": masks is not None}
+            datasets.append(RenderedDataset(path.removeprefix(RENDER_SCHEME), **rendered, **common))
         else:
             stored = None
             if masks is not None and segmenter is None:
-                stored = LmdbMasks(find_mask_lmdb(masks, roots[found.root], found.path))
-            datasets.append(WordDataset(found.path, masks=stored, cache_dir=cache_dir, min_side=min_side, **common))
+                stored = LmdbMasks(find_mask_lmdb(masks, roots[number], path))
+            datasets.append(WordDataset(path, masks=stored, cache_dir=cache_dir, min_side=min_side, **common))
     return datasets
+
+
+def _names(paths: Sequence[str | Path]) -> list[str]:
+    """Return the last parts of some paths, as many as tell them apart; the same path twice gets a number."""
+    parts = [
+        Path(path.removeprefix(RENDER_SCHEME)).with_suffix("").parts
+        if isinstance(path, str)
+        else Path(os.path.abspath(path)).parts
+        for path in paths
+    ]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        names = ["-".join(each[-depth:]).strip("/") for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{each[-1]}-{number}" for number, each in enumerate(parts, start=1)]
 
 
 def _counts(filtered: dict[str, int]) -> str:
@@ -327,19 +355,15 @@ class LanguageDataset(SampleSet):
         text, target = self._pairs[self._rows[key.index]]
         if self.use_sm:
             text = mutate_spelling(text, self.labels.charset.characters, rng, max_length=self.labels.max_length)
-        classes = np.zeros(self.labels.steps, np.int32)
-        classes[: len(text)] = self.labels.charset.encode(text)
-        return LanguageSample(classes, target, key.index, self._noise(rng) if self.smooth_label else None)
+        noise = None
+        if self.smooth_label:  # (T, C), each step with the same sum, at most `smooth_factor`
+            noise = rng.random((self.labels.steps, self.labels.charset.num_classes), dtype=np.float32)
+            noise *= np.float32(rng.uniform(0.0, self.smooth_factor)) / noise.sum(1, keepdims=True)
+        return LanguageSample(text, target, key.index, noise)
 
     def describe(self, index: int) -> str:
         """Return file and text of a sample, for messages."""
         return f"{self.path} {self._pairs[self._rows[index]][1]!r}"
-
-    def _noise(self, rng: np.random.Generator) -> np.ndarray:
-        """Return what smoothing adds: (T, C), each step with the same sum, at most `smooth_factor`."""
-        noise = rng.random((self.labels.steps, self.labels.charset.num_classes), dtype=np.float32)
-        share = np.float32(rng.uniform(0.0, self.smooth_factor))
-        return noise * (share / noise.sum(1, keepdims=True))
 
 
 # --- segmentation -----------------------------------------------------------------------------------------------------
@@ -385,7 +409,7 @@ class SegmentationDataset(SampleSet):
         labels = self._classes[mask]
         if self.transform is not None:
             image, labels = self.transform(image, labels, self.random(key))
-        return SegmentationSample(image, labels, self.source.name(key.index), key.index)
+        return SegmentationSample(image, labels, key.index)
 
     def describe(self, index: int) -> str:
         """Return file and key of a sample, for messages."""
@@ -402,8 +426,8 @@ def open_segmentation_datasets(
 ) -> list[SegmentationDataset]:
     """Open every set of some roots: `roots` and `mask_root` as for `find_pairs`, the rest as in SegmentationDataset."""
     common = {"transform": transform, "ignore_level": ignore_level, "seed": seed}
-    found = find_pairs(roots, mask_root)
-    names = distinct_names([source.path for _, source in found])
+    found = [(number, source) for number, root in enumerate(roots) for source in find_pairs(root, mask_root)]
+    names = _names([source.path for _, source in found])
     return [
         SegmentationDataset(source, stream=stream, name=name, root=root, **common)
         for stream, ((root, source), name) in enumerate(zip(found, names, strict=True))

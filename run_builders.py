@@ -78,7 +78,8 @@ def build_training_sampler(config: Config, datasets: Sequence[Any], *, process: 
         sampler = ResumableBatchSampler(sum(map(len, datasets)), train.batch_size, **options)
     else:
         lengths = [sum(len(each) for each in datasets if each.root == place) for place in range(len(train.roots))]
-        sampler = MixtureBatchSampler(lengths, train.shares, train.batch_size, length=train.length, **options)
+        options |= {"lengths": lengths, "shares": train.shares, "length": train.length}
+        sampler = MixtureBatchSampler(train.batch_size, **options)
     sampler.run_batches = config.training.iterations or config.training.epochs * len(sampler)
     return sampler
 

@@ -6,6 +6,8 @@ decisions come from the generator that is passed in.
 
 import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -13,7 +15,16 @@ from numpy.random import Generator
 
 from loading.batches import IGNORED
 from loading.decoding import ImageArray, Mask, Size
-from loading.transforms import FROM_OPENCV, MAX_SIDE, TO_OPENCV, ResizeWord, fit_canvas, limit_size, resize, warp_pair
+from loading.transforms import (
+    MAX_SIDE,
+    ResizeWord,
+    fit_canvas,
+    limit_size,
+    resize,
+    rotation_matrix,
+    warp,
+    warp_pair,
+)
 
 # --- magnitudes -------------------------------------------------------------------------------------------------------
 
@@ -39,12 +50,6 @@ def rotation(rng: Generator, size: Size, *, degrees: float = 45.0) -> np.ndarray
     return rotation_matrix(symmetric(rng, degrees))
 
 
-def rotation_matrix(degrees: float) -> np.ndarray:
-    """Return the matrix (3, 3) of a rotation."""
-    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
-    return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
-
-
 def affine(
     rng: Generator,
     size: Size,
@@ -63,12 +68,12 @@ def affine(
     return np.diag((factor, factor, 1.0)) @ turned @ shears
 
 
-def perspective(rng: Generator, size: Size, *, distortion: float = 0.5) -> np.ndarray:
-    """Sample the matrix (3, 3) that moves every corner inwards by up to `distortion` of half a side along x and y."""
+def perspective(rng: Generator, size: Size) -> np.ndarray:
+    """Sample the matrix (3, 3) that moves every corner inwards by up to a quarter of the side along x and y."""
     height, width = size
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=np.float32)
     inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], dtype=np.float32)
-    moves = rng.beta(1.0, 4.0, (4, 2)).astype(np.float32) * np.float32(distortion / 2) * corners[2]
+    moves = rng.beta(1.0, 4.0, (4, 2)).astype(np.float32) * np.float32(0.25) * corners[2]
     return cv2.getPerspectiveTransform(corners, corners + inwards * moves)
 
 
@@ -86,9 +91,9 @@ def _noise_table() -> np.ndarray:
     return np.clip(np.rint(normal * NOISE_DEVIATION + NOISE_MIDDLE), 0, 255).astype(np.uint8)
 
 
-def gaussian_noise(image: ImageArray, rng: Generator, *, variance: float = 20.0) -> ImageArray:
-    """Add normal noise of a variance of 1 to `variance` (grey levels squared), per pixel and channel."""
-    factor = math.sqrt(max(one_sided(rng, variance), 1.0)) / NOISE_DEVIATION
+def gaussian_noise(image: ImageArray, rng: Generator) -> ImageArray:
+    """Add normal noise of a variance of 1 to 20 (grey levels squared), per pixel and channel."""
+    factor = math.sqrt(max(one_sided(rng, 20.0), 1.0)) / NOISE_DEVIATION
     return cv2.addWeighted(image, 1.0, _noise_levels(image.shape, rng), factor, -NOISE_MIDDLE * factor)
 
 
@@ -104,9 +109,9 @@ def _noise_levels(shape: tuple[int, ...], rng: Generator) -> np.ndarray:
 DIRECTIONS = 36  # of motion blur: steps of 5 degrees
 
 
-def motion_blur(image: ImageArray, rng: Generator, *, length: float = 6.0) -> ImageArray:
-    """Blur along a line of up to `length` pixels in any direction."""
-    pixels = round(one_sided(rng, length))
+def motion_blur(image: ImageArray, rng: Generator) -> ImageArray:
+    """Blur along a line of up to 6 pixels in any direction."""
+    pixels = round(one_sided(rng, 6.0))
     direction = int(rng.integers(DIRECTIONS))
     if pixels < 2:
         return image
@@ -127,13 +132,10 @@ def line_kernel(pixels: int, direction: int) -> np.ndarray:
     return kernel / kernel.sum()
 
 
-PYRAMID_BASE = (128, 512)  # height and width of the lowest level
-
-
-def rescale(image: ImageArray, rng: Generator, *, base: Size = PYRAMID_BASE, steps: float = 4.0) -> ImageArray:
-    """Lose detail: resize to `base`, go down up to `steps` levels of a Gaussian pyramid, and resize back."""
-    small = resize(image, base)
-    for _ in range(round(rng.uniform(0.0, steps))):
+def rescale(image: ImageArray, rng: Generator) -> ImageArray:
+    """Lose detail: resize to 128 x 512 pixels, go down up to 4 levels of a Gaussian pyramid, and resize back."""
+    small = resize(image, (128, 512))
+    for _ in range(round(rng.uniform(0.0, 4.0))):
         small = cv2.pyrDown(small)
     return resize(small, image.shape[:2])
 
@@ -149,41 +151,29 @@ def deteriorate(image: ImageArray, rng: Generator) -> ImageArray:
 # --- colour -----------------------------------------------------------------------------------------------------------
 
 
-def color_jitter(
-    image: ImageArray,
-    rng: Generator,
-    *,
-    brightness: float = 0.5,
-    contrast: float = 0.5,
-    saturation: float = 0.5,
-    hue: float = 0.1,
-) -> ImageArray:
+COLOR_STRENGTHS = (0.5, 0.5, 0.5, 0.1)  # of brightness, contrast, saturation, hue
+
+
+def color_jitter(image: ImageArray, rng: Generator, strengths: Sequence[float] = COLOR_STRENGTHS) -> ImageArray:
     """Change brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (turns -x to x), in random order.
 
     The factors are uniform, as those of torchvision's operation of this name, which the published recipe calls.
     """
-    factors = 1.0 + rng.uniform(-1.0, 1.0, 3) * (brightness, contrast, saturation)
-    turn = rng.uniform(-hue, hue)
+    changes = (_brighten, _contrast, _saturate, _turn_hue)
+    magnitudes = rng.uniform(-1.0, 1.0, 4) * strengths + (1.0, 1.0, 1.0, 0.0)
     for kind in rng.permutation(4):
-        if kind == 0:
-            image = _stretch(image, factors[0], 0.0)
-        elif kind == 1:
-            image = _contrast(image, factors[1])
-        elif kind == 2:
-            image = _saturate(image, factors[2])
-        else:
-            image = _turn_hue(image, turn)
+        image = changes[kind](image, magnitudes[kind])
     return image
 
 
-def _stretch(image: ImageArray, factor: float, offset: float) -> ImageArray:
+def _brighten(image: ImageArray, factor: float, offset: float = 0.0) -> ImageArray:
     """Return factor x level + offset, within [0, 255]."""
     return cv2.addWeighted(image, factor, image, 0.0, offset)  # saturates, and is faster than a table
 
 
 def _contrast(image: ImageArray, factor: float) -> ImageArray:
     mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-    return _stretch(image, factor, (1.0 - factor) * mean)
+    return _brighten(image, factor, (1.0 - factor) * mean)
 
 
 def _saturate(image: ImageArray, factor: float) -> ImageArray:
@@ -200,6 +190,7 @@ def _turn_hue(image: ImageArray, turn: float) -> ImageArray:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class AugmentWord:
     """Applies the published training augmentation, then resizes; kinds and magnitudes are sampled for every word.
 
@@ -208,19 +199,10 @@ class AugmentWord:
         deterioration, color, geometry: probability of each; they come in this order.
     """
 
-    def __init__(
-        self,
-        resize: ResizeWord | None = None,
-        *,
-        deterioration: float = 0.25,
-        color: float = 0.25,
-        geometry: float = 0.5,
-    ) -> None:
-        self.resize = resize or ResizeWord()
-        self.size = self.resize.size
-        self.deterioration = deterioration
-        self.color = color
-        self.geometry = geometry
+    resize: ResizeWord = field(default_factory=ResizeWord)
+    deterioration: float = 0.25
+    color: float = 0.25
+    geometry: float = 0.5
 
     def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator) -> tuple[ImageArray, Mask | None]:
         draws = rng.random(3).tolist()
@@ -245,6 +227,7 @@ class AugmentWord:
         return self.resize.place(image, size), None if mask is None else self.resize.place(mask, size)
 
 
+@dataclass(frozen=True)
 class RandAugmentWord:
     """Applies RandAugment as PARSeq uses it (Bautista and Atienza, 2022), then resizes.
 
@@ -257,21 +240,16 @@ class RandAugmentWord:
         probability: of each sampled operation.
     """
 
-    LAYERS = 3
-    MAGNITUDE = 5.0  # of 10
-
-    def __init__(self, resize: ResizeWord | None = None, *, probability: float = 0.5) -> None:
-        self.resize = resize or ResizeWord()
-        self.size = self.resize.size
-        self.probability = probability
+    resize: ResizeWord = field(default_factory=ResizeWord)
+    probability: float = 0.5
 
     def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator) -> tuple[ImageArray, Mask | None]:
         size = self._bounded(image.shape[:2])
         image, mask = resize(image, size), None if mask is None else resize(mask, size)
         pixels, matrices = list(PIXEL_OPERATIONS.values()), list(MATRIX_OPERATIONS.values())
-        for _ in range(self.LAYERS):
+        for _ in range(3):
             number = int(rng.integers(len(pixels) + len(matrices)))
-            level = min(max(rng.normal(self.MAGNITUDE, 0.5), 0.0), 10.0) / 10
+            level = min(max(rng.normal(5.0, 0.5), 0.0), 10.0) / 10
             applied, side = rng.random(2) < (self.probability, 0.5)
             if not applied:
                 continue
@@ -289,7 +267,7 @@ class RandAugmentWord:
 
     def _bounded(self, size: Size) -> Size:
         """Return a size of the same aspect and at most four times the network's area: it bounds the time of a word."""
-        scale = math.sqrt(4 * self.size[0] * self.size[1] / (size[0] * size[1]))
+        scale = math.sqrt(4 * math.prod(self.resize.size) / math.prod(size))
         if scale >= 1:
             return size
         return tuple(min(max(round(side * scale), 1), MAX_SIDE) for side in size)
@@ -330,7 +308,7 @@ PIXEL_OPERATIONS = {
     "solarize": _solarize,
     "color": lambda image, level, rng: _saturate(image, 1 + 0.9 * level),
     "contrast": lambda image, level, rng: _contrast(image, 1 + 0.9 * level),
-    "brightness": lambda image, level, rng: _stretch(image, 1 + 0.9 * level, 0.0),
+    "brightness": lambda image, level, rng: _brighten(image, 1 + 0.9 * level),
     "gaussian_blur": _blur,
     "poisson_noise": _poisson_noise,
 }
@@ -347,6 +325,7 @@ MATRIX_OPERATIONS = {
 # --- segmentation -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
 class CropSegmentation:
     """Makes training samples of SSN: random scale, random crop of a fixed size, colour. Text is not mirrored.
 
@@ -356,16 +335,9 @@ class CropSegmentation:
         color: probability of colour jitter.
     """
 
-    def __init__(
-        self,
-        *,
-        size: Size = (513, 513),
-        scale_range: tuple[float, float] = (0.5, 2.0),
-        color: float = 0.25,
-    ) -> None:
-        self.size = tuple(size)
-        self.scale_range = tuple(scale_range)
-        self.color = color
+    size: Size = (513, 513)
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    color: float = 0.25
 
     def __call__(self, image: ImageArray, labels: np.ndarray, rng: Generator) -> tuple[ImageArray, np.ndarray]:
         """Crop an image and its labels (H, W) uint8; labels keep their values."""
@@ -375,11 +347,8 @@ class CropSegmentation:
             room = crop - side * scale  # negative: the image is larger than the crop, a part of it is taken
             offsets.append(rng.uniform(min(room, 0.0), max(room, 0.0)))
         matrix = np.array([[scale, 0.0, offsets[1]], [0.0, scale, offsets[0]], [0.0, 0.0, 1.0]])
-        matrix = (TO_OPENCV @ matrix @ FROM_OPENCV)[:2]
-        canvas = (self.size[1], self.size[0])
-        image = cv2.warpAffine(image, matrix, canvas, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        outside = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": IGNORED}
-        labels = cv2.warpAffine(labels, matrix, canvas, flags=cv2.INTER_NEAREST, **outside)
+        image = warp(image, matrix, self.size, cv2.INTER_LINEAR)
+        labels = warp(labels, matrix, self.size, cv2.INTER_NEAREST, IGNORED)
         if rng.random() < self.color:
             image = color_jitter(image, rng)
         return image, labels

@@ -7,7 +7,6 @@ bytes.
 import dataclasses
 import functools
 import itertools
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,9 +18,6 @@ from torch import Tensor
 from loading.charset import Charset
 
 B = TypeVar("B", bound="_Batch")
-
-# Only ASCII: the lower case of some other letters is longer than one character.
-_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 EMPTY = "empty"  # nothing of the label is in the charset
 TOO_LONG = "too_long"
@@ -53,7 +49,7 @@ class LabelRule:
 
     def normalize(self, text: str) -> str:
         """Return the characters of `text` that count."""
-        return self.charset.normalize(text if self.case_sensitive else text.translate(_LOWER))
+        return self.charset.normalize(text, lower=not self.case_sensitive)
 
     def unusable(self, text: str) -> str | None:
         """Return why a label cannot be taught: nothing of it is in the charset, or it is too long; None if it can."""
@@ -105,9 +101,9 @@ class WordSample:
 
 @dataclass
 class LanguageSample:
-    """A spelling (classes (T,) int32, 0 from its end on), the right text, and the smoothing of the first."""
+    """A spelling, the right text, and the smoothing of the first."""
 
-    classes: np.ndarray
+    spelling: str
     text: str
     index: int
     noise: np.ndarray | None = None  # (T, C) float32, sums to at most smooth_factor at every step
@@ -119,7 +115,6 @@ class SegmentationSample:
 
     image: np.ndarray
     labels: np.ndarray
-    name: str
     index: int
 
 
@@ -233,12 +228,10 @@ class SegmentationBatch(_Batch):
     Fields:
         images: (N, 3, H, W) uint8, RGB.
         labels: (N, H, W) uint8: 0, 1 = text, IGNORED where nothing is known.
-        names: N names of the samples.
     """
 
     images: Tensor
     labels: Tensor
-    names: list[str]
 
     def inputs(self) -> tuple[Tensor]:
         """Return the arguments of SSN: normalised images, float32."""
@@ -287,11 +280,11 @@ def _scale_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
         return (1.0 / (255.0 * std)).view(3, 1, 1), (-mean / std).view(3, 1, 1)
 
 
+@dataclass(frozen=True)
 class WordCollate:
     """Samples of one size -> Batch; picklable. `labels` is what is taught of a label."""
 
-    def __init__(self, labels: LabelRule) -> None:
-        self.labels = labels
+    labels: LabelRule
 
     def __call__(self, samples: Sequence[WordSample | Skipped]) -> Batch:
         read, skipped = split_skipped(samples)
@@ -314,15 +307,14 @@ class WordCollate:
         )
 
 
+@dataclass(frozen=True)
 class LanguageCollate:
     """Spellings -> LanguageBatch with one-hot (or smoothed) inputs; picklable."""
 
-    def __init__(self, labels: LabelRule) -> None:
-        self.labels = labels
+    labels: LabelRule
 
     def __call__(self, samples: Sequence[LanguageSample]) -> LanguageBatch:
-        classes = np.array([sample.classes for sample in samples], np.int64).reshape(len(samples), self.labels.steps)
-        classes = torch.from_numpy(classes)  # (N, T); a process may have no share of a small batch
+        classes, input_lengths = self.labels.encode([sample.spelling for sample in samples])
         probabilities = torch.zeros(*classes.shape, self.labels.charset.num_classes)  # (N, T, C)
         probabilities.scatter_(2, classes.unsqueeze(2), 1.0)
         if samples and samples[0].noise is not None:
@@ -332,7 +324,7 @@ class LanguageCollate:
         labels, lengths = self.labels.encode(texts)
         return LanguageBatch(
             probabilities=probabilities,
-            input_lengths=(classes > 0).sum(1) + 1,
+            input_lengths=input_lengths,
             labels=labels,
             lengths=lengths,
             texts=texts,
@@ -346,7 +338,6 @@ def collate_segmentation(samples: Sequence[SegmentationSample | Skipped]) -> Seg
     return SegmentationBatch(
         images=stack_images([sample.image for sample in read]),
         labels=stack([sample.labels for sample in read]),
-        names=[sample.name for sample in read],
         indices=sample_indices(read),
         skipped=skipped,
     )

@@ -82,13 +82,13 @@ class Charset:
         """Whether the charset tells upper from lower case."""
         return any(map(str.isupper, self.characters))
 
-    def normalize(self, text: str) -> str:
-        """Return what the network can read of a text: lower-cased if the charset has no upper case, the rest dropped.
+    def normalize(self, text: str, *, lower: bool = False) -> str:
+        """Return what the network can read of a text: lower-cased on request or without upper case, the rest dropped.
 
         This is the published rule (for 36 characters: keep `[0-9a-zA-Z]`, lower-cased). Nothing else is folded: an
         accented letter is dropped, not read as its base letter.
         """
-        characters = text if self.has_upper_case else map(_lower, text)
+        characters = map(_lower, text) if lower or not self.has_upper_case else text
         return "".join(character for character in characters if character in self._classes)
 
     def encode(self, text: str) -> list[int]:
@@ -121,6 +121,5 @@ def protocol_normalizer(protocol: int) -> Callable[[str], str]:
     """Return the function that a protocol applies to labels and predictions before it compares them.
 
     36: lower-cased, `[0-9a-z]` kept. 62: `[0-9a-zA-Z]` kept. 94: the printable ASCII characters kept, spaces dropped.
-
     """
     return Charset(PROTOCOLS[protocol]).normalize

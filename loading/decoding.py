@@ -8,7 +8,6 @@ import contextlib
 import io
 import struct
 import zlib
-from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -28,9 +27,6 @@ _GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_WITH_ALPHA = (4, 6)  # colour types
 _NO_SIZE_IN_JPEG = (0xC4, 0xC8, 0xCC)  # segments among C0 to CF that begin no frame
-
-FLOAT_RANGES = (1, 255, 65535)  # 0 to each: the ranges of a deep image's levels
-INTEGER_RANGES = (255, 65535)
 
 # OpenCV need not report images that cannot be decoded: the data set does, by name.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
@@ -91,7 +87,7 @@ def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> 
         with contextlib.suppress(cv2.error):
             image = cv2.imdecode(buffer, flags | depth)
             if image is not None:
-                return image if image.dtype == np.uint8 else _scaled(image, FLOAT_RANGES)
+                return image if image.dtype == np.uint8 else _scaled(image)
     try:
         with Image.open(io.BytesIO(data)) as opened:
             if oriented:
@@ -139,20 +135,15 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        image = Image.fromarray(_scaled(np.asarray(image), FLOAT_RANGES if image.mode == "F" else INTEGER_RANGES))
+        image = Image.fromarray(_scaled(np.asarray(image)))
     return image.convert(mode)
 
 
-def _scaled(levels: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
-    """Scale deep levels to uint8 by the first of `ranges` that holds them all, else by the range of their own.
-
-    What is not finite becomes 0.
-    """
-    levels = np.nan_to_num(levels, posinf=0, neginf=0).astype(np.float32, copy=False)
-    low, high = float(levels.min(initial=0)), float(levels.max(initial=0))
-    if low < 0 or high > ranges[-1]:
-        low = float(levels.min())
-        scale = 255 / ((high - low) or 1)
-    else:
-        low, scale = 0.0, 255 / next(each for each in ranges if high <= each)
-    return np.rint(levels * scale - low * scale).astype(np.uint8)
+def _scaled(levels: np.ndarray) -> np.ndarray:
+    """Scale deep levels to uint8 by the first usual range that holds them all, else by their own; NaN becomes 0."""
+    tops = (1, 255, 65535) if np.issubdtype(levels.dtype, np.floating) else (255, 65535)
+    levels = np.nan_to_num(levels, posinf=0, neginf=0)
+    low, high = levels.min(), levels.max()
+    if low >= 0 and high <= tops[-1]:
+        low, high = 0, next(each for each in tops if high <= each)
+    return np.rint(np.interp(levels, (low, high), (0, 255))).astype(np.uint8)

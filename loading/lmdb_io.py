@@ -8,12 +8,13 @@ use, so that it can be handed to worker processes that are forked or spawned.
 import contextlib
 import errno
 import fcntl
-import hashlib
-import json
+import glob
+import itertools
 import os
 import shutil
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,16 @@ def find_lmdbs(root: str | os.PathLike) -> list[Path]:
     root = Path(root)
     if not root.exists():
         raise UserError(f"{root}: no such folder; name an LMDB or a folder of LMDBs")
-    if is_lmdb(root):
-        return [root]
-    found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.endswith(PARTIAL_SUFFIX))
-        if DATA_FILE in files:
-            found.append(Path(folder))
-            subfolders.clear()
-    if not found or root.name.endswith(PARTIAL_SUFFIX):
+    pattern = os.path.join(glob.escape(str(root)), "**", "")
+    found = [Path(folder) for folder in glob.iglob(pattern, recursive=True, include_hidden=True) if is_lmdb(folder)]
+    if not found:
         raise UserError(
             f"{root}: holds no finished LMDB (a folder with {DATA_FILE}); make one with tools/create_lmdb_dataset.py"
         )
     return sorted(found)
 
 
+@dataclass(eq=False)
 class LmdbWriter:
     """Writes an LMDB in batches of transactions to `<path>.partial` and gives it its name when it is complete.
 
@@ -97,26 +93,26 @@ class LmdbWriter:
         UserError: `path` exists, another process writes it, the partial folder is of another run, the disk is full.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        *,
-        overwrite: bool = False,
-        identity: str | None = None,
-        in_order: bool = False,
-    ) -> None:
-        self.path = Path(os.path.abspath(path))
+    path: str | os.PathLike
+    overwrite: bool = False
+    identity: str | None = None
+    in_order: bool = False
+
+    def __post_init__(self) -> None:
+        self.path = Path(os.path.abspath(self.path))
         self.partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
-        self.overwrite = overwrite
-        self.identity = identity
-        self.in_order = in_order
         self._pending: dict[bytes, bytes] = {}
         self._pending_bytes = 0
         self._environment: lmdb.Environment | None = None
         self._check_target()
         with self._explained_errors():
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = self._claim_partial()
+            self._lock = os.open(self.partial / _WRITER_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock)
+                raise UserError(f"{self.path}: another process is writing it; wait or choose another output") from None
             try:
                 self._environment = self._open_partial()
             except BaseException:
@@ -203,16 +199,6 @@ class LmdbWriter:
         if content and not self.overwrite:
             raise UserError(f"{self.path}: exists already; choose another output or replace it with --overwrite")
 
-    def _claim_partial(self) -> int:
-        """Lock the partial folder against other processes; return the lock."""
-        lock = os.open(self.partial / _WRITER_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(f"{self.path}: another process is writing it; wait or choose another output") from None
-        return lock
-
     def _open_partial(self) -> lmdb.Environment:
         """Open the LMDB of the partial folder, emptied unless it is the one to go on with."""
         data_file, identity_file = self.partial / DATA_FILE, self.partial / _IDENTITY_FILE
@@ -298,10 +284,6 @@ class LmdbReader:
             raise UserError(f"{self.path}: {NUM_SAMPLES} is {stored[:20]!r}, not a number of samples; {mend}")
         return int(stored)
 
-    def __bool__(self) -> bool:
-        """Return true: a reader is something even where its LMDB has no sample."""
-        return True
-
     def get(self, key: str) -> bytes | None:
         """Return the value of `key`, None when it is not there."""
         with self.transaction() as transaction:
@@ -309,26 +291,20 @@ class LmdbReader:
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         """Yield every key that begins with `prefix`, in order; bytes that are not UTF-8 are shown escaped."""
-        start = prefix.encode()
+        return (key.decode(errors="backslashreplace") for key, _ in self.entries(prefix.encode(), values=False))
+
+    def entries(self, prefix: bytes, *, values: bool = True) -> Iterator[tuple[bytes, bytes]]:
+        """Yield key and value of every key that begins with `prefix`, in order; without `values` they are not read."""
         with self.transaction() as transaction, transaction.cursor() as cursor:
-            if cursor.set_range(start):
-                for key in cursor.iternext(keys=True, values=False):
-                    if not key.startswith(start):
-                        return
-                    yield key.decode(errors="backslashreplace")
+            if cursor.set_range(prefix):
+                found = cursor.iternext() if values else ((key, b"") for key in cursor.iternext(values=False))
+                yield from itertools.takewhile(lambda entry: entry[0].startswith(prefix), found)
 
-    def fingerprint(self, *settings: Any) -> str:
-        """Return 16 characters that name the file as it is now, with settings that a result made of it depends on."""
-        path = (self.path / DATA_FILE).resolve()
-        status = path.stat()
-        parts = [str(path), status.st_size, status.st_mtime_ns, *settings]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-    def transaction(self, *, buffers: bool = False) -> lmdb.Transaction:
-        """Begin a read transaction, a context manager; with `buffers`, values are memoryviews valid inside it only."""
+    def transaction(self) -> lmdb.Transaction:
+        """Begin a read transaction, a context manager."""
         if self._environment is None:
             self._environment = self._open()
-        return self._environment.begin(buffers=buffers)
+        return self._environment.begin()
 
     def _open(self) -> lmdb.Environment:
         name = os.path.realpath(self.path)

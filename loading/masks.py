@@ -20,10 +20,15 @@ MakeMasks = Callable[[list[ImageArray]], Sequence[Mask]]
 
 
 class LmdbMasks:
-    """Masks of a mask LMDB: the keys of the image LMDB, `image-%09d` = 8-bit grey, 255 = text."""
+    """Masks of a mask LMDB: the keys of the image LMDB, `image-%09d` = 8-bit grey, 255 = text.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        key: of the mask of a sample, another one in an LMDB that holds images and masks together.
+    """
+
+    def __init__(self, path: str | Path, key: Callable[[int], str] = image_key) -> None:
         self.reader = LmdbReader(path)
+        self.key = key
 
     def check(self, words: LmdbReader, numbers: np.ndarray) -> None:
         """Compare the numbers of samples, and presence, size and label of some samples spread over the set."""
@@ -50,14 +55,13 @@ class LmdbMasks:
 
     def read(self, number: int, image: ImageArray) -> Mask | str:
         """Return the mask of an image, of its size, or the reason why there is none."""
-        with self.reader.transaction(buffers=True) as transaction:
-            data = transaction.get(image_key(number).encode())
-            if data is None:
-                return MASK_MISSING
-            try:
-                mask = decode_mask(data)
-            except BrokenImageError:
-                return MASK_BROKEN
+        data = self.reader.get(self.key(number))
+        if data is None:
+            return MASK_MISSING
+        try:
+            mask = decode_mask(data)
+        except BrokenImageError:
+            return MASK_BROKEN
         return mask if mask.shape == image.shape[:2] else MASK_SIZE
 
 

@@ -1,6 +1,6 @@
 """Reads images and their masks of text for training SSN: from a folder, or from LMDBs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,28 +74,18 @@ class PairLmdb:
         return image_key(index + 1)
 
 
-def find_pairs(
-    roots: Sequence[str | Path], mask_root: str | Path | None = None
-) -> list[tuple[int, PairFolder | PairLmdb]]:
-    """Open the pairs of some roots; each comes with the number of its root.
+def find_pairs(root: str | Path, mask_root: str | Path | None = None) -> Iterator[PairFolder | PairLmdb]:
+    """Open the pairs of a root.
 
     Args:
-        roots: folders with `images/` and `masks/` (files, not LMDBs), LMDBs with images and masks, or folders of
-            such LMDBs; with `mask_root`, word LMDBs or folders of them.
+        root: a folder with `images/` and `masks/` (files, not LMDBs), an LMDB with images and masks, or a folder of
+            such LMDBs; with `mask_root`, a word LMDB or a folder of them.
         mask_root: root of the mask LMDBs; those of `<root of images>/X` are in `<mask_root>/X`.
     """
-    sources: list[tuple[int, PairFolder | PairLmdb]] = []
-    for number, root in enumerate(map(Path, roots)):
-        if _is_pair_folder(root):
-            sources.append((number, PairFolder(root)))
-            continue
-        for path in find_lmdbs(root):
-            own_masks = mask_root is None or LmdbReader(path).get(mask_key(1)) is not None
-            mask_path = None if own_masks else find_mask_lmdb(mask_root, root, path)
-            sources.append((number, PairLmdb(path, mask_path)))
-    return sources
-
-
-def _is_pair_folder(root: Path) -> bool:
-    folders = root / "images", root / "masks"
-    return all(each.is_dir() for each in folders) and any(each.is_file() for each in folders[0].iterdir())
+    images, masks = Path(root, "images"), Path(root, "masks")
+    if images.is_dir() and masks.is_dir() and any(each.is_file() for each in images.iterdir()):
+        yield PairFolder(root)
+        return
+    for path in find_lmdbs(root):
+        own_masks = mask_root is None or LmdbReader(path).get(mask_key(1)) is not None
+        yield PairLmdb(path, None if own_masks else find_mask_lmdb(mask_root, root, path))

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from utils import UserError
 
@@ -41,7 +41,8 @@ class PlacedGenerator:
         return self._generator
 
 
-class ResumableBatchSampler(Sampler[list[SampleKey]]):
+@dataclass(eq=False)
+class ResumableBatchSampler:
     """Endless batches of sample keys, epoch after epoch, starting where `set_position` says.
 
     The global batches and their order depend on (seed, epoch, length, batch_size) only; every process takes its
@@ -59,29 +60,20 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         UserError: a global batch cannot be shared evenly.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        run_batches: int | None = None,
-    ) -> None:
-        if batch_size % world_size:
+    length: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    run_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world_size:
             raise UserError(
-                f"dataset.train.batch_size is {batch_size}, which {world_size} processes cannot share evenly; "
-                f"give a multiple of {world_size}"
+                f"dataset.train.batch_size is {self.batch_size}, which {self.world_size} processes cannot share "
+                f"evenly; give a multiple of {self.world_size}"
             )
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.run_batches = run_batches
-        self.epoch = 0
-        self.batch = 0
+        self.set_position(0, 0)
 
     def set_position(self, epoch: int, batch: int) -> None:
         """Start the next iteration with batch `batch` of epoch `epoch`, both counted from 0."""
@@ -124,6 +116,7 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are as even between 0 and 1 as any sequence's
 
 
+@dataclass(eq=False, kw_only=True)
 class MixtureBatchSampler(ResumableBatchSampler):
     """Endless batches of several data sets, each with a share of every global batch.
 
@@ -142,27 +135,19 @@ class MixtureBatchSampler(ResumableBatchSampler):
         UserError: a set with a share is empty, or a global batch cannot be shared evenly.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        shares: Sequence[tuple[float, float]],
-        batch_size: int,
-        *,
-        length: int | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        run_batches: int | None = None,
-    ) -> None:
-        length = length or sum(lengths)
-        super().__init__(length, batch_size, seed=seed, rank=rank, world_size=world_size, run_batches=run_batches)
-        self.lengths = list(lengths)
-        self.shares = np.array(shares, np.float64)  # (sets, 2)
+    lengths: Sequence[int]
+    shares: Sequence[tuple[float, float]]
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        self.length = self.length or sum(self.lengths)
+        super().__post_init__()
+        self.shares = np.array(self.shares, np.float64)  # (sets, 2)
         self.shares /= self.shares.sum(0)
         for place in np.flatnonzero(self.shares.sum(1)):
-            if not lengths[place]:
+            if not self.lengths[place]:
                 raise UserError(f"dataset.train.shares: root {place + 1} has a share and no usable sample; give it 0")
-        self._starts = np.cumsum([0, *lengths])  # first index of each set
+        self._starts = np.cumsum([0, *self.lengths])  # first index of each set
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # set -> pass that it is in, and its order
 
     def _batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:

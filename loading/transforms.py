@@ -5,7 +5,10 @@ moved with one matrix and one border rule. Matrices map points of the source to 
 coordinates: an image of W x H pixels covers [0, W] x [0, H], the middle of its first pixel is (0.5, 0.5).
 """
 
-from typing import Literal, NamedTuple, Protocol
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -13,9 +16,16 @@ from numpy.random import Generator
 
 from loading.decoding import ImageArray, Mask, Size
 
-Fit = Literal["stretch", "centre", "left"]  # how an image gets the network's size: see ResizeWord
+# Makes inputs of the network's size of an image and its mask.
+WordTransform = Callable[[ImageArray, Mask | None, Generator], tuple[ImageArray, Mask | None]]
 
 MAX_SIDE = 4096  # pixels; larger images are brought down to it first (OpenCV's warps end at 32,767)
+
+
+def rotation_matrix(degrees: float) -> np.ndarray:
+    """Return the matrix (3, 3) of a rotation."""
+    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
 
 def fit_canvas(matrix: np.ndarray, size: Size) -> tuple[np.ndarray, Size]:
@@ -43,17 +53,20 @@ def fit_canvas(matrix: np.ndarray, size: Size) -> tuple[np.ndarray, Size]:
 
 
 # From continuous coordinates to OpenCV's, where the middle of the first pixel is (0, 0), and back.
-TO_OPENCV = np.array([[1.0, 0.0, -0.5], [0.0, 1.0, -0.5], [0.0, 0.0, 1.0]])
-FROM_OPENCV = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+_TO_OPENCV = np.array([[1.0, 0.0, -0.5], [0.0, 1.0, -0.5], [0.0, 0.0, 1.0]])
+_FROM_OPENCV = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
 
 
-def warp(image: np.ndarray, matrix: np.ndarray, size: Size, interpolation: int) -> np.ndarray:
-    """Warp an image or mask by `matrix` onto a canvas of `size`; what lies outside repeats the border."""
-    matrix = TO_OPENCV @ matrix @ FROM_OPENCV
-    canvas = (size[1], size[0])
+def warp(
+    image: np.ndarray, matrix: np.ndarray, size: Size, interpolation: int, outside: int | None = None
+) -> np.ndarray:
+    """Warp an image or mask by `matrix` onto a canvas of `size`; beyond it is the level `outside`, else its border."""
+    matrix = _TO_OPENCV @ matrix @ _FROM_OPENCV
+    border = cv2.BORDER_REPLICATE if outside is None else cv2.BORDER_CONSTANT
+    options = {"dsize": (size[1], size[0]), "flags": interpolation, "borderMode": border, "borderValue": outside}
     if matrix[2, 0] or matrix[2, 1]:
-        return cv2.warpPerspective(image, matrix, canvas, flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
-    return cv2.warpAffine(image, matrix[:2], canvas, flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
+        return cv2.warpPerspective(image, matrix, **options)
+    return cv2.warpAffine(image, matrix[:2], **options)
 
 
 def resize(image: np.ndarray, size: Size) -> np.ndarray:
@@ -81,14 +94,7 @@ def limit_size(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, (min(width, MAX_SIDE), min(height, MAX_SIDE)), interpolation=cv2.INTER_AREA)
 
 
-class WordTransform(Protocol):
-    """Makes (height, width) inputs of an image and its mask."""
-
-    size: Size
-
-    def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator) -> tuple[ImageArray, Mask | None]: ...
-
-
+@dataclass(frozen=True, kw_only=True)
 class ResizeWord:
     """Resizes to the network's size: all that evaluation does, and the last step of training.
 
@@ -100,10 +106,9 @@ class ResizeWord:
             instead; needs a generator.
     """
 
-    def __init__(self, *, size: Size = (32, 128), fit: Fit = "stretch", random_aspect: bool = False) -> None:
-        self.size = tuple(size)
-        self.fit = fit
-        self.random_aspect = random_aspect
+    size: Size = (32, 128)
+    fit: Literal["stretch", "centre", "left"] = "stretch"
+    random_aspect: bool = False
 
     def __call__(self, image: ImageArray, mask: Mask | None, rng: Generator | None) -> tuple[ImageArray, Mask | None]:
         size = self.sample_size(image.shape[:2], rng)

@@ -5,20 +5,19 @@ they are read.
 """
 
 import functools
+import hashlib
 import json
 import logging
 import os
 import zipfile
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import lmdb
 import numpy as np
 
 from loading.batches import EMPTY, TOO_LONG, LabelRule
-from loading.lmdb_io import LmdbReader
+from loading.lmdb_io import DATA_FILE, LmdbReader
 from utils import UserError, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -26,21 +25,13 @@ logger = logging.getLogger(__name__)
 MISSING = "missing"  # no image or no label under the number of the sample
 NOT_UTF8 = "not_utf8"
 
-_FORMAT = 2  # of the files; a new one makes old files unused
+_FORMAT = 3  # of the files; a new one makes old files unused
 _STATES = (None, NOT_UTF8, EMPTY, TOO_LONG)  # why a label cannot be used; None: it can
 
 
-@dataclass(frozen=True)
-class WordIndex:
-    """The usable samples of a word LMDB.
-
-    Fields:
-        numbers: (n,) int32, numbers of the usable samples in the LMDB, counted from 1, ascending.
-        filtered: reason -> count of the others; all counts and n add up to the LMDB's `num-samples`.
-    """
-
-    numbers: np.ndarray
-    filtered: dict[str, int] = field(default_factory=dict)
+# Numbers of the usable samples in the LMDB, (n,) int32, from 1, ascending; and reason -> count of the others, which add
+# up with n to the LMDB's `num-samples`.
+WordIndex = tuple[np.ndarray, dict[str, int]]
 
 
 def open_word_index(reader: LmdbReader, labels: LabelRule, *, cache_dir: str | Path | None = None) -> WordIndex:
@@ -52,21 +43,22 @@ def open_word_index(reader: LmdbReader, labels: LabelRule, *, cache_dir: str | P
     """
     if cache_dir is None:
         return scan_words(reader, labels)
-    rule = labels.charset.characters, labels.max_length, labels.case_sensitive
-    path = Path(cache_dir) / f"{reader.path.resolve().name}-{reader.fingerprint(_FORMAT, *rule)}.npz"
+    folder, file = reader.path.resolve(), (reader.path / DATA_FILE).stat()
+    parts = [str(folder), file.st_size, file.st_mtime_ns, _FORMAT]
+    parts += [labels.charset.characters, labels.max_length, labels.case_sensitive]
+    path = Path(cache_dir) / f"{folder.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npz"
     try:
         with np.load(path) as stored:
-            return WordIndex(stored["numbers"], json.loads(str(stored["filtered"])))
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+            return stored["numbers"], json.loads(str(stored["filtered"]))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        logger.warning("%s: is damaged (%s), scanning again", path, error)
-    index = scan_words(reader, labels)
+        if path.exists():
+            logger.warning("%s: is damaged (%s), scanning again", path, error)
+    numbers, filtered = scan_words(reader, labels)
     try:
-        write_atomically(path, lambda file: np.savez(file, numbers=index.numbers, filtered=json.dumps(index.filtered)))
+        write_atomically(path, lambda file: np.savez(file, numbers=numbers, filtered=json.dumps(filtered)))
     except (OSError, UserError) as error:
         logger.warning("%s: the index of %s cannot be stored (%s)", cache_dir, reader.path, error)
-    return index
+    return numbers, filtered
 
 
 def default_cache_dir() -> Path:
@@ -86,27 +78,20 @@ def scan_words(reader: LmdbReader, labels: LabelRule) -> WordIndex:
 
     announced = len(reader)
     numbers, states, with_image = array("i"), bytearray(), array("i")
-    with reader.transaction() as transaction:
-        for number, label in _numbered(transaction, b"label-", announced, values=True):
-            numbers.append(number)
-            states.append(state(label))
-        with_image.extend(number for number, _ in _numbered(transaction, b"image-", announced, values=False))
+    for number, label in _numbered(reader, b"label-", announced, values=True):
+        numbers.append(number)
+        states.append(state(label))
+    with_image.extend(number for number, _ in _numbered(reader, b"image-", announced, values=False))
     complete = np.isin(numbers, with_image)
     numbers, states = np.array(numbers, np.int32)[complete], np.frombuffer(states, np.uint8)[complete]
     counts = {MISSING: announced - len(numbers)}
     counts |= {name: int(np.count_nonzero(states == place)) for place, name in enumerate(_STATES) if name}
-    return WordIndex(numbers[states == 0], {name: count for name, count in counts.items() if count})
+    return numbers[states == 0], {name: count for name, count in counts.items() if count}
 
 
-def _numbered(transaction: lmdb.Transaction, prefix: bytes, last: int, *, values: bool) -> Iterator[tuple[int, bytes]]:
+def _numbered(reader: LmdbReader, prefix: bytes, last: int, *, values: bool) -> Iterator[tuple[int, bytes]]:
     """Yield number (1 to `last`) and value of each key `prefix%09d` in order; without `values` they are not read."""
-    with transaction.cursor() as cursor:
-        if not cursor.set_range(prefix):
-            return
-        entries = cursor.iternext() if values else ((key, b"") for key in cursor.iternext(values=False))
-        for key, value in entries:
-            if not key.startswith(prefix):
-                return
-            digits = key[len(prefix) :]
-            if len(digits) == 9 and digits.isdigit() and 1 <= int(digits) <= last:
-                yield int(digits), value
+    for key, value in reader.entries(prefix, values=values):
+        digits = key[len(prefix) :]
+        if len(digits) == 9 and digits.isdigit() and 1 <= int(digits) <= last:
+            yield int(digits), value

@@ -39,15 +39,12 @@ def make_loader(
     dataset: Dataset,
     collate: Callable[[Sequence[Any]], Any],
     *,
-    batch_sampler: Any = None,
-    sampler: Any = None,
-    batch_size: int = 1,
     num_workers: int = 0,
     multiprocessing_context: str | None = None,
     pin_memory: bool = False,
+    **batching: Any,
 ) -> DataLoader:
-    """Return a data loader over a batch sampler (training), or over a sampler in batches of `batch_size`."""
-    batching = {"sampler": sampler, "batch_size": batch_size} if batch_sampler is None else {}
+    """Return a data loader over a `batch_sampler` (training), or over a `sampler` in batches of `batch_size`."""
     return DataLoader(
         dataset,
         collate_fn=collate,
@@ -56,6 +53,5 @@ def make_loader(
         worker_init_fn=initialize_worker,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator(),  # without it, each start of the workers would draw from torch's own generator
-        batch_sampler=batch_sampler,
         **batching,
     )

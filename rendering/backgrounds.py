@@ -24,6 +24,7 @@ _WEIGHTS = {"plain": 0.28, "gradient": 0.2, "texture": 0.2, "scene": 0.1, "photo
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _PHOTO_SIDE = 640  # pixels; photographs are kept at about this size
 _PHOTOS_KEPT = 96  # by each process, of about 1 MB each
+_NO_PHOTOS = "background: photo needs photographs; name their folder in `photos`"
 _NEIGHBOURS = np.array([0.15, 0.35, 0.15, 0.35])  # chance of another text left, above, right, below
 _FRAGMENTS = 96
 _FRAGMENT_UNIT = 32  # pixels; height of a capital letter in a kept fragment
@@ -47,7 +48,7 @@ class Backgrounds:
         self._photos = find_photos(config.photos) if config.photos else []
         self._kind = config.background
         if self._kind == "photo" and not self._photos:
-            raise UserError("background: photo needs photographs; name their folder in `photos`")
+            raise UserError(_NO_PHOTOS)
         weights = np.array([_WEIGHTS[kind] * (kind != "photo" or bool(self._photos)) for kind in BACKGROUND_KINDS])
         self._cumulated = np.cumsum(weights / weights.sum())
         self._fragments: dict[int, np.ndarray] = {}
@@ -61,29 +62,20 @@ class Backgrounds:
         """Draw a background of `kind` for an image of `warp.size`, other texts within the warp's margins."""
         base = sample_background_colour(rng, self._saturated)
         size = (warp.size[1], warp.size[0])
+        if kind == "photo":
+            return self._cut_photo(size, rng)
         if kind != "clutter":
-            return self._surface(kind, base, size, rng)
+            return _SURFACES[kind](base, size, rng)
         ground = ("plain", "plain", "gradient", "texture", "scene")[int(rng.integers(5))]
-        image = self._surface(ground, base, size, rng)
+        image = _SURFACES[ground](base, size, rng)
         self._draw_shapes(image, base, rng)
         self._draw_texts(image, base, warp, rng)
         return image
 
-    def _surface(self, kind: str, base: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        if kind == "plain":
-            return full(size, base)
-        if kind == "gradient":
-            return _gradient(base, size, rng)
-        if kind == "texture":
-            return _texture(base, size, rng)
-        if kind == "scene":
-            return _scene(base, size, rng)
-        if not self._photos:
-            raise UserError("background: photo needs photographs; name their folder in `photos`")
-        return self._cut_photo(size, rng)
-
     def _cut_photo(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         """Cut a piece of a photograph in the shape of the image, at full resolution or shrunk."""
+        if not self._photos:
+            raise UserError(_NO_PHOTOS)
         photo = read_photo(self._photos[int(rng.integers(len(self._photos)))])
         height, width = size
         largest = min(photo.shape[0] / height, photo.shape[1] / width)
@@ -238,13 +230,18 @@ def _fill_beyond_edge(image: np.ndarray, colour: tuple[float, ...], rng: np.rand
     """Fill what lies beyond a nearly straight line along one side, in place."""
     height, width = image.shape[:2]
     depth = rng.uniform(0.02, 0.16, size=2) * height
-    side = int(rng.integers(4))
-    if side == 0:
-        corners = [(0, 0), (width, 0), (width, depth[0]), (0, depth[1])]
-    elif side == 1:
-        corners = [(0, height), (width, height), (width, height - depth[0]), (0, height - depth[1])]
-    elif side == 2:
-        corners = [(0, 0), (0, height), (depth[0], height), (depth[1], 0)]
-    else:
-        corners = [(width, 0), (width, height), (width - depth[0], height), (width - depth[1], 0)]
+    corners = (
+        [(0, 0), (width, 0), (width, depth[0]), (0, depth[1])],
+        [(0, height), (width, height), (width, height - depth[0]), (0, height - depth[1])],
+        [(0, 0), (0, height), (depth[0], height), (depth[1], 0)],
+        [(width, 0), (width, height), (width - depth[0], height), (width - depth[1], 0)],
+    )[int(rng.integers(4))]
     cv2.fillConvexPoly(image, np.array(corners, np.int32), colour, cv2.LINE_AA)
+
+
+_SURFACES = {
+    "plain": lambda base, size, rng: full(size, base),
+    "gradient": _gradient,
+    "texture": _texture,
+    "scene": _scene,
+}

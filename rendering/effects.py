@@ -5,6 +5,7 @@ shadow, sides, glow) is not text. Lengths are in heights of a capital letter.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -13,9 +14,10 @@ from rendering.blending import blend, full, raised
 from rendering.colours import luminance, sample_contrasting_colour, with_luminance
 from rendering.config import RenderConfig
 from rendering.geometry import Warp
-from rendering.letters import PADDING, Letters
-from rendering.strokes import disc, dotted, hollow, stencilled
+from rendering.letters import Letters
 from rendering.textures import cut_wear
+
+_BRIDGED = frozenset("ABCDGOPQRSUabdegopq0689")  # letters that a stencil holds together by bridges
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,62 @@ def sample_style(config: RenderConfig, rng: np.random.Generator) -> Style:
 def letter_stroke(letters: Letters, text: str, style: Style) -> np.ndarray:
     """Return the part of the letters that is text, uint8 (h, w), 255 = text."""
     if style.hollow:
-        return hollow(letters, style.hollow)
+        return _hollow(letters, style.hollow)
     if style.dots:
-        return dotted(letters, style.dots)
+        return _dotted(letters, style.dots)
     if style.stencil:
-        return stencilled(letters, text, style.stencil)
+        return _stencilled(letters, text, style.stencil)
     return letters.fill
+
+
+def _hollow(letters: Letters, width: float) -> np.ndarray:
+    """Return the outlines of letters, `width` heights of a capital letter wide, uint8 (h, w)."""
+    radius = max(1, round(width * letters.unit / 2))
+    return cv2.dilate(letters.fill, disc(radius)) - cv2.erode(letters.fill, disc(radius))
+
+
+def _dotted(letters: Letters, rows: float) -> np.ndarray:
+    """Return the letters as dots in a grid with `rows` rows to a capital letter, uint8 (h, w).
+
+    Letters stay whole where the grid is too coarse for them.
+    """
+    pitch = max(3, round(letters.unit / rows))
+    height, width = letters.fill.shape
+    cells = cv2.resize(letters.fill, (max(1, width // pitch), max(1, height // pitch)), interpolation=cv2.INTER_AREA)
+    lit = (cells > 105).astype(np.uint8)
+    missed = np.abs(cells.astype(np.float32) - 255 * lit).sum()
+    if missed > 0.5 * cells.sum(dtype=np.float32):
+        return letters.fill
+    dots = np.zeros((height, width), np.uint8)
+    grid = np.kron(lit, _dot(pitch))
+    dots[: grid.shape[0], : grid.shape[1]] = grid[:height, :width]
+    return dots
+
+
+def _stencilled(letters: Letters, text: str, width: float) -> np.ndarray:
+    """Cut the bridges of a stencil, `width` heights of a capital letter wide, out of letters: uint8 (h, w)."""
+    cut = letters.fill.copy()
+    half = max(1, round(width * letters.unit)) / 2
+    for character, (left, right) in zip(text, letters.spans, strict=True):
+        if character in _BRIDGED and right - left > 6 * half:
+            middle = (left + right) / 2
+            cut[:, round(middle - half) : round(middle + half)] = 0
+    return cut
+
+
+@lru_cache(maxsize=64)
+def disc(radius: int) -> np.ndarray:
+    """Return a round kernel for dilation and erosion."""
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+
+
+@lru_cache(maxsize=64)
+def _dot(pitch: int) -> np.ndarray:
+    """Return a dot in a cell of the grid, uint8 (pitch, pitch)."""
+    detail = 8
+    large = np.zeros((pitch * detail, pitch * detail), np.uint8)
+    cv2.circle(large, (pitch * detail // 2, pitch * detail // 2), round(0.43 * pitch * detail), 255, -1)
+    return cv2.resize(large, (pitch, pitch), interpolation=cv2.INTER_AREA)
 
 
 def paint_fill(
@@ -222,9 +274,6 @@ def _softened(alpha: np.ndarray, sigma: float) -> np.ndarray:
 
 def _moved(alpha: np.ndarray, x: float, y: float) -> np.ndarray:
     """Move `alpha` by (x, y) pixels; the padding is wider than any move."""
-    limit = PADDING * 0.9
-    height, width = alpha.shape
-    assert max(abs(x) / width, abs(y) / height) < limit
     return np.roll(alpha, (round(y), round(x)), (0, 1))
 
 

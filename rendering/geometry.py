@@ -11,6 +11,7 @@ from functools import cached_property
 import cv2
 import numpy as np
 
+from loading.transforms import rotation_matrix
 from rendering.config import RenderConfig
 from rendering.letters import MAX_HEIGHT, Letters
 
@@ -162,9 +163,7 @@ def _sample_view(half_extent: float, config: RenderConfig, rng: np.random.Genera
     elif chances[1] < config.chance("rotation"):
         degrees = config.amount(5.0) * values[1]
     if degrees:
-        angle = math.radians(degrees)
-        turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1.0]])
-        matrix = turn @ matrix
+        matrix = rotation_matrix(degrees) @ matrix
     if chances[2] < config.chance("perspective"):
         amount = config.amount(0.12)
         view = np.eye(3)

@@ -27,9 +27,12 @@ class WordSource:
     def __init__(self, config: WordsConfig) -> None:
         self.config = config
         self._allowed = frozenset(config.characters)
-        words, frequencies = zip(*self._usable(), strict=True) if config.file else self._english()
-        chances = np.asarray(frequencies, np.float64) ** (1 / config.temperature)
-        self._words = words
+        counted = read_words(Path(config.file)) if config.file else english_words(config.vocabulary)
+        usable = [(word, count) for word, count in counted if self._fits(word)]
+        if not usable:
+            raise UserError(f"{config.file or 'English'}: has no word that words.characters and words.max_length allow")
+        self._words, counts = zip(*usable, strict=True)
+        chances = np.array(counts, np.float64) ** (1 / config.temperature)
         if not 0 < chances.sum() < np.inf:
             raise UserError(
                 f"words.temperature: {config.temperature:g} is too small for these counts; 1 takes them as is"
@@ -76,27 +79,20 @@ class WordSource:
         length = min(int(rng.integers(1, 9)), self.config.max_length)
         return "".join(pool[int(number)] for number in rng.integers(len(pool), size=length))
 
-    def _english(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        # Imported here: the word lists take a second to load, and a word file needs none of them.
-        from wordfreq import get_frequency_dict, top_n_list
-
-        frequencies = get_frequency_dict("en", wordlist="best")
-        words = [w for w in top_n_list("en", self.config.vocabulary) if self._fits(w) and not w.isdigit()]
-        if not words:
-            raise UserError("words.characters: no English word can be written with them; add letters or a words.file")
-        return tuple(words), tuple(frequencies[word] for word in words)
-
-    def _usable(self) -> Iterator[tuple[str, float]]:
-        found = [(word, count) for word, count in read_words(Path(self.config.file)) if self._fits(word)]
-        if not found:
-            raise UserError(f"{self.config.file}: holds no word that words.characters and words.max_length allow")
-        return iter(found)
-
     def _fits(self, word: str) -> bool:
         """Return whether `word` can be written in any case."""
         return 0 < len(word) <= self.config.max_length and any(
             self._allowed.issuperset(form) for form in (word.lower(), word.upper(), word)
         )
+
+
+def english_words(count: int) -> Iterator[tuple[str, float]]:
+    """Yield the most frequent English words with their frequencies."""
+    # Imported here: the word lists take a second to load, and a word file needs none of them.
+    from wordfreq import get_frequency_dict, top_n_list
+
+    frequencies = get_frequency_dict("en", wordlist="best")
+    return ((word, frequencies[word]) for word in top_n_list("en", count) if not word.isdigit())
 
 
 def read_words(path: Path) -> Iterator[tuple[str, float]]:

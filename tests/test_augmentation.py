@@ -94,21 +94,21 @@ class TestDeterioration:
 class TestColor:
     def test_zero_strength_changes_nothing_but_rounding(self):
         image = as_color(pattern())
-        same = color_jitter(image, rng(), brightness=0, contrast=0, saturation=0, hue=0)
+        same = color_jitter(image, rng(), (0, 0, 0, 0))
         assert np.abs(same.astype(int) - image).max() <= 2
 
     def test_saturates_instead_of_wrapping(self):
         bright = np.full((8, 8, 3), 250, np.uint8)
         for seed in range(50):
-            result = color_jitter(bright, rng(seed), brightness=0.5, contrast=0, saturation=0, hue=0)
+            result = color_jitter(bright, rng(seed), (0.5, 0, 0, 0))
             assert result.min() >= 124
 
     def test_hue_moves_colours_and_leaves_greys(self):
         red = np.full((8, 8, 3), (200, 30, 30), np.uint8)
         grey = np.full((8, 8, 3), 90, np.uint8)
-        turned = [color_jitter(red, rng(seed), brightness=0, contrast=0, saturation=0) for seed in range(20)]
+        turned = [color_jitter(red, rng(seed), (0, 0, 0, 0.1)) for seed in range(20)]
         assert len({tuple(each[0, 0]) for each in turned}) > 10
-        assert np.abs(color_jitter(grey, rng(), brightness=0, contrast=0, saturation=0).astype(int) - 90).max() <= 1
+        assert np.abs(color_jitter(grey, rng(), (0, 0, 0, 0.1)).astype(int) - 90).max() <= 1
 
 
 class TestRandAugment:

@@ -1,5 +1,6 @@
 """Data sets: what a sample is, what is skipped and why, and that nothing but seed, epoch and index changes one."""
 
+import functools
 import gc
 import itertools
 import logging
@@ -28,13 +29,14 @@ from evaluation.drawing import to_images
 from loading import word_index
 from loading.augmentation import AugmentWord, CropSegmentation, mutate_spelling
 from loading.batches import LabelRule, LanguageCollate, Skipped, WordCollate, collate_segmentation
-from loading.charset import Charset
+from loading.charset import PROTOCOLS, Charset
 from loading.lmdb_io import LmdbReader, LmdbWriter
 from loading.masks import LmdbMasks, find_mask_lmdb
 from loading.pairs import PairFolder
 from loading.sampling import ResumableBatchSampler, SampleKey
 from loading.transforms import ResizeWord
 from loading.workers import make_loader
+from rendering import RenderedWord, WordRenderer
 from utils import UserError
 
 ALPHANUMERIC = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -215,7 +217,7 @@ class TestIndexCache:
         first = open_set(words, cache_dir=tmp_path / "cache")
         monkeypatch.setattr(word_index, "scan_words", lambda *_: pytest.fail("scanned again"))
         second = open_set(words, cache_dir=tmp_path / "cache")
-        np.testing.assert_array_equal(first.index.numbers, second.index.numbers)
+        np.testing.assert_array_equal(first.numbers, second.numbers)
 
     def test_other_rule_or_file_is_another_index(self, words, tmp_path):
         cache = tmp_path / "cache"
@@ -345,16 +347,18 @@ class TestMasks:
         assert calls == [[(24, 45, 3), (24, 41, 3), (24, 48, 3)]]
 
 
-class Drawn:
-    """Stands in for a renderer."""
+@pytest.fixture
+def rendered(tmp_path, monkeypatch):
+    """Build data sets of three words, of which two cannot be used; each epoch draws them anew."""
 
-    texts = ("word", "!!!", "w" * 30)
+    def render(renderer, seed, number, *, difficulty):
+        epoch, index = divmod(number, 3)
+        text = ("word", "!!!", "w" * 30)[index]
+        return RenderedWord(word_image(epoch + 1), word_mask(epoch + 1), text, "", "", 0.0, 0.0)
 
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, key):
-        return word_image(key.epoch + 1), word_mask(key.epoch + 1), self.texts[key.index]
+    monkeypatch.setattr(WordRenderer, "render", render)
+    (tmp_path / "render.yaml").write_text("length: 3\n")
+    return functools.partial(RenderedDataset, tmp_path / "render.yaml", labels=RULE, transform=ResizeWord())
 
 
 class TestJoined:
@@ -387,15 +391,15 @@ class TestJoined:
         with pytest.raises(UserError, match="nowhere"):
             open_word_datasets([tmp_path / "nowhere"], labels=RULE, transform=ResizeWord())
 
-    def test_renderer_is_asked_with_the_epoch(self):
-        data = JoinedDataset([RenderedDataset(Drawn(), labels=RULE, transform=ResizeWord())])
+    def test_renderer_is_asked_with_the_epoch(self, rendered):
+        data = JoinedDataset([rendered()])
         assert (data[SampleKey(0, 0)].image != data[SampleKey(9, 0)].image).any()
         samples = data.__getitems__([SampleKey(2, index) for index in range(3)])
         batch = WordCollate(RULE)(samples)
         assert batch.texts == ["word"]
         assert batch.skipped == {1: "empty", 2: "too_long"}
 
-    def test_a_network_that_makes_masks_makes_those_of_rendered_words_too(self):
+    def test_a_network_that_makes_masks_makes_those_of_rendered_words_too(self, rendered):
         calls = []
 
         def segmenter(images):
@@ -403,12 +407,56 @@ class TestJoined:
             return [np.full(each.shape[:2], 7, np.uint8) for each in images]
 
         keys = [SampleKey(2, index) for index in range(3)]
-        exact = RenderedDataset(Drawn(), labels=RULE, transform=ResizeWord()).__getitems__(keys)
-        made = RenderedDataset(Drawn(), labels=RULE, transform=ResizeWord(), segmenter=segmenter).__getitems__(keys)
+        exact = rendered().__getitems__(keys)
+        made = rendered(segmenter=segmenter).__getitems__(keys)
         assert calls == [1], "one call for a batch, without the words that are skipped"
         assert (made[0].image == exact[0].image).all()
         assert (made[0].mask == 7).all()
         assert len(np.unique(exact[0].mask)) > 1
+
+
+class TestRendered:
+    @pytest.fixture
+    def open_rendered(self, tmp_path):
+        """Open words as they are drawn, with a short list of words, which loads at once."""
+        (tmp_path / "words.txt").write_text("street\nmarket\ncoffee\nopen\nexit\nnorth\njolly\nquiz\n")
+        (tmp_path / "render.yaml").write_text(f"length: 7\nwords: {{file: {tmp_path / 'words.txt'}}}\n")
+        options = {
+            "labels": LabelRule(Charset(PROTOCOLS[94]), case_sensitive=True),
+            "transform": lambda *each: each[:2],
+        }
+        return functools.partial(RenderedDataset, tmp_path / "render.yaml", **options)
+
+    def test_epochs_have_words_of_their_own(self, open_rendered):
+        words = open_rendered(seed=3)
+        assert len(words) == 7
+        first, again, later = words[2], words[SampleKey(0, 2)], words[SampleKey(1, 2)]
+        assert np.array_equal(first.image, again.image)
+        assert np.array_equal(first.mask, again.mask)
+        assert first.text == again.text
+        assert np.array_equal(later.image, words.renderer.render(words.renderer_seed, 9).image)
+        assert len(open_rendered(length=4)) == 4
+        assert open_rendered(with_masks=False)[0].mask is None
+        with pytest.raises(IndexError):
+            words[7]
+
+    def test_splits_and_data_sets_of_a_run_share_no_word(self, open_rendered):
+        """Of 50 words none is one of another part's, image and text."""
+
+        def words_of(**part):
+            words = open_rendered(length=50, **{"seed": 3, **part})
+            return {(sample.text, sample.image.tobytes()) for sample in words.__getitems__(range(50))}
+
+        training = words_of()
+        assert training == words_of(split=0, stream=0)
+        for part in ({"split": 1}, {"stream": 1}, {"seed": 4}):
+            assert not training & words_of(**part)
+
+    def test_difficulty_changes_over_the_run(self, open_rendered):
+        words = open_rendered(difficulty=(0.2, 0.8))
+        for progress, difficulty in ((0.0, 0.2), (0.5, 0.5), (1.0, 0.8)):
+            expected = words.renderer.render(words.renderer_seed, 9, difficulty=difficulty).image
+            assert np.array_equal(words[SampleKey(1, 2, progress)].image, expected)
 
 
 class TestBatches:
@@ -664,7 +712,7 @@ class TestSegmentation:
         assert [data[1].reason, data[2].reason] == ["mask_size", "broken"]
         batch = collate_segmentation([data[0], data[1], data[2]])
         assert batch.skipped == {1: "mask_size", 2: "broken"}
-        assert batch.names == ["w1"]
+        assert batch.indices.tolist() == [0]
         assert len(collate_segmentation([data[1]])) == 0
 
     def test_word_lmdb_without_masks_is_named(self, words):

@@ -48,6 +48,7 @@ from loading.charset import Charset
 from loading.decoding import BrokenImageError, decode_image, decode_mask
 from loading.lmdb_io import NUM_SAMPLES, LmdbWriter, image_key, label_key, mask_key
 from loading.transforms import ResizeWord
+from rendering import WordRenderer, load_render_config
 from utils import UserError
 
 SEED = 0
@@ -533,13 +534,11 @@ def render_config(rng: Rng, folder: Path, material: Path) -> Run:
     path.write_bytes(yaml_text(rng, Path("configs/render.yaml").read_text()))
 
     def run() -> str:
-        from rendering.endless import RenderedWords
-
-        words = RenderedWords(path)
+        renderer = WordRenderer(load_render_config(path))
         for index in range(2):
-            image, mask, text = words[index]
-            assert image.shape[:2] == mask.shape
-            assert text
+            word = renderer.render(0, index)
+            assert word.image.shape[:2] == word.mask.shape
+            assert word.text
         return RESULT
 
     return run

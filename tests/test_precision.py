@@ -1,11 +1,14 @@
 """Precisions: what autocast computes in, and a device's own choice."""
 
+import functools
 import os
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from builders import with_checkpoint
+from config import load_config
 from engine.precision import (
     PRECISIONS,
     autocast,
@@ -17,6 +20,7 @@ from engine.precision import (
     without_search,
 )
 from modules.transformer import TransformerEncoder
+from tools import benchmark
 
 CPU = torch.device("cpu")
 
@@ -101,3 +105,44 @@ def test_an_encoder_evaluates_in_the_precision_of_autocast():
         expected = encoder(sequence)
         with torch.no_grad():  # where torch has a fused kernel
             torch.testing.assert_close(encoder(sequence), expected, rtol=0, atol=0)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def last_loss(network: str, form: str, device: torch.device, steps: int, words: int) -> float:
+    """Mean total loss of the last ten of some training steps on rendered words, without dropout."""
+    precision, _, mode = form.partition(", ")
+    settings = [f"dataset.train.roots=[{benchmark.RENDERED_WORDS}]", f"dataset.train.length={8 * words}"]
+    settings += [f"dataset.train.batch_size={words}", "dataset.train.shares=null", "dataset.masks.source=lmdb"]
+    settings += ["dataset.num_workers=0", "dataset.data_aug=false", f"training.precision={precision}"]
+    settings += ["model.vision.dropout=0.0", "model.language.dropout=0.0"]
+    settings += ["training.compile=true", f"training.compile_mode={mode.removeprefix('compiled ')}"] if mode else []
+    config = with_checkpoint(load_config(f"configs/{network}.yaml", settings), None)
+    trainer, batches = benchmark.make_trainer(config, device=device, batches=8)
+    losses = [trainer._step(batches[step % len(batches)], 0.0).terms["total"] for step in range(steps)]
+    torch.compiler.reset()
+    return torch.stack(losses[-10:]).mean().item()
+
+
+def check_losses(network: str, form: str, device: torch.device, *, steps: int, words: int) -> None:
+    scale = {"device": device, "steps": steps, "words": words}
+    expected, found = (last_loss(network, each, **scale) for each in ("fp32", form))
+    assert abs(found / expected - 1) < 0.02, f"{form}: loss {found:.4f}, in fp32 {expected:.4f}"
+
+
+def test_losses_in_16_bits_stay_near_those_of_float32():
+    check_losses("small", "bf16", CPU, steps=6, words=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["bf16", "fp16", "bf16, compiled default"])
+def test_losses_of_the_small_network_on_a_gpu(form):
+    check_losses("small", form, torch.device("cuda"), steps=200, words=96)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["bf16", "fp16", "bf16, compiled default", "bf16, compiled reduce-overhead"])
+def test_losses_of_the_full_size_network_on_a_gpu(form):
+    check_losses("train", form, torch.device("cuda"), steps=50, words=96)

@@ -1,6 +1,5 @@
 """The renderer: what it promises of letters, masks, seeds, fonts, words and settings."""
 
-import dataclasses
 import functools
 import multiprocessing
 import pickle
@@ -12,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from loading.sampling import SampleKey
-from rendering import RenderConfig, RenderedWords, Stream, WordRenderer, load_render_config
+from rendering import RenderConfig, Stream, WordRenderer, load_render_config
 from rendering.backgrounds import find_photos, read_photo
 from rendering.colours import luminance, with_luminance
 from rendering.config import BACKGROUND_KINDS, CHANCES, WordsConfig
@@ -113,9 +111,9 @@ class TestMasks:
     @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
     def test_recolouring_changes_the_mask_and_nothing_else(self, make, difficulty, monkeypatch):
         def other_colours(word, stream):
-            return stream_of(dataclasses.replace(word, index=1000) if stream is Stream.COLOURS else word, stream)
+            index = 1000 if stream is Stream.COLOURS else word.index
+            return word.renderer.generator.at((word.seed, index), (0, stream, 0))
 
-        stream_of = _Word.stream
         settings = [*PLAIN_LETTERS, *ALONE, *NO_CAMERA, f"difficulty={difficulty}", "contrast=0"]
         renderer = make(*settings)
         changed_letters = 0
@@ -618,48 +616,6 @@ class TestConfig:
         assert config.chance("noise") == pytest.approx(0.5 * CHANCES["noise"].probability)
         assert config.chance("blur") == pytest.approx(0.2)  # as given
         assert config.chance("rotation") == pytest.approx(CHANCES["rotation"].probability)
-
-
-class TestEndless:
-    def test_epochs_have_words_of_their_own(self, tmp_path, word_file):
-        path = tmp_path / "render.yaml"
-        path.write_text(f"length: 7\nwords: {{file: {word_file}}}\n")
-        words = RenderedWords(path, seed=3)
-        assert len(words) == 7
-        image, mask, text = words[2]
-        again = words[SampleKey(0, 2)]
-        assert np.array_equal(image, again[0])
-        assert np.array_equal(mask, again[1])
-        assert text == again[2]
-        later = words[SampleKey(1, 2)]
-        assert np.array_equal(later[0], words.renderer.render(words.seed, 9).image)
-        assert len(RenderedWords(path, length=4)) == 4
-        with pytest.raises(IndexError):
-            words[7]
-
-    def test_splits_and_data_sets_of_a_run_share_no_word(self, tmp_path, word_file):
-        """Of 50 words none is one of another part's, image and text."""
-        path = tmp_path / "render.yaml"
-        path.write_text("length: 50\n")
-
-        def words_of(**part):
-            words = RenderedWords(path, seed=3, **part)
-            return {(text, image.tobytes()) for image, _, text in map(words.__getitem__, range(50))}
-
-        training = words_of()
-        assert training == words_of(split=0, stream=0)
-        for part in ({"split": 1}, {"stream": 1}):
-            others = words_of(**part)
-            assert not training & others
-            assert len({text for text, _ in training} & {text for text, _ in others}) < 10  # numbers and short words
-
-    def test_difficulty_changes_over_the_run(self, tmp_path, word_file):
-        path = tmp_path / "render.yaml"
-        path.write_text(f"length: 7\nwords: {{file: {word_file}}}\n")
-        words = pickle.loads(pickle.dumps(RenderedWords(path, difficulty=(0.2, 0.8))))
-        for progress, difficulty in ((0.0, 0.2), (0.5, 0.5), (1.0, 0.8)):
-            expected = words.renderer.render(words.seed, 9, difficulty=difficulty).image
-            assert np.array_equal(words[SampleKey(1, 2, progress)][0], expected)
 
 
 def test_luminance_can_be_chosen():

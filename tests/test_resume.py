@@ -57,6 +57,23 @@ def test_killed_and_resumed_equals_uninterrupted(config):
     assert_same_runs(config, "whole", "cut")
 
 
+DETERMINISTIC = ("training.deterministic=true", "training.precision=bf16")
+
+
+def test_deterministic_runs_are_equal(config):
+    """tools/gpu_check.py runs this test and the next one on a GPU."""
+    for name in ("one", "two"):
+        run(config, f"--name={name}", *DETERMINISTIC)
+    assert_same_runs(config, "one", "two")
+
+
+def test_a_deterministic_run_killed_and_resumed_equals_uninterrupted(config):
+    run(config, "--name=whole", *DETERMINISTIC)
+    kill_at(start(config, "--name=cut", *DETERMINISTIC), config, "cut", 5)
+    run(config, "--name=cut", "--resume", *DETERMINISTIC)
+    assert_same_runs(config, "whole", "cut")
+
+
 def test_a_cosine_run_of_named_groups_with_a_frozen_part_goes_on_exactly(config):
     arguments = ("optimizer.scheduler.type=cosine", "optimizer.scheduler.warmup_iters=3", "model.vision.freeze=true")
     arguments += ("optimizer.lr_groups={language: 3, alignment.cls: 0.5}", "training.eval_iters=epoch")

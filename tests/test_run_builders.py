@@ -42,12 +42,12 @@ def test_difficulty_is_of_training_words_and_changes_over_the_run(tmp_path):
     config.dataset.train.batch_size, config.training.epochs = 4, 3  # 6 batches
     parts = {"device": torch.device("cpu"), "process": Process()}
     loader = build_training_data(config, **parts)
-    source, drawn = loader.dataset.datasets[0].source, []
+    source, drawn = loader.dataset.datasets[0], []
     word = source.renderer.render(0, 0)
     source.renderer.render = lambda *_, difficulty: drawn.append(difficulty) or word
     assert len(list(itertools.islice(loader, 6))) == 6
     assert drawn == pytest.approx(np.repeat(0.1 + 0.8 * np.arange(6) / 6, 4))
-    assert build_evaluator(config, model_eval="vision", **parts).loaders["render"].dataset.source.difficulty is None
+    assert build_evaluator(config, model_eval="vision", **parts).loaders["render"].dataset.difficulty is None
 
 
 def test_a_mixture_goes_on_exactly_whatever_the_workers(tmp_path):

@@ -27,7 +27,8 @@ def counts_of(batch: list[SampleKey]) -> list[int]:
 
 def mixture(shares, batch_size: int = 20, **options) -> MixtureBatchSampler:
     pairs = [share if isinstance(share, tuple) else (share, share) for share in shares]
-    return MixtureBatchSampler(LENGTHS, pairs, batch_size, **{"seed": 3, "run_batches": 200, **options})
+    options = {"seed": 3, "run_batches": 200, **options}
+    return MixtureBatchSampler(batch_size, lengths=LENGTHS, shares=pairs, **options)
 
 
 def test_every_batch_holds_the_shares():
@@ -101,6 +102,6 @@ def test_keys_tell_how_much_of_the_run_is_done():
 
 def test_a_share_of_nothing_is_refused():
     with pytest.raises(UserError, match="root 2 has a share and no usable sample"):
-        MixtureBatchSampler([5, 0], [(1, 1), (0, 1)], 4)
-    batch = next(iter(MixtureBatchSampler([5, 0], [(1, 1), (0, 0)], 4)))
+        MixtureBatchSampler(4, lengths=[5, 0], shares=[(1, 1), (0, 1)])
+    batch = next(iter(MixtureBatchSampler(4, lengths=[5, 0], shares=[(1, 1), (0, 0)])))
     assert {key.index for key in batch} < set(range(5))

@@ -12,13 +12,13 @@ from tools.benchmark import count_flops, time_in_turns
 from utils import UserError
 
 QUICK = ["--precision", "fp32", "--no-compile", "--runs", "1", "--batch-size", "2"]
-RENDERED = ["dataset.train.roots=[]", "dataset.train.batch_size=2", "dataset.multiprocessing_context=fork"]
+ROOTS = f"dataset.train.roots=[{benchmark.RENDERED_WORDS}]"
+RENDERED = [ROOTS, "dataset.train.length=12", "dataset.train.batch_size=2", "dataset.multiprocessing_context=fork"]
 
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
     """Run tasks with little work; returns the JSON report."""
-    monkeypatch.setattr(benchmark, "MADE_WORDS", 6)
     monkeypatch.setattr(benchmark, "LOADED_BATCHES", 3)
     monkeypatch.setattr("tools.benchmark.ROUND_SECONDS", 0.0)
     monkeypatch.setattr(benchmark, "YARDSTICK_SIZE", 32)

@@ -25,7 +25,7 @@ def test_measurements(words):
     first, second = (compare_words.measure_word(image, text) for text, image in words)
     names = ("contrast", "luminance", "saturation", "height")
     assert [first[name] for name in names] == [150, 125, 0, 20]
-    assert first["character"] == pytest.approx(1.0)
+    assert first["character's width / height"] == pytest.approx(1.0)
     assert second["saturation"] == 255
     assert second["detail"] == 0 < first["detail"]
 
@@ -40,6 +40,7 @@ def test_words_of_an_lmdb(tmp_path, words, capsys, monkeypatch):
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["", "lmdb"]
     assert ["words", "2"] in rows
+    assert ["height", "24 / 40 / 56"] in rows
     assert ["digits only", "50 %"] in rows
     assert ["1 to 3 characters", "50 %"] in rows
     assert ["higher than wide", "50 %"] in rows

@@ -322,7 +322,7 @@ def test_a_mask_of_a_huge_size_is_refused_by_its_header(textseg):
         assert tracemalloc.get_traced_memory()[1] < 40 << 20
     finally:
         tracemalloc.stop()
-    assert "mask too large" in (textseg / "out-rejected.tsv").read_text()
+    assert "damaged mask\tb_maskfg.png: 9000 x 9000 pixels" in (textseg / "out-rejected.tsv").read_text()
 
 
 @pytest.mark.parametrize("text", ["x: [[1 2]], y: [[3 4]], " * 50_000, "x: [[" + "y: [[1]] transcriptions: [" * 20_000])

@@ -1,17 +1,18 @@
 """tools/gpu_check.py: every part has its line, and without a GPU those that need one are listed as left out."""
 
+import time
+
 import pytest
 import torch
 
+from tests import test_resume
 from tools import gpu_check
 
 NEED_A_GPU = {
-    ("tests that need a GPU", "pytest -m gpu"),
-    ("small network", "fp16"),
-    *(("full size", form) for form in ("fp32", "bf16", "fp16")),
-    ("small network", "bf16, compiled"),
+    *(("tests that need a GPU", form) for form in ("eager", "compiled")),
+    ("training, small", "fp16"),
     ("reading", "bf16, compiled"),
-    *(("full size", f"bf16, compiled, {mode}") for mode in ("default", "reduce-overhead")),
+    *(("training, small", f"bf16, compiled, {mode}") for mode in ("default", "reduce-overhead")),
 }
 
 
@@ -27,10 +28,10 @@ def parts(monkeypatch):
 
         return work
 
-    monkeypatch.setattr(gpu_check.benchmark, "render_words_to", lambda *_: None)
+    monkeypatch.setattr(gpu_check.render_words, "main", lambda arguments: 0)
     monkeypatch.setattr(gpu_check, "pick_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    for name in ("gpu_tests", "training", "two_runs", "kill_and_resume", "speed"):
+    for name in ("tests", "speed"):
         monkeypatch.setattr(gpu_check.GpuCheck, name, part(name))
     return done
 
@@ -46,14 +47,17 @@ def test_without_a_gpu_the_parts_that_need_one_are_named(parts, tmp_path):
     lines = lines_of(tmp_path / "check.md")
     assert {key for key, value in lines.items() if value == ("needs a GPU", "left out")} == NEED_A_GPU
     assert len(lines) - len(NEED_A_GPU) == len(parts)
-    assert {("training", "small", "bf16"), ("speed", "masks", "small SSN", "bf16")} <= set(parts)
+    assert {("speed", "training", "small", "bf16"), ("speed", "masks", "small SSN", "bf16")} <= set(parts)
+    tests = [selected for name, selected, *_ in parts if name == "tests"]
+    assert [getattr(test_resume, each.removeprefix("tests/test_resume.py::")) for each in tests]
+    assert len(tests) == 2
 
 
 def test_a_part_that_fails_changes_its_line_and_the_exit_status(parts, tmp_path, monkeypatch):
-    def fail(self):
+    def fail(self, *arguments):
         raise ZeroDivisionError("no\nwords")
 
-    monkeypatch.setattr(gpu_check.GpuCheck, "two_runs", fail)
+    monkeypatch.setattr(gpu_check.GpuCheck, "tests", fail)
     assert gpu_check.main(["--output", str(tmp_path / "check.md")]) == 1
     lines = lines_of(tmp_path / "check.md")
     assert lines["two equal runs", "deterministic"] == ("ZeroDivisionError: no", "failed")
@@ -64,30 +68,27 @@ def test_no_part_starts_when_the_time_is_over(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check.time, "monotonic", iter(range(0, 100_000, 100)).__next__)
     gpu_check.main(["--output", str(tmp_path / "check.md"), "--seconds", "450"])
     verdicts = lines_of(tmp_path / "check.md")
-    assert verdicts["small network", "fp32"][1] == "ok"
+    assert verdicts["training, small", "bf16"][1] == "ok"
     assert verdicts["reading", "bf16"] == ("no time was left; give more --seconds", "left out")
-    assert verdicts["full size", "fp32"] == ("needs a GPU", "left out")
+    assert verdicts["training, small", "fp16"] == ("needs a GPU", "left out")
 
 
-def test_a_loss_far_from_fp32s_fails(tmp_path, monkeypatch):
-    check = gpu_check.GpuCheck(torch.device("cpu"), gpu_check.ON_CPU, tmp_path, float("inf"))
-    losses = {"fp32": 2.0, "bf16": 2.03, "fp16": 2.1}
+def test_a_failed_test_is_named(tmp_path):
+    check = gpu_check.GpuCheck(torch.device("cpu"), tmp_path, time.monotonic() + 60)
+    (tmp_path / "test_it.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
+    result, verdict = check.tests(str(tmp_path / "test_it.py"))
+    assert verdict == "failed"
+    assert "1 failed, 1 passed" in result
+    assert "::test_bad" in result
+    assert check.tests(str(tmp_path / "test_it.py"), "-k", "good")[1] == "ok"
 
-    class Trainer:
-        def __init__(self, loss):
-            self.loss = torch.tensor(loss)
 
-        def _step(self, batch, waited):
-            return type("Step", (), {"terms": {"total": self.loss}})
-
-    monkeypatch.setattr(check, "_trainer", lambda _, key, **__: (Trainer(losses[key.partition("=")[2]]), [[0] * 4]))
-    monkeypatch.setattr(check, "_flops_of_a_word", lambda network: 1e9)
-    monkeypatch.setattr(gpu_check.benchmark, "matrix_rate", lambda device, dtype: 1e12)
-    verdicts = {form: check.training("small", form) for form in losses}
-    assert verdicts["fp32"][1] == "measured"
-    assert verdicts["bf16"][1] == "ok"
-    assert "differs by 1.50 %" in verdicts["bf16"][0]
-    assert verdicts["fp16"][1] == "failed"
+def test_a_row_on_a_gpu_is_told_in_words():
+    row = {"task": "training", "form": "autocast", "rate": 4000.0, "seconds": 0.024}
+    cpu = row | {"matrix_share": None, "launches": None, "host": None}
+    gpu = row | {"matrix_share": 0.35, "launches": 4769, "host": 0.01}
+    assert gpu_check.shown(cpu) == "training, autocast: 4e+03 words/s"
+    assert gpu_check.shown(gpu).endswith("35% of the matrix rate, 4769 launches, host 10.0 of 24.0 ms")
 
 
 @pytest.mark.slow

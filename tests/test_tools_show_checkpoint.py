@@ -65,20 +65,6 @@ def test_a_checkpoint_of_training_tells_its_story(tmp_path, capsys):
     assert json.loads(text.split("\nscores\n")[1].split("\ntraining\n")[0])["weighted"]["samples"] == 11
 
 
-def test_hours_and_words_of_a_run_older_than_its_provenance_are_lower_bounds(tmp_path, capsys):
-    config = write_config(tmp_path)
-    run(config, "training.iterations=2")
-    (path,) = folder_of(config).glob("*_2.pth")
-    state = torch.load(path, weights_only=True)
-    del state["provenance"]
-    torch.save(state, path)
-    run(config, "--resume", "training.iterations=3")
-    (path,) = folder_of(config).glob("*_3.pth")
-    text = shown(path, capsys)[1]
-    assert '"samples": 8' in text
-    assert "hours and samples are lower bounds: iterations up to 2 have no record" in text
-
-
 @pytest.mark.parametrize("form", ["published", "plain"])
 def test_other_forms_say_what_is_not_known(form, tmp_path, capsys):
     network = build_model(small_networks.small_config("abinet"))

@@ -122,7 +122,7 @@ def render_items(
 
 def stored_items(path: str, rule: LabelRule) -> Iterator[Item]:
     """Yield the words of an LMDB that can be scored and decoded."""
-    for number, image, text in decoded_words(path, scan_words(LmdbReader(path), rule).numbers.tolist()):
+    for number, image, text in decoded_words(path, scan_words(LmdbReader(path), rule)[0].tolist()):
         yield Item(Path(path).name, number, "", "", text, image, None)
 
 

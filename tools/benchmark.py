@@ -6,13 +6,7 @@ Tasks:
   loading    decode, augment and collate the config's training data
   masks      predict masks with an SSN at the config's scales
 
-Forms of reading and training:
-  eager     float32
-  prepared  for inference: the form that prepare_for_inference returns
-  autocast  for training: --precision under autocast
-  compiled  for training: the same, compiled
-
-Training of words needs no data, as words are rendered; so does loading if the config names no training data.
+Words to train on are rendered, so that only loading needs data. docs/benchmarks.md explains the forms of a task.
 """
 
 import argparse
@@ -20,12 +14,12 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
@@ -36,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Measurement, Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from builders import build_model, build_ssn
+from builders import build_model, build_ssn, with_checkpoint
 from config import Config, load_config
 from engine.distributed import Process
 from engine.precision import PRECISIONS
@@ -48,7 +42,7 @@ from inference.segmenter import Segmenter
 from run_builders import build_trainer, build_training_data
 from schema import TrainDataConfig
 from tools.support import make_parser, positive
-from utils import UserError, run_command_line, write_atomically
+from utils import RENDER_SCHEME, UserError, run_command_line, write_atomically
 
 EXAMPLE = """  python tools/benchmark.py reading training --config configs/train.yaml --threads 2 --json speed.json
   python tools/benchmark.py reading --config configs/small.yaml --precision fp32 --no-compile
@@ -57,10 +51,9 @@ EXAMPLE = """  python tools/benchmark.py reading training --config configs/train
 
 YARDSTICK = "resnet50 224x224 fp32"
 YARDSTICK_SIZE = 224
-RENDERING = Path(__file__).resolve().parents[1] / "configs" / "render.yaml"
+RENDERED_WORDS = f"{RENDER_SCHEME}{Path(__file__).resolve().parents[1] / 'configs' / 'render.yaml'}"
 ROUND_SECONDS = 0.2  # a round repeats a short call for so long
 LOADED_BATCHES = 10  # of a call of the task loading, at least
-MADE_WORDS = 1000  # rendered where the config names no training data
 WORD_HEIGHTS, WORD_ASPECT = (24, 96), 3  # pixels, and width over height, of the images that masks are made of
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
@@ -94,14 +87,25 @@ def time_in_turns(calls: Mapping[str, Call], *, runs: int = 5) -> dict[str, Meas
     return {name: Measurement.merge([found[name] for found in rounds])[0] for name in calls}
 
 
-def peak_memory(call: Call, device: torch.device) -> float | None:
-    """Return the MiB that a call takes on a GPU beyond what is allocated before it; None on a CPU."""
+def gpu_costs(call: Call, device: torch.device) -> dict[str, float | None]:
+    """Return what a call costs on a GPU; on a CPU each value is None.
+
+    `memory` is in MiB beyond what is allocated before the call, `launches` counts the kernels and graphs that the host
+    launches, and `host` is the time until it has done so, in seconds.
+    """
     if device.type != "cuda":
-        return None
+        return dict.fromkeys(("memory", "launches", "host"))
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    started = timer()  # waits for the GPU
     call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    host = time.perf_counter() - started
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        call()
+        timer()
+    launches = sum(event.count for event in found.key_averages() if event.key in LAUNCHES)
+    memory = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return {"memory": memory, "launches": launches, "host": host}
 
 
 def count_flops(call: Call) -> int:
@@ -119,34 +123,29 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / time_in_turns({"product": lambda: a @ b})["product"].median
 
 
-def count_launches(call: Call) -> int:
-    """Return how many kernels and graphs the host launches on a GPU in a call."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        call()
-        timer()  # waits for the GPU
-    return sum(event.count for event in found.key_averages() if event.key in LAUNCHES)
-
-
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Benchmark:
     """Measures tasks with one config on one device; `rows` collects what was found."""
 
-    def __init__(self, options: argparse.Namespace, config: Config) -> None:
-        self.options = options
-        self.config = config
-        self.device = torch.device(options.device)
-        self.rows: list[dict[str, Any]] = []
+    config: Config
+    device: torch.device
+    precision: str = "bf16"  # of all forms but eager
+    compile: bool = True  # measure compiled networks
+    batch_size: int = 32  # words
+    runs: int = 5  # rounds of the medians
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def reading(self) -> None:
         """Predict the words of a batch, and one word."""
         if self.config.model.kind != "recogniser":
-            raise UserError(f"{self.options.config}: is of kind {self.config.model.kind}; name a recogniser's config")
+            raise UserError(f"model.name {self.config.model.name}: reads no words; give the config of a recogniser")
         model = build_model(self.config).to(self.device).eval().requires_grad_(False)
-        prepared = prepare_for_inference(model, precision=self.options.precision, compile=self.options.compile)
-        networks = {"eager": (model, torch.float32), "prepared": (prepared, PRECISIONS[self.options.precision])}
-        for task, words in (("reading", self.options.batch_size), ("latency", 1)):
+        prepared = prepare_for_inference(model, precision=self.precision, compile=self.compile)
+        networks = {"eager": (model, torch.float32), "prepared": (prepared, PRECISIONS[self.precision])}
+        for task, words in (("reading", self.batch_size), ("latency", 1)):
             image = torch.randn(words, 3, *self.config.dataset.image_size, device=self.device)
             inputs = image, torch.rand_like(image[:, :1]) if self.config.model.takes_masks else None
             flops = count_flops(partial(model, *inputs))
@@ -160,19 +159,20 @@ class Benchmark:
 
     def training(self) -> None:
         """Take training steps, always with the same batch of rendered words."""
-        precision = self.options.precision
-        settings = {"eager": ("fp32", False), "autocast": (precision, False), "compiled": (precision, True)}
-        if not self.options.compile:
+        settings = {"eager": ("fp32", False), "autocast": (self.precision, False), "compiled": (self.precision, True)}
+        if not self.compile:
             del settings["compiled"]
+        config = self.config.model_copy(deep=True)
+        words, config.dataset.num_workers = self.batch_size, 0
+        if config.model.kind in ("vision", "recogniser"):
+            config.dataset.train = TrainDataConfig(roots=[RENDERED_WORDS], length=words)
+            config.dataset.masks.source = "lmdb"  # renderings bring their masks
+        config.dataset.train.batch_size = words
         forms: dict[str, Form] = {}
-        with TemporaryDirectory() as folder:
-            config = self._with_words(folder)
-            config.dataset.train.batch_size, config.dataset.num_workers = self.options.batch_size, 0
-            for name, (precision, compiled) in settings.items():
-                config.training.precision, config.training.compile = precision, compiled
-                trainer, (batch,) = make_trainer(config, device=self.device, batches=1)
-                step = partial(trainer._step, batch, 0.0)
-                forms[name] = Form(step, len(batch), PRECISIONS[precision])
+        for name, (precision, compiled) in settings.items():
+            config.training.precision, config.training.compile = precision, compiled
+            trainer, (batch,) = make_trainer(config, device=self.device, batches=1)
+            forms[name] = Form(partial(trainer._step, batch, 0.0), len(batch), PRECISIONS[precision])
         flops = count_flops(forms["eager"].call)
         for form in forms.values():
             form.flops = flops
@@ -180,20 +180,18 @@ class Benchmark:
 
     def loading(self) -> None:
         """Load batches with the config's number of workers."""
-        with TemporaryDirectory() as folder:
-            config = self.config if self.config.dataset.train.roots else self._with_words(folder)
-            batches = iter(build_training_data(config, device=self.device, process=Process()))
-            workers = config.dataset.num_workers
-            number = -(-LOADED_BATCHES // max(1, workers)) * max(1, workers)  # as many for each worker
-            call = lambda: sum(len(batch.inputs()[0]) for batch in islice(batches, number))  # noqa: E731
-            self._measure("loading", {f"workers: {workers}": Form(call, call())})
+        batches = iter(build_training_data(self.config, device=self.device, process=Process()))
+        workers = self.config.dataset.num_workers
+        number = -(-LOADED_BATCHES // max(1, workers)) * max(1, workers)  # as many for each worker
+        call = lambda: sum(len(batch.inputs()[0]) for batch in islice(batches, number))  # noqa: E731
+        self._measure("loading", {f"workers: {workers}": Form(call, call())})
 
     def masks(self) -> None:
         """Predict the masks of images of the sizes that words have."""
         areas = self.config.model.ssn.areas
         ssn = build_ssn(self.config).to(self.device)
-        segmenter = Segmenter(ssn, areas, device=self.device, precision=self.options.precision)
-        number, random = self.options.batch_size, np.random.default_rng(0)
+        segmenter = Segmenter(ssn, areas, device=self.device, precision=self.precision)
+        number, random = self.batch_size, np.random.default_rng(0)
         heights = np.resize(np.linspace(*WORD_HEIGHTS, num=min(number, 8)).astype(int), number)
         images = [random.integers(0, 256, (each, each * WORD_ASPECT, 3), dtype=np.uint8) for each in heights]
         name = f"scales {', '.join(map(str, areas))}"
@@ -201,8 +199,8 @@ class Benchmark:
         self._measure("masks", forms)
 
     def _measure(self, task: str, forms: dict[str, Form]) -> None:
-        """Time the forms of a task in turns, measure the memory of each, and note a row for each."""
-        timings = time_in_turns({name: form.call for name, form in forms.items()}, runs=self.options.runs)
+        """Time the forms of a task in turns, and note a row for each."""
+        timings = time_in_turns({name: form.call for name, form in forms.items()}, runs=self.runs)
         rates = {name: form.words / timings[name].median for name, form in forms.items()}
         for name, form in forms.items():
             seconds = timings[name].median
@@ -210,14 +208,7 @@ class Benchmark:
             row = {"task": task, "form": name, "words": form.words, "seconds": seconds, "rate": rates[name]}
             row |= {"spread": timings[name].iqr / seconds, "flops": form.flops, "matrix_share": share}
             row |= {"ratio": rates[name] / rates[YARDSTICK] if YARDSTICK in rates else None}
-            self.rows.append(row | {"memory": peak_memory(form.call, self.device)})
-
-    def _with_words(self, folder: str) -> Config:
-        """Return a copy of the config that trains on words rendered into a folder, if it is one of word images."""
-        if self.config.model.kind not in ("vision", "recogniser"):
-            return self.config.model_copy(deep=True)
-        render_words_to(Path(folder), MADE_WORDS)
-        return trained_on(self.config, Path(folder))
+            self.rows.append(row | gpu_costs(form.call, self.device))
 
     def _yardstick(self, images: int) -> Form:
         """Return resnet50 on as many images."""
@@ -229,26 +220,6 @@ class Benchmark:
 
 
 # --- what tools/gpu_check.py shares -----------------------------------------------------------------------------------
-
-
-def render_words_to(folder: Path, words: int) -> None:
-    """Render words: their JPEG images to the LMDB folder/images/made, their masks to folder/masks/made."""
-    from rendering import load_render_config  # the engine is only needed here
-    from tools.render_words import render_words, write_lmdbs
-
-    rendered = render_words(load_render_config(RENDERING), words, seed=0, workers=1)
-    write_lmdbs(rendered, folder, "made", overwrite=False)
-
-
-def trained_on(config: Config, folder: Path) -> Config:
-    """Return a copy of a config that trains on the words that `render_words_to` wrote."""
-    config = config.model_copy(deep=True)
-    batch_size = config.dataset.train.batch_size
-    config.dataset.train = TrainDataConfig(roots=[str(folder / "images")], batch_size=batch_size)
-    config.dataset.test.roots = []
-    config.dataset.masks.source, config.dataset.masks.root = "lmdb", str(folder / "masks")
-    config.dataset.cache_dir = str(folder / "cache")
-    return config
 
 
 def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple[Trainer, list[Any]]:
@@ -274,14 +245,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def without_checkpoints(config: Config) -> Config:
-    """Return a copy of a config whose networks start from random weights: speed does not depend on them."""
-    config = config.model_copy(deep=True)
-    for part in (config.model, config.model.vision, config.model.language, config.model.ssn):
-        part.checkpoint = None
-    return config
-
-
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +256,8 @@ def as_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         "spread": ("spread", "{:.0%}"),
         "ratio": ("x resnet50", "{:.2f}"),
         "memory": ("MiB", "{:.0f}"),
+        "launches": ("launches", "{}"),
+        "host": ("s of the host", "{:.4f}"),
         "gflop": ("GFLOP a word", "{:.1f}"),
         "matrix_share": ("of matrix rate", "{:.0%}"),
     }
@@ -332,8 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    config = without_checkpoints(load_config(options.config, options.overrides))
-    benchmark = Benchmark(options, config)
+    config = with_checkpoint(load_config(options.config, options.overrides), None)  # speed does not depend on weights
+    shared = {name: getattr(options, name) for name in ("precision", "compile", "batch_size", "runs")}
+    benchmark = Benchmark(config, torch.device(options.device), **shared)
     machine = describe_machine(benchmark.device)
     for task in options.tasks:
         getattr(benchmark, task)()

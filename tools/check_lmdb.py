@@ -3,7 +3,6 @@
 import argparse
 import functools
 import hashlib
-import json
 import sys
 from array import array
 from collections import Counter
@@ -17,22 +16,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from evaluation.contact_sheet import save_sheet_of_lmdb
+from loading.batches import LabelRule
 from loading.charset import Charset
 from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
-from loading.masks import find_mask_lmdb
-from tools.support import (
-    RejectedError,
-    RejectionLog,
-    add_run_arguments,
-    checked_image,
-    make_parser,
-    map_in_processes,
-    positive,
-    print_summary,
-    progress,
-    refuse_existing,
-)
-from utils import UserError, run_command_line, write_atomically
+from loading.masks import LmdbMasks, find_mask_lmdb
+from tools import support
+from tools.support import RejectedError
+from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/check_lmdb.py data/training --charset data/charset_36.txt
   python tools/check_lmdb.py data/training/IIIT5k --against data/evaluation --contact-sheet sheet.png
@@ -45,207 +35,169 @@ SHARED = "image is in the other LMDB too"
 
 @dataclass(frozen=True)
 class Sample:
-    """What was found at one index: `reason` is empty when nothing is wrong; equal pixels have equal `digest`s."""
+    """What was found under a number: `reason` is empty if nothing is wrong; equal pixels have equal digests."""
 
-    index: int
+    number: int
     reason: str = ""
     detail: str = ""
     label: str = ""
-    digest: bytes = b""
+    digest: int | None = None
     mask_empty: bool = False
 
 
 @dataclass
 class Findings:
-    """The findings about one LMDB; `problems` counts entries by reason and is empty when it is clean.
+    """The findings about one LMDB: numbers of valid samples, and the others (`problems`) counted by reason.
 
     `lengths` counts the valid samples by the length of their labels.
     """
 
-    path: str
+    path: Path
     num_samples: int | None
-    samples: int = 0
-    valid: int = 0
+    valid: array = field(default_factory=lambda: array("q"))
     problems: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     foreign_characters: Counter[str] = field(default_factory=Counter)
-    good: array = field(default_factory=lambda: array("q"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the list of good indices, for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "good"}
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def scan_keys(reader: LmdbReader) -> tuple[np.ndarray, int]:
-    """Return the indices with an image or a label, whatever `num-samples` says, and the number of other keys."""
-    known = {"image": array("q"), "label": array("q"), "mask": array("q")}  # small: there may be millions
-    others = 0
-    for key in reader.keys():  # noqa: SIM118 (no dict)
-        kind, _, number = key.partition("-")
-        if kind in known and len(number) == 9 and number.isdecimal() and int(number):
-            known[kind].append(int(number))
-        elif key != NUM_SAMPLES:
-            others += 1
-    return np.union1d(known["image"], known["label"]).astype(np.int64), others
+def scan_keys(reader: LmdbReader) -> np.ndarray:
+    """Return the numbers under which there is an image or a label, whatever `num-samples` says."""
+    digits = (key.partition("-")[2] for kind in ("image-", "label-") for key in reader.keys(kind))
+    # There may be millions.
+    return np.unique(array("q", (int(each) for each in digits if len(each) == 9 and each.isdecimal() and int(each))))
 
 
 def checked_samples(
-    reader: LmdbReader, masks: LmdbReader | None, indices: np.ndarray, *, workers: int
+    reader: LmdbReader, masks: LmdbMasks | None, numbers: np.ndarray, *, workers: int
 ) -> Iterator[Sample]:
-    """Check the samples of `indices` in order, with a progress bar."""
-    segmentation = next(reader.keys("mask-"), None) is not None  # labels, where it has some, name the pairs
-    check = functools.partial(check_sample, reader=reader, masks=masks, segmentation=segmentation)
-    results = map_in_processes(check, map(int, indices), workers=workers, chunk_size=64)
-    return progress(results, total=len(indices), unit="word", description=reader.path.name)
+    """Check samples in order, with a progress bar."""
+    has_pairs = next(reader.keys("mask-"), None) is not None  # labels, where it has some, name the pairs
+    masks = masks or (LmdbMasks(reader.path, mask_key) if has_pairs else None)
+    check = functools.partial(check_sample, reader=reader, masks=masks, has_labels=not has_pairs)
+    results = support.map_in_processes(check, map(int, numbers), workers=workers, chunk_size=64)
+    return support.progress(results, total=len(numbers), unit="word", description=reader.path.name)
 
 
-def check_sample(index: int, *, reader: LmdbReader, masks: LmdbReader | None, segmentation: bool) -> Sample:
-    """Read and decode everything at `index`; runs in a worker."""
+def check_sample(number: int, *, reader: LmdbReader, masks: LmdbMasks | None, has_labels: bool) -> Sample:
+    """Read and decode everything under a number; runs in a worker."""
     label, mask_empty = "", False
     try:
-        stored = reader.get(image_key(index))
+        stored = reader.get(image_key(number))
         if stored is None:
             raise RejectedError("image missing")
-        if not segmentation:
-            label = checked_label(reader.get(label_key(index)))
-        image = checked_image(stored)
-        if segmentation or masks is not None:
-            mask = reader.get(mask_key(index)) if masks is None else masks.get(image_key(index))
-            mask_empty = not checked_mask(mask, image.shape[:2]).any()
-        copied = masks and masks.get(label_key(index))  # training does without
-        if copied is not None and copied != label.encode():
-            raise RejectedError("mask of another word", f"its label is {copied!r}")
+        if has_labels:
+            label = checked_label(reader.get(label_key(number)))
+        image = support.checked_image(stored)
+        if masks is not None:
+            mask = masks.read(number, image)
+            if isinstance(mask, str):
+                raise RejectedError(mask)
+            mask_empty = not mask.any()
+            copied = masks.reader.get(label_key(number))  # training does without
+            if has_labels and copied is not None and copied != label.encode():
+                raise RejectedError("mask of another word", f"its label is {copied!r}")
     except RejectedError as error:
-        return Sample(index, *error.args, label=label)
-    digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).digest()
-    return Sample(index, "", "", label, digest, mask_empty)
+        return Sample(number, *error.args, label=label)
+    digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest()
+    return Sample(number, label=label, digest=int.from_bytes(digest), mask_empty=mask_empty)
 
 
 def checked_label(data: bytes | None) -> str:
     """Decode a label; raises RejectedError."""
-    if data is None:
-        raise RejectedError("label missing")
+    if not data:
+        raise RejectedError("label missing or empty")
     try:
-        label = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RejectedError("label is not UTF-8", repr(data[:60])) from error
-    if not label:
-        raise RejectedError("label empty")
-    return label
 
 
-def checked_mask(data: bytes | None, size: tuple[int, int]) -> np.ndarray:
-    """Decode the mask (H, W, 3) of an image of `size` (height, width); raises RejectedError."""
-    if data is None:
-        raise RejectedError("mask missing")
-    try:
-        mask = checked_image(data)
-    except RejectedError as error:
-        raise RejectedError(f"mask: {error.reason}", error.detail) from error
-    if mask.shape[:2] != size:
-        raise RejectedError("mask of another size", f"{mask.shape[:2]} for an image of {size}")
-    if (mask != mask[..., :1]).any():
-        raise RejectedError("mask is not grey")
-    return mask
-
-
-def digests_of(root: str, *, workers: int) -> set[bytes]:
+def digests_of(root: str, *, workers: int) -> set[int]:
     """Return the digests of the images in every LMDB of `root`; those that cannot be decoded are skipped."""
-    readers = map(LmdbReader, find_lmdbs(root))
-    return {
-        sample.digest
-        for reader in readers
-        for sample in checked_samples(reader, None, scan_keys(reader)[0], workers=workers)
-        if sample.digest
-    }
+    digests: set[int] = set()
+    for reader in map(LmdbReader, find_lmdbs(root)):
+        digests.update(each.digest for each in checked_samples(reader, None, scan_keys(reader), workers=workers))
+    return digests - {None}
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Checker:
-    """Checks LMDBs with the same settings: `charset` and `max_length` as in training, `others` are digests."""
-
-    charset: Charset | None
-    max_length: int
-    workers: int
-    others: set[bytes]
-
-    def check(self, path: Path, mask_path: Path | None, log: RejectionLog) -> Findings:
-        """Check one LMDB, with its masks when `mask_path` is given."""
-        reader = LmdbReader(path)
-        masks = None if mask_path is None else LmdbReader(mask_path)
-        if masks is not None:
-            len(masks)  # what is not a mask LMDB is named before the work begins
-        indices, others = scan_keys(reader)
-        try:
-            findings = Findings(str(path), len(reader))
-        except UserError:
-            findings = Findings(str(path), None)
-        for reason, count, detail in _count_problems(findings.num_samples, indices):
-            findings.problems[reason] += count
-            log.add(str(path), reason, detail, count)
-        findings.notes["keys that nothing reads"] = others
-        digests = bytearray()  # small: there may be millions
-        for sample in checked_samples(reader, masks, indices, workers=self.workers):
-            findings.samples += 1
-            reason = sample.reason or (SHARED if sample.digest in self.others else "")
-            if reason:
-                findings.problems[reason] += 1
-                log.add(f"{path}:{sample.index}", reason, sample.detail or sample.label)
-            else:
-                self._describe(sample, findings)
-                digests += sample.digest[:8]
-        findings.notes["images that occur more than once"] = findings.valid - len(
-            np.unique(np.frombuffer(digests, "u8"))
-        )
-        findings.notes = +findings.notes
-        return findings
-
-    def _describe(self, sample: Sample, findings: Findings) -> None:
-        """Add a valid sample to the statistics."""
-        findings.valid += 1
-        findings.good.append(sample.index)
-        findings.lengths[len(sample.label)] += 1
-        findings.notes["masks without text"] += sample.mask_empty
-        read = sample.label
-        if self.charset is not None:
-            read = self.charset.normalize(sample.label)
-            foreign = [c for c in sample.label if not self.charset.normalize(c)]
-            findings.foreign_characters.update(foreign)
-            findings.notes["labels with characters outside the charset"] += bool(foreign)
-            findings.notes["labels without any character of the charset"] += bool(sample.label) and not read
-        findings.notes[f"labels longer than {self.max_length}"] += len(read) > self.max_length
+def check(
+    path: Path,
+    mask_path: Path | None,
+    log: support.RejectionLog,
+    *,
+    charset: Charset | None,
+    others: set[int],
+    workers: int,
+) -> Findings:
+    """Check one LMDB and its masks; `others` are digests of images that it must not have."""
+    reader = LmdbReader(path)
+    masks = None if mask_path is None else LmdbMasks(mask_path)
+    if masks is not None:
+        len(masks.reader)  # what is not a mask LMDB is named before the work begins
+    numbers = scan_keys(reader)
+    try:
+        findings = Findings(path, len(reader))
+    except UserError:
+        findings = Findings(path, None)
+    for reason, count, detail in _count_problems(findings.num_samples, numbers):
+        findings.problems[reason] += count
+        log.add(str(path), reason, detail, count)
+    digests = array("Q")  # there may be millions
+    for sample in checked_samples(reader, masks, numbers, workers=workers):
+        reason = sample.reason or (SHARED if sample.digest in others else "")
+        if reason:
+            findings.problems[reason] += 1
+            log.add(f"{path}:{sample.number}", reason, sample.detail or sample.label)
+        else:
+            _describe(sample, findings, charset)
+            digests.append(sample.digest)
+    findings.notes["images that occur more than once"] = len(digests) - len(np.unique(digests))
+    findings.notes = +findings.notes
+    return findings
 
 
-def _count_problems(num_samples: int | None, indices: np.ndarray) -> Iterator[tuple[str, int, str]]:
+def _describe(sample: Sample, findings: Findings, charset: Charset | None) -> None:
+    """Add a valid sample to the statistics."""
+    findings.valid.append(sample.number)
+    findings.lengths[len(sample.label)] += 1
+    findings.notes["masks without text"] += sample.mask_empty
+    if charset is not None and sample.label:
+        foreign = [each for each in sample.label if not charset.normalize(each)]
+        findings.foreign_characters.update(foreign)
+        findings.notes["labels with characters outside the charset"] += bool(foreign)
+        reason = LabelRule(charset).unusable(sample.label)
+        findings.notes[f"labels that training skips: {reason}"] += reason is not None
+
+
+def _count_problems(num_samples: int | None, numbers: np.ndarray) -> Iterator[tuple[str, int, str]]:
     """Yield (reason, number, detail) where `num-samples` and the keys do not agree."""
     if num_samples is None:
         yield f"{NUM_SAMPLES} missing or no number", 1, ""
         return
-    within = int(np.count_nonzero(indices <= num_samples))
+    within = int(np.count_nonzero(numbers <= num_samples))
     if within < num_samples:
         yield "neither image nor label", num_samples - within, f"{NUM_SAMPLES} is {num_samples}, {within} have keys"
-    if within < len(indices):
-        yield f"beyond {NUM_SAMPLES}", len(indices) - within, f"{NUM_SAMPLES} is {num_samples}, last is {indices[-1]}"
+    if within < len(numbers):
+        yield f"beyond {NUM_SAMPLES}", len(numbers) - within, f"{NUM_SAMPLES} is {num_samples}, last is {numbers[-1]}"
 
 
 def print_findings(findings: Findings) -> None:
     """Print the findings about one LMDB."""
     counts: dict[str, Any] = {
         NUM_SAMPLES: "none" if findings.num_samples is None else findings.num_samples,
-        "samples": findings.samples,
-        "valid": findings.valid,
+        "valid": len(findings.valid),
         "problems": findings.problems.total(),
     }
     counts |= {f"  {reason}": count for reason, count in findings.problems.most_common()}
     counts |= {f"note: {note}": count for note, count in findings.notes.most_common()}
-    print_summary(findings.path, counts)
+    support.print_summary(str(findings.path), counts)
     for number, (length, count) in enumerate(sorted(findings.lengths.items())):
         bar = "#" * round(40 * count / max(findings.lengths.values()))
         print(f"  {'' if number else 'label length':20} {length:>8} {count:>10,} {bar}".rstrip())
@@ -263,66 +215,60 @@ def write_clean_copy(findings: Findings, mask_path: Path | None, root: str, outp
     The copy lies below `output` as the LMDB does below `root`; with masks, below `output/images`, and the masks
     likewise below `output/masks`.
     """
-    if not findings.good:
+    if not findings.valid:
         raise UserError(f"{findings.path}: has no valid sample, so there is no clean copy to write")
-    place = Path(findings.path).relative_to(root)
-    copies = {Path(findings.path): output / place}
+    place = findings.path.relative_to(root)
+    copies = {findings.path: output / place}
     if mask_path:
-        place = place if place.name else Path(findings.path).name
-        copies = {Path(findings.path): output / "images" / place, mask_path: output / "masks" / place}
+        place = place if place.name else findings.path.name
+        copies = {findings.path: output / "images" / place, mask_path: output / "masks" / place}
     for source, target in copies.items():
         reader = LmdbReader(source)
         with LmdbWriter(target, overwrite=overwrite) as writer:
-            for index in findings.good:
-                writer.append(reader.get(image_key(index)), reader.get(label_key(index)), reader.get(mask_key(index)))
+            for number in findings.valid:
+                writer.append(*(reader.get(key(number)) for key in (image_key, label_key, mask_key)))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = make_parser(__doc__, EXAMPLE)
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("lmdb", metavar="LMDB", help="an LMDB, or a folder of LMDBs")
     parser.add_argument("--masks", metavar="LMDB", help="its masks, found as those of dataset.masks.root")
-    parser.add_argument("--charset", metavar="FILE", help="count label characters outside this charset")
-    parser.add_argument("--max-length", type=positive, default=25, help="count longer labels (default: 25)")
+    parser.add_argument("--charset", metavar="FILE", help="count labels that do not fit this charset")
     parser.add_argument("--against", metavar="LMDB", help="images that these LMDBs (test sets) have too are problems")
     parser.add_argument("--contact-sheet", metavar="PNG", help="draw words from all over the LMDB to look at")
-    parser.add_argument("--cells", type=positive, default=64, help="words on the contact sheet (default: 64)")
-    parser.add_argument("--json", metavar="FILE", help="write the findings here as well")
+    parser.add_argument("--cells", type=support.positive, default=64, help="words on the contact sheet (default: 64)")
     parser.add_argument("--rejected", metavar="FILE", help="list the problems here (default: with --fix, beside it)")
     parser.add_argument("--fix", metavar="OUTPUT", help="write a copy without the problems")
-    add_run_arguments(parser)
+    support.add_run_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    refuse_existing(options.fix, options.rejected, overwrite=options.overwrite)
+    support.refuse_existing(options.fix, options.rejected, overwrite=options.overwrite)
     lmdbs = find_lmdbs(options.lmdb)
     mask_paths = [options.masks and find_mask_lmdb(options.masks, options.lmdb, path) for path in lmdbs]
     charset = Charset.from_file(options.charset) if options.charset else None
     others = digests_of(options.against, workers=options.workers) if options.against else set()
-    checker = Checker(charset, options.max_length, options.workers, others)
-    found: list[Findings] = []
+    has_problems = False
     beside = options.fix and f"{options.fix.rstrip('/')}-rejected.tsv"
-    with RejectionLog(options.rejected or beside) as log:
+    with support.RejectionLog(options.rejected or beside) as log:
         for path, mask_path in zip(lmdbs, mask_paths, strict=True):
-            findings = checker.check(path, mask_path, log)
-            found.append(findings)
+            findings = check(path, mask_path, log, charset=charset, others=others, workers=options.workers)
+            has_problems |= bool(findings.problems)
             print_findings(findings)
-            if options.contact_sheet and findings.good:
+            if options.contact_sheet and findings.valid:
                 sheet = Path(options.contact_sheet)
                 if len(lmdbs) > 1:
                     sheet = sheet.with_stem("-".join([sheet.stem, *path.relative_to(options.lmdb).parts]))
-                places = np.unique(np.linspace(0, len(findings.good) - 1, options.cells).astype(int))
-                save_sheet_of_lmdb(path, mask_path, [findings.good[place] for place in places], sheet)
-            if options.fix and len(lmdbs) > 1 and not findings.good:
+                places = np.unique(np.linspace(0, len(findings.valid) - 1, options.cells).astype(int))
+                save_sheet_of_lmdb(path, mask_path, [findings.valid[place] for place in places], sheet)
+            if options.fix and len(lmdbs) > 1 and not findings.valid:
                 log.add(str(path), "no valid sample, no copy")
             elif options.fix:
                 write_clean_copy(findings, mask_path, options.lmdb, Path(options.fix), overwrite=options.overwrite)
-    if options.json:
-        text = json.dumps([findings.to_dict() for findings in found], indent=2, ensure_ascii=False)
-        write_atomically(Path(options.json), lambda file: file.write(text.encode() + b"\n"))
-    return 1 if any(findings.problems for findings in found) else 0
+    return int(has_problems)
 
 
 if __name__ == "__main__":

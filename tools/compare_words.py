@@ -1,10 +1,11 @@
 """Compare words: print the same statistics of renderings and real words, a column for each source.
 
-A source is an LMDB of words, or a YAML file of render settings, whose words are rendered at each difficulty.
+A source is an LMDB of words, or a YAML file of render settings, whose words are rendered at each difficulty. Three
+numbers are the 10th, 50th and 90th percentile; only the renderer knows how its words are warped.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
@@ -28,50 +29,37 @@ def measure_word(image: np.ndarray, text: str) -> dict[str, float]:
     """Measure a word and its image, uint8 RGB (h, w, 3).
 
     Saturation (mean), contrast (between the 5th and 95th percentile of the grey values) and luminance (mean) are of
-    255; `character`: width of a character over the height; `detail`: variance of the Laplacian at 32 pixels of height.
+    255; `detail` is the variance of the Laplacian at 32 pixels of height.
     """
     height, width = image.shape[:2]
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     low, high = np.percentile(grey, (5, 95))
     small = cv2.resize(grey, (max(1, round(width * _HEIGHT / height)), _HEIGHT), interpolation=cv2.INTER_AREA)
     return {
-        "short": len(text) <= 3,
-        "digits": text.isdigit(),
+        "1 to 3 characters": len(text) <= 3,
+        "digits only": text.isdigit(),
+        "higher than wide": height > width,
         "saturation": cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[..., 1].mean(),
         "contrast": high - low,
         "luminance": grey.mean(),
         "height": height,
-        "character": width / max(len(text), 1) / height,
+        "character's width / height": width / max(len(text), 1) / height,
         "detail": cv2.Laplacian(small, cv2.CV_64F).var(),
-        "tall": height > width,
     }
 
 
-def summarize(words: list[dict[str, float]]) -> dict[str, str]:
-    """Return the value of each row of the table for some words, as text."""
-
-    def share(values: Iterable[bool]) -> str:
-        return f"{100 * np.mean(list(values)):.0f} %"
-
-    def spread(name: str, digits: int = 0) -> str:
-        values = np.percentile([word[name] for word in words], (10, 50, 90))
-        return " / ".join(f"{value:.{digits}f}" for value in values)
-
-    warped = [word for word in words if "rotation" in word]  # only the renderer knows
-    return {
-        "words": f"{len(words):,}",
-        "1 to 3 characters": share(word["short"] for word in words),
-        "digits only": share(word["digits"] for word in words),
-        "saturation, median": f"{np.median([word['saturation'] for word in words]):.0f}",
-        "contrast, 10/50/90 %": spread("contrast"),
-        "luminance, 10/50/90 %": spread("luminance"),
-        "height, 10/50/90 %": spread("height"),
-        "character's width / height": spread("character", 2),
-        "detail, 10/50/90 %": spread("detail"),
-        "higher than wide": share(word["tall"] for word in words),
-        "rotation over 20 degrees": share(abs(word["rotation"]) > 20 for word in warped) if warped else "",
-        "arc over 90 degrees": share(word["arc"] > 90 for word in warped) if warped else "",
-    }
+def summarize(name: str, words: list[dict[str, float]]) -> dict[str, str]:
+    """Return a cell for each measure: the share of words for which it is true, or its 10th, 50th, 90th percentile."""
+    if not words:
+        raise UserError(f"{name}: no word of it can be decoded")
+    cells = {"words": f"{len(words):,}"}
+    for measure in words[0]:
+        values = [word[measure] for word in words]
+        if isinstance(values[0], bool):
+            cells[measure] = f"{100 * np.mean(values):.0f} %"
+        else:
+            cells[measure] = " / ".join(f"{value:.3g}" for value in np.percentile(values, (10, 50, 90)))
+    return cells
 
 
 def rendered(settings: str, overrides: list[str], count: int, seed: int) -> Iterator[dict[str, float]]:
@@ -80,7 +68,8 @@ def rendered(settings: str, overrides: list[str], count: int, seed: int) -> Iter
     renderer = WordRenderer(load_render_config(settings, overrides))
     for index in range(count):
         word = renderer.render(seed, index)
-        yield measure_word(word.image, word.text) | {"rotation": word.rotation, "arc": word.arc}
+        warp = {"rotation over 20 degrees": abs(word.rotation) > 20, "arc over 90 degrees": word.arc > 90}
+        yield measure_word(word.image, word.text) | warp
 
 
 def stored(source: str, count: int) -> Iterator[dict[str, float]]:
@@ -98,26 +87,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of renderings (default: 0)")
     options = parser.parse_args(arguments)
     overrides = [source for source in options.sources if "=" in source]
-    columns: dict[str, dict[str, str]] = {}
-
-    def add_column(name: str, words: Iterator[dict[str, float]]) -> None:
-        measured = list(progress(words, total=options.count, unit="word", description=name))
-        if not measured:
-            raise UserError(f"{name}: no word of it can be decoded")
-        columns[name] = summarize(measured)
-
+    measured: dict[str, Iterator[dict[str, float]]] = {}
     for source in options.sources:
         if source.endswith((".yaml", ".yml")):
             for difficulty in options.difficulty or [None]:
                 settings = overrides if difficulty is None else [*overrides, f"difficulty={difficulty}"]
                 name = source if difficulty is None else f"{source} {difficulty:g}"
-                add_column(name, rendered(source, settings, options.count, options.seed))
+                measured[name] = rendered(source, settings, options.count, options.seed)
         elif source not in overrides:
-            add_column(source, stored(source, options.count))
-    if not columns:
+            measured[source] = stored(source, options.count)
+    if not measured:
         raise UserError("no source: name an LMDB or a .yaml file of render settings")
-    names = next(iter(columns.values()))
-    print(markdown_table([["", *columns], *([name, *(column[name] for column in columns.values())] for name in names)]))
+    columns = {
+        name: summarize(name, list(progress(words, total=options.count, unit="word", description=name)))
+        for name, words in measured.items()
+    }
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = ([name, *(column.get(name, "") for column in columns.values())] for name in names)
+    print(markdown_table([["", *columns], *rows]))
     return 0
 
 

@@ -1,15 +1,12 @@
 """Make the language model's training and validation words from text corpora, or from a word-frequency list.
 
 Both outputs are tab-separated with the columns `inp` and `gt` (the same word twice: dataset.use_sm makes misspellings
-during training). No word of one output is in the other, in upper or lower case. Corpora may be packed (.gz, .bz2, .xz).
+during training). No word of one output is in the other, in upper or lower case.
 """
 
-import bz2
 import functools
-import gzip
 import hashlib
 import itertools
-import lzma
 import math
 import os
 import random
@@ -32,23 +29,22 @@ EXAMPLE = """  python tools/create_language_data.py data/language_train.csv data
   python tools/create_language_data.py train.csv test.csv --corpus words.txt --temperature inf"""
 
 DEFAULT_COUNT = 1_000_000  # rows drawn from the word-frequency list
-CORPUS_SUFFIXES = (".txt", ".tokens", ".raw", ".gz", ".bz2", ".xz")
+CORPUS_SUFFIXES = (".txt", ".tokens", ".raw")
 MARKERS = frozenset({"<unk>", "<eos>", "<pad>", "@-@", "@,@", "@.@"})  # of WikiText
 APOSTROPHES = "'\u2019\u02bc"
 COMMON_WORDS = 1000  # stay in training: `the` missing there would cost more than it could measure in validation
 NUMBERS_PER_SHAPE = 200
-CASE_SHARES = (0.5, 0.25, 0.25)  # lower, Capitalised, UPPER, for word lists that know lower case only
+VALIDATION_SHARE = 0.05  # of the distinct words
 
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _FOREIGN = "\0"  # marks a letter or digit that the charset lacks
+_NOT_UTF8 = "\ufffd"  # stands for bytes that are no UTF-8
 
 
 class WordRule:
-    """Tells which words are kept: those of the charset's characters, of which they have at most `longest`."""
+    """Tells which words are kept: those of the charset's characters. Training leaves out those that are too long."""
 
-    def __init__(self, charset: Charset, longest: int = 25) -> None:
+    def __init__(self, charset: Charset) -> None:
         self.charset = charset
-        self.longest = longest
         self._normalize = functools.cache(self._normalized)
 
     def words(self, token: str) -> tuple[list[str], str]:
@@ -63,67 +59,50 @@ class WordRule:
         if _FOREIGN in text:
             return [], "outside the charset"
         words = text.split()
-        if not words:
-            return [], "no letter or digit"
-        fitting = [word for word in words if len(word) <= self.longest]
-        return fitting, "" if fitting else "too long"
+        return words, "" if words else "no letter or digit"
 
     def _normalized(self, character: str) -> str:
-        foreign = _FOREIGN if character.isalnum() else "" if character in APOSTROPHES else " "
-        return self.charset.normalize(character) or foreign
+        if character.isalnum() or character == _NOT_UTF8:
+            return self.charset.normalize(character) or _FOREIGN
+        return self.charset.normalize(character) or ("" if character in APOSTROPHES else " ")
 
 
 def find_corpora(paths: Iterable[str]) -> list[Path]:
     """Return the files that `paths` name; of a folder, every text file below it. Raises UserError if there is none."""
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in CORPUS_SUFFIXES and p.is_file())
-            if not found:
-                raise UserError(f"{path}: holds no {', '.join(CORPUS_SUFFIXES)} file; name the corpus files")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder; --corpus names text files or folders of them")
+        texts = (each for each in path.rglob("*") if each.suffix in CORPUS_SUFFIXES and each.is_file())
+        files += sorted(texts) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--corpus {' '.join(paths)}: holds no {', '.join(CORPUS_SUFFIXES)} file; name the files")
     return files
 
 
-def read_corpora(files: list[Path], log: RejectionLog) -> Counter[str]:
-    """Count the tokens (separated by white space) of UTF-8 text files; those that are not UTF-8 go to `log`.
+def read_corpora(files: list[Path]) -> Counter[str]:
+    """Count the tokens (separated by white space) of UTF-8 text files.
 
-    Lines that begin with # before the first other line are a header. Files may be packed (.gz, .bz2, .xz).
+    Lines that begin with # before the first other line are a header.
     """
-    encoded: Counter[bytes] = Counter()
+    tokens: Counter[str] = Counter()
     for path in progress(files, total=len(files), unit="file", description="corpora"):
         try:
-            with _OPENERS.get(path.suffix, open)(path, "rb") as lines:
-                for line in itertools.dropwhile(lambda line: line.startswith(b"#"), lines):
-                    encoded.update(line.split())
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); copy or unpack it again") from error
-    tokens: Counter[str] = Counter()
-    for token, count in encoded.items():
-        try:
-            for word in token.decode().split():  # at blanks that are not ASCII
-                tokens[word] += count
-        except UnicodeDecodeError as error:
-            log.add(token.decode(errors="backslashreplace"), "not UTF-8", str(error.reason), count)
+            with open(path, encoding="utf-8", errors="replace") as lines:
+                for line in itertools.dropwhile(lambda line: line.startswith("#"), lines):
+                    tokens.update(line.split())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
     return tokens
 
 
-def frequency_list(language: str, seed: int) -> dict[str, float]:
-    """Return the words of the installed word-frequency list with their frequencies.
+def frequency_list(seed: int) -> dict[str, float]:
+    """Return the English words of the installed word-frequency list with their frequencies.
 
     The list has only the shapes of long numbers (`0000` stands for all of four digits); a shape is filled with random
     digits here, NUMBERS_PER_SHAPE times if it has digits only, else once.
     """
     import wordfreq  # takes a second
 
-    try:
-        words = dict(wordfreq.get_frequency_dict(language, wordlist="best"))
-    except LookupError as error:
-        raise UserError(f"--language {language}: there is no word list of it; give --corpus") from error
+    words = dict(wordfreq.get_frequency_dict("en", wordlist="best"))
     generator = random.Random(seed)
     for shape in sorted(word for word in words if "00" in word):
         frequency = words.pop(shape)
@@ -134,29 +113,17 @@ def frequency_list(language: str, seed: int) -> dict[str, float]:
     return words
 
 
-def vary_case(words: dict[str, float]) -> dict[str, float]:
-    """Divide each word's frequency among its lower-case, capitalised and upper-case forms."""
-    varied: Counter[str] = Counter()
-    for word, frequency in words.items():
-        for form, share in zip((word, word.capitalize(), word.upper()), CASE_SHARES, strict=True):
-            varied[form] += frequency * share
-    return varied
-
-
-def select_words(tokens: dict[str, float], rule: WordRule, log: RejectionLog, *, countable: bool) -> dict[str, float]:
-    """Return the words that `rule` finds in `tokens` with their summed frequencies, sorted by word.
-
-    With `countable`, frequencies are numbers of occurrences and `log` counts those, else it counts distinct tokens.
-    """
+def select_words(tokens: dict[str, float], rule: WordRule, log: RejectionLog) -> dict[str, float]:
+    """Return the words that `rule` finds in `tokens` with their summed frequencies, sorted by word."""
     words: Counter[str] = Counter()
     for token, frequency in progress(tokens.items(), total=len(tokens), unit="token", description="words"):
         found, reason = rule.words(token)
         if not found:
-            log.add(token, reason, f"frequency {frequency:g}", int(frequency) if countable else 1)
+            log.add(token, reason, f"frequency {frequency:g}")
         for word in found:
             words[word] += frequency
     if not words:
-        raise UserError("no usable word in the input; check --corpus, --charset and --max-length")
+        raise UserError("no usable word in the input; check --corpus and --charset")
     return dict(sorted(words.items()))
 
 
@@ -215,17 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("train", metavar="TRAIN_CSV", help="file to make")
     parser.add_argument("validation", metavar="VALIDATION_CSV", help="file to make")
     parser.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="UTF-8 text files, or folders of them")
-    parser.add_argument("--language", default="en", help="of the words without --corpus (default: %(default)s)")
     parser.add_argument("--charset", default="data/charset_36.txt", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--max-length", type=positive, default=25, help="in characters (default: 25)")
     parser.add_argument("--temperature", type=float, default=1.0, help="1 keeps frequencies, inf ignores them (1)")
-    parser.add_argument(
-        "--count",
-        type=positive,
-        help="rows of both files together (default: as many as the corpus has words, at temperature inf each distinct "
-        f"word once; {DEFAULT_COUNT} from the word-frequency list)",
-    )
-    parser.add_argument("--validation-share", type=float, default=0.05, help="of the distinct words (default: 0.05)")
+    parser.add_argument("--count", type=positive, help=f"rows in all (default: the corpus's, or {DEFAULT_COUNT})")
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
     options = parser.parse_args(arguments)
@@ -234,18 +193,16 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"{options.train}: named for training and validation; give two files")
     if not options.temperature > 0:
         raise UserError(f"--temperature {options.temperature:g}: is not above 0; 1 keeps frequencies")
-    if not 0 <= options.validation_share < 1:
-        raise UserError(f"--validation-share {options.validation_share:g}: is not from 0 to below 1")
-    rule = WordRule(Charset.from_file(options.charset), options.max_length)
+    rule = WordRule(Charset.from_file(options.charset))
+    if rule.charset.has_upper_case and not options.corpus:
+        raise UserError(f"--charset {options.charset}: the word-frequency list has lower case only; name a --corpus")
     temperature, count = options.temperature, options.count
     with RejectionLog.beside(os.path.splitext(options.train)[0]) as log:
-        if options.corpus:
-            words = select_words(read_corpora(find_corpora(options.corpus), log), rule, log, countable=True)
-        else:
-            words = select_words(frequency_list(options.language, options.seed), rule, log, countable=False)
-            words = vary_case(words) if rule.charset.has_upper_case else words
-            count = count or (None if math.isinf(temperature) else DEFAULT_COUNT)
-        parts = split_words(words, options.validation_share, options.seed)
+        tokens = read_corpora(find_corpora(options.corpus)) if options.corpus else frequency_list(options.seed)
+        words = select_words(tokens, rule, log)
+        if not options.corpus and not math.isinf(temperature):
+            count = count or DEFAULT_COUNT
+        parts = split_words(words, VALIDATION_SHARE, options.seed)
         if count is not None:
             held_back = round(count * len(parts[1]) / len(words))
             sizes = [count - held_back, held_back]
@@ -256,9 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [draw_rows(part, size, temperature, options.seed) for part, size in zip(parts, sizes, strict=True)]
         write_rows(options.train, rows[0])
         write_rows(options.validation, rows[1])
-    counts: dict[str, int] = {"distinct words": len(words)}
-    if options.corpus:
-        counts["occurrences of them"] = int(sum(words.values()))
+    counts = {"distinct words": len(words)}
     for name, part in zip(("training", "validation"), rows, strict=True):
         counts |= {f"{name} rows": len(part), f"{name} words": len(set(part))}
     print_summary(f"wrote {options.train} and {options.validation}", counts, log)

@@ -8,17 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
-from tools.support import (
-    RejectedError,
-    Word,
-    add_run_arguments,
-    find_image,
-    make_parser,
-    map_in_processes,
-    progress,
-    read_word,
-    store_words,
-)
+from tools import support
+from tools.support import RejectedError, Word
 from utils import UserError, run_command_line
 
 EXAMPLE = """  python tools/create_lmdb_dataset.py words/ words/gt.txt data/training/words
@@ -56,66 +47,64 @@ def split_line(line: str) -> Iterator[tuple[str, str]]:
     separator = "\t" if "\t" in line else ","
     for place in (i for i, character in enumerate(line[:LONGEST_PATH]) if character == separator):
         name, label = line[:place].strip(), line[place + 1 :].strip()
-        yield name, _unquote(label) if separator == "," else label
+        if separator == "," and len(label) >= 2 and label[0] == label[-1] == '"':
+            label = label[1:-1].replace('\\"', '"')
+        yield name, label
 
 
-def _unquote(label: str) -> str:
-    if len(label) >= 2 and label[0] == label[-1] == '"':
-        return label[1:-1].replace('\\"', '"')
-    return label
-
-
-def word_of_line(entry: bytes, *, folder: str) -> Word:
-    """Read and check the image and label of one line; runs in a worker."""
-    try:
-        line = entry.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Word(entry.decode(errors="backslashreplace"), reason="line is not UTF-8", detail=str(error))
+def word_of_line(line: str, *, folder: str) -> tuple[str, bytes]:
+    """Return the label and the image of a line; raises RejectedError."""
     missing = None
     for name, label in split_line(line):
-        if not name:
-            missing = missing or Word(line, reason="no path")
-            continue
         try:
-            path = find_image(folder, name)
+            path = support.find_image(folder, name)
         except RejectedError as error:
-            missing = missing or Word(name, reason=error.reason)
+            missing = missing or error
             continue
         if not label:
-            return Word(name, reason="empty label")
+            raise RejectedError("empty label")
         if "\t" in label:
-            return Word(name, reason="tab in label", detail=label)
-        return read_word(name, path, label)
-    return missing or Word(line, reason="no separator", detail="neither tab nor comma between path and label")
+            raise RejectedError("tab in label", label)
+        return label, support.read_image(path)
+    raise missing or RejectedError("no separator", "neither tab nor comma between path and label")
+
+
+def word_of_entry(entry: bytes, *, read: Callable[[str], tuple[str, bytes]]) -> Word:
+    """Return the word of an entry of a list, or why there is none; runs in a worker."""
+    name = entry.decode(errors="backslashreplace")
+    try:
+        label, image = read(entry.decode())
+    except UnicodeDecodeError as error:
+        return Word(name, reason="line is not UTF-8", detail=str(error))
+    except RejectedError as error:
+        return Word(name, reason=error.reason, detail=error.detail)
+    return Word(name, image=image, label=label)
 
 
 def words_of_list(
-    folder: str, entries: str, *, workers: int, read: Callable[..., Word] = word_of_line
+    folder: str, entries: str, *, workers: int, read: Callable[..., tuple[str, bytes]] = word_of_line
 ) -> Iterator[Word]:
     """Yield the words of a list in its order, with a progress bar.
 
-    Args:
-        folder: what the paths in the list are relative to.
-        entries: file with an entry a line.
-        read: (line, folder=...) -> its word; runs in a worker.
+    `read` gives the label and the image of a line with a path in `folder`; it may raise RejectedError.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; name the one that the paths of {entries} are relative to")
     total = sum(1 for _ in read_entries(entries))
-    read = functools.partial(read, folder=os.path.abspath(folder))
-    words = map_in_processes(read, read_entries(entries), workers=workers, chunk_size=64)
-    yield from progress(words, total=total, unit="word", description="images")
+    word = functools.partial(word_of_entry, read=functools.partial(read, folder=os.path.abspath(folder)))
+    words = support.map_in_processes(word, read_entries(entries), workers=workers, chunk_size=64)
+    yield from support.progress(words, total=total, unit="word", description="images")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(__doc__, EXAMPLE)
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("image_folder", metavar="IMAGE_FOLDER", help="folder that the paths in GT_FILE are relative to")
     parser.add_argument("gt_file", metavar="GT_FILE", help="UTF-8 text, one image and label a line")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
-    add_run_arguments(parser)
+    support.add_run_arguments(parser)
     options = parser.parse_args(arguments)
     words = words_of_list(options.image_folder, options.gt_file, workers=options.workers)
-    store_words(words, options.output, overwrite=options.overwrite)
+    support.store_words(words, options.output, overwrite=options.overwrite)
     return 0
 
 

@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import functools
 import glob
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from config import load_config
 from engine import distributed
 from engine.distributed import Process
 from engine.precision import PRECISIONS
+from inference.pipeline import in_order
 from inference.segmenter import Segmenter
 from loading.decoding import BrokenImageError, decode_image
 from loading.lmdb_io import (
@@ -45,38 +47,29 @@ EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --ch
   python tools/create_masks.py --checkpoint weights/binet-small.pth --input data/training/label/real --output data/masks
   torchrun --nproc_per_node=8 tools/create_masks.py --checkpoint ssn.pth --input data/training/MJ --output data/masks
 
-The processes of torchrun, on one machine or several that share the folders, share the words; the result is byte for
-byte that of one process. A run that was stopped goes on when the same command is given again, even with another number
-of processes; until then its masks are in OUTPUT.part-*.partial. A word whose image cannot be decoded gets no mask; it
-is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how the masks were made."""
+A run that was stopped goes on when the same command is given again, even with another number of processes; until then
+its masks are in OUTPUT.part-*.partial. A word whose image cannot be decoded gets no mask; it is counted and listed in
+OUTPUT-rejected.tsv. OUTPUT-masks.json says how the masks were made."""
 
-CHUNK_PIXELS = 1 << 23  # of images that are held at once, whatever their number: scenes are larger than words
 SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the others
 
-Word = tuple[int, np.ndarray | str]  # number from 1, and image (H, W, 3) or why there is none
 
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; return the exit status."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--config", help="YAML that describes the network (default: the checkpoint does)")
     parser.add_argument("--checkpoint", help="weights of SSN (default: the config's model.ssn.checkpoint)")
-    parser.add_argument("--input", required=True, metavar="LMDB", help="word LMDB, or a folder of them")
-    parser.add_argument("--output", required=True, metavar="MASK_LMDB", help="LMDB to make, or a folder for them")
+    parser.add_argument("--input", required=True, type=Path, metavar="LMDB", help="word LMDB, or a folder of them")
+    parser.add_argument("--output", required=True, type=Path, metavar="MASK_LMDB", help="LMDB to make, or a folder")
     parser.add_argument("--areas", type=positive, nargs="+", metavar="SIDE", help="scales, pixels (default: its own)")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the fastest here")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--batch-size", type=positive, default=256, help="words read and stored together (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output when it exists, from the start")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of config keys")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool and return its exit status."""
-    options = parse_arguments(arguments)
+    options = parser.parse_args(arguments)
     process = distributed.start("cpu", timeout=SHARE_TIMEOUT)  # what the processes tell each other lives on the host
-    pairs = paired_paths(Path(options.input), Path(options.output))
+    pairs = paired_paths(options.input, options.output)
     checkpoint, segmenter = load_segmenter(options)
     settings = {
         "checkpoint": _digest(checkpoint.read_bytes()),
@@ -86,23 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = distributed.gather([settings])
     if any(each != settings for each in found):
         raise UserError(f"the processes would make other masks: {found}; give --precision, and all the same weights")
-    outputs = [
-        MaskOutput(source, target, settings, overwrite=options.overwrite, process=process) for source, target in pairs
-    ]
-    for output in outputs:
-        output.check()
-    for output in outputs:
+    make = functools.partial(MaskOutput, settings=settings, overwrite=options.overwrite, process=process)
+    for output in [make(source, target) for source, target in pairs]:  # all are checked before the first is made
         output.make(segmenter, batch_size=options.batch_size)
     distributed.stop()
     return 0
 
 
 def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """Return (word LMDB, mask LMDB) for each LMDB of the input; the output has the layout of the input.
-
-    Raises:
-        UserError: there is no LMDB, or an output would be an input or lie inside it.
-    """
+    """Return (word LMDB, mask LMDB) for each LMDB of the input; the output has the layout of the input."""
     # Masks of an earlier run may lie below the words.
     found = [each for each in find_lmdbs(source) if target.resolve() not in each.resolve().parents]
     if not found:
@@ -110,20 +95,13 @@ def paired_paths(source: Path, target: Path) -> list[tuple[Path, Path]]:
     pairs = [(each, target / each.relative_to(source)) for each in found]
     for _, output in pairs:
         for each in found:
-            if output.resolve() == each.resolve() or each.resolve() in output.resolve().parents:
+            if output.resolve().is_relative_to(each.resolve()):
                 raise UserError(f"--output {output} is the input {each} or lies in it; choose another output")
     return pairs
 
 
 def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
-    """Return the file of SSN's weights, and SSN with them, ready for images.
-
-    The config describes the network, or else the checkpoint itself.
-
-    Raises:
-        UserError: the checkpoint is missing, cannot be read, or is of other widths; nothing describes the network; the
-            device is not there.
-    """
+    """Return the file of SSN's weights, and SSN as the config or else the checkpoint describes it, ready for images."""
     if options.overrides and options.config is None:
         raise UserError(f"{options.overrides[0]}: there is no config to change; give one with --config")
     config = load_config(options.config, options.overrides) if options.config else None
@@ -156,10 +134,13 @@ class MaskOutput:
         settings: what the masks depend on beside the images.
         overwrite: replace what is at `target`, and start anew.
         process: this one among those that share the words.
+
+    Raises:
+        UserError: what is at `target` was made otherwise, and is not to be replaced.
     """
 
     def __init__(
-        self, source: Path, target: Path, settings: dict[str, Any], *, overwrite: bool, process: Process
+        self, source: Path, target: Path, *, settings: dict[str, Any], overwrite: bool, process: Process
     ) -> None:
         self.reader = LmdbReader(source)
         self.target = target
@@ -169,7 +150,7 @@ class MaskOutput:
         self.settings = settings | {"source": self._source_digest()}
         self.identity = json.dumps(self.settings, sort_keys=True)
         self._record_path = target.with_name(f"{target.name}-masks.json")
-        self.complete = False
+        self.complete = any(distributed.gather([process.is_main and self._is_made()]))
 
     def _source_digest(self) -> str:
         """Name the source's content, wherever it lies: its size, number of words, and a few of the words."""
@@ -177,10 +158,6 @@ class MaskOutput:
         parts = [str(self.count).encode(), str((self.reader.path / DATA_FILE).stat().st_size).encode()]
         parts += [self.reader.get(key(index)) or b"" for index in chosen for key in (image_key, label_key)]
         return _digest(b"\0".join(parts))
-
-    def check(self) -> None:
-        """Find out whether there is anything to do; raises UserError when something else is in the way."""
-        self.complete = any(distributed.gather([self.process.is_main and self._is_made()]))
 
     def _is_made(self) -> bool:
         if self.overwrite or not self.target.exists():
@@ -251,7 +228,7 @@ class MaskOutput:
     ) -> tuple[int, list[tuple[int, str]]]:
         """Segment this process's words that have no mask yet; return their number, and index and reason of the others.
 
-        The next words are read while the network works; each chunk is one transaction.
+        The next block of words is read while the network works; each is one transaction.
         """
         starts = range(1, self.count + 1, batch_size)[self.process.rank :: self.process.world_size]
         blocks = [range(start, min(start + batch_size, self.count + 1)) for start in starts]
@@ -264,19 +241,26 @@ class MaskOutput:
         bar.update(total - missing)
         try:
             with ThreadPoolExecutor(1) as pool, bar:
-                chunks = load_chunks(self.reader, todo)
-                following = pool.submit(next, chunks, None)
-                while (chunk := following.result()) is not None:
-                    following = pool.submit(next, chunks, None)
-                    read = [(index, image) for index, image in chunk if not isinstance(image, str)]
-                    for (index, _), mask in zip(read, segmenter([image for _, image in read]), strict=True):
+                for images in in_order(self._read, filter(None, todo), pool, ahead=1):
+                    read = {index: image for index, image in images.items() if not isinstance(image, str)}
+                    for index, mask in zip(read, segmenter(list(read.values())), strict=True):
                         part.put(image_key(index), cv2.imencode(".png", mask)[1].tobytes())
                     part.commit()
-                    rejected += [(index, image) for index, image in chunk if isinstance(image, str)]
-                    bar.update(len(chunk))
+                    rejected += [(index, image) for index, image in images.items() if index not in read]
+                    bar.update(len(images))
         finally:
             part.abort()  # a part never takes a name without PARTIAL_SUFFIX
         return missing - len(rejected), rejected
+
+    def _read(self, block: Sequence[int]) -> dict[int, np.ndarray | str]:
+        """Return the image of each word of a block, or why it cannot be decoded."""
+        images: dict[int, np.ndarray | str] = {}
+        for index in block:
+            try:
+                images[index] = decode_image(self.reader.get(image_key(index)) or b"")
+            except BrokenImageError as error:
+                images[index] = str(error)
+        return images
 
     def _merge(self, *, broken: int) -> None:
         """Write all masks and labels in the order of their keys: the file depends on nothing but its content."""
@@ -299,25 +283,6 @@ class MaskOutput:
         facts = {"settings": self.settings, "words": self.count, "without_mask": broken}
         record = json.dumps(facts, indent=1).encode() + b"\n"
         write_atomically(self._record_path, lambda file: file.write(record))
-
-
-def load_chunks(reader: LmdbReader, blocks: Sequence[Sequence[int]]) -> Iterator[list[Word]]:
-    """Read and decode words: a block at a time, in several chunks where its images are large."""
-    for block in blocks:
-        chunk: list[Word] = []
-        pixels = 0
-        for index in block:
-            try:
-                image = decode_image(reader.get(image_key(index)) or b"")
-                pixels += image[..., 0].size
-            except BrokenImageError as error:
-                image = str(error)
-            chunk.append((index, image))
-            if pixels >= CHUNK_PIXELS:
-                yield chunk
-                chunk, pixels = [], 0
-        if chunk:
-            yield chunk
 
 
 def _digest(data: bytes) -> str:

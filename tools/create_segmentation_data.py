@@ -4,7 +4,6 @@ The result holds pairs of an image and a grey mask: 255 = text, 0 = background, 
 (dataset.segmentation.ignore_level).
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -25,15 +24,8 @@ from PIL import Image
 
 from loading.decoding import IMAGE_ERRORS, MAX_PIXELS
 from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
-from tools.support import (
-    RejectedError,
-    RejectionLog,
-    checked_image,
-    make_parser,
-    print_summary,
-    progress,
-    read_file,
-)
+from tools import support
+from tools.support import Box, RejectedError
 from utils import UserError, explain_full_disk, run_command_line
 
 EXAMPLE = """  python tools/create_segmentation_data.py --format totaltext --source Total-Text --split Train \\
@@ -51,8 +43,6 @@ TEXT, BACKGROUND, IGNORED = 255, 0, 128
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 VALUES_SCANNED = 200  # masks looked at to find out which values a set uses
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels, right and bottom not included
-
 
 class Truth(NamedTuple):
     """The ground truth of an image: the classes of its pixels, and the boxes of its words where the set has them."""
@@ -62,19 +52,12 @@ class Truth(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """How a published set is laid out and read; patterns match paths below the source, in any case.
+    """How a published set is laid out and read; patterns match paths below the source, in any case."""
 
-    Args:
-        read: (mask, annotation or None) -> ground truth.
-        masks: its group `stem` is the stem of the image.
-        not_images: masks of any kind.
-        annotations: of an image, with the same group.
-    """
-
-    read: Callable[[Path, Path | None], Truth]
-    masks: str
-    not_images: str
-    annotations: str = "(?!)"  # none
+    read: Callable[[Path, Path | None], Truth]  # of a mask, and an annotation or None
+    masks: str  # the group `stem` is the stem of the image
+    not_images: str  # masks of any kind
+    annotations: str = "(?!)"  # of images, with the same group; none
 
 
 class Entry(NamedTuple):
@@ -86,8 +69,8 @@ class Entry(NamedTuple):
     annotation: Path | None
 
 
-def find_entries(data_set: DataSet, source: Path, split: str | None) -> list[Entry]:
-    """Return an entry for each mask below a folder `split` (None: for each mask): its image has the same stem."""
+def find_entries(data_set: DataSet, source: Path, split: str | None) -> Iterator[Entry]:
+    """Yield an entry for each mask below a folder `split` (None: for each mask): its image has the same stem."""
     images: dict[str, list[Path]] = {}
     masks: list[tuple[Path, str]] = []
     annotations: dict[str, Path] = {}
@@ -103,17 +86,15 @@ def find_entries(data_set: DataSet, source: Path, split: str | None) -> list[Ent
             annotations[annotation["stem"]] = path
         elif not not_image and path.suffix.lower() in IMAGE_SUFFIXES:
             images.setdefault(path.stem, []).append(path)
-    entries: list[Entry] = []
     names: set[str] = set()
     for mask, stem in masks:
-        found = images.get(stem, [])  # of several images, the one whose folder has the name of the mask's
-        image = next((each for each in found if each.parent.name == mask.parent.name), found[0] if found else None)
+        found = images.get(stem, [None])  # of several images, the one whose folder has the name of the mask's
+        image = next((each for each in found if each and each.parent.name == mask.parent.name), found[0])
         candidates = itertools.chain([stem, f"{mask.parent.name}_{stem}"], (f"{stem}_{n}" for n in itertools.count(2)))
         name = next(each for each in candidates if each not in names)
         if image is not None:
             names.add(name)
-        entries.append(Entry(name, image, mask, annotations.get(stem)))
-    return entries
+        yield Entry(name, image, mask, annotations.get(stem))
 
 
 def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
@@ -121,23 +102,18 @@ def read_values(path: Path, *, colours: bool = False) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise RejectedError("mask too large", f"{path.name}: {opened.width} x {opened.height} pixels")
+                raise ValueError(f"{opened.width} x {opened.height} pixels")
             if opened.mode == "P" and not colours:
                 return np.asarray(opened)
             values = np.asarray(opened.convert("RGB"))
             return values if colours else values.max(axis=2)  # three equal channels
-    except RejectedError:
-        raise
     except IMAGE_ERRORS as error:
         raise RejectedError("damaged mask", f"{path.name}: {error}") from error
 
 
 def classes_of(values: np.ndarray, *, text: int) -> np.ndarray:
     """Return the mask of stored values of which 0 is background, `text` is text and every other one unknown."""
-    mask = np.full(values.shape, IGNORED, np.uint8)
-    mask[values == 0] = BACKGROUND
-    mask[values == text] = TEXT
-    return mask
+    return np.select([values == 0, values == text], [BACKGROUND, TEXT], IGNORED).astype(np.uint8)
 
 
 # --- ICDAR 2013, focused scene text ----------------------------------------------------------------------------------
@@ -154,10 +130,9 @@ class AnnotatedCharacter(NamedTuple):
 
 
 def parse_icdar13(text: str) -> list[list[AnnotatedCharacter]]:
-    """Read the characters of each word: lines `R G B  x y  x1 y1 x2 y2  "c"`, `#` before ignored ones, words apart.
+    """Return the characters of each word: lines `R G B  x y  x1 y1 x2 y2  "c"`, `#` before ignored ones, words apart.
 
-    Raises:
-        RejectedError: a line that is neither such a line nor a comment.
+    Raises RejectedError for a line that is neither such a line nor a comment.
     """
     words: list[list[AnnotatedCharacter]] = [[]]
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
@@ -180,10 +155,10 @@ def read_icdar13(mask_path: Path, text_path: Path | None) -> Truth:
     mask = np.where(white, BACKGROUND, TEXT).astype(np.uint8)
     if text_path is None:
         return Truth(mask)
-    words = parse_icdar13(text_path.read_text(encoding="utf-8", errors="replace"))
+    words = parse_icdar13(support.read_file(text_path).decode(errors="replace"))
     for character in itertools.chain.from_iterable(words):
         if character.ignored:
-            rows, columns = pixel_slices(box_around(character.corners), mask.shape)
+            rows, columns = support.pixel_slices(box_around(character.corners), mask.shape)
             own = (colors[rows, columns] == character.color).all(axis=2) | white[rows, columns]
             mask[rows, columns][own] = IGNORED
     known = [[each.corners for each in word if not each.ignored] for word in words]
@@ -203,7 +178,7 @@ def read_totaltext(mask_path: Path, polygons: Path | None) -> Truth:
     if polygons is None:
         return Truth(mask)
     boxes = []
-    records = _RECORD.split(polygons.read_text(encoding="utf-8", errors="replace"))
+    records = _RECORD.split(support.read_file(polygons).decode(errors="replace"))
     if max(map(len, records)) > LONGEST_RECORD:
         raise RejectedError("damaged polygons", f"{polygons.name}: a record without an end")
     for match in filter(None, map(_POLYGON.search, records)):
@@ -251,7 +226,7 @@ def read_textseg(mask_path: Path, annotation: Path | None) -> Truth:
     if annotation is None:
         return Truth(mask)
     try:
-        words = json.loads(annotation.read_text(encoding="utf-8"))
+        words = json.loads(support.read_file(annotation))
         boxes = [
             box_around(np.array(word["bbox"], dtype=float).reshape(-1, 2))  # two corners or four
             for word in (words.values() if isinstance(words, dict) else words)
@@ -297,15 +272,6 @@ def box_around(points: np.ndarray) -> Box:
     return (*points.min(axis=0).tolist(), *(points.max(axis=0) + 1).tolist())
 
 
-def pixel_slices(box: Box, shape: tuple[int, ...], *, margin: float = 0.0) -> tuple[slice, slice]:
-    """Return rows and columns of a box, `margin` times its shorter side wider on each side, clipped to the image."""
-    left, top, right, bottom = box
-    extra = margin * min(right - left, bottom - top)
-    rows = slice(max(0, int(top - extra)), max(0, min(shape[0], int(np.ceil(bottom + extra)))))
-    columns = slice(max(0, int(left - extra)), max(0, min(shape[1], int(np.ceil(right + extra)))))
-    return rows, columns
-
-
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
@@ -315,19 +281,18 @@ def pair_folder(path: Path) -> Iterator[Callable[[str, str, bytes, bytes], None]
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
 
     def add(name: str, suffix: str, image: bytes, mask: bytes) -> None:
-        with explain_full_disk(path):
-            (partial / "images" / f"{name}{suffix}").write_bytes(image)
-            (partial / "masks" / f"{name}.png").write_bytes(mask)
+        (partial / "images" / f"{name}{suffix}").write_bytes(image)
+        (partial / "masks" / f"{name}.png").write_bytes(mask)
 
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        for name in ("images", "masks"):
-            try:
+        with explain_full_disk(path):
+            for name in ("images", "masks"):
                 (partial / name).mkdir(parents=True)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be made ({error.strerror}); choose another output") from error
-        yield add
-        os.replace(partial, path)
+            yield add
+            os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -340,17 +305,16 @@ def pair_lmdb(path: Path) -> Iterator[Callable[[str, str, bytes, bytes], None]]:
 
 
 def pairs_of(
-    entry: Entry, read: Callable[[Path, Path | None], Truth], rejected: RejectionLog, *, words: bool, margin: float
+    entry: Entry, read: Callable[[Path, Path | None], Truth], log: support.RejectionLog, *, words: bool, margin: float
 ) -> Iterator[tuple[str, str, bytes, bytes]]:
     """Yield (name, file ending, encoded image, encoded mask) of a whole image or of each of its words.
 
-    Raises:
-        RejectedError: the image or its ground truth cannot be used.
+    Raises RejectedError if the image or its ground truth cannot be used.
     """
     if entry.image is None:
         raise RejectedError("image missing")
-    data = read_file(entry.image)
-    image = checked_image(data)
+    data = support.read_file(entry.image)
+    image = support.checked_image(data)
     truth = read(entry.mask, entry.annotation)
     if truth.mask.shape != image.shape[:2]:
         raise RejectedError("mask of another size", f"(height, width) {truth.mask.shape}, image {image.shape[:2]}")
@@ -360,35 +324,30 @@ def pairs_of(
     if truth.boxes is None:
         raise RejectedError("no word boxes")
     for number, box in enumerate(truth.boxes, start=1):
-        rows, columns = pixel_slices(box, image.shape, margin=margin)
+        rows, columns = support.pixel_slices(box, image.shape, margin=margin)
         name, crop = f"{entry.name}_{number:03d}", image[rows, columns]
         if crop.size:
             yield name, ".png", _png(crop[..., ::-1]), _png(truth.mask[rows, columns])
         else:
-            rejected.add(name, "box outside the image")
+            log.add(name, "box outside the image")
 
 
 def _png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = make_parser(__doc__, EXAMPLE)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; return the exit status."""
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="which published set it is")
-    parser.add_argument("--source", required=True, metavar="FOLDER", help="where the set was unpacked")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="what to make")
+    parser.add_argument("--source", required=True, type=Path, metavar="FOLDER", help="where the set was unpacked")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="what to make")
     parser.add_argument("--split", metavar="NAME", help="only masks below a folder of this name, such as Train")
     parser.add_argument("--lmdb", action="store_true", help="make an LMDB instead of folders images/ and masks/")
     parser.add_argument("--words", action="store_true", help="cut out words instead of keeping whole images")
     parser.add_argument("--margin", type=float, default=0.1, help="around words, in shorter sides (%(default)s)")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool and return its exit status."""
-    options = parse_arguments(arguments)
-    source, output = Path(options.source), Path(options.output)
+    options = parser.parse_args(arguments)
+    source, output = options.source, options.output
     if not source.is_dir():
         raise UserError(f"--source {source}: no such folder; name the one that the set was unpacked to")
     if output.exists():
@@ -396,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.margin >= 0:
         raise UserError(f"--margin {options.margin}: is negative; give 0 or more")
     data_set = FORMATS[options.format]
-    entries = find_entries(data_set, source, options.split)
+    entries = list(find_entries(data_set, source, options.split))
     if not entries:
         where = f" below a folder {options.split}" if options.split else ""
         raise UserError(
@@ -405,8 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     read, kept = data_set.read, 0
     if read is read_labels:
         read = functools.partial(read_labels, text=text_value([entry.mask for entry in entries]))
-    with RejectionLog.beside(output) as rejected, (pair_lmdb if options.lmdb else pair_folder)(output) as add:
-        for entry in progress(entries, total=len(entries), unit="image", description=options.format):
+    with support.RejectionLog.beside(output) as rejected, (pair_lmdb if options.lmdb else pair_folder)(output) as add:
+        for entry in support.progress(entries, total=len(entries), unit="image", description=options.format):
             try:
                 for pair in pairs_of(entry, read, rejected, words=options.words, margin=options.margin):
                     add(*pair)
@@ -415,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rejected.add(entry.name if entry.image else str(entry.mask), error.reason, error.detail)
         if not kept:
             raise UserError(f"--source {source}: none of {len(entries)} could be used ({dict(rejected.counts)})")
-    print_summary(f"{output}: made of {options.format}", {"images read": len(entries), "pairs": kept}, rejected)
+    support.print_summary(f"{output}: made of {options.format}", {"images read": len(entries), "pairs": kept}, rejected)
     return 0
 
 

@@ -8,27 +8,16 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
+from tools import support
 from tools.create_lmdb_dataset import words_of_list
-from tools.support import (
-    RejectedError,
-    Word,
-    add_run_arguments,
-    checked_image,
-    find_image,
-    make_parser,
-    map_in_processes,
-    progress,
-    read_file,
-    read_word,
-    store_words,
-)
+from tools.support import RejectedError, Word
 from utils import UserError, first_line, run_command_line
 
 EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
@@ -36,16 +25,8 @@ EXAMPLE = """  python tools/crop_by_word_bb.py SynthText/gt.mat data/training/ST
 
 MIN_SIDE = 2.0  # pixels; smaller boxes hold no letter
 MIN_VISIBLE = 0.5  # share of a box that must lie inside the image
-FORMATS = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, 95], "png": []}
+JPEG_QUALITY = 95
 _MJSYNTH_NAME = re.compile(r"[^_]*_(?P<label>.+)_[^_]*\.[^.]+")
-
-
-class Scene(NamedTuple):
-    """One image of SynthText: its name, the corners x, y of N boxes from the text's top left on (2, 4, N), N words."""
-
-    name: str
-    boxes: np.ndarray
-    words: tuple[str, ...]
 
 
 def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
@@ -68,13 +49,16 @@ def read_synthtext(gt_file: str | os.PathLike) -> list[tuple[Any, Any, Any]]:
     return list(zip(names, boxes, texts, strict=True))
 
 
-def parse_scene(raw: tuple[Any, Any, Any]) -> Scene:
-    """Make a Scene of one raw entry; published entries with a single word have boxes of shape 2 x 4."""
+def parse_scene(raw: tuple[Any, Any, Any]) -> tuple[str, np.ndarray, list[str]]:
+    """Return name, corners and words of an image: x and y of N boxes (2, 4, N), from the text's top left on, N words.
+
+    Published entries with a single word have boxes of shape 2 x 4.
+    """
     raw_name, raw_boxes, raw_texts = raw
     name = str(np.ravel(raw_name)[0]) if np.size(raw_name) else ""
     boxes = np.asarray(raw_boxes)
-    words = tuple(word for text in np.ravel(raw_texts) for word in _text(text).split())
-    return Scene(name, boxes[..., None] if boxes.ndim == 2 else boxes, words)
+    words = [word for text in np.ravel(raw_texts) for word in _text(text).split()]
+    return name, boxes[..., None] if boxes.ndim == 2 else boxes, words
 
 
 def _text(value: Any) -> str:
@@ -82,7 +66,7 @@ def _text(value: Any) -> str:
     return " ".join(map(_text, np.ravel(value))) if isinstance(value, np.ndarray) else str(value)
 
 
-def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, form: str) -> list[Word]:
+def crop_scene(raw: tuple[Any, Any, Any], *, folder: str) -> list[Word]:
     """Cut every word out of one image of SynthText; runs in a worker."""
     name, boxes, words = parse_scene(raw)
     if not boxes.size and not words:
@@ -93,7 +77,7 @@ def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, form: str) -> list[Wor
             raise RejectedError("boxes are not 2 x 4 x N", f"shape {boxes.shape} of {boxes.dtype}")
         if boxes.shape[2] != len(words):
             raise RejectedError("boxes and words differ in number", f"{boxes.shape[2]} boxes, {len(words)} words")
-        image = checked_image(read_file(find_image(folder, name)))
+        image = support.checked_image(support.read_file(support.find_image(folder, name)))
     except RejectedError as error:
         count = max(1, len(words), boxes.shape[2] if is_sound else 0)
         return [Word(name, reason=error.reason, detail=error.detail, words=count)]
@@ -101,17 +85,17 @@ def crop_scene(raw: tuple[Any, Any, Any], *, folder: str, form: str) -> list[Wor
     for number, (box, label) in enumerate(zip(boxes.transpose(2, 1, 0).astype(np.float32), words, strict=True), 1):
         place = f"{name}#{number}"
         try:
-            found.append(Word(place, image=crop_word(image, box, form=form), label=label))
+            found.append(Word(place, image=crop_word(image, box), label=label))
         except RejectedError as error:
             found.append(Word(place, reason=error.reason, detail=f"corners {np.round(box, 1).tolist()}"))
     return found
 
 
-def crop_word(image: np.ndarray, box: np.ndarray, *, form: str) -> bytes:
-    """Cut one word out of `image` (H, W, 3) by its corners `box` (4, 2), and encode it; raises RejectedError."""
+def crop_word(image: np.ndarray, box: np.ndarray) -> bytes:
+    """Return the part of an image (H, W, 3) in the upright rectangle around the corners `box` (4, 2), as a JPEG."""
     check_box(box, image.shape[1], image.shape[0])
-    crop = crop_upright(image, box)
-    done, encoded = cv2.imencode(f".{form}", crop[..., ::-1], FORMATS[form])
+    rows, columns = support.pixel_slices((*box.min(axis=0), *box.max(axis=0)), image.shape)
+    done, encoded = cv2.imencode(".jpg", image[rows, columns, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     if not done:
         raise RejectedError("too large for the format")
     return encoded.tobytes()
@@ -129,24 +113,13 @@ def check_box(box: np.ndarray, width: int, height: int) -> None:
         raise RejectedError("box outside the image")
 
 
-def crop_upright(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Return the part of `image` in the upright rectangle around `box`, clipped to the image."""
-    left, top = np.floor(np.maximum(box.min(axis=0), 0)).astype(int)
-    right, bottom = np.ceil(box.max(axis=0)).astype(int)
-    return image[top:bottom, left:right]
-
-
-def mjsynth_word(content: bytes, *, folder: str) -> Word:
-    """Read the word of one annotation line, `./2425/1/115_Lube_45484.jpg 45484`; runs in a worker."""
-    line = content.decode(errors="backslashreplace")
-    name = line.rsplit(maxsplit=1)[0]
+def mjsynth_word(line: str, *, folder: str) -> tuple[str, bytes]:
+    """Return the label and the image of an annotation line, `./2425/1/115_Lube_45484.jpg 45484`."""
+    name = line.rstrip().rpartition(" ")[0]
     match = _MJSYNTH_NAME.fullmatch(name.rpartition("/")[2])
     if match is None:
-        return Word(line, reason="no label in the file name")
-    try:
-        return read_word(name, find_image(folder, name), match["label"])
-    except RejectedError as error:
-        return Word(name, reason=error.reason)
+        raise RejectedError("no label in the file name")
+    return match["label"], support.read_image(support.find_image(folder, name))
 
 
 def words_of(options: Any) -> Iterator[Word]:
@@ -155,9 +128,9 @@ def words_of(options: Any) -> Iterator[Word]:
     folder = options.images or os.path.dirname(os.path.abspath(annotation))
     if annotation.endswith(".mat"):
         scenes = read_synthtext(annotation)
-        crop = functools.partial(crop_scene, folder=folder, form=options.format)
-        results = map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
-        bar = progress(results, total=len(scenes), unit="image", description="SynthText")
+        crop = functools.partial(crop_scene, folder=folder)
+        results = support.map_in_processes(crop, scenes, workers=options.workers, chunk_size=8)
+        bar = support.progress(results, total=len(scenes), unit="image", description="SynthText")
         yield from itertools.chain.from_iterable(bar)
     elif annotation.endswith(".txt"):
         yield from words_of_list(folder, annotation, workers=options.workers, read=mjsynth_word)
@@ -166,14 +139,13 @@ def words_of(options: Any) -> Iterator[Word]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(__doc__, EXAMPLE)
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("annotation", metavar="ANNOTATION", help="SynthText's gt.mat or MJSynth's annotation_*.txt")
     parser.add_argument("output", metavar="OUTPUT_LMDB", help="folder to make")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images' paths (default: ANNOTATION's)")
-    parser.add_argument("--format", choices=FORMATS, default="jpg", help="SynthText: of the crops (default: jpg)")
-    add_run_arguments(parser)
+    support.add_run_arguments(parser)
     options = parser.parse_args(arguments)
-    store_words(words_of(options), options.output, overwrite=options.overwrite)
+    support.store_words(words_of(options), options.output, overwrite=options.overwrite)
     return 0
 
 

@@ -17,10 +17,8 @@ SSN (--ssn-output), input:
 Output:
   text_probability  float32 (N, 1, H, W); the recogniser's mask is made of it in 8 bits, as round(255 * p)
 N, H and W are free. Charset, sizes, fit, mean, deviation, areas and opset are in the metadata of the files.
-tools/read_with_onnx.py is an example that reads with both.
 """
 
-import argparse
 import contextlib
 import copy
 import importlib.util
@@ -32,7 +30,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
@@ -49,13 +47,12 @@ from modules.ssn import SSN
 from tools.support import make_parser, print_summary, refuse_existing
 from utils import UserError, run_command_line, write_atomically
 
-if TYPE_CHECKING:
-    import onnx
-
 EXAMPLE = "  python tools/export_onnx.py --checkpoint weights/binet-small.pth --output binet.onnx --ssn-output ssn.onnx"
 
 PACKAGES = ("onnx", "onnxscript")  # of requirements-dev.txt
 OPSET = 18
+
+ModelProto = Any  # onnx.ModelProto; the package may be missing
 
 # For each area: `network_size`, the image resized to it, SSN (its nodes replace NETWORK), the probability resized back;
 # then their mean. Sizes are computed in double precision, as Python does.
@@ -101,7 +98,7 @@ ssn (float[n, 3, height, width] image) => (float[n, 1, height, width] text_proba
 
 
 class Recogniser(nn.Module):
-    """image, mask -> logits of one sub-model and attention."""
+    """A recogniser that returns the logits of one sub-model, and attention."""
 
     def __init__(self, model: nn.Module, model_eval: str) -> None:
         super().__init__()
@@ -146,11 +143,7 @@ def export_recogniser(bundle: Bundle, path: Path, *, model_eval: str) -> None:
 
 
 def export_ssn(ssn: SSN, areas: Sequence[int], path: Path) -> None:
-    """Write SSN with the whole procedure of `inference.segmenter`, but for the rounding to 8 bits.
-
-    Args:
-        areas: sides of the squares whose areas the resized images have, in pixels.
-    """
+    """Write SSN with the whole procedure of `inference.segmenter` at these areas, but for the rounding to 8 bits."""
     sides = {axis: 32 * torch.export.Dim(name, min=1, max=128) + 1 for axis, name in ((2, "rows"), (3, "columns"))}
     shape = {0: torch.export.Dim("batch", min=1), **sides}
     network = exported(NetworkSSN(ssn), {"image": torch.rand(2, 3, 97, 193)}, ("text",), [shape])
@@ -159,13 +152,8 @@ def export_ssn(ssn: SSN, areas: Sequence[int], path: Path) -> None:
 
 def exported(
     network: nn.Module, examples: dict[str, Tensor], outputs: Sequence[str], free: Sequence[dict[int, Any]]
-) -> "onnx.ModelProto":
-    """Return the graph of a network.
-
-    Args:
-        examples: name and example of each input.
-        free: axis -> dimension of the axes of each input that the example does not fix.
-    """
+) -> ModelProto:
+    """Return the graph of a network with named inputs; `free` has the axes that may vary of each."""
     noise = io.StringIO()  # the exporter reports its steps on stdout
     with contextlib.redirect_stdout(noise), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -181,7 +169,7 @@ def exported(
     return program.model_proto
 
 
-def around_ssn(network: "onnx.ModelProto", areas: Sequence[int]) -> "onnx.ModelProto":
+def around_ssn(network: ModelProto, areas: Sequence[int]) -> ModelProto:
     """Return SSN_GRAPH with the nodes and weights of the network inside."""
     import onnx.compose
     import onnx.parser
@@ -202,7 +190,7 @@ def around_ssn(network: "onnx.ModelProto", areas: Sequence[int]) -> "onnx.ModelP
     return onnx.helper.make_model(graph, opset_imports=network.opset_import, ir_version=network.ir_version)
 
 
-def store(model: "onnx.ModelProto", path: Path, facts: dict[str, object]) -> None:
+def store(model: ModelProto, path: Path, facts: dict[str, object]) -> None:
     """Write a checked ONNX file, all or nothing, with facts in its metadata, as JSON where they are not text."""
     import onnx
 
@@ -215,8 +203,16 @@ def store(model: "onnx.ModelProto", path: Path, facts: dict[str, object]) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
-    options = parse_arguments(arguments)
+    """Run one command line; return the exit status."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="recogniser, with its config")
+    parser.add_argument("--config", metavar="YAML", help="how to build a checkpoint that carries no config")
+    parser.add_argument("--output", required=True, metavar="FILE", help="ONNX file of the recogniser to write")
+    parser.add_argument("--ssn-output", metavar="FILE", help="ONNX file of the SSN to write")
+    parser.add_argument("--ssn", metavar="FILE", help="checkpoint of the SSN (default: the one in --checkpoint)")
+    parser.add_argument("--model_eval", metavar="NAME", help="sub-model whose logits to give (default: the last)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    options = parser.parse_args(arguments)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     if missing := [each for each in PACKAGES if importlib.util.find_spec(each) is None]:
         raise UserError(f"{', '.join(missing)} is not installed; install requirements-dev.txt")
@@ -230,19 +226,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.ssn_output is not None:
         export_ssn(ssn, areas, Path(options.ssn_output))
     return 0
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
-    parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="recogniser, with its config")
-    parser.add_argument("--config", metavar="YAML", help="how to build a checkpoint that carries no config")
-    parser.add_argument("--output", required=True, metavar="FILE", help="ONNX file of the recogniser to write")
-    parser.add_argument("--ssn-output", metavar="FILE", help="ONNX file of the SSN to write")
-    parser.add_argument("--ssn", metavar="FILE", help="checkpoint of the SSN (default: the one in --checkpoint)")
-    parser.add_argument("--model_eval", metavar="NAME", help="sub-model whose logits to give (default: the last)")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

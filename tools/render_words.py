@@ -4,10 +4,8 @@ import functools
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
@@ -20,16 +18,8 @@ import numpy as np
 from evaluation.contact_sheet import save_sheet_of_lmdb
 from loading.lmdb_io import LmdbWriter
 from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
-from rendering.config import BACKGROUND_KINDS, OutputConfig
-from tools.support import (
-    add_run_arguments,
-    make_parser,
-    map_in_processes,
-    positive,
-    print_summary,
-    progress,
-    seed_number,
-)
+from rendering.config import OutputConfig
+from tools import support
 from utils import is_folder_name, run_command_line
 
 EXAMPLE = """  python tools/render_words.py --output data/rendered --name words --count 10000 --seed 0
@@ -41,14 +31,7 @@ SHEET_WORDS = 64
 _JPEG_QUALITY = 95
 
 
-class EncodedWord(NamedTuple):
-    """A word as stored in the LMDBs, and what the summary counts."""
-
-    image: bytes
-    mask: bytes
-    text: str
-    family: str
-    background: str
+EncodedWord = tuple[bytes, bytes, str]  # image and mask as stored, text
 
 
 def encode_word(word: RenderedWord, output: OutputConfig) -> EncodedWord:
@@ -60,7 +43,7 @@ def encode_word(word: RenderedWord, output: OutputConfig) -> EncodedWord:
         full_colour = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
         encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY, *full_colour])[1]
     mask = cv2.imencode(".png", word.mask, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1]
-    return EncodedWord(encoded.tobytes(), mask.tobytes(), word.text, word.family, word.background)
+    return encoded.tobytes(), mask.tobytes(), word.text
 
 
 @functools.lru_cache(maxsize=1)
@@ -81,52 +64,43 @@ def render_words(config: RenderConfig, count: int, *, seed: int, workers: int) -
     settings = config.model_dump_json()
     _renderer(settings)  # raises the errors of the settings before any worker starts
     render = functools.partial(render_and_encode, settings=settings, seed=seed)
-    words = map_in_processes(render, range(count), workers=workers, chunk_size=32)
-    return progress(words, total=count, unit="word", description="words")
+    words = support.map_in_processes(render, range(count), workers=workers, chunk_size=32)
+    return support.progress(words, total=count, unit="word", description="words")
 
 
-def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> list[EncodedWord]:
-    """Write both LMDBs, which appear together at the end; return the words without their images."""
+def write_lmdbs(words: Iterator[EncodedWord], output: Path, name: str, *, overwrite: bool) -> None:
+    """Write both LMDBs, which appear together at the end."""
     paths = output / "images" / name, output / "masks" / name
     new = [path for path in paths if not path.exists()]
-    kept: list[EncodedWord] = []
     try:
         with LmdbWriter(paths[1], overwrite=overwrite) as masks, LmdbWriter(paths[0], overwrite=overwrite) as images:
-            for word in words:
-                images.append(word.image, word.text)
-                masks.append(word.mask, word.text)
-                kept.append(word._replace(image=b"", mask=b""))
+            for image, mask, text in words:
+                images.append(image, text)
+                masks.append(mask, text)
             images.commit()  # a full disk shows here, before either has its name
             masks.commit()
     except BaseException:
         for path in new:
-            if path.exists():
-                shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         raise
-    return kept
-
-
-def folder_name(text: str) -> str:
-    """Parse the name of one folder, for argparse."""
-    if not is_folder_name(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of one folder")
-    return text
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line; settings may stand before, between and after the flags."""
-    parser = make_parser(__doc__, EXAMPLE)
+    parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as background=clutter")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of images/ and masks/")
-    parser.add_argument("--name", required=True, type=folder_name, help="name of both LMDBs")
-    parser.add_argument("--count", type=positive, default=10000, help="number of words (default: 10000)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the words (default: 0)")
+    parser.add_argument("--name", required=True, help="name of both LMDBs")
+    parser.add_argument("--count", type=support.positive, default=10000, help="number of words (default: 10000)")
+    parser.add_argument("--seed", type=support.seed_number, default=0, help="of the words (default: 0)")
     parser.add_argument("--config", metavar="YAML", help="settings, such as configs/render.yaml (default: built in)")
     parser.add_argument("--difficulty", type=float, metavar="0..1", help="0: clear words, 1: hard ones")
     parser.add_argument("--photos", metavar="FOLDER", help="photographs for backgrounds")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help=f"image of the first {SHEET_WORDS} words")
-    add_run_arguments(parser)
+    support.add_run_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
+    if not is_folder_name(options.name):
+        parser.error(f"argument --name: {options.name!r} is not the name of one folder")
     flags = {"difficulty": options.difficulty, "photos": options.photos}
     options.overrides += [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     return options
@@ -137,17 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_render_config(options.config, options.overrides)
     start = time.perf_counter()
     words = render_words(config, options.count, seed=options.seed, workers=options.workers)
-    kept = write_lmdbs(words, options.output, options.name, overwrite=options.overwrite)
-    seconds = time.perf_counter() - start
+    write_lmdbs(words, options.output, options.name, overwrite=options.overwrite)
+    counts = {"words": options.count, "words a second": options.count / (time.perf_counter() - start)}
+    paths = [options.output / kind / options.name for kind in ("images", "masks")]
     if options.contact_sheet:
-        paths = (options.output / kind / options.name for kind in ("images", "masks"))
-        save_sheet_of_lmdb(*paths, range(1, min(len(kept), SHEET_WORDS) + 1), options.contact_sheet)
-    counts: dict[str, object] = {"words": len(kept), "different texts": len({word.text for word in kept})}
-    counts["font families"] = len({word.family for word in kept})
-    kinds = Counter(word.background for word in kept)
-    counts |= {f"on {kind}": kinds[kind] for kind in BACKGROUND_KINDS if kinds[kind]}
-    counts["words a second"] = len(kept) / seconds
-    print_summary(f"{options.output}/images/{options.name} and {options.output}/masks/{options.name}", counts)
+        save_sheet_of_lmdb(*paths, range(1, min(options.count, SHEET_WORDS) + 1), options.contact_sheet)
+    support.print_summary(f"wrote {paths[0]} and {paths[1]}", counts)
     return 0
 
 

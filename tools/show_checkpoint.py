@@ -1,6 +1,5 @@
 """Print what a checkpoint holds and how it came to be: form, network, parameters, scores, command, versions, hours."""
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -17,12 +16,21 @@ from utils import printable, run_command_line
 EXAMPLE = "  python tools/show_checkpoint.py weights/binet-small.pth"
 BUFFERS = {"running_mean", "running_var", "num_batches_tracked", "pe"}  # last part of the names of what is not learnt
 UNKNOWN = "not known"
+FORMS = {  # of checkpoints that have such a key, the first one of these
+    "training": "a checkpoint of training, which can be resumed",
+    "ssn": "a recogniser with the SSN that makes its masks",
+    "config": "weights with their config",
+    "opt": "the published form (fastai), weights and optimiser",
+    "model": "weights alone",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
-    options = parse_arguments(arguments)
-    state = read_checkpoint(options.checkpoint)
+    """Run one command line; return the exit status."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("checkpoint", metavar="FILE", help="any checkpoint: ours, a bundle, the published form")
+    path = parser.parse_args(arguments).checkpoint
+    state = read_checkpoint(path)
     charset, name = state.get("charset"), section(section(state, "config"), "model").get("name", UNKNOWN)
     iteration = section(state, "training").get("iteration", state.get("iteration", UNKNOWN))
     facts = {
@@ -30,48 +38,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "characters": len(charset) if isinstance(charset, str | list) else UNKNOWN,
         "iteration": printable(str(iteration)),
     }
-    print_summary(f"{options.checkpoint}: {form_of(state)}", facts)
+    print_summary(f"{path}: {form_of(state)}", facts)
     print_summary("parameters", parameter_counts(state))
     show("scores", state.get("scores"))
-    show_provenance("training", state)
+    show("training", state.get("provenance"))
     if "ssn" in state:
-        show_provenance("training of the SSN", section(state, "ssn"))
+        show("training of the SSN", section(state, "ssn").get("provenance"))
     return 0
 
 
 def form_of(state: Mapping[str, Any]) -> str:
     """Return what kind of checkpoint it is."""
-    if "training" in state:
-        return "a checkpoint of training, which can be resumed"
-    if "ssn" in state:
-        return "a recogniser with the SSN that makes its masks"
-    if "config" in state:
-        return "weights with their config"
-    if "opt" in state:
-        return "the published form (fastai), weights and optimiser"
-    return "weights alone" if "model" in state else "a plain state_dict"
+    return next((form for key, form in FORMS.items() if key in state), "a plain state_dict")
 
 
 def parameter_counts(state: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of parameters of each sub-model and in all; the SSN of a bundle is one of them."""
     counts: Counter[str] = Counter()
-    parts = [("", state), *([("ssn", section(state, "ssn"))] if "ssn" in state else [])]
-    for part, content in parts:
+    for part, content in ("", state), ("ssn", section(state, "ssn")):
         for name, tensor in checkpoint_weights(content).items():
             if name.split(".")[-1] not in BUFFERS:
                 counts[part or printable(name.split(".")[0])] += tensor.numel()
     counts["all"] = counts.total()
     return dict(counts)
-
-
-def show_provenance(heading: str, state: Mapping[str, Any]) -> None:
-    """Print how a network came to be, and whether its hours and samples are lower bounds."""
-    show(heading, state.get("provenance"))
-    starts = section(state, "provenance").get("starts")
-    first = starts[0] if isinstance(starts, list) and starts else None
-    if isinstance(first, Mapping) and first.get("iteration"):  # the run is older than its provenance
-        missing = printable(str(first["iteration"]))
-        print(f"  hours and samples are lower bounds: iterations up to {missing} have no record")
 
 
 def show(heading: str, content: Any) -> None:
@@ -84,13 +73,6 @@ def section(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return a mapping inside a checkpoint; empty if there is none."""
     value = state.get(name)
     return value if isinstance(value, Mapping) else {}
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
-    parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("checkpoint", metavar="FILE", help="any checkpoint: ours, a bundle, the published form")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

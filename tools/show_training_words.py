@@ -1,6 +1,5 @@
 """Draw a sheet of training words as the network sees them: augmented, at its size, with mask and label."""
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -23,11 +22,7 @@ EXAMPLE = """  python tools/show_training_words.py --config configs/small.yaml -
 
 
 def read_training_words(config: Config, count: int, *, epoch: int = 0) -> list[Cell]:
-    """Return the first `count` words that a run trains on from `epoch` on, with their labels as stored.
-
-    Raises:
-        UserError: the network of the config is not trained on word images, or its data cannot be opened.
-    """
+    """Return the first `count` words that a run trains on from `epoch` on, with their labels as stored."""
     if config.model.kind not in ("vision", "recogniser"):
         raise UserError(f"model.name {config.model.name}: is not trained on words; give the config of a recogniser")
     config = config.model_copy(deep=True)
@@ -44,8 +39,14 @@ def read_training_words(config: Config, count: int, *, epoch: int = 0) -> list[C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
-    options = parse_arguments(arguments)
+    """Run one command line; return the exit status."""
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("--config", required=True, metavar="YAML", help="as main.py reads it")
+    parser.add_argument("--output", required=True, type=Path, metavar="PNG", help="sheet to write")
+    parser.add_argument("--count", type=positive, default=60, help="words on the sheet (default: 60)")
+    parser.add_argument("--epoch", type=seed_number, default=0, help="their epoch, from 0 (default: 0)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
+    options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     cells = read_training_words(config, options.count, epoch=options.epoch)
     if not cells:
@@ -54,17 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     save_contact_sheet(cells, options.output, cell_width=2 * width, cell_height=2 * height, columns=6)
     print_summary(f"wrote {options.output}", {"words": len(cells)})
     return 0
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; see `--help`."""
-    parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("--config", required=True, metavar="YAML", help="as main.py reads it")
-    parser.add_argument("--output", required=True, type=Path, metavar="PNG", help="sheet to write")
-    parser.add_argument("--count", type=positive, default=60, help="words on the sheet (default: 60)")
-    parser.add_argument("--epoch", type=seed_number, default=0, help="their epoch, from 0 (default: 0)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
-    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

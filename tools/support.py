@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import stat
 import sys
@@ -26,6 +27,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_FILE_SIZE = 8 * MAX_PIXELS  # bytes of an image file
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels, right and bottom not included
 
 
 def make_parser(description: str, example: str) -> ArgumentParser:
@@ -172,6 +175,15 @@ def decoded_words(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[t
             yield number, decode_image(reader.get(image_key(number)) or b""), label
 
 
+def pixel_slices(box: Box, shape: tuple[int, ...], *, margin: float = 0.0) -> tuple[slice, slice]:
+    """Return rows and columns of a box, `margin` times its shorter side wider on each side, clipped to the image."""
+    left, top, right, bottom = box
+    extra = margin * min(right - left, bottom - top)
+    rows = slice(max(0, int(top - extra)), max(0, min(shape[0], math.ceil(bottom + extra))))
+    columns = slice(max(0, int(left - extra)), max(0, min(shape[1], math.ceil(right + extra))))
+    return rows, columns
+
+
 def inside(folder: str, name: str) -> str | None:
     """Return the path of `name` below `folder`, or None when it leaves it (`..`, or an absolute path elsewhere).
 
@@ -187,8 +199,9 @@ def find_image(folder: str, name: str) -> str:
 
     Raises RejectedError when there is none, or when it lies outside the folder.
     """
-    forms = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
-    for spelling in itertools.chain([name], forms):
+    if not name:
+        raise RejectedError("no path")
+    for spelling in (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))):
         for candidate in (spelling, spelling.replace("\\", "/")):
             path = inside(folder, candidate)
             if path is not None and os.path.lexists(path):
@@ -209,14 +222,11 @@ def read_file(path: str | os.PathLike) -> bytes:
         raise RejectedError("cannot be read", str(error.strerror)) from error
 
 
-def read_word(name: str, path: str, label: str) -> Word:
-    """Return the word with the unchanged bytes of the image file `path`, checked, or the reason why it is rejected."""
-    try:
-        data = read_file(path)
-        checked_image(data)
-    except RejectedError as error:
-        return Word(name, reason=error.reason, detail=error.detail)
-    return Word(name, image=data, label=label)
+def read_image(path: str | os.PathLike) -> bytes:
+    """Return the bytes of an image file that training can decode; raises RejectedError."""
+    data = read_file(path)
+    checked_image(data)
+    return data
 
 
 def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False) -> None:

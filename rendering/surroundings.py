@@ -1,16 +1,59 @@
-"""Things in front of the letters: poles, wires, leaves, the edge of something near. What they cover is not text."""
+"""What is around the letters, which is no text in the mask.
+
+Other text on the same surface is warped with the word and cut by the crop. Things may stand in front of the letters:
+poles, wires, leaves, the edge of something near.
+"""
 
 import math
 
 import cv2
 import numpy as np
 
-from rendering.blending import blend, full
+from rendering.blending import blend, full, overlap
 from rendering.colours import sample_background_colour, with_luminance
+from rendering.letters import Letters
 from rendering.textures import cut_texture
 
+_REACH = 1.6  # heights of a capital letter around the word
+_SIDES = np.array([0.3, 0.6, 0.3, 0.6])  # chance of text left, above, right, below
 _VISIBLE = 0.55  # smallest share of each part of the letters that stays
 _TRIES = 4
+
+
+def place_neighbours(
+    letters: Letters, other: Letters, space: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Set pieces of `other` around the word.
+
+    Args:
+        space: left, top, right, bottom space in the image, heights of a capital letter: most of the other text
+            begins within it and is seen.
+
+    Returns:
+        grey uint8 (h, w), as in `Letters`, and the middle of the word's letters in it.
+    """
+    unit = letters.unit
+    left, top, right, bottom = letters.box
+    width, height = right - left, bottom - top
+    reach = int(_REACH * unit)
+    canvas = np.zeros((height + 2 * reach, width + 2 * reach), np.uint8)
+    x, y, x_end, y_end = other.box
+    piece = other.fill[y:y_end, x:x_end]
+    chances, along, near = rng.random(4), rng.random(4), rng.random(4)
+    sides = np.flatnonzero(chances < _SIDES)
+    for side in sides if sides.size else [1 if chances[0] < 0.5 else 3]:
+        upright = side % 2 == 1
+        room = max(float(space[side]), 0.1 if upright else 0.2)
+        gap = int(unit * ((0.04 if upright else 0.16) + near[side] * room))
+        if upright:
+            start = reach + round(width * along[side]) - round(piece.shape[1] * along[3 - side])
+            line = reach - gap - piece.shape[0] if side == 1 else reach + height + gap
+        else:
+            start = reach - gap - piece.shape[1] if side == 0 else reach + width + gap
+            line = reach + height - piece.shape[0]
+        area, seen = overlap(canvas, piece, start, line)
+        np.maximum(area, seen, out=area)
+    return canvas, (reach + width / 2, reach + height / 2)
 
 
 def occlude(

@@ -78,17 +78,14 @@ def save_bundle(
     areas: Sequence[int] = (),
     half: bool = False,
 ) -> dict[str, Any]:
-    """Write the recogniser of one checkpoint and the SSN of another to one file, without the state of their training.
+    """Write the recogniser of one checkpoint and the SSN of another to one file, and return what was written.
 
-    Paths of the machines that trained them are removed from configs and provenance.
+    It lacks the state of their training, and paths of the machines that trained them.
 
     Args:
         areas: those that the recogniser's masks were made with; empty: those in the SSN's checkpoint.
         half: store matrices and kernels in 16 bits, which about halves the file. Vectors, and the layers that the fast
             form computes in float32, keep 32 bits.
-
-    Returns:
-        what was written.
 
     Raises:
         UserError: a file is missing, damaged, or carries no config.

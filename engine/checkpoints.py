@@ -260,6 +260,8 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         momenta = {name: value for name, value in state["state"].get(place, {}).items() if value is not None}
         if not momenta:
             continue
+        if not all(isinstance(value, Tensor | int | float) for value in momenta.values()):
+            raise ValueError("the state of the optimizer is damaged")  # torch would walk through whatever it holds
         found = {name: torch.as_tensor(value).shape for name, value in momenta.items()}
         if found.pop("step", torch.Size()).numel() != 1 or found != dict.fromkeys(names, parameter.shape):
             raise ValueError("the state of the optimizer is damaged")

@@ -19,6 +19,8 @@ from yaml_io import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
 
+PROBLEMS_SHOWN = 30  # in one message
+
 
 def key(default: Any, description: str, **limits: Any) -> Any:
     """Define a key by its default, a sentence about its unit and effect, and pydantic's limits on the value."""
@@ -144,7 +146,10 @@ def validate_settings(
     problems = [*problems, *(f"{_located(dotted, source, places)}: {message}" for dotted, message in found)]
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration\n  "
-        raise UserError(head + "\n  ".join(problems))
+        shown = problems[:PROBLEMS_SHOWN]
+        if more := len(problems) - len(shown):
+            shown.append(f"and {more} more: fix these first")
+        raise UserError(head + "\n  ".join(shown))
     return settings
 
 

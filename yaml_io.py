@@ -9,6 +9,8 @@ from yaml.constructor import ConstructorError
 
 from utils import UserError
 
+MAX_BYTES = 256 << 10  # of a file: PyYAML takes seconds for a megabyte
+
 
 class Loader(yaml.SafeLoader):
     """Loads plain data only; the one tag besides YAML's own is `!!python/tuple`, which gives a list."""
@@ -50,9 +52,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, is no YAML, is empty or is no mapping; names file and line.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise UserError(f"{path}: cannot read the file ({getattr(error, 'strerror', error)})") from error
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES >> 10} KiB, which no config is; name a YAML file")
     data = parse_yaml(content, str(path))
     if not isinstance(data, dict):
         raise UserError(

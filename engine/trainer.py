@@ -31,7 +31,7 @@ from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPPED = 10  # steps in a row that are not finite; then the run ends
+MAX_SKIPPED = 10  # steps in a row that are not finite, or unreadable batches; then the run ends
 STOP_CHECK_ITERATIONS = 10  # several processes agree on a stop signal only this often, since that costs a message
 LOSS_SCALE = 2.0**10  # initial scale of fp16; torch doubles it every 2,000 finite steps
 SECOND_SIGNAL_AFTER = 2.0  # seconds; before that it is the same Ctrl-C, from the terminal and from the launcher
@@ -89,6 +89,7 @@ class Trainer:
         self.epoch = 0
         self.batch_in_epoch = 0  # batches of this epoch done
         self.stop_signal: signal.Signals | None = None  # that ended the run, or will end it after this step
+        self._empty_in_a_row = 0
         self._signalled_at = -math.inf
         self._skipped_in_a_row = 0
         self._waiting: tuple[Step, Any, int, Tensor, Any] | None = None  # to be checked
@@ -138,12 +139,10 @@ class Trainer:
         """Make steps until the last iteration or a stop signal."""
         for batch, waited in self._batches():
             self.call("on_batch_loaded", batch)
-            if len(batch) < (self.accumulation if distributed.is_distributed() else 1):  # processes share every step
-                raise UserError(
-                    f"only {len(batch)} samples of a batch could be read after iteration {self.iteration} (named "
-                    "above); check the data with tools/check_lmdb.py, or raise dataset.train.batch_size"
-                )
-            self._advance(batch, waited)
+            if len(batch) < (self.accumulation if distributed.is_distributed() else 1):
+                self._pass_over(batch)
+            else:
+                self._advance(batch, waited)
             if self.iteration >= self.iterations or self._should_stop():
                 break
 
@@ -153,12 +152,28 @@ class Trainer:
         """Make one step and count it."""
         started = time.perf_counter()
         step = self._step(batch, waited)
+        self._empty_in_a_row = 0
         self.iteration += 1
         self.provenance.samples += step.samples
         self.batch_in_epoch += 1
         self._check(step, batch)  # on a GPU this waits for the step before
         step.duration = waited + time.perf_counter() - started
         self.call("on_step_end", step)
+        self._count_epoch()
+
+    def _pass_over(self, batch: Any) -> None:
+        """Leave out a batch of which nothing could be read; with several processes, which share every step, fail."""
+        self._empty_in_a_row += 1
+        if distributed.is_distributed() or self._empty_in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"only {len(batch)} samples of a batch could be read after iteration {self.iteration} (named above); "
+                "check the data with tools/check_lmdb.py, or raise dataset.train.batch_size"
+            )
+        logger.warning("a batch after iteration %d is left out: nothing of it could be read", self.iteration)
+        self.batch_in_epoch += 1
+        self._count_epoch()
+
+    def _count_epoch(self) -> None:
         if self.batch_in_epoch == self.batches_per_epoch:
             self.epoch, self.batch_in_epoch = self.epoch + 1, 0
             self.call("on_epoch_end")

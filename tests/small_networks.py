@@ -117,7 +117,7 @@ def uneven_batch(kind: str, count: int = 8):
         labels = torch.randint(0, 2, (count, 33, 65), dtype=torch.uint8, generator=generator)
         for row in range(count):
             labels[row, :, 8 * row + 8 :] = 255  # which does not count
-        return SegmentationBatch(images=images, labels=labels, names=[""] * count, indices=torch.arange(count))
+        return SegmentationBatch(images=images, labels=labels, indices=torch.arange(count))
     lengths = torch.tensor([2, 3, 5, 26, 2, 2, 17, 9])[:count]
     labels = torch.randint(1, 37, (count, 26), generator=generator)
     labels[torch.arange(26) >= lengths[:, None] - 1] = 0

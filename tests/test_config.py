@@ -469,6 +469,14 @@ def test_graphs_of_a_step_and_parts_of_a_batch_exclude_each_other():
         load_config(FOLDER / "small.yaml", [*overrides, "training.compile=true"])
 
 
+def test_a_message_names_no_more_problems_than_can_be_read(tmp_path):
+    (tmp_path / "a.yaml").write_text("dataset:\n  train:\n    roots: [" + "1, " * 500 + "1]\n")
+    with pytest.raises(UserError, match="501 problems") as caught:
+        load_config(tmp_path / "a.yaml")
+    assert len(str(caught.value).splitlines()) == 32
+    assert str(caught.value).endswith("and 471 more: fix these first")
+
+
 @pytest.mark.parametrize("override", ["training.epochs=a\nb", "training.epoch=\n1", "a\nb", "training.epochs=[\n"])
 def test_an_override_of_several_lines_is_named_in_one(override):
     with pytest.raises(UserError) as caught:

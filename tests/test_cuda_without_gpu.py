@@ -115,7 +115,7 @@ def make_batch(config: Config):
     labels, lengths = torch.ones(WORDS, steps, dtype=torch.int64), torch.ones(WORDS, dtype=torch.int64)
     if config.model.kind == "ssn":
         images = torch.zeros(WORDS, *PIXELS, dtype=torch.uint8)
-        return SegmentationBatch(images=images, labels=images[:, 0], names=["x"] * WORDS, indices=indices)
+        return SegmentationBatch(images=images, labels=images[:, 0], indices=indices)
     common = {"labels": labels, "lengths": lengths, "texts": ["x"] * WORDS, "indices": indices}
     if config.model.kind == "language":
         probabilities = torch.zeros(WORDS, steps, classes)

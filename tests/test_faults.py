@@ -80,8 +80,11 @@ def test_masks_of_another_set_are_refused(config, tmp_path):
     assert "Traceback" not in refused.text()
 
 
-def test_a_batch_of_which_nothing_can_be_read_ends_the_run(config, tmp_path):
+def test_a_batch_of_which_nothing_can_be_read_is_left_out_and_the_run_ends_if_all_are(config, tmp_path):
     images = tmp_path / "images" / "train"
+    edit(images, {image_key(n): truncated(images, n) for n in range(21, 41)})
+    run(config, "--name=one", "dataset.train.batch_size=1", "training.iterations=9")
+    assert len(history(config, "one")) == 9
     edit(images, {image_key(n): b"" for n in range(1, 41)})
     failed = start(config, "--name=all")
     assert failed.wait() == 2

@@ -236,11 +236,11 @@ def test_a_bad_batch_changes_nothing_and_is_named(tmp_path, caplog):
         assert torch.isfinite(tensor).all(), name
 
 
-def test_a_batch_of_which_nothing_can_be_read_ends_the_run(tmp_path):
+def test_batches_of_which_nothing_can_be_read_are_left_out_but_end_the_run_in_a_row(tmp_path):
     trainer = make_trainer(tmp_path)
     full = collate([trainer.data.dataset[SampleKey(0, index)] for index in range(BATCH)])
     empty = ToyBatch(full.x[:0], full.y[:0], full.indices[:0])
-    trainer._batches = lambda: iter([(full, 0.0), (empty, 0.0)])
+    trainer._batches = lambda: iter([*[(empty, 0.0)] * 9, (full, 0.0), *[(empty, 0.0)] * 10])
     with pytest.raises(UserError, match="only 0 samples of a batch could be read after iteration 1"):
         trainer.fit()
 

@@ -82,3 +82,9 @@ def test_missing_file_and_folder(tmp_path):
 def test_aliases_cannot_blow_up():
     levels = "\n".join(f"k{i}: &k{i} {{x: *k{i - 1}, y: *k{i - 1}}}" for i in range(1, 60))
     assert len(parse_yaml(f"k0: &k0 {{z: 1}}\n{levels}\n", "x")) == 60
+
+
+def test_a_file_that_is_no_settings_is_refused_by_its_size(tmp_path):
+    (tmp_path / "a.yaml").write_text("- a\n" * (1 << 17))
+    with pytest.raises(UserError, match="256 KiB"):
+        read_yaml(tmp_path / "a.yaml")

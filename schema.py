@@ -91,10 +91,13 @@ class TrainDataConfig(Section):
     )
     shares: list[Share] | None = key(
         None,
-        "Share of each root in every batch: a number, or [first, last] of the run; null: each sample once an epoch.",
+        "Share of each root in every batch: a number, or [first, last], between which it changes over the run; null: "
+        "every sample once an epoch.",
     )
     difficulty: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Pair, BeforeValidator(_as_pair)] | None = key(
-        None, "Difficulty of render:// words, 0 to 1: a number, or [first, last] of the run; null: that of the file."
+        None,
+        "Difficulty of render:// words, 0 to 1: a number, or [first, last], between which it changes over the run; "
+        "null: that of the file.",
     )
 
 
@@ -120,7 +123,9 @@ class ValidDataConfig(TestDataConfig):
 class MasksConfig(Section):
     """Source of the text masks."""
 
-    source: Literal["lmdb", "online", "none"] = key("lmdb", "lmdb: files (but of renderings their own); online: SSN.")
+    source: Literal["lmdb", "online", "none"] = key(
+        "lmdb", "lmdb: files (rendered words bring their own); online: SSN in the loop; none: without segmentation."
+    )
     root: str | None = key(None, "Folder of mask LMDBs; the masks of <root of images>/X are in <masks.root>/X.")
 
 
@@ -129,7 +134,9 @@ class SegmentationDataConfig(Section):
 
     crop_size: Annotated[list[PositiveInt], Pair] = key([513, 513], "Height and width of a training crop, pixels.")
     scale_range: Annotated[list[PositiveFloat], Pair] = key([0.5, 2.0], "Factors of random resizing before the crop.")
-    ignore_level: int | None = key(128, "Grey level of ignored pixels in masks; null (soft masks): none.", ge=1, le=254)
+    ignore_level: int | None = key(
+        128, "Grey level of masks that marks pixels to ignore; null (soft masks): none.", ge=1, le=254
+    )
 
 
 class DatasetConfig(Section):
@@ -163,7 +170,7 @@ class DatasetConfig(Section):
     smooth_label: bool = key(False, "Smooth the language inputs' one-hot characters.")
     smooth_factor: float = key(0.1, "Largest share of a character that smoothing spreads over all.", ge=0, lt=1)
     multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = key(
-        None, "Start of workers; null: torch's."
+        None, "How workers start; null: torch's way."
     )
     cache_dir: str | None = key(None, "Folder for indices of LMDBs, which open at once; null: the user's cache folder.")
     masks: MasksConfig = Field(default_factory=MasksConfig)
@@ -199,7 +206,7 @@ class TrainingConfig(Section):
         "default", "reduce-overhead: a GPU replays one graph; max-autotune: also times kernels. Needs accumulation: 1."
     )
     accumulation: PositiveInt = key(
-        1, "Parts of a batch, to save memory: same loss and gradient, but batch norms see parts; slower with masks."
+        1, "Parts of a batch, to save memory: loss and gradient stay, but batch norms see parts; slower with masks."
     )
     ema: float | None = key(
         None, "Decay of the averaged weights (EMA), at most (1 + step) / (10 + step); they are evaluated.", gt=0, lt=1
@@ -220,7 +227,9 @@ class OptimizerArgsConfig(Section):
 class SchedulerConfig(Section):
     """Learning rate over time."""
 
-    type: Literal["step", "poly", "one_cycle", "cosine"] = key("step", "step: x gamma after each period; cosine: to 0.")
+    type: Literal["step", "poly", "one_cycle", "cosine"] = key(
+        "step", "step: x gamma after each period; poly; one_cycle; cosine: falls to 0 at the end of the run."
+    )
     periods: Annotated[list[PositiveInt], Field(min_length=1)] = key(
         [6, 4], "step: lengths of the periods, epochs; the last one goes on to the end."
     )

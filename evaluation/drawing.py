@@ -22,6 +22,9 @@ MARGIN = 2  # pixels between two images of a grid
 CAPTION_SIZE, CAPTION_HEIGHT = 12, 16  # of the letters, of the line; pixels
 MAX_CHARACTERS = 200  # of a caption that are measured
 BACKGROUND = 245
+HEAT_COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_JET)[
+    :, 0, ::-1
+]  # of 256 levels, RGB
 
 
 def to_images(images: Tensor) -> np.ndarray:
@@ -46,21 +49,26 @@ def heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     weight = cv2.resize(attention.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     weight = np.clip(weight / max(float(weight.max()), 1e-9), 0, 1)
-    colours = cv2.applyColorMap((weight * 255).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
+    colours = HEAT_COLOURS[(weight * 255).astype(np.uint8)]
     return (image * 0.5 + colours * 0.5).astype(np.uint8)
 
 
 def captioned(image: np.ndarray, text: str) -> np.ndarray:
     """Return the image with a line of text under it, shortened to the image's width."""
-    width, font = image.shape[1], caption_font()
-    text = " ".join(text[:MAX_CHARACTERS].split())
+    return np.concatenate([image, caption_line(" ".join(text[:MAX_CHARACTERS].split()), image.shape[1])])
+
+
+@functools.lru_cache(maxsize=1024)  # characters and names of masks come again and again
+def caption_line(text: str, width: int) -> np.ndarray:
+    """Return a line of text, (CAPTION_HEIGHT, width, 3), shortened to that width; not to be edited."""
+    font = caption_font()
     if font.getlength(text) > width:
         while text and font.getlength(text + "...") > width:
             text = text[:-1]
         text += "..."
     strip = Image.new("RGB", (width, CAPTION_HEIGHT), (BACKGROUND,) * 3)
     ImageDraw.Draw(strip).text((1, 0), text, fill=(20, 20, 20), font=font)
-    return np.concatenate([image, np.asarray(strip)])
+    return np.asarray(strip)
 
 
 @functools.cache

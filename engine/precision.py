@@ -35,7 +35,8 @@ def choose_algorithms(*, deterministic: bool, search: bool) -> None:
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it helps to find bugs only, and costs time
     torch.backends.cudnn.benchmark = search and not deterministic
 

@@ -22,9 +22,8 @@ MARGIN = 2  # pixels between two images of a grid
 CAPTION_SIZE, CAPTION_HEIGHT = 12, 16  # of the letters, of the line; pixels
 MAX_CHARACTERS = 200  # of a caption that are measured
 BACKGROUND = 245
-HEAT_COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_JET)[
-    :, 0, ::-1
-]  # of 256 levels, RGB
+# Of 256 levels, RGB.
+HEAT_COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_JET)[:, 0, ::-1]
 
 
 def to_images(images: Tensor) -> np.ndarray:

@@ -60,8 +60,12 @@ def test_the_extent_says_what_of_the_input_an_image_fills(reader, files):
         assert [each.extent for each in read] == extents
 
 
-def test_importing_a_reader_imports_no_compiler():
-    code = "import sys, torch, reader; print({'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
+def test_neither_a_reader_nor_the_start_of_a_test_imports_the_compiler():
+    code = (
+        "import sys, torch, reader; from engine.precision import choose_algorithms; "
+        "choose_algorithms(deterministic=False, search=True); "
+        "print({'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

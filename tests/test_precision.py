@@ -136,6 +136,13 @@ def test_losses_in_16_bits_stay_near_those_of_float32():
     check_losses("small", "bf16", CPU, steps=6, words=4)
 
 
+@pytest.mark.parametrize("other", [0.979, 1.021])
+def test_losses_2_percent_apart_are_found(monkeypatch, other):
+    monkeypatch.setitem(globals(), "last_loss", lambda network, form, **scale: 1.0 if form == "fp32" else other)
+    with pytest.raises(AssertionError, match="bf16: loss"):
+        check_losses("small", "bf16", CPU, steps=1, words=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["bf16", "fp16", "bf16, compiled default"])
 def test_losses_of_the_small_network_on_a_gpu(form):

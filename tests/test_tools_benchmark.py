@@ -71,9 +71,16 @@ def test_loading_is_reported(measure):
     assert (loading["form"], loading["words"]) == ("workers: 2", 8)  # two batches from each
 
 
-def test_masks_are_reported(measure):
-    rows = measure("masks", "--config", "configs/small_ssn.yaml", "model.ssn.areas=[65]")["rows"]
+@pytest.mark.parametrize("config", ["small", "small_ssn"])
+def test_masks_are_reported_without_weights(measure, config):
+    settings = ["model.ssn.areas=[65]", "model.ssn.checkpoint=nothere.pth"]
+    rows = measure("masks", "--config", f"configs/{config}.yaml", *settings)["rows"]
     assert [row["form"] for row in rows] == ["scales 65", benchmark.YARDSTICK]
+
+
+def test_reading_needs_a_recogniser(measure):
+    with pytest.raises(UserError, match="abinet or binet"):
+        measure("reading", "--config", "configs/small_pretrain_vision.yaml")
 
 
 def test_an_unknown_task_is_named():

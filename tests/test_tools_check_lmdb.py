@@ -190,6 +190,14 @@ def test_masks_are_compared_with_their_words(tmp_path):
     pair = [LmdbReader(tmp_path / "clean" / kind / "a") for kind in ("images", "masks")]
     assert [len(reader) for reader in pair] == [2, 2]
     assert [reader.get(label_key(2)) for reader in pair] == [b"word5", b"word5"]
+    listed = [line.split("\t")[1:] for line in (tmp_path / "clean-rejected.tsv").read_text().splitlines()]
+    assert ["mask_size", "63 x 24 for an image of 64 x 24"] in listed
+    assert any(detail for reason, detail in listed if reason == "mask_broken" and detail != "word3")
+
+
+def test_labels_that_are_too_long_are_noted_without_a_charset(tmp_path):
+    _write(tmp_path / "a", [(_encode(i), "x" * (25 + i)) for i in range(3)])
+    assert _check(tmp_path / "a")[1]["a"]["notes"] == {"labels that training skips: too_long": 2}
 
 
 def test_missing_mask_lmdb_is_named(tmp_path):

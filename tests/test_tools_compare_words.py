@@ -40,10 +40,16 @@ def test_words_of_an_lmdb(tmp_path, words, capsys, monkeypatch):
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["", "lmdb"]
     assert ["words", "2"] in rows
-    assert ["height", "24 / 40 / 56"] in rows
+    assert ["height, 10/50/90 %", "24 / 40 / 56"] in rows
     assert ["digits only", "50 %"] in rows
     assert ["1 to 3 characters", "50 %"] in rows
     assert ["higher than wide", "50 %"] in rows
+
+
+def test_large_and_small_numbers_are_written_out():
+    cells = compare_words.summarize("source", [{"detail": value} for value in (3950.4, 3950.4)])
+    assert cells["detail, 10/50/90 %"] == "3950 / 3950 / 3950"
+    assert compare_words.summarize("source", [{"aspect": 0.4567}])["aspect, 10/50/90 %"] == "0.46 / 0.46 / 0.46"
 
 
 def test_renderings_at_each_difficulty(tmp_path, capsys):

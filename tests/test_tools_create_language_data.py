@@ -1,6 +1,7 @@
 """Corpora become language data: parted by word, drawn by frequency, the same for the same seed."""
 
 import csv
+import gzip
 import os
 from collections import Counter
 from pathlib import Path
@@ -163,18 +164,25 @@ def test_mistakes_are_named(tmp_path):
     corpus = _corpus(tmp_path / "corpus.txt", ["漢字"])
     with pytest.raises(UserError, match="no usable word"):
         _make(tmp_path, "--corpus", corpus)
-    with pytest.raises(UserError, match="gone"):
+    with pytest.raises(UserError, match="gone: no such file or folder"):
         _make(tmp_path, "--corpus", tmp_path / "gone")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no"):
-        _make(tmp_path, "--corpus", tmp_path / "empty")
-    (tmp_path / "packed.gz").write_bytes(bytes(range(128, 256)) * 99)
-    with pytest.raises(UserError, match="no usable word"):
-        _make(tmp_path, "--corpus", tmp_path / "packed.gz")
+        _make(tmp_path, "--corpus", tmp_path / "empty", _corpus(tmp_path / "good.txt", ["word"]))
     same = str(tmp_path / "same.csv")
     with pytest.raises(UserError, match="two files"):
         create_language_data.main([same, same])
-    assert sorted(os.listdir(tmp_path)) == ["corpus.txt", "empty", "packed.gz"]
+    assert sorted(os.listdir(tmp_path)) == ["corpus.txt", "empty", "good.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("words.txt", gzip.compress(b"word " * 9999)), ("words.txt.bz2", b"without a zero byte")]
+)
+def test_a_packed_corpus_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: .*unpack it first"):
+        _make(tmp_path, "--corpus", tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.skipif(not WORDS.is_dir(), reason="shared data is absent")

@@ -149,8 +149,10 @@ def test_hostile_input_is_counted_by_reason_and_the_rest_is_stored(tmp_path):
         reader = LmdbReader(output)
         assert [reader.get(label_key(i)) for i in (1, 2)] == [b"one", b"two"]
         assert len(reader) == 2
-        reasons = [reason for _, reason in _rejected(tmp_path / "out-rejected.tsv")]
-        assert reasons == [reason for reason in lines.values() if reason]
+        entries, reasons = zip(*_rejected(tmp_path / "out-rejected.tsv"), strict=True)
+        assert list(reasons) == [reason for reason in lines.values() if reason]
+        assert list(entries[:10]) == [line.decode().partition("\t")[0] for line in list(lines)[1:11]]
+        assert entries[11:14] == ("good.png", "good.png", "nothing here")
 
 
 def test_second_run_is_refused_and_loses_nothing(tmp_path):

@@ -78,6 +78,24 @@ def test_masks_have_the_keys_sizes_and_labels_of_the_words(setup):
     assert record["settings"]["areas"] == [65]
 
 
+def test_large_images_are_held_a_few_at_a_time(setup, monkeypatch):
+    create_masks.main([*setup["plain"], "--precision", "fp32"])
+    sizes: list[list[int]] = []
+    call = Segmenter.__call__
+
+    def counted(self, images):
+        sizes.append([image[..., 0].size for image in images])
+        return call(self, images)
+
+    monkeypatch.setattr(Segmenter, "__call__", counted)
+    monkeypatch.setattr(create_masks, "CHUNK_PIXELS", 3000, raising=False)
+    create_masks.main([*setup["plain"][:-1], str(setup["folder"] / "again"), "--precision", "fp32"])
+    assert sum(map(len, sizes)) == 9
+    assert len(sizes) > 2
+    assert all(sum(chunk[:-1]) < 3000 for chunk in sizes)
+    assert contents(setup["folder"] / "again") == contents(setup["folder"] / "masks")
+
+
 def test_a_folder_of_lmdbs_keeps_its_layout(setup):
     root = setup["folder"] / "real"
     write_words(root / "a", 2)

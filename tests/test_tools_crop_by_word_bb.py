@@ -173,18 +173,18 @@ def test_mjsynth_labels_come_from_the_file_names(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(root / name)
     (root / "1/2/5_zero_6.jpg").touch()
-    lines = [f"{name} 1" for name in names]
+    lines = [f"{name} 1" for name in names] + [names[0], f"{names[0]}\t1", f"{names[0]}  1"]
     lines += ["./1/2/5_zero_6.jpg 6", "./1/2/7_gone_8.jpg 8", "../../9_out_9.jpg 9", "./1/2/nolabel.jpg 1", "\u3000"]
     (root / "annotation_train.txt").write_text("\n".join(lines) + "\n")
     crop_by_word_bb.main([str(root / "annotation_train.txt"), str(tmp_path / "out")])
-    assert [label for label, _ in _words(tmp_path / "out")] == ["Lube", "Spencerian", "a_b"]
+    assert [label for label, _ in _words(tmp_path / "out")] == ["Lube", "Spencerian", "a_b"] + ["Lube"] * 3
     assert LmdbReader(tmp_path / "out").get(image_key(1)) == (root / names[0]).read_bytes()
-    assert list(_reasons(tmp_path / "out").values()) == [
-        "damaged image",
-        "no such file",
-        "path leaves the folder",
-        "no label in the file name",
-        "no label in the file name",
+    assert list(_reasons(tmp_path / "out").items()) == [
+        ("./1/2/5_zero_6.jpg", "damaged image"),
+        ("./1/2/7_gone_8.jpg", "no such file"),
+        ("../../9_out_9.jpg", "path leaves the folder"),
+        ("./1/2/nolabel.jpg 1", "no label in the file name"),
+        ("\u3000", "no label in the file name"),
     ]
 
 

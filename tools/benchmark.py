@@ -6,7 +6,8 @@ Tasks:
   loading    decode, augment and collate the config's training data
   masks      predict masks with an SSN at the config's scales
 
-Words to train on are rendered, so that only loading needs data. docs/benchmarks.md explains the forms of a task.
+Training of words renders them; training of SSN and of the language model, and loading, need the config's data.
+docs/benchmarks.md explains the forms of a task.
 """
 
 import argparse
@@ -141,7 +142,7 @@ class Benchmark:
     def reading(self) -> None:
         """Predict the words of a batch, and one word."""
         if self.config.model.kind != "recogniser":
-            raise UserError(f"model.name {self.config.model.name}: reads no words; give the config of a recogniser")
+            raise UserError(f"model.name {self.config.model.name}: reading needs a config of abinet or binet")
         model = build_model(self.config).to(self.device).eval().requires_grad_(False)
         prepared = prepare_for_inference(model, precision=self.precision, compile=self.compile)
         networks = {"eager": (model, torch.float32), "prepared": (prepared, PRECISIONS[self.precision])}
@@ -298,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     config = with_checkpoint(load_config(options.config, options.overrides), None)  # speed does not depend on weights
+    config.model.ssn.checkpoint = None
     shared = {name: getattr(options, name) for name in ("precision", "compile", "batch_size", "runs")}
     benchmark = Benchmark(config, torch.device(options.device), **shared)
     machine = describe_machine(benchmark.device)

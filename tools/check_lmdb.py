@@ -16,8 +16,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
 from evaluation.contact_sheet import save_sheet_of_lmdb
-from loading.batches import LabelRule
+from loading.batches import TOO_LONG, LabelRule
 from loading.charset import Charset
+from loading.decoding import BrokenImageError, ImageArray, decode_mask
 from loading.lmdb_io import NUM_SAMPLES, LmdbReader, LmdbWriter, find_lmdbs, image_key, label_key, mask_key
 from loading.masks import LmdbMasks, find_mask_lmdb
 from tools import support
@@ -95,7 +96,7 @@ def check_sample(number: int, *, reader: LmdbReader, masks: LmdbMasks | None, ha
         if masks is not None:
             mask = masks.read(number, image)
             if isinstance(mask, str):
-                raise RejectedError(mask)
+                raise RejectedError(mask, describe_mask(masks.reader.get(masks.key(number)), image))
             mask_empty = not mask.any()
             copied = masks.reader.get(label_key(number))  # training does without
             if has_labels and copied is not None and copied != label.encode():
@@ -104,6 +105,15 @@ def check_sample(number: int, *, reader: LmdbReader, masks: LmdbMasks | None, ha
         return Sample(number, *error.args, label=label)
     digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest()
     return Sample(number, label=label, digest=int.from_bytes(digest), mask_empty=mask_empty)
+
+
+def describe_mask(data: bytes | None, image: ImageArray) -> str:
+    """Return what is wrong with a mask that training refuses."""
+    try:
+        height, width = decode_mask(data or b"").shape
+    except BrokenImageError as error:
+        return str(error)
+    return f"{width} x {height} for an image of {image.shape[1]} x {image.shape[0]}"
 
 
 def checked_label(data: bytes | None) -> str:
@@ -168,12 +178,13 @@ def _describe(sample: Sample, findings: Findings, charset: Charset | None) -> No
     findings.valid.append(sample.number)
     findings.lengths[len(sample.label)] += 1
     findings.notes["masks without text"] += sample.mask_empty
+    reason = TOO_LONG if len(sample.label) > LabelRule.max_length else None
     if charset is not None and sample.label:
         foreign = [each for each in sample.label if not charset.normalize(each)]
         findings.foreign_characters.update(foreign)
         findings.notes["labels with characters outside the charset"] += bool(foreign)
         reason = LabelRule(charset).unusable(sample.label)
-        findings.notes[f"labels that training skips: {reason}"] += reason is not None
+    findings.notes[f"labels that training skips: {reason}"] += reason is not None
 
 
 def _count_problems(num_samples: int | None, numbers: np.ndarray) -> Iterator[tuple[str, int, str]]:

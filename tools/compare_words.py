@@ -1,7 +1,7 @@
 """Compare words: print the same statistics of renderings and real words, a column for each source.
 
-A source is an LMDB of words, or a YAML file of render settings, whose words are rendered at each difficulty. Three
-numbers are the 10th, 50th and 90th percentile; only the renderer knows how its words are warped.
+A source is an LMDB of words, or a YAML file of render settings, whose words are rendered at each difficulty. Only
+the renderer knows how its words are warped.
 """
 
 import sys
@@ -58,7 +58,8 @@ def summarize(name: str, words: list[dict[str, float]]) -> dict[str, str]:
         if isinstance(values[0], bool):
             cells[measure] = f"{100 * np.mean(values):.0f} %"
         else:
-            cells[measure] = " / ".join(f"{value:.3g}" for value in np.percentile(values, (10, 50, 90)))
+            numbers = (f"{value:.{0 if value >= 10 else 2}f}" for value in np.percentile(values, (10, 50, 90)))
+            cells[f"{measure}, 10/50/90 %"] = " / ".join(numbers)
     return cells
 
 

@@ -30,6 +30,7 @@ EXAMPLE = """  python tools/create_language_data.py data/language_train.csv data
 
 DEFAULT_COUNT = 1_000_000  # rows drawn from the word-frequency list
 CORPUS_SUFFIXES = (".txt", ".tokens", ".raw")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zip")
 MARKERS = frozenset({"<unk>", "<eos>", "<pad>", "@-@", "@,@", "@.@"})  # of WikiText
 APOSTROPHES = "'\u2019\u02bc"
 COMMON_WORDS = 1000  # stay in training: `the` missing there would cost more than it could measure in validation
@@ -71,10 +72,13 @@ def find_corpora(paths: Iterable[str]) -> list[Path]:
     """Return the files that `paths` name; of a folder, every text file below it. Raises UserError if there is none."""
     files: list[Path] = []
     for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; --corpus names text files or folders")
         texts = (each for each in path.rglob("*") if each.suffix in CORPUS_SUFFIXES and each.is_file())
-        files += sorted(texts) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"--corpus {' '.join(paths)}: holds no {', '.join(CORPUS_SUFFIXES)} file; name the files")
+        found = sorted(texts) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path}: holds no {', '.join(CORPUS_SUFFIXES)} file; name the corpus files")
+        files += found
     return files
 
 
@@ -88,6 +92,8 @@ def read_corpora(files: list[Path]) -> Counter[str]:
         try:
             with open(path, encoding="utf-8", errors="replace") as lines:
                 for line in itertools.dropwhile(lambda line: line.startswith("#"), lines):
+                    if "\0" in line or path.suffix in PACKED_SUFFIXES:
+                        raise UserError(f"{path}: is not a UTF-8 text; unpack it first, or convert it")
                     tokens.update(line.split())
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
@@ -184,7 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="UTF-8 text files, or folders of them")
     parser.add_argument("--charset", default="data/charset_36.txt", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="1 keeps frequencies, inf ignores them (1)")
-    parser.add_argument("--count", type=positive, help=f"rows in all (default: the corpus's, or {DEFAULT_COUNT})")
+    rows = f"rows in all (default: those of the corpus, or {DEFAULT_COUNT}; at temperature inf each word once)"
+    parser.add_argument("--count", type=positive, help=rows)
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same files (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the outputs when they exist")
     options = parser.parse_args(arguments)

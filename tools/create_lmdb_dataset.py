@@ -18,6 +18,8 @@ each line of GT_FILE is `path<TAB>label`, `path,label` or `path, "label"`; paths
 
 LONGEST_PATH = 4096  # bytes, of any system
 
+Split = Callable[[str], Iterator[tuple[str, str]]]
+
 
 def read_entries(gt_file: str | os.PathLike) -> Iterator[bytes]:
     """Yield the lines of a list of labels that are not blank; a byte order mark is dropped.
@@ -52,46 +54,38 @@ def split_line(line: str) -> Iterator[tuple[str, str]]:
         yield name, label
 
 
-def word_of_line(line: str, *, folder: str) -> tuple[str, bytes]:
-    """Return the label and the image of a line; raises RejectedError."""
-    missing = None
-    for name, label in split_line(line):
-        try:
-            path = support.find_image(folder, name)
-        except RejectedError as error:
-            missing = missing or error
-            continue
-        if not label:
-            raise RejectedError("empty label")
-        if "\t" in label:
-            raise RejectedError("tab in label", label)
-        return label, support.read_image(path)
-    raise missing or RejectedError("no separator", "neither tab nor comma between path and label")
-
-
-def word_of_entry(entry: bytes, *, read: Callable[[str], tuple[str, bytes]]) -> Word:
+def word_of_entry(entry: bytes, *, folder: str, split: Split) -> Word:
     """Return the word of an entry of a list, or why there is none; runs in a worker."""
-    name = entry.decode(errors="backslashreplace")
+    line = name = entry.decode(errors="backslashreplace")
+    missing = None
     try:
-        label, image = read(entry.decode())
+        for name, label in split(entry.decode()):
+            try:
+                path = support.find_image(folder, name)
+            except RejectedError as error:
+                missing = missing or Word(name or line, reason=error.reason)
+                continue
+            if not label:
+                raise RejectedError("empty label")
+            if "\t" in label:
+                raise RejectedError("tab in label", label)
+            return Word(name, image=support.read_image(path), label=label)
     except UnicodeDecodeError as error:
-        return Word(name, reason="line is not UTF-8", detail=str(error))
+        return Word(line, reason="line is not UTF-8", detail=str(error))
     except RejectedError as error:
         return Word(name, reason=error.reason, detail=error.detail)
-    return Word(name, image=image, label=label)
+    return missing or Word(line, reason="no separator", detail="neither tab nor comma between path and label")
 
 
-def words_of_list(
-    folder: str, entries: str, *, workers: int, read: Callable[..., tuple[str, bytes]] = word_of_line
-) -> Iterator[Word]:
+def words_of_list(folder: str, entries: str, *, workers: int, split: Split = split_line) -> Iterator[Word]:
     """Yield the words of a list in its order, with a progress bar.
 
-    `read` gives the label and the image of a line with a path in `folder`; it may raise RejectedError.
+    `split` yields every way to take a line apart into (path in `folder`, label); it may raise RejectedError.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; name the one that the paths of {entries} are relative to")
     total = sum(1 for _ in read_entries(entries))
-    word = functools.partial(word_of_entry, read=functools.partial(read, folder=os.path.abspath(folder)))
+    word = functools.partial(word_of_entry, folder=os.path.abspath(folder), split=split)
     words = support.map_in_processes(word, read_entries(entries), workers=workers, chunk_size=64)
     yield from support.progress(words, total=total, unit="word", description="images")
 

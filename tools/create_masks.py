@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,6 @@ from config import load_config
 from engine import distributed
 from engine.distributed import Process
 from engine.precision import PRECISIONS
-from inference.pipeline import in_order
 from inference.segmenter import Segmenter
 from loading.decoding import BrokenImageError, decode_image
 from loading.lmdb_io import (
@@ -47,10 +46,12 @@ EXAMPLE = """  python tools/create_masks.py --config configs/train_ssn.yaml --ch
   python tools/create_masks.py --checkpoint weights/binet-small.pth --input data/training/label/real --output data/masks
   torchrun --nproc_per_node=8 tools/create_masks.py --checkpoint ssn.pth --input data/training/MJ --output data/masks
 
-A run that was stopped goes on when the same command is given again, even with another number of processes; until then
-its masks are in OUTPUT.part-*.partial. A word whose image cannot be decoded gets no mask; it is counted and listed in
-OUTPUT-rejected.tsv. OUTPUT-masks.json says how the masks were made."""
+The processes of torchrun, on one machine or several that share the folders, share the words; the result is byte for
+byte that of one process. A run that was stopped goes on when the same command is given again, even with another number
+of processes; until then its masks are in OUTPUT.part-*.partial. A word whose image cannot be decoded gets no mask; it
+is counted and listed in OUTPUT-rejected.tsv. OUTPUT-masks.json says how the masks were made."""
 
+CHUNK_PIXELS = 1 << 23  # of images that are held at once, whatever their number: scenes are larger than words
 SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the others
 
 
@@ -228,7 +229,7 @@ class MaskOutput:
     ) -> tuple[int, list[tuple[int, str]]]:
         """Segment this process's words that have no mask yet; return their number, and index and reason of the others.
 
-        The next block of words is read while the network works; each is one transaction.
+        The next words are read while the network works; each chunk is one transaction.
         """
         starts = range(1, self.count + 1, batch_size)[self.process.rank :: self.process.world_size]
         blocks = [range(start, min(start + batch_size, self.count + 1)) for start in starts]
@@ -241,7 +242,10 @@ class MaskOutput:
         bar.update(total - missing)
         try:
             with ThreadPoolExecutor(1) as pool, bar:
-                for images in in_order(self._read, filter(None, todo), pool, ahead=1):
+                chunks = self._read(todo)
+                following = pool.submit(next, chunks, None)
+                while images := following.result():
+                    following = pool.submit(next, chunks, None)
                     read = {index: image for index, image in images.items() if not isinstance(image, str)}
                     for index, mask in zip(read, segmenter(list(read.values())), strict=True):
                         part.put(image_key(index), cv2.imencode(".png", mask)[1].tobytes())
@@ -252,15 +256,22 @@ class MaskOutput:
             part.abort()  # a part never takes a name without PARTIAL_SUFFIX
         return missing - len(rejected), rejected
 
-    def _read(self, block: Sequence[int]) -> dict[int, np.ndarray | str]:
-        """Return the image of each word of a block, or why it cannot be decoded."""
-        images: dict[int, np.ndarray | str] = {}
-        for index in block:
-            try:
-                images[index] = decode_image(self.reader.get(image_key(index)) or b"")
-            except BrokenImageError as error:
-                images[index] = str(error)
-        return images
+    def _read(self, blocks: Sequence[Sequence[int]]) -> Iterator[dict[int, np.ndarray | str]]:
+        """Yield the images of a block, or why they cannot be decoded: in several chunks where they are large."""
+        for block in blocks:
+            images: dict[int, np.ndarray | str] = {}
+            pixels = 0
+            for index in block:
+                try:
+                    images[index] = image = decode_image(self.reader.get(image_key(index)) or b"")
+                    pixels += image[..., 0].size
+                except BrokenImageError as error:
+                    images[index] = str(error)
+                if pixels >= CHUNK_PIXELS:
+                    yield images
+                    images, pixels = {}, 0
+            if images:
+                yield images
 
     def _merge(self, *, broken: int) -> None:
         """Write all masks and labels in the order of their keys: the file depends on nothing but its content."""

@@ -113,13 +113,13 @@ def check_box(box: np.ndarray, width: int, height: int) -> None:
         raise RejectedError("box outside the image")
 
 
-def mjsynth_word(line: str, *, folder: str) -> tuple[str, bytes]:
-    """Return the label and the image of an annotation line, `./2425/1/115_Lube_45484.jpg 45484`."""
-    name = line.rstrip().rpartition(" ")[0]
+def split_mjsynth_line(line: str) -> Iterator[tuple[str, str]]:
+    """Yield path and label of an annotation line, `./2425/1/115_Lube_45484.jpg 45484` or the path alone."""
+    name = (line.rsplit(maxsplit=1) or [""])[0]
     match = _MJSYNTH_NAME.fullmatch(name.rpartition("/")[2])
     if match is None:
         raise RejectedError("no label in the file name")
-    return match["label"], support.read_image(support.find_image(folder, name))
+    yield name, match["label"]
 
 
 def words_of(options: Any) -> Iterator[Word]:
@@ -133,7 +133,7 @@ def words_of(options: Any) -> Iterator[Word]:
         bar = support.progress(results, total=len(scenes), unit="image", description="SynthText")
         yield from itertools.chain.from_iterable(bar)
     elif annotation.endswith(".txt"):
-        yield from words_of_list(folder, annotation, workers=options.workers, read=mjsynth_word)
+        yield from words_of_list(folder, annotation, workers=options.workers, split=split_mjsynth_line)
     else:
         raise UserError(f"{annotation}: is neither SynthText's gt.mat nor MJSynth's annotation_*.txt")
 

@@ -17,6 +17,7 @@ SSN (--ssn-output), input:
 Output:
   text_probability  float32 (N, 1, H, W); the recogniser's mask is made of it in 8 bits, as round(255 * p)
 N, H and W are free. Charset, sizes, fit, mean, deviation, areas and opset are in the metadata of the files.
+tools/read_with_onnx.py is an example that reads with both.
 """
 
 import contextlib

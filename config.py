@@ -165,6 +165,8 @@ def _training_problems(config: Config) -> Iterator[tuple[str, str]]:
     if training.compile and training.compile_mode != "default" and training.accumulation > 1:
         yield "training.compile_mode", f"{training.compile_mode} needs training.accumulation=1; change one of them"
     train = config.dataset.train
+    if config.model.takes_masks and any(not root.startswith(RENDER_SCHEME) for root in train.roots):
+        yield from _mask_problems(config)
     if train.difficulty and not any(root.startswith(RENDER_SCHEME) for root in train.roots):
         yield "dataset.train.difficulty", "no root is render://FILE.yaml, and words of files have theirs already"
     if train.shares is not None and len(train.shares) != len(train.roots):
@@ -206,6 +208,18 @@ def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
     if not any(weights.get(loss) for part in parts if part not in frozen for loss in losses[part]):
         key = f"model.{frozen[0]}.freeze" if frozen else f"model.{parts[0]}.loss_weight"
         yield key, "no part that is trained has a loss to learn from; set a loss_weight above 0, or a freeze to false"
+
+
+def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:
+    masks = config.dataset.masks
+    if masks.source == "lmdb" and masks.root is None:
+        yield (
+            "dataset.masks.root",
+            "missing: the network reads masks from LMDBs (make them with tools/create_masks.py), "
+            "else set dataset.masks.source=online or model.vision.segmentation.enabled=false",
+        )
+    if masks.source == "online" and config.model.ssn.checkpoint is None and config.model.checkpoint is None:
+        yield "model.ssn.checkpoint", "missing: dataset.masks.source=online needs the weights of a trained SSN"
 
 
 # --- template ---------------------------------------------------------------------------------------------------------

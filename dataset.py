@@ -196,6 +196,7 @@ class RenderedDataset(WordSet):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.name = self.name or Path(self.path).stem
         config = load_render_config(self.path)
         self.length = self.length or config.length
         self.renderer = WordRenderer(config)

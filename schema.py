@@ -87,12 +87,13 @@ class TrainDataConfig(Section):
     roots: Roots = key([], "LMDBs, folders of LMDBs, render://FILE.yaml; language: CSV files; SSN: folders of pairs.")
     batch_size: PositiveInt = key(384, "Samples in one optimiser step over all processes.")
     length: PositiveInt | None = key(
-        None, "Samples in an epoch: of a render:// root, or with shares of all; null: all."
+        None,
+        "Samples in an epoch: of each render:// root (null: its own number); with shares, of all (null: their sum).",
     )
     shares: list[Share] | None = key(
         None,
-        "Share of each root in every batch: a number, or [first, last], between which it changes over the run; null: "
-        "every sample once an epoch.",
+        "Share of each root in every batch: a number, or [first, last], between which it changes over the run; each "
+        "root is passed through in its own order before it repeats. null: every sample once an epoch.",
     )
     difficulty: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Pair, BeforeValidator(_as_pair)] | None = key(
         None,
@@ -109,7 +110,9 @@ class TestDataConfig(Section):
     roots: Roots = key([], "As train.roots; each LMDB found is one set with its own row.")
     batch_size: PositiveInt = key(384, "Samples read at once; does not change results.")
     lexicon: str | None = key(
-        None, "List that predictions are chosen from: a file with a word a line, or NAME of lists in LMDBs (NAME-%09d)."
+        None,
+        "Word list that predictions are chosen from: a text file with a word a line, or NAME of the lists that the "
+        "LMDBs hold under NAME-%09d, words separated by commas or spaces. null: predictions are free.",
     )
     lexicon_match: Literal["probability", "distance"] = key(
         "probability", "Choose the most probable word, or the one at the smallest edit distance from the prediction."
@@ -148,21 +151,28 @@ class DatasetConfig(Section):
     charset_path: str = key("data/charset_36.txt", "Characters of the network, one `id<TAB>character` per line.")
     eval_protocol: Literal[36, 62, 94] | None = key(
         None,
-        "Characters that are compared; null: the charset's if eval_case_sensitive, else 36 (no case, punctuation).",
+        "Score on 36 (case and punctuation blind), 62 or 94 characters; null: the charset's own where "
+        "eval_case_sensitive is true, else 36.",
     )
     max_length: PositiveInt = key(25, "Longest word, characters; the network has one step more, for the end.")
     image_height: PositiveInt = key(32, "Height of the network's input, pixels.")
     image_width: PositiveInt = key(128, "Width of the network's input, pixels.")
     case_sensitive: bool = key(False, "Keep the case of labels in training (needs a charset with upper case).")
     eval_case_sensitive: bool = key(False, "Keep the case of labels in evaluation.")
-    data_aug: Literal[True, False, "rand"] = key(True, "Augmentation: true, as published; rand, as in PARSeq; false.")
+    data_aug: Literal[True, False, "rand"] = key(
+        True, "Augmentation of training samples: true, the published one; rand, RandAugment as in PARSeq; false, none."
+    )
     multiscales: bool = key(
         False,
-        "Keep the aspect when resizing: centred, borders replicated; half of the training words get a random one.",
+        "Keep the aspect when resizing: centred, borders replicated; in training, half of the time, a random one.",
     )
     align_left: bool = key(False, "Keep the aspect when resizing: at the left edge, the rest black.")
     turn_tall: float | None = key(
-        None, "Read images of a larger height / width turned by 90 degrees both ways, too; null: only as stored.", ge=1
+        None,
+        "Height / width of an image above which it is read as stored and turned by 90 degrees both ways (test, Reader, "
+        "demo); the most confident prediction is kept. null: images are read as stored.",
+        ge=1,
+        allow_inf_nan=False,
     )
     num_workers: int = key(4, "Data loading processes for each training process; 0 loads in the loop.", ge=0)
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
@@ -172,7 +182,9 @@ class DatasetConfig(Section):
     multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = key(
         None, "How workers start; null: torch's way."
     )
-    cache_dir: str | None = key(None, "Folder for indices of LMDBs, which open at once; null: the user's cache folder.")
+    cache_dir: str | None = key(
+        None, "Folder for indices of LMDBs, which open at once then; null: the user's cache folder."
+    )
     masks: MasksConfig = Field(default_factory=MasksConfig)
     segmentation: SegmentationDataConfig = Field(default_factory=SegmentationDataConfig)
 
@@ -198,15 +210,21 @@ class TrainingConfig(Section):
     start_iters: int = key(0, "Step from which evaluation and checkpoints start.", ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "Arithmetic of the networks; fp16 scales the loss.")
     tf32: bool = key(
-        False, "Let a GPU use TF32 for float32 convolutions and matrix multiplications: faster, errors of about 1e-3."
+        False,
+        "Let a GPU round the inputs of float32 convolutions and matrix multiplications to 10 bits (TF32), in training "
+        "and test: several times faster, errors of about 1e-3. false: fp32 means float32 on every device.",
     )
     deterministic: bool = key(False, "Use only GPU algorithms that give the same bits each time; slower.")
     compile: bool = key(False, "Compile the network with torch.compile.")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = key(
-        "default", "reduce-overhead: a GPU replays one graph; max-autotune: also times kernels. Needs accumulation: 1."
+        "default",
+        "reduce-overhead: a GPU replays the network as one graph; max-autotune: also with kernels chosen by timing. "
+        "Both need accumulation: 1.",
     )
     accumulation: PositiveInt = key(
-        1, "Parts of a batch, to save memory: loss and gradient stay, but batch norms see parts; slower with masks."
+        1,
+        "Parts into which a batch is split to save memory. Loss and gradient are those of the whole batch, but batch "
+        "norms use the statistics of each part; BINet and SSN need one more forward pass, to count pixels.",
     )
     ema: float | None = key(
         None, "Decay of the averaged weights (EMA), at most (1 + step) / (10 + step); they are evaluated.", gt=0, lt=1
@@ -250,7 +268,9 @@ class OptimizerConfig(Section):
     clip_grad: PositiveFloat | None = key(20.0, "Largest norm of the whole gradient; null: no clipping.")
     args: OptimizerArgsConfig = Field(default_factory=OptimizerArgsConfig)
     lr_groups: dict[str, PositiveFloat] = key(
-        {}, "Factors on lr by prefix of parameters' names, such as {vision: 0.1}; the longest prefix counts."
+        {},
+        "Factors on lr by prefix of the parameters' names in a checkpoint, such as {vision: 0.1} or {semrfnhead: 10}; "
+        "the longest prefix counts.",
     )
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
 
@@ -281,7 +301,7 @@ class VisionConfig(PartConfig):
 
     checkpoint: str | None = key(None, "Weights that the vision model starts from.")
     attention: Literal["attention", "position"] = key(
-        "attention", "attention: reading order; position (ABINet): U-net."
+        "attention", "attention: reading-order embedding; position: U-net keys (default of ABINet)."
     )
     attention_mode: Literal["nearest", "bilinear"] = key("nearest", "position: upsampling in the U-net.")
     backbone: Literal["transformer", "resnet"] = key("transformer", "ResNet45 with encoder layers, or without.")
@@ -333,7 +353,8 @@ class SSNConfig(Section):
     head_width: PositiveInt = key(64, "Channels of the refining convolutions.")
     areas: Annotated[list[PositiveInt], Field(min_length=1)] = key(
         list(PUBLISHED_AREAS),
-        "Scales of segmentation, as sides of squares of equal area, pixels; this default yields to a checkpoint's own.",
+        "Scales at which an image is segmented, as sides of squares of equal area, pixels; masks are the mean. At this "
+        "default, a checkpoint that carries its own areas is used with those.",
     )
 
 

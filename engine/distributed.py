@@ -205,10 +205,10 @@ def counted(count: Tensor) -> Tensor:
 def summed(
     parts: Sequence[Mapping[str, Tensor]], over_processes: Callable[[Tensor], Tensor] = counted
 ) -> dict[str, Tensor]:
-    """Return the float32 sum of each name over the parts of a batch and the processes, with one message for all.
+    """Return the float32 sum of each name over the parts of a batch and then, with one message for all, over processes.
 
     Args:
-        over_processes: `counted`, the sum over them, or `average`.
+        over_processes: `counted`, their sum, or `average`, their mean.
     """
     names = list(parts[0])
     sums = torch.stack([torch.stack([each[name].float() for name in names]) for each in parts]).sum(0)

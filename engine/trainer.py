@@ -77,7 +77,8 @@ class Trainer:
     clip_grad: float | None = 20.0  # largest gradient norm; None: no clipping
     ema_decay: float | None = None  # of the averaged weights that are evaluated and saved; None: no average
     compile_mode: str | None = None  # of torch.compile; None: not compiled
-    find_unused_parameters: bool = False  # some get no gradient, as a loss term has weight 0
+    # Some get no gradient, as a loss term has weight 0; several processes then look for them at every step.
+    find_unused_parameters: bool = False
     extra_state: dict[str, Any] = field(default_factory=dict)  # part of every checkpoint (config, charset)
 
     def __post_init__(self) -> None:
@@ -377,7 +378,12 @@ class Trainer:
         return {"model": self.evaluation_model.state_dict(), **self.extra_state, **provenance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken; raises UserError if that run had other training data."""
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            UserError: the run had more or fewer training data.
+            KeyError, RuntimeError, ValueError: the run had another network or optimiser.
+        """
         training = state["training"]
         if (batches := training["batches_per_epoch"]) != self.batches_per_epoch:
             raise UserError(

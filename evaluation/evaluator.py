@@ -122,7 +122,7 @@ class WordEvaluator:
     model_eval: str
     device: torch.device
     precision: str = "fp32"  # or bf16, fp16 (autocast)
-    numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)  # index -> number in the LMDB, else + 1
+    numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)  # of an index in the LMDB; else from 1
     lexicons: Mapping[str, Callable[[int], Lexicon]] = field(default_factory=dict)  # number -> list to choose from
     headline: ClassVar[str] = "accuracy"  # decides which weights are best
 

@@ -76,7 +76,8 @@ class Lexicon:
     """Chooses the word of a list that best fits a network's output.
 
     Args:
-        words: the list; characters that the network lacks are left out, and of words that are equal then all but one.
+        words: the list; characters that the network lacks are left out, and of words that are then equal only the
+            first is kept.
         steps: T; longer words cannot be predicted.
         match: "probability" chooses the most probable word, and of equally probable ones the closest to the greedy
             prediction; "distance", as most papers do, the closest one, and of equally close ones the most probable.

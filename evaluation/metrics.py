@@ -45,7 +45,7 @@ def expected_calibration_error(confidences: Sequence[float], correct: Sequence[b
 
 
 def reliability(confidences: Sequence[float], correct: Sequence[bool], bins: int) -> np.ndarray:
-    """Return the words of each bin of confidence, the sum of their confidences, and how many are right: (3, bins).
+    """Return words, sum of confidences and number of right words of each bin of confidence, (3, bins).
 
     All bins are equally wide and include their upper edge, the first one also 0.
 

@@ -143,7 +143,9 @@ def _scaled(levels: np.ndarray) -> np.ndarray:
     """Scale deep levels to uint8 by the first usual range that holds them all, else by their own; NaN becomes 0."""
     tops = (1, 255, 65535) if np.issubdtype(levels.dtype, np.floating) else (255, 65535)
     levels = np.nan_to_num(levels, posinf=0, neginf=0)
-    low, high = levels.min(), levels.max()
+    low, high = float(levels.min()), float(levels.max())
     if low >= 0 and high <= tops[-1]:
         low, high = 0, next(each for each in tops if high <= each)
+    elif low == high:
+        return np.zeros(levels.shape, np.uint8)
     return np.rint(np.interp(levels, (low, high), (0, 255))).astype(np.uint8)

@@ -8,7 +8,6 @@ use, so that it can be handed to worker processes that are forked or spawned.
 import contextlib
 import errno
 import fcntl
-import glob
 import itertools
 import os
 import shutil
@@ -63,9 +62,15 @@ def find_lmdbs(root: str | os.PathLike) -> list[Path]:
     root = Path(root)
     if not root.exists():
         raise UserError(f"{root}: no such folder; name an LMDB or a folder of LMDBs")
-    pattern = os.path.join(glob.escape(str(root)), "**", "")
-    found = [Path(folder) for folder in glob.iglob(pattern, recursive=True, include_hidden=True) if is_lmdb(folder)]
-    if not found:
+    if is_lmdb(root):
+        return [root]
+    found = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.endswith(PARTIAL_SUFFIX))
+        if DATA_FILE in files:
+            found.append(Path(folder))
+            subfolders.clear()
+    if not found or root.name.endswith(PARTIAL_SUFFIX):
         raise UserError(
             f"{root}: holds no finished LMDB (a folder with {DATA_FILE}); make one with tools/create_lmdb_dataset.py"
         )

@@ -51,7 +51,7 @@ def open_word_index(reader: LmdbReader, labels: LabelRule, *, cache_dir: str | P
         with np.load(path) as stored:
             return stored["numbers"], json.loads(str(stored["filtered"]))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        if path.exists():
+        if os.path.exists(path):  # Path.exists raises where the folder cannot be read
             logger.warning("%s: is damaged (%s), scanning again", path, error)
     numbers, filtered = scan_words(reader, labels)
     try:

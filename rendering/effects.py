@@ -14,7 +14,7 @@ from rendering.blending import blend, full, raised
 from rendering.colours import luminance, sample_contrasting_colour, with_luminance
 from rendering.config import RenderConfig
 from rendering.geometry import Warp
-from rendering.letters import Letters
+from rendering.letters import PADDING, Letters
 from rendering.textures import cut_wear
 
 _BRIDGED = frozenset("ABCDGOPQRSUabdegopq0689")  # letters that a stencil holds together by bridges
@@ -274,6 +274,7 @@ def _softened(alpha: np.ndarray, sigma: float) -> np.ndarray:
 
 def _moved(alpha: np.ndarray, x: float, y: float) -> np.ndarray:
     """Move `alpha` by (x, y) pixels; the padding is wider than any move."""
+    assert max(abs(x) / alpha.shape[1], abs(y) / alpha.shape[0]) < 0.9 * PADDING
     return np.roll(alpha, (round(y), round(x)), (0, 1))
 
 

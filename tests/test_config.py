@@ -358,6 +358,8 @@ def test_override_cannot_run_code(write):
             "model.vision.freeze",
             "no part that is trained has a loss",
         ),
+        ("dataset: {train: {roots: [a]}}", "dataset.masks.root", "tools/create_masks.py"),
+        ("dataset: {train: {roots: [a]}, masks: {source: online}}", "model.ssn.checkpoint", "weights"),
         (
             "model: {vision: {freeze: true}, language: {freeze: true}, alignment: {loss_weight: 0}}",
             "model.vision.freeze",

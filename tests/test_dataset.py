@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 import logging
+import os
 import pickle
 import time
 from pathlib import Path
@@ -246,6 +247,17 @@ class TestIndexCache:
         assert len(open_set(words, cache_dir=tmp_path / "file" / "cache")) == len(WORDS)
         assert "cannot be stored" in caplog.text
 
+    def test_folder_that_cannot_be_entered_costs_only_time(self, words, tmp_path, monkeypatch):
+        real = os.stat
+
+        def stat(path, **options):
+            if "locked" in str(path):
+                raise PermissionError(13, "Permission denied")
+            return real(path, **options)
+
+        monkeypatch.setattr(os, "stat", stat)
+        assert len(open_set(words, cache_dir=tmp_path / "locked" / "cache")) == len(WORDS)
+
 
 class TestBrokenSamples:
     @pytest.fixture
@@ -415,6 +427,10 @@ class TestJoined:
         assert len(np.unique(exact[0].mask)) > 1
 
 
+def image_and_mask(image, mask, _):
+    return image, mask
+
+
 class TestRendered:
     @pytest.fixture
     def open_rendered(self, tmp_path):
@@ -423,7 +439,7 @@ class TestRendered:
         (tmp_path / "render.yaml").write_text(f"length: 7\nwords: {{file: {tmp_path / 'words.txt'}}}\n")
         options = {
             "labels": LabelRule(Charset(PROTOCOLS[94]), case_sensitive=True),
-            "transform": lambda *each: each[:2],
+            "transform": image_and_mask,
         }
         return functools.partial(RenderedDataset, tmp_path / "render.yaml", **options)
 
@@ -440,20 +456,23 @@ class TestRendered:
         with pytest.raises(IndexError):
             words[7]
 
-    def test_splits_and_data_sets_of_a_run_share_no_word(self, open_rendered):
+    def test_splits_and_data_sets_of_a_run_share_no_word(self, open_rendered, tmp_path):
         """Of 50 words none is one of another part's, image and text."""
+        (tmp_path / "render.yaml").write_text("length: 50\n")  # with all English words
 
         def words_of(**part):
-            words = open_rendered(length=50, **{"seed": 3, **part})
+            words = open_rendered(**{"seed": 3, **part})
             return {(sample.text, sample.image.tobytes()) for sample in words.__getitems__(range(50))}
 
         training = words_of()
         assert training == words_of(split=0, stream=0)
         for part in ({"split": 1}, {"stream": 1}, {"seed": 4}):
-            assert not training & words_of(**part)
+            others = words_of(**part)
+            assert not training & others
+            assert len({text for text, _ in training} & {text for text, _ in others}) < 10  # numbers and short words
 
     def test_difficulty_changes_over_the_run(self, open_rendered):
-        words = open_rendered(difficulty=(0.2, 0.8))
+        words = pickle.loads(pickle.dumps(open_rendered(difficulty=(0.2, 0.8))))
         for progress, difficulty in ((0.0, 0.2), (0.5, 0.5), (1.0, 0.8)):
             expected = words.renderer.render(words.renderer_seed, 9, difficulty=difficulty).image
             assert np.array_equal(words[SampleKey(1, 2, progress)].image, expected)

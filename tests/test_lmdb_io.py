@@ -256,7 +256,7 @@ def test_reader_opened_before_a_worker_starts_works_in_it(tmp_path, method):
 
 
 def test_find_lmdbs_sorts_and_skips_unfinished_ones(tmp_path):
-    for name in ("b", "a/deep", "c.partial"):
+    for name in ("b", "b/below-an-lmdb", "a/deep", "c.partial", "c.partial/below"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / DATA_FILE).touch()
     assert find_lmdbs(tmp_path) == [tmp_path / "a" / "deep", tmp_path / "b"]

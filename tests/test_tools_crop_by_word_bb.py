@@ -184,7 +184,7 @@ def test_mjsynth_labels_come_from_the_file_names(tmp_path):
         ("./1/2/7_gone_8.jpg", "no such file"),
         ("../../9_out_9.jpg", "path leaves the folder"),
         ("./1/2/nolabel.jpg 1", "no label in the file name"),
-        ("\u3000", "no label in the file name"),
+        ("\\u3000", "no label in the file name"),
     ]
 
 

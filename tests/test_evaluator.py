@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -199,7 +200,7 @@ def test_processes_change_nothing(run, reference):
     subprocess.run([*launcher, *arguments, "--name", "two"], cwd=REPOSITORY, check=True, timeout=300, env=environment)
     assert (folder / "two" / "metrics.json").read_text() == reference
     page = (folder / "two" / "report" / "index.html").read_text()
-    assert page.count('"0-0000') + page.count('"1-0000') >= 2  # sprites of both processes
+    assert set(re.findall(r'"[0-9a-f]+-(\d)-\d{5}"', page)) == {"0", "1"}  # sprites of both processes
 
 
 RAMP = np.tile(np.linspace(0, 255, 90, dtype=np.uint8), (30, 1))  # upright, (H, W)

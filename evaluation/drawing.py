@@ -48,8 +48,7 @@ def heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     weight = cv2.resize(attention.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     weight = np.clip(weight / max(float(weight.max()), 1e-9), 0, 1)
-    colours = HEAT_COLOURS[(weight * 255).astype(np.uint8)]
-    return (image * 0.5 + colours * 0.5).astype(np.uint8)
+    return cv2.addWeighted(image, 0.5, HEAT_COLOURS[(weight * 255).astype(np.uint8)], 0.5, 0)
 
 
 def captioned(image: np.ndarray, text: str) -> np.ndarray:

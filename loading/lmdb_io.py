@@ -260,9 +260,18 @@ class LmdbWriter:
             ) from error
 
 
-# The open LMDBs of this process: py-lmdb refuses to open one twice, so readers of one path share it. Forked workers use
-# what their parent had open, which is safe without LMDB's lock file.
+# The open LMDBs of this process: py-lmdb refuses to open one twice, so readers of one path share it.
 _environments: "weakref.WeakValueDictionary[str, lmdb.Environment]" = weakref.WeakValueDictionary()
+
+
+def _close_inherited() -> None:
+    """Close what the parent of a forked process had open: py-lmdb would never free a transaction on it (256 bytes)."""
+    for environment in list(_environments.values()):
+        environment.close()
+    _environments.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 class LmdbReader:
@@ -275,9 +284,10 @@ class LmdbReader:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._environment: lmdb.Environment | None = None
+        self._process = 0  # that opened it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_environment": None}
+        return {"path": self.path, "_environment": None, "_process": 0}
 
     def __len__(self) -> int:
         """Return the number stored under `num-samples`."""
@@ -307,8 +317,8 @@ class LmdbReader:
 
     def transaction(self) -> lmdb.Transaction:
         """Begin a read transaction, a context manager."""
-        if self._environment is None:
-            self._environment = self._open()
+        if self._process != os.getpid():
+            self._environment, self._process = self._open(), os.getpid()
         return self._environment.begin()
 
     def _open(self) -> lmdb.Environment:

@@ -1,5 +1,6 @@
 """LMDB files are whole or absent, and can be read from any process."""
 
+import ctypes
 import errno
 import multiprocessing
 import os
@@ -253,6 +254,37 @@ def test_reader_opened_before_a_worker_starts_works_in_it(tmp_path, method):
     worker.join(60)
     assert worker.exitcode == 0
     assert reader.get(image_key(3)) == b"image 3"
+
+
+class MallInfo(ctypes.Structure):
+    """What glibc's `mallinfo2` returns."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("a", "b", "c", "d", "e", "f", "g", "used", "h", "i")]
+
+
+def _grow(reader, queue):
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = MallInfo
+    for _ in range(200):
+        reader.get(image_key(1))
+    before = libc.mallinfo2().used
+    for _ in range(4000):
+        reader.get(image_key(1))
+    queue.put(libc.mallinfo2().used - before)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+def test_a_forked_worker_does_not_grow(tmp_path):
+    _write(tmp_path / "x")
+    reader = LmdbReader(tmp_path / "x")
+    assert len(reader) == 3  # opened before the fork
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    worker = context.Process(target=_grow, args=(reader, queue))
+    worker.start()
+    assert queue.get(timeout=60) < 50_000  # 256 bytes for each transaction would be a megabyte
+    worker.join(60)
+    assert len(reader) == 3
 
 
 def test_find_lmdbs_sorts_and_skips_unfinished_ones(tmp_path):

@@ -26,15 +26,16 @@ from bundle import Bundle, load_bundle, load_ssn
 from config import Config, load_config
 from engine.distributed import pick_device
 from engine.precision import PRECISIONS, fastest_precision, use_tf32
-from evaluation.evaluator import chosen_logits, most_confident, read_logits
+from evaluation.evaluator import most_confident, read_logits
 from evaluation.lexicon import Candidate, Lexicon, log_probabilities, most_probable
 from inference.pipeline import in_order, single_threads
 from inference.prepare import prepare_for_inference
+from inference.second_look import look_twice
 from inference.segmenter import IMAGE_PIXELS, Segmenter
 from loading.batches import normalize_images, stack_images
 from loading.decoding import IMAGE_ERRORS, MAX_PIXELS, BrokenImageError, convert, decode_image, decode_mask
 from loading.transforms import ResizeWord, views
-from modules.outputs import RecogniserOutput
+from modules.outputs import RecogniserOutput, chosen_logits
 from utils import UserError, first_line
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "weights" / "binet-small.pth"
@@ -118,6 +119,8 @@ class Reader:
         precision: of the networks: "fp32", "bf16", "fp16", or "auto", 16 bits where the device multiplies them
             natively, else "fp32". Masks are made in bf16 or float32; those of training and test are float32.
         compile: let torch.compile fuse the network; the reader then takes minutes to make.
+        second_look: confidence below which a word is read again in changed views (`inference.second_look`), from 0,
+            where words are read once, to 1. None: `dataset.second_look` of the config.
         details: keep what shows how a word was read: mask, attention and refined mask of each prediction.
 
     Raises:
@@ -137,12 +140,15 @@ class Reader:
         model_eval: str | None = None,
         precision: str = "auto",
         compile: bool = False,
+        second_look: float | None = None,
         details: bool = False,
     ) -> None:
         if precision not in ("auto", *PRECISIONS):
             raise UserError(f"precision {precision!r} is unknown; give auto, {', '.join(PRECISIONS)}")
         if masks not in MASK_SOURCES:
             raise UserError(f"masks {masks!r} is unknown; give {' or '.join(MASK_SOURCES)}")
+        if second_look is not None and not 0 <= second_look <= 1:
+            raise UserError(f"second_look {second_look!r} must lie between 0 and 1")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size {batch_size!r} must be a positive integer")
         self.checkpoint = DEFAULT_CHECKPOINT if checkpoint is None else Path(checkpoint)
@@ -156,6 +162,7 @@ class Reader:
         self.batch_size = batch_size
         self.model_eval = checked_model_eval(bundle.config, model_eval)
         self.precision = fastest_precision(self.device) if precision == "auto" else precision
+        self.second_look = (bundle.config.dataset.second_look or 0.0) if second_look is None else second_look
         self.details = details
         use_tf32(bundle.config.training.tf32)  # as in the test
         self._model = prepare_for_inference(bundle.model.to(self.device), precision=self.precision, compile=compile)
@@ -281,7 +288,7 @@ class Reader:
         inputs = None
         if self.takes_masks:
             inputs = torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).to(self.device) / 255.0
-        output = self._model(tensors, inputs)
+        output = look_twice(self._model, tensors, inputs, below=self.second_look, model_eval=self.model_eval)
         logits = chosen_logits(output, self.model_eval)  # (M, T, C)
         texts, confidences = read_logits(logits, self.charset)
         rows = most_confident(confidences, [word for word, _ in seen])

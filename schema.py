@@ -174,6 +174,13 @@ class DatasetConfig(Section):
         ge=1,
         allow_inf_nan=False,
     )
+    second_look: float | None = key(
+        None,
+        "Confidence below which a word is read again, turned a little both ways, narrower and lower (test phase, "
+        "Reader, demo); the most confident prediction is kept. null: words are read once.",
+        ge=0,
+        le=1,
+    )
     num_workers: int = key(4, "Data loading processes for each training process; 0 loads in the loop.", ge=0)
     pin_memory: bool = key(True, "Copy batches into page-locked memory (faster transfer to a GPU).")
     use_sm: bool = key(False, "Spelling mutation of language inputs.")

@@ -28,11 +28,12 @@ from evaluation.lexicon import Lexicon, log_probabilities
 from evaluation.tables import csv_text, markdown_table
 from inference.pipeline import in_order, single_threads
 from inference.prepare import PreparedNetwork, PreparedSSN
+from inference.second_look import look_twice
 from inference.segmenter import Segmenter
 from loading.batches import Batch, split_skipped
-from loading.charset import NULL, Charset, protocol_normalizer
+from loading.charset import Charset, protocol_normalizer
 from loading.decoding import TEXT_THRESHOLD
-from modules.outputs import RecogniserOutput
+from modules.outputs import RecogniserOutput, chosen_logits, decode_greedily
 from utils import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -63,16 +64,12 @@ class Observer(Protocol):
         """Receive the scores after the last data set."""
 
 
-@torch.no_grad()
 def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float]]:
     """Decode logits (N, T, C) greedily: texts up to the first end token, and their confidences, 0 where they are NaN.
 
     Everything is computed on the device; the host gets two small tensors for the whole batch.
     """
-    probabilities, ids = logits.float().softmax(-1).max(-1)  # (N, T)
-    ends = ids == NULL
-    after_end = (ends.cumsum(1) - ends.long()) > 0  # steps behind the first end token
-    confidences = probabilities.masked_fill(after_end, 1.0).prod(1).nan_to_num(0.0)
+    ids, confidences = decode_greedily(logits)
     return [charset.decode(row) for row in ids.tolist()], confidences.tolist()
 
 
@@ -85,12 +82,6 @@ def most_confident(confidences: Sequence[float], owners: Sequence[int]) -> list[
     """
     views = itertools.groupby(range(len(owners)), key=owners.__getitem__)
     return [max(rows, key=confidences.__getitem__) for _, rows in views]
-
-
-def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
-    """Return logits (N, T, C) of the sub-model to score: vision, or the last round of language or alignment."""
-    part = getattr(output, model_eval)
-    return part.logits if model_eval == "vision" else part[-1].logits
 
 
 def score_words(predictions: Sequence[ScoredWord], normalize: Callable[[str], str]) -> dict[str, float]:
@@ -124,6 +115,7 @@ class WordEvaluator:
     precision: str = "fp32"  # or bf16, fp16 (autocast)
     numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)  # of an index in the LMDB; else from 1
     lexicons: Mapping[str, Callable[[int], Lexicon]] = field(default_factory=dict)  # number -> list to choose from
+    second_look: float = 0.0  # confidence below which a word is read again
     headline: ClassVar[str] = "accuracy"  # decides which weights are best
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
@@ -174,7 +166,7 @@ class WordEvaluator:
         """Return the batch on the device, the network's output and the scored words; one view of each word."""
         batch = batch.to(self.device)
         with autocast(self.device, self.precision):
-            output = model(*batch.inputs())
+            output = look_twice(model, *batch.inputs(), below=self.second_look, model_eval=self.model_eval)
         texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
         if isinstance(batch, Batch) and batch.owners is not None:
             rows = most_confident(confidences, batch.owners.tolist())

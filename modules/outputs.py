@@ -65,3 +65,21 @@ def text_lengths(logits: Tensor) -> Tensor:
     steps = logits.shape[1]
     nulls_so_far = (logits.argmax(dim=-1) == NULL_CLASS).cumsum(dim=-1)  # (N, T)
     return ((nulls_so_far == 0).sum(dim=-1) + 1).clamp(max=steps)  # (N,)
+
+
+def chosen_logits(output: RecogniserOutput, model_eval: str) -> Tensor:
+    """Return logits (N, T, C) of the sub-model to read: vision, or the last round of language or alignment."""
+    part = getattr(output, model_eval)
+    return part.logits if model_eval == "vision" else part[-1].logits
+
+
+@torch.no_grad()
+def decode_greedily(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the most probable class of each step (N, T) of logits (N, T, C), and the confidence of each text (N,).
+
+    The confidence is the product of the probabilities of its characters and of its end; 0 where they are NaN.
+    """
+    probabilities, ids = logits.float().softmax(-1).max(-1)  # (N, T)
+    ends = ids == NULL_CLASS
+    after_end = (ends.cumsum(1) - ends.long()) > 0  # steps behind the first end token
+    return ids, probabilities.masked_fill(after_end, 1.0).prod(1).nan_to_num(0.0)

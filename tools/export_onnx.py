@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from builders import checked_model_eval
 from bundle import Bundle, load_bundle, load_ssn
 from config import load_config
-from evaluation.evaluator import chosen_logits
 from inference.segmenter import fold_batch_norms
 from loading.batches import IMAGENET_MEAN, IMAGENET_STD
+from modules.outputs import chosen_logits
 from modules.ssn import SSN
 from tools.support import make_parser, print_summary, refuse_existing
 from utils import UserError, run_command_line, write_atomically

@@ -125,9 +125,6 @@ class WordDataset(WordSet):
         cache_dir: folder that keeps the result of the filter; None filters anew.
         min_side: pixels; a word whose image has a shorter side is skipped when it is read.
         labels, transform, turn_tall, segmenter, name, root, seed, stream: as for WordSet.
-
-    Raises:
-        UserError: this is no LMDB, or the masks do not belong to it.
     """
 
     path: str | Path = field(kw_only=False)
@@ -183,9 +180,6 @@ class RenderedDataset(WordSet):
         difficulty: at the start and at the end of the run, 0 to 1; None: as in the file.
         with_masks: keep the masks.
         labels, transform, turn_tall, segmenter, name, root, seed, stream: as for WordSet.
-
-    Raises:
-        UserError: the file, a font folder, a word list or a folder of photographs is missing or wrong.
     """
 
     path: str | Path = field(kw_only=False)

@@ -55,9 +55,6 @@ class ResumableBatchSampler:
         seed: of the order.
         rank, world_size: which part of each batch is this process's.
         run_batches: global batches of the run, for the keys' `progress`; None leaves that at 0.
-
-    Raises:
-        UserError: a global batch cannot be shared evenly.
     """
 
     length: int
@@ -130,9 +127,6 @@ class MixtureBatchSampler(ResumableBatchSampler):
             by their sum.
         length: samples of an epoch; None takes all sets' together.
         batch_size, seed, rank, world_size, run_batches: as for ResumableBatchSampler.
-
-    Raises:
-        UserError: a set with a share is empty, or a global batch cannot be shared evenly.
     """
 
     lengths: Sequence[int]

@@ -68,9 +68,6 @@ class WordRenderer:
 
     Args:
         config: how words look.
-
-    Raises:
-        UserError: no font, word or photograph is found where the config asks for one.
     """
 
     def __init__(self, config: RenderConfig | None = None) -> None:
@@ -95,9 +92,6 @@ class WordRenderer:
             text: write this instead of a sampled text.
             background: use this kind instead of a sampled one; the letters stay.
             difficulty: of this word, 0 to 1; None: the one of the config.
-
-        Raises:
-            UserError: no font can draw `text`, or there is no such kind of background.
         """
         config = self.config if difficulty is None else self.config.model_copy(update={"difficulty": difficulty})
         word = _Word(self, config, seed, index, text)

@@ -19,9 +19,6 @@ class WordSource:
 
     Args:
         config: shares and limits.
-
-    Raises:
-        UserError: the word file cannot be read, or holds no usable word.
     """
 
     def __init__(self, config: WordsConfig) -> None:
@@ -96,11 +93,7 @@ def english_words(count: int) -> Iterator[tuple[str, float]]:
 
 
 def read_words(path: Path) -> Iterator[tuple[str, float]]:
-    """Yield (word, count) of each line of a word list; blank lines and lines that begin with `#` are skipped.
-
-    Raises:
-        UserError: the file cannot be read, is not UTF-8, or a count is not a positive number.
-    """
+    """Yield (word, count) of each line of a word list; blank lines and lines that begin with `#` are skipped."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:

@@ -168,7 +168,7 @@ def build_evaluator(
     precision: str = "fp32",
     split: str = TEST,
 ) -> Evaluator:
-    """Return the evaluator of the roots of `dataset.test` or `dataset.valid`; each word counts once over all processes."""
+    """Return the evaluator of the roots of a split, test or valid; each word counts once over all processes."""
     settings = getattr(config.dataset, split)
     if not settings.roots:
         raise UserError(f"dataset.{split}.roots is empty; name the LMDBs to test on, or give --test_root")

@@ -89,9 +89,12 @@ class Segmenter:
         sizes = [each.shape[-2:] for each in tensors]
         batches = [batch for area in self.areas for batch in self._batches(sizes, area)]
 
+        @torch.inference_mode()  # each thread has a mode of its own
         def text_maps(batch: tuple[tuple[int, int], list[int]]) -> Tensor:
+            """Return probabilities of text (N, 1, h, w), float32, of the N images of a batch, at the network's size."""
             size, members = batch
-            return self._text_maps([tensors[i] for i in members], size)
+            inputs = torch.cat([resize_aligned(tensors[i].float(), size) for i in members])
+            return self._ssn.probability(normalize_images(inputs).to(self._dtype, memory_format=torch.channels_last))
 
         maps: list[list[Tensor]] = [[] for _ in tensors]
         overflows: list[Tensor] = []  # of each forward pass; a GPU is waited for once, not at each of them
@@ -115,12 +118,6 @@ class Segmenter:
             step = max(1, self.batch_pixels // (height * width))
             for start in range(0, len(members), step):
                 yield (height, width), members[start : start + step]
-
-    @torch.inference_mode()
-    def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return probabilities of text (N, 1, h, w), float32, of N images (1, 3, H, W) uint8, resized to `size`."""
-        batch = torch.cat([resize_aligned(image.float(), size) for image in images])
-        return self._ssn.probability(normalize_images(batch).to(self._dtype, memory_format=torch.channels_last))
 
 
 def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:

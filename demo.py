@@ -35,7 +35,6 @@ OVERLAY_HEIGHT, OVERLAY_WIDTH = 64, 1024  # pixels that each drawing of the word
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     paths = find_images(options.input)
     reader = Reader(

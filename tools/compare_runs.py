@@ -198,7 +198,6 @@ def report_images(report: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     scored = (options.model_eval or [None]) * 2
     first = load_evaluation(Path(options.first), scored[0])

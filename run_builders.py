@@ -221,11 +221,7 @@ def evaluation_protocol(config: Config) -> int:
 def build_observers(
     config: Config, *, process: Process, model_eval: str, image_only: bool, weights: str
 ) -> list[PredictionFiles | Report | AttentionImages]:
-    """Return what a test writes besides scores: prediction files, report and, unless `image_only`, attention images.
-
-    Args:
-        weights: the tested file, which the report names.
-    """
+    """Return what a test of `weights` writes besides scores: prediction files, report, attention images if wanted."""
     if config.model.kind == "ssn":
         return []
     normalize = protocol_normalizer(evaluation_protocol(config))

@@ -107,7 +107,10 @@ class Segmenter:
                 maps[i].append(each[None])  # (1, 1, h, w); in the order of the areas, so that sums are the same always
         if any(torch.stack(overflows).tolist()):
             raise UserError(f"SSN gives numbers that are not finite in {self.precision}; use fp32, or other weights")
-        return [mean_mask(*each) for each in zip(maps, sizes, strict=True)]
+        means = (
+            sum(resize_aligned(each, size) for each in own) / len(own) for own, size in zip(maps, sizes, strict=True)
+        )
+        return [(mean * 255).round().byte()[0, 0].cpu().numpy() for mean in means]
 
     def _batches(self, sizes: Sequence[Sequence[int]], area: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
         """Yield (network size, indices of images) of each forward pass at this area."""
@@ -118,12 +121,6 @@ class Segmenter:
             step = max(1, self.batch_pixels // (height * width))
             for start in range(0, len(members), step):
                 yield (height, width), members[start : start + step]
-
-
-def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:
-    """Return round(255 * mean of the maps), uint8 (H, W); the maps (1, 1, h, w) are resized to `size` first."""
-    total = sum(resize_aligned(each, size) for each in maps)  # (1, 1, H, W)
-    return (total / len(maps) * 255).round().byte()[0, 0].cpu().numpy()
 
 
 def _within(images: Sequence[np.ndarray], pixels: int) -> Sequence[np.ndarray]:

@@ -65,9 +65,6 @@ class WordRenderer:
     """Renders words. May be pickled and used in any process: a word depends on config, seed and index alone.
 
     One renderer serves one thread at a time.
-
-    Args:
-        config: how words look.
     """
 
     def __init__(self, config: RenderConfig | None = None) -> None:

@@ -15,11 +15,7 @@ PAIRS = (("(", ")"), ('"', '"'), ("'", "'"), ("[", "]"), ("<", ">"))
 
 
 class WordSource:
-    """Samples texts.
-
-    Args:
-        config: shares and limits.
-    """
+    """Samples texts."""
 
     def __init__(self, config: WordsConfig) -> None:
         self.config = config

@@ -234,7 +234,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("first", metavar="A", help="work folder of a test")
     parser.add_argument("second", metavar="B", help="work folder of another test, of the same words")

@@ -85,8 +85,11 @@ class Charset:
         return "".join(character for character in characters if character in self._classes)
 
     def encode(self, text: str) -> list[int]:
-        """Return the classes of the characters of a normalised text, without the end."""
-        return [self._classes[character] for character in text]
+        """Return the classes of a text's characters, without the end; one that is not in the charset is a UserError."""
+        try:
+            return [self._classes[character] for character in text]
+        except KeyError as error:
+            raise UserError(f"{text!r} holds {error.args[0]!r}, which is not in the charset") from error
 
     def decode(self, classes: Iterable[int]) -> str:
         """Return the text of a sequence of classes, up to its first null."""

@@ -205,10 +205,8 @@ def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def mask_problems(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, what is wrong) where a network that takes masks would get none for words of LMDBs."""
+    """Yield (dotted key, what is wrong) where the masks of words of LMDBs cannot be had."""
     masks = config.dataset.masks
-    if masks.source == "none":
-        yield "dataset.masks.source", "none, but the network takes masks; set lmdb or online"
     if masks.source == "lmdb" and masks.root is None:
         yield (
             "dataset.masks.root",

@@ -111,13 +111,15 @@ def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | N
     masks = config.dataset.masks
     if not config.model.takes_masks:
         return None
-    only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
-    if masks.source == "none" or not (only_rendered and config.run.phase == "train"):
-        for key, message in mask_problems(config):
-            raise UserError(f"{key}: {message}")
+    if masks.source == "none":
+        raise UserError("dataset.masks.source: none, but the network takes masks; set lmdb or online")
     if masks.source == "online":
         # Worker processes cannot use the GPU: with workers, SSN runs on their cores.
         return build_segmenter(config, device="cpu" if config.dataset.num_workers else device)
+    only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
+    if not (only_rendered and config.run.phase == "train"):
+        for key, message in mask_problems(config):
+            raise UserError(f"{key}: {message}")
     return masks.root or ""
 
 

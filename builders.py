@@ -55,6 +55,9 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
 
     Args:
         charset: its characters; None: those of `dataset.charset_path`.
+
+    Raises:
+        UserError: a checkpoint is missing or does not fit.
     """
     kind = config.model.kind
     if kind == "ssn":
@@ -199,6 +202,9 @@ def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
     Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser.
     If the checkpoint carries a config, that describes the network, else `model.ssn` does. Areas that differ from the
     default in `model.ssn` are used in any case.
+
+    Raises:
+        UserError: the config names no weights.
     """
     path = config.model.ssn.checkpoint or config.model.checkpoint
     state = {} if path is None else read_checkpoint(path)

@@ -39,6 +39,10 @@ def load_bundle(path: Path | str, config: Config | None = None) -> Bundle:
 
     Args:
         config: describes the network; None: the config that the checkpoint carries.
+
+    Raises:
+        UserError: the file is missing or damaged, carries no config and none is given, or holds no network that reads
+            images.
     """
     return _built(read_checkpoint(path), path, config)
 
@@ -55,7 +59,11 @@ def _built(state: Mapping[str, Any], path: Path | str, config: Config | None = N
 
 
 def load_ssn(path: Path | str) -> tuple[SSN, tuple[int, ...]]:
-    """Return the SSN of its own checkpoint, or of one that bundles it with a recogniser, and its areas."""
+    """Return the SSN of its own checkpoint, or of one that bundles it with a recogniser, and its areas.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds no SSN with its config.
+    """
     carried = build_carried_ssn(read_checkpoint(path), path)
     if carried is None:
         raise UserError(f"checkpoint {path} holds no SSN with its config; give one that main.py trained")
@@ -78,6 +86,9 @@ def save_bundle(
         areas: those that the recogniser's masks were made with; empty: those in the SSN's checkpoint.
         half: store matrices and kernels in 16 bits, which about halves the file. Vectors, and the layers that the fast
             form computes in float32, keep 32 bits.
+
+    Raises:
+        UserError: a file is missing, damaged, or carries no config.
     """
     state = read_checkpoint(recogniser)
     config = _carried_config(state, recogniser)

@@ -54,6 +54,9 @@ class Config(Section):
         Args:
             drop_unknown: leave out keys that the schema does not have, and name those that it never had: a checkpoint
                 stays usable when a key goes.
+
+        Raises:
+            UserError: with one line for each thing that is wrong.
         """
         return validate_settings(cls, _migrated(mapping), source, gone=GONE_KEYS, drop_unknown=drop_unknown)
 
@@ -118,6 +121,9 @@ def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
 
     Args:
         before: the config in the run's checkpoint, as plain data; None: it has none.
+
+    Raises:
+        UserError: a key has changed that must stay the same within a run.
     """
     config = config.model_copy(deep=True)
     if before is None:

@@ -123,6 +123,9 @@ class WordDataset(WordSet):
         masks: where stored masks come from; None for a network without, or with a `segmenter`.
         cache_dir: folder that keeps the result of the filter; None filters anew.
         min_side: pixels; a word whose image has a shorter side is skipped when it is read.
+
+    Raises:
+        UserError: this is no LMDB, or the masks do not belong to it.
     """
 
     path: str | Path = field(kw_only=False)
@@ -177,6 +180,9 @@ class RenderedDataset(WordSet):
         split: distinguishes training from test, so that they share no word.
         difficulty: at the start and at the end of the run, 0 to 1; None: as in the file.
         with_masks: keep the masks.
+
+    Raises:
+        UserError: the file, a font folder, a word list or a folder of photographs is missing or wrong.
     """
 
     path: str | Path = field(kw_only=False)

@@ -86,7 +86,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Return the images of the inputs in order: files as named, those of folders (not below) and patterns by name."""
+    """Return the images of the inputs in order: files as named, those of folders (not below) and patterns by name.
+
+    Raises:
+        UserError: an input does not exist, or holds no image.
+    """
     found: list[Path] = []
     for name in inputs:
         path = Path(name)

@@ -53,7 +53,11 @@ MIN_TRAINING_SIDE = 7  # pixels; words of smaller images are left out of trainin
 
 
 def build_training_data(config: Config, *, device: torch.device, process: Process) -> DataLoader:
-    """Return endless, resumable batches of the training roots."""
+    """Return endless, resumable batches of the training roots.
+
+    Raises:
+        UserError: there are no roots, a root is missing, or images and masks do not belong together.
+    """
     roots = config.dataset.train.roots
     if not roots:
         raise UserError("dataset.train.roots is empty; name the LMDBs to train on")
@@ -166,7 +170,11 @@ def build_evaluator(
     precision: str = "fp32",
     split: str = TEST,
 ) -> Evaluator:
-    """Return the evaluator of the roots of a split, test or valid; each word counts once over all processes."""
+    """Return the evaluator of the roots of `dataset.test` or `dataset.valid`; each word counts once over all processes.
+
+    Raises:
+        UserError: there are no roots, or one is missing.
+    """
     settings = getattr(config.dataset, split)
     if not settings.roots:
         raise UserError(f"dataset.{split}.roots is empty; name the LMDBs to test on, or give --test_root")

@@ -121,6 +121,9 @@ def validate_settings(
         problems: found already; they are reported with the others.
         gone: dotted keys that are ignored, with a warning unless `drop_unknown` is set.
         drop_unknown: ignore all keys that the schema does not have, and name them.
+
+    Raises:
+        UserError: with one line for each thing that is wrong.
     """
     places = places or {}
     ignored = True

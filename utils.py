@@ -24,8 +24,7 @@ RENDER_SCHEME = "render://"  # begins a data root that is no file but a renderer
 class UserError(ValueError):
     """A mistake of the user: the message names the key or file at fault and the remedy, in one or two lines.
 
-    It may quote anything that a file holds: long lines are shortened, and unprintable characters are escaped. Whatever
-    takes a path or a setting may raise it; the messages say when, and only docstrings of public calls say it again.
+    It may quote anything that a file holds: long lines are shortened, and unprintable characters are escaped.
     """
 
     def __str__(self) -> str:

@@ -173,7 +173,11 @@ def write_list(folder: Path, names: list[str]) -> None:
 
 
 def newest_valid_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """Return path and content of the newest checkpoint of run `name`; one that is damaged is named and passed over."""
+    """Return path and content of the newest checkpoint of run `name`; one that is damaged is named and passed over.
+
+    Raises:
+        UserError: there is none.
+    """
     for each in reversed(saved_checkpoints(folder, name)):
         try:
             state = read_checkpoint(folder / each)
@@ -186,7 +190,11 @@ def newest_valid_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, An
 
 
 def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
-    """Return the state to resume from, of a file or of the newest valid checkpoint; None if there is no checkpoint."""
+    """Return the state to resume from, of a file or of the newest valid checkpoint; None if there is no checkpoint.
+
+    Raises:
+        UserError: the file cannot be resumed from, or is no checkpoint of the run that the folder holds.
+    """
     if not resume and not saved_checkpoints(folder, name):
         runs = [each.name for each in sorted(folder.parent.glob("*")) if saved_checkpoints(each, each.name)]
         others = f" (the runs in {folder.parent} that have one: {', '.join(runs[:10])})" if runs else ""
@@ -215,7 +223,11 @@ def set_aside_later(folder: Path, name: str, iteration: int) -> None:
 
 
 def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Restore a run from a checkpoint."""
+    """Restore a run from a checkpoint.
+
+    Raises:
+        UserError: it is of another network or optimiser, or of other data.
+    """
     try:
         trainer.load_state_dict(state)
     except UserError:
@@ -260,7 +272,11 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def weights_to_test(folder: Path, name: str, start: str | None) -> str:
-    """Return the best weights of run `name`; if nothing was trained, `start`, the file that a training starts from."""
+    """Return the best weights of run `name`; if nothing was trained, `start`, the file that a training starts from.
+
+    Raises:
+        UserError: there are none, or a run has checkpoints but no best one.
+    """
     best = folder / f"best-{name}.pth"
     if best.is_file():
         logger.info("testing %s", best)

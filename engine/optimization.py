@@ -31,6 +31,9 @@ def parameter_groups(
     Args:
         decay_norms: decay normalisation parameters and biases as well.
         lr_factors: prefix of names in the `state_dict` -> factor on the rate; the longest prefix counts.
+
+    Raises:
+        UserError: a prefix fits no parameter that is trained.
     """
     factors = {SSN_HEAD: 1.0, **(lr_factors or {})}
     norms = {id(p) for module in model.modules() if isinstance(module, NORMALISATIONS) for p in module.parameters()}

@@ -23,6 +23,9 @@ def claimed(folder: Path, process: Process, *, keep: bool) -> Iterator[None]:
     """Lock the work folder for this run; unless `keep` is set, rename the folder of an earlier run first.
 
     A run that is refused leaves no folder, and the earlier run gets its name back.
+
+    Raises:
+        UserError: another run has locked it.
     """
     if not process.is_main:
         distributed.barrier()

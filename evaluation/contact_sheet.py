@@ -44,7 +44,11 @@ def make_contact_sheet(
 
 
 def save_contact_sheet(cells: Sequence[Cell], path: Path, **layout: int) -> None:
-    """Write the sheet that `make_contact_sheet` draws; `layout` holds its columns and cell sizes."""
+    """Write the sheet that `make_contact_sheet` draws; `layout` holds its columns and cell sizes.
+
+    Raises:
+        UserError: the file cannot be written, or its name has no image suffix.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         make_contact_sheet(cells, **layout).save(path)
@@ -53,7 +57,11 @@ def save_contact_sheet(cells: Sequence[Cell], path: Path, **layout: int) -> None
 
 
 def save_sheet_of_lmdb(words: Path, masks: Path | None, numbers: Sequence[int], path: Path) -> None:
-    """Write the sheet of some words of an LMDB, with masks from `masks`, or else from the same LMDB if it has any."""
+    """Write the sheet of some words of an LMDB, with masks from `masks`, or else from the same LMDB if it has any.
+
+    Raises:
+        UserError: see `save_contact_sheet`.
+    """
     reader = LmdbReader(words)
     mask_reader = None if masks is None else LmdbReader(masks)
     cells = []

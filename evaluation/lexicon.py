@@ -81,6 +81,9 @@ class Lexicon:
         steps: T; longer words cannot be predicted.
         match: "probability" chooses the most probable word, and of equally probable ones the closest to the greedy
             prediction; "distance", as most papers do, the closest one, and of equally close ones the most probable.
+
+    Raises:
+        UserError: the network can predict no word of the list.
     """
 
     def __init__(self, words: Sequence[str], charset: Charset, *, steps: int, match: Match = "probability") -> None:
@@ -116,7 +119,11 @@ class Lexicon:
 
 
 def read_lexicon(path: str | Path) -> list[str]:
-    """Return the words of a text file with one a line; empty lines do not count."""
+    """Return the words of a text file with one a line; empty lines do not count.
+
+    Raises:
+        UserError: the file is missing, or not UTF-8 text.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -23,6 +23,9 @@ def read_pairs(path: Path, labels: LabelRule) -> tuple[list[tuple[str, str]], np
         The distinct pairs of a spelling and the right one, normalised; the place in that list of each row's pair (n,)
         int32; and the number of rows left out for each reason. The words of a language repeat hundreds of times: to
         judge and store each pair once is what makes a hundred million rows fast and small.
+
+    Raises:
+        UserError: the file cannot be read, has other columns, or is not UTF-8.
     """
     places: dict[tuple[str, str], int] = {}  # of the distinct pairs
 

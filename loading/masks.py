@@ -70,6 +70,9 @@ def find_mask_lmdb(mask_root: str | Path, image_root: str | Path, image_lmdb: st
 
     The root of images is `image_root`, or its parent (`image_root` is then itself the set, or a folder of a larger
     tree). A `mask_root` that is itself an LMDB serves a single image LMDB.
+
+    Raises:
+        UserError: none of these exists; names the first place.
     """
     mask_root, image_root, image_lmdb = Path(mask_root), Path(image_root), Path(image_lmdb)
     relative = image_lmdb.relative_to(image_root)

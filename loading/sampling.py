@@ -55,6 +55,9 @@ class ResumableBatchSampler:
         seed: of the order.
         rank, world_size: which part of each batch is this process's.
         run_batches: global batches of the run, for the keys' `progress`; None leaves that at 0.
+
+    Raises:
+        UserError: a global batch cannot be shared evenly.
     """
 
     length: int
@@ -126,6 +129,9 @@ class MixtureBatchSampler(ResumableBatchSampler):
         shares: of each set, at the start and at the end of the run, between which it changes linearly; they are divided
             by their sum.
         length: samples of an epoch; None takes all sets' together.
+
+    Raises:
+        UserError: a set with a share is empty, or a global batch cannot be shared evenly.
     """
 
     lengths: Sequence[int]

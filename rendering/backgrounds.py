@@ -37,6 +37,9 @@ class Backgrounds:
     Args:
         config: kind of background, folder of photographs.
         fonts, words: for pieces of other texts.
+
+    Raises:
+        UserError: the folder of photographs is missing or empty, or `background` is photo and there is none.
     """
 
     def __init__(self, config: RenderConfig, fonts: FontBook, words: WordSource) -> None:
@@ -144,7 +147,11 @@ class Backgrounds:
 
 
 def find_photos(folder: str) -> list[str]:
-    """Return the images in `folder` and below it, sorted."""
+    """Return the images in `folder` and below it, sorted.
+
+    Raises:
+        UserError: the folder is missing or holds no image.
+    """
     if not Path(folder).is_dir():
         raise UserError(f"photos: {folder}: no such folder; name a folder of images")
     found = sorted(
@@ -157,7 +164,11 @@ def find_photos(folder: str) -> list[str]:
 
 @lru_cache(maxsize=_PHOTOS_KEPT)
 def read_photo(path: str) -> np.ndarray:
-    """Read a photograph and shrink its longer side to 640 pixels: RGB, uint8 (h, w, 3)."""
+    """Read a photograph and shrink its longer side to 640 pixels: RGB, uint8 (h, w, 3).
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
     try:
         with Image.open(path) as file:
             file.draft("RGB", (_PHOTO_SIDE, _PHOTO_SIDE))  # JPEG: decodes large ones at a fraction of their size

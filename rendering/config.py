@@ -159,5 +159,9 @@ class RenderConfig(Section):
 
 
 def load_render_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RenderConfig:
-    """Read a YAML file (None: all defaults) and apply `key=value` overrides, whose values are YAML too."""
+    """Read a YAML file (None: all defaults) and apply `key=value` overrides, whose values are YAML too.
+
+    Raises:
+        UserError: the file cannot be read, or any key or value is unknown or wrong; one line for each.
+    """
     return load_settings(RenderConfig, [] if path is None else [path], overrides, gone=["letters.reuse", "output.mask"])

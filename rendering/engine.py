@@ -65,6 +65,9 @@ class WordRenderer:
     """Renders words. May be pickled and used in any process: a word depends on config, seed and index alone.
 
     One renderer serves one thread at a time.
+
+    Raises:
+        UserError: no font, word or photograph is found where the config asks for one.
     """
 
     def __init__(self, config: RenderConfig | None = None) -> None:
@@ -89,6 +92,9 @@ class WordRenderer:
             text: write this instead of a sampled text.
             background: use this kind instead of a sampled one; the letters stay.
             difficulty: of this word, 0 to 1; None: the one of the config.
+
+        Raises:
+            UserError: no font can draw `text`, or there is no such kind of background.
         """
         config = self.config if difficulty is None else self.config.model_copy(update={"difficulty": difficulty})
         word = _Word(self, config, seed, index, text)

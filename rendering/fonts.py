@@ -68,7 +68,11 @@ class Glyph:
 
 
 def find_families(config: FontsConfig) -> list[FontFamily]:
-    """Return the families that `config` allows, sorted by name."""
+    """Return the families that `config` allows, sorted by name.
+
+    Raises:
+        UserError: a folder is missing, or no family is left.
+    """
     found: dict[str, set[str]] = {}
     for folder in config.folders:
         if not Path(folder).is_dir():
@@ -131,7 +135,11 @@ class FontBook:
         self._missing: dict[str, np.ndarray] = {}
 
     def choose(self, text: str, rng: np.random.Generator) -> Typeface:
-        """Return a typeface that can draw every character of `text`: any family, then any of its files."""
+        """Return a typeface that can draw every character of `text`: any family, then any of its files.
+
+        Raises:
+            UserError: none can.
+        """
         for number in rng.permutation(len(self.families)):
             family = self.families[int(number)]
             start = int(rng.integers(len(family.files)))

@@ -15,7 +15,11 @@ PAIRS = (("(", ")"), ('"', '"'), ("'", "'"), ("[", "]"), ("<", ">"))
 
 
 class WordSource:
-    """Samples texts."""
+    """Samples texts.
+
+    Raises:
+        UserError: the word file cannot be read, or holds no usable word.
+    """
 
     def __init__(self, config: WordsConfig) -> None:
         self.config = config
@@ -89,7 +93,11 @@ def english_words(count: int) -> Iterator[tuple[str, float]]:
 
 
 def read_words(path: Path) -> Iterator[tuple[str, float]]:
-    """Yield (word, count) of each line of a word list; blank lines and lines that begin with `#` are skipped."""
+    """Yield (word, count) of each line of a word list; blank lines and lines that begin with `#` are skipped.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, or a count is not a positive number.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:

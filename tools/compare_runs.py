@@ -92,6 +92,9 @@ def load_evaluation(folder: Path, model_eval: str | None = None) -> TestedRun:
 
     Args:
         model_eval: sub-model; None takes the one that was tested last.
+
+    Raises:
+        UserError: there is no test of it in the folder, or a file is damaged.
     """
     path = folder / ("metrics.json" if model_eval is None else f"metrics-{model_eval}.json")
     try:

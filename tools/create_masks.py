@@ -134,6 +134,9 @@ class MaskOutput:
         settings: what the masks depend on beside the images.
         overwrite: replace what is at `target`, and start anew.
         process: this one among those that share the words.
+
+    Raises:
+        UserError: what is at `target` was made otherwise, and is not to be replaced.
     """
 
     def __init__(

@@ -182,18 +182,16 @@ class Evaluation(Periodic):
     last_iteration: int = field(default=-1, init=False)
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        if trainer.iteration and self._is_due(trainer):  # the run was killed between the checkpoint and its evaluation
-            self._evaluate(trainer)
+        if trainer.iteration:  # the run may have been killed between the checkpoint and its evaluation
+            self._evaluate_if_due(trainer)
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        if self._is_due(trainer):
-            self._evaluate(trainer)
+        self._evaluate_if_due(trainer)
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        is_last = trainer.iteration >= trainer.iterations
-        return (is_last or self.is_reached(trainer)) and self.last_iteration != trainer.iteration
-
-    def _evaluate(self, trainer: Trainer) -> None:
+    def _evaluate_if_due(self, trainer: Trainer) -> None:
+        is_due = self.is_reached(trainer) or trainer.iteration >= trainer.iterations
+        if not is_due or self.last_iteration == trainer.iteration:
+            return
         trainer.call("on_evaluation_start")
         self.last_iteration = trainer.iteration
         trainer.share_statistics()

@@ -166,7 +166,7 @@ def _training_problems(config: Config) -> Iterator[tuple[str, str]]:
         yield "training.compile_mode", f"{training.compile_mode} needs training.accumulation=1; change one of them"
     train = config.dataset.train
     if config.model.takes_masks and any(not root.startswith(RENDER_SCHEME) for root in train.roots):
-        yield from _mask_problems(config)
+        yield from mask_problems(config)
     if train.difficulty and not any(root.startswith(RENDER_SCHEME) for root in train.roots):
         yield "dataset.train.difficulty", "no root is render://FILE.yaml, and words of files have theirs already"
     if train.shares is not None and len(train.shares) != len(train.roots):
@@ -210,7 +210,8 @@ def _loss_problems(config: Config) -> Iterator[tuple[str, str]]:
         yield key, "no part that is trained has a loss to learn from; set a loss_weight above 0, or a freeze to false"
 
 
-def _mask_problems(config: Config) -> Iterator[tuple[str, str]]:
+def mask_problems(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, what is wrong) where the masks of words of LMDBs cannot be had."""
     masks = config.dataset.masks
     if masks.source == "lmdb" and masks.root is None:
         yield (

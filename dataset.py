@@ -80,7 +80,6 @@ class WordSet(SampleSet):
         turn_tall: height / width above which a word is also read turned (`transforms.views`); None in training.
         segmenter: images -> masks, 8 bits, of the same sizes, that take the place of the set's own; it is called once
             for the words of a batch. None keeps those.
-        name, root, seed, stream: as for SampleSet.
     """
 
     labels: LabelRule
@@ -124,7 +123,6 @@ class WordDataset(WordSet):
         masks: where stored masks come from; None for a network without, or with a `segmenter`.
         cache_dir: folder that keeps the result of the filter; None filters anew.
         min_side: pixels; a word whose image has a shorter side is skipped when it is read.
-        labels, transform, turn_tall, segmenter, name, root, seed, stream: as for WordSet.
 
     Raises:
         UserError: this is no LMDB, or the masks do not belong to it.
@@ -182,7 +180,6 @@ class RenderedDataset(WordSet):
         split: distinguishes training from test, so that they share no word.
         difficulty: at the start and at the end of the run, 0 to 1; None: as in the file.
         with_masks: keep the masks.
-        labels, transform, turn_tall, segmenter, name, root, seed, stream: as for WordSet.
 
     Raises:
         UserError: the file, a font folder, a word list or a folder of photographs is missing or wrong.
@@ -266,17 +263,13 @@ def open_word_datasets(
     difficulty: tuple[float, float] | None = None,
     turn_tall: float | None = None,
 ) -> list[WordDataset | RenderedDataset]:
-    """Open every LMDB of some roots, and renderers for roots of the form `render://FILE.yaml`.
+    """Open every LMDB of some roots, by path, and a renderer for each root of the form `render://FILE.yaml`.
 
     Args:
-        roots: LMDBs or folders of LMDBs.
+        roots: LMDBs or folders of LMDBs; the data sets come in their order.
         masks: root of the mask LMDBs (those of `<root of images>/X` are in `<masks>/X`), beside which rendered words
             bring their own; a function that makes all of them, as `segmenter` of WordSet; or None for none.
-        labels, transform, seed, cache_dir, min_side, turn_tall: as for WordDataset.
-        length, split, difficulty: as for RenderedDataset.
-
-    Returns:
-        One data set for each LMDB and renderer, in the order of the roots and of the paths below them.
+        length, split, difficulty: as for RenderedDataset; the others as for WordDataset.
     """
     found: list[tuple[int, str | Path]] = []  # number of the root, and an LMDB or a renderer's URL
     for number, root in enumerate(map(str, roots)):
@@ -331,7 +324,6 @@ class LanguageDataset(SampleSet):
         use_sm: mutate the spelling (`mutate_spelling`).
         smooth_label: smooth the one-hot spelling: a share of up to `smooth_factor`, sampled for each word, is spread
             over the characters at random.
-        name, root, seed, stream: as for SampleSet.
     """
 
     path: str | Path = field(kw_only=False)
@@ -378,7 +370,6 @@ class SegmentationDataset(SampleSet):
         source: pairs of a folder or of LMDBs.
         transform: makes crops of a fixed size for training; None keeps images as they are.
         ignore_level: grey level of masks that marks them; None has none.
-        name, root, seed, stream: as for SampleSet.
     """
 
     source: PairFolder | PairLmdb = field(kw_only=False)

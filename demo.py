@@ -35,7 +35,6 @@ OVERLAY_HEIGHT, OVERLAY_WIDTH = 64, 1024  # pixels that each drawing of the word
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     paths = find_images(options.input)
     reader = Reader(
@@ -69,7 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags that `--help` lists."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, action="append", metavar="PATH", help="image, folder or pattern")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to read with (default: weights/binet-small.pth)")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.distributed import batch_mean, summed
+from loading.batches import IGNORED
 from modules.outputs import RecogniserOutput
 from modules.ssn import SegmentationOutput
 
@@ -148,39 +149,36 @@ def _nearest_aligned(old: int, new: int, device: torch.device) -> Tensor:
     return (torch.arange(new, device=device, dtype=torch.float64) * step).round().long()
 
 
-def trimap(labels: Tensor, ignore_index: int) -> Tensor:
+def trimap(labels: Tensor) -> Tensor:
     """Return the pixels at class boundaries, bool (N, H, W): at least one of the 4 neighbours has another class.
 
     Pixels at the border of the image, and those that are ignored or have an ignored neighbour, do not count.
     """
-    padded = F.pad(labels, (1, 1, 1, 1), value=ignore_index)
+    padded = F.pad(labels, (1, 1, 1, 1), value=IGNORED)
     shifted = padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]
     neighbours = torch.stack(shifted)  # (4, N, H, W)
-    known = (neighbours != ignore_index).all(dim=0) & (labels != ignore_index)
+    known = (neighbours != IGNORED).all(dim=0) & (labels != IGNORED)
     return known & (neighbours != labels).any(dim=0)
 
 
 class SegmentationCriterion(Criterion):
     """Loss of SSN: semantic and refined logits everywhere, and the refined ones once more at class boundaries.
 
-    The target are labels (N, H, W) of any size: 0, 1 or `ignore_index`.
+    The target are labels (N, H, W) of any size: 0, 1 or IGNORED.
 
     Args:
         weights: weight of each term: `semantic`, `refined`, `trimap`.
-        ignore_index: label of the pixels that do not count.
     """
 
-    def __init__(self, *, weights: dict[str, float] | None = None, ignore_index: int = 255):
+    def __init__(self, *, weights: dict[str, float] | None = None):
         super().__init__(weights or {"semantic": 1.0, "refined": 0.5, "trimap": 0.5})
-        self.ignore_index = ignore_index
 
     def terms(self, output: SegmentationOutput, labels: Tensor, whole: Counts) -> dict[str, Tensor]:
         labels = resize_labels(labels, output.refined_logits.shape[-2:])  # (N, h, w)
         terms = {}
         for name, where in self._where(labels).items():
             logits = output.semantic_logits if name == "semantic" else output.refined_logits
-            ignored = {"ignore_index": self.ignore_index, "reduction": "none"}
-            each = F.cross_entropy(logits.float(), labels, **ignored)  # (N, h, w)
+            each = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")  # (N, h, w)
             terms[name] = batch_mean((each * where).sum(), whole[name])
         return terms
 
@@ -191,6 +189,6 @@ class SegmentationCriterion(Criterion):
 
     def _where(self, labels: Tensor) -> dict[str, Tensor]:
         """Return the pixels that each term with a weight is a mean over, bool (N, h, w)."""
-        counted = labels != self.ignore_index
-        where = {"semantic": counted, "refined": counted, "trimap": trimap(labels, self.ignore_index)}
+        counted = labels != IGNORED
+        where = {"semantic": counted, "refined": counted, "trimap": trimap(labels)}
         return {name: pixels for name, pixels in where.items() if self.weights.get(name, 0) != 0}

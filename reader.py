@@ -35,7 +35,7 @@ from inference.segmenter import IMAGE_PIXELS, Segmenter
 from loading.batches import normalize_images, stack_images
 from loading.decoding import IMAGE_ERRORS, MAX_PIXELS, BrokenImageError, convert, decode_image, decode_mask
 from loading.transforms import ResizeWord, views
-from modules.outputs import RecogniserOutput, chosen_logits
+from modules.outputs import chosen_logits
 from utils import UserError, first_line
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "weights" / "binet-small.pth"
@@ -295,7 +295,11 @@ class Reader:
         logits = logits[rows].float()  # (N, T, C)
         probabilities = logits.softmax(-1).amax(-1).nan_to_num(0.0)
         logs = log_probabilities(logits) if topk or lexicon else [None] * len(rows)
-        details = self._details(output, rows, masks) if self.details else [{}] * len(rows)
+        mask_levels = attention = refined = [None] * len(rows)
+        if self.details:
+            mask_levels, attention = masks, output.vision.attention[rows].float().cpu().numpy()
+            if output.vision.refined_mask is not None:
+                refined = output.vision.refined_mask[rows, 0].float().cpu().numpy()
         return [
             Prediction(
                 text=texts[row],
@@ -306,9 +310,13 @@ class Reader:
                 match=lexicon(log, texts[row]) if lexicon else None,
                 extent=self._extent(seen[row][1].image),
                 turned=seen[row][1].turned,
-                **{name: each[: len(texts[row])] if name == "attention" else each for name, each in detail.items()},
+                mask_levels=levels,
+                attention=None if weights is None else weights[: len(texts[row])],
+                refined_mask=refined_mask,
             )
-            for row, each, log, detail in zip(rows, probabilities.tolist(), logs, details, strict=True)
+            for row, each, log, levels, weights, refined_mask in zip(
+                rows, probabilities.tolist(), logs, mask_levels, attention, refined, strict=True
+            )
         ]
 
     def _ranked(self, logs: np.ndarray, count: int) -> tuple[tuple[Character, ...], ...]:
@@ -319,16 +327,6 @@ class Reader:
             tuple(Character(names[each], float(np.exp(step[each]))) for each in order)
             for step, order in zip(logs, ranked, strict=True)
         )
-
-    @staticmethod
-    def _details(
-        output: RecogniserOutput, rows: Sequence[int], masks: Sequence[np.ndarray | None]
-    ) -> list[dict[str, np.ndarray | None]]:
-        """Return the arrays of each prediction, by name."""
-        attention, refined = _array(output.vision.attention[rows]), output.vision.refined_mask
-        refined = [None] * len(rows) if refined is None else _array(refined[rows])[:, 0]
-        arrays = zip(masks, attention, refined, strict=True)
-        return [dict(zip(("mask_levels", "attention", "refined_mask"), each, strict=True)) for each in arrays]
 
     def _extent(self, image: np.ndarray) -> tuple[float, float, float, float]:
         """Return top, left, height and width of an image in the network's input, as parts of its sides."""
@@ -430,7 +428,3 @@ def _from_array(array: np.ndarray, mode: str) -> np.ndarray:
     if array.dtype != np.uint8:
         raise TypeError(f"array is {array.dtype}; it must hold uint8 levels or floats in [0, 1]")
     return np.array(convert(Image.fromarray(np.ascontiguousarray(array)), mode))
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.float().cpu().numpy()

@@ -23,7 +23,7 @@ from builders import (
     with_checkpoint,
 )
 from callbacks import Callback, Checkpoints, Evaluation, MetricLog, UnreadableSamples
-from config import Config
+from config import Config, mask_problems
 from dataset import JoinedDataset, LanguageDataset, WordDataset, open_segmentation_datasets, open_word_datasets
 from engine import distributed
 from engine.distributed import Process
@@ -115,17 +115,15 @@ def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | N
     masks = config.dataset.masks
     if not config.model.takes_masks:
         return None
+    if masks.source == "none":
+        raise UserError("dataset.masks.source: none, but the network takes masks; set lmdb or online")
     if masks.source == "online":
         # Worker processes cannot use the GPU: with workers, SSN runs on their cores.
         return build_segmenter(config, device="cpu" if config.dataset.num_workers else device)
     only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
-    if masks.source == "lmdb" and masks.root is None and not (only_rendered and config.run.phase == "train"):
-        raise UserError(
-            "dataset.masks.root: missing; the network takes masks: name the folder of mask LMDBs "
-            "(tools/create_masks.py), set dataset.masks.source=online, or model.vision.segmentation.enabled=false"
-        )
-    if masks.source == "none":
-        raise UserError("dataset.masks.source: none, but the network takes masks; set lmdb or online")
+    if not (only_rendered and config.run.phase == "train"):
+        for key, message in mask_problems(config):
+            raise UserError(f"{key}: {message}")
     return masks.root or ""
 
 
@@ -236,11 +234,7 @@ def evaluation_protocol(config: Config) -> int:
 def build_observers(
     config: Config, *, process: Process, model_eval: str, image_only: bool, weights: str
 ) -> list[PredictionFiles | Report | AttentionImages]:
-    """Return what a test writes besides scores: prediction files, report and, unless `image_only`, attention images.
-
-    Args:
-        weights: the tested file, which the report names.
-    """
+    """Return what a test of `weights` writes besides scores: prediction files, report, attention images if wanted."""
     if config.model.kind == "ssn":
         return []
     normalize = protocol_normalizer(evaluation_protocol(config))

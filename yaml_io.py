@@ -46,11 +46,7 @@ for _resolver in (Loader, Dumper):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        UserError: the file cannot be read, is no YAML, is empty or is no mapping; names file and line.
-    """
+    """Read a YAML file that holds a mapping."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

@@ -45,9 +45,6 @@ def pick_device(local_rank: int | None = None, *, name: torch.device | str | Non
     Args:
         local_rank: number of this process on its machine, where the launcher does not tell it (`LOCAL_RANK`); without
             both, torch's current GPU is taken.
-
-    Raises:
-        UserError: this machine has more processes than GPUs, or the named device cannot be used.
     """
     if name is not None:
         try:
@@ -155,20 +152,14 @@ class SyncBatchNorm(_BatchNorm):
         count = counts.sum(0)  # (1,)
         mean = (means * counts).sum(0) / count  # (C,)
         variance = ((variances + (means - mean).square()) * counts).sum(0) / count
-        self._track(mean.detach(), variance.detach(), count.detach())
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_((variance * count / (count - 1).clamp(min=1)).detach(), self.momentum)
         scale = (variance + self.eps).rsqrt()
-        weight, bias = (1, 0) if self.weight is None else (self.weight, self.bias)
         along_channels = [-1, *[1] * (values.dim() - 2)]
-        factor, offset = (each.view(along_channels) for each in (scale * weight, bias - mean * scale * weight))
+        each_channel = scale * self.weight, self.bias - mean * scale * self.weight
+        factor, offset = (each.view(along_channels) for each in each_channel)
         return torch.addcmul(offset, values, factor).to(values.dtype)
-
-    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of the batch."""
-        if self.track_running_stats:
-            self.num_batches_tracked += 1
-            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
 
 
 class _Sum(torch.autograd.Function):  # torch's own all_reduce with a gradient cannot be compiled

@@ -27,19 +27,18 @@ class Cell:
 def make_contact_sheet(
     cells: Sequence[Cell], *, columns: int = 8, cell_width: int = 160, cell_height: int = 48
 ) -> Image.Image:
-    """Draw `cells` row by row; each image keeps its aspect and fits into cell_width x cell_height pixels.
+    """Draw at least one cell, row by row; each image keeps its aspect and fits into cell_width x cell_height pixels.
 
     If any cell has a mask, each cell is three images high: the word, the mask, and the word with the mask in colour.
     """
-    if not cells:
-        raise ValueError("a contact sheet needs at least one cell")
     height = (3 if any(cell.mask is not None for cell in cells) else 1) * (cell_height + GAP)
     drawn = []
     for cell in cells:
         sheet = np.full((height, cell_width, 3), BACKGROUND, np.uint8)
-        for place, image in enumerate(_layers(cell)):
-            top = place * (cell_height + GAP)
-            sheet[top : top + cell_height] = _fitted(image, cell_width, cell_height)
+        layers = [cell.image] if cell.mask is None else [cell.image, cell.mask, overlay(cell.image, cell.mask / 255)]
+        for place, layer in enumerate(layers):
+            image, top = Image.fromarray(layer).convert("RGB"), place * (cell_height + GAP)
+            sheet[top : top + cell_height] = ImageOps.pad(image, (cell_width, cell_height), color=(BACKGROUND,) * 3)
         drawn.append(captioned(sheet, cell.caption))
     return Image.fromarray(grid(drawn, min(columns, len(cells))))
 
@@ -72,16 +71,3 @@ def save_sheet_of_lmdb(words: Path, masks: Path | None, numbers: Sequence[int], 
         mask = reader.get(mask_key(number)) if mask_reader is None else mask_reader.get(image_key(number))
         cells.append(Cell(image, f"{number} {label}", None if mask is None else decode_mask(mask)))
     save_contact_sheet(cells, path)
-
-
-def _layers(cell: Cell) -> list[np.ndarray]:
-    if cell.mask is None:
-        return [cell.image]
-    if cell.mask.shape != cell.image.shape[:2]:  # shown anyway: the caller decides whether that is an error
-        return [cell.image, cell.mask]
-    return [cell.image, cell.mask, overlay(cell.image, cell.mask / 255)]
-
-
-def _fitted(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Return the image in the middle of width x height pixels, its aspect kept."""
-    return np.asarray(ImageOps.pad(Image.fromarray(image).convert("RGB"), (width, height), color=(BACKGROUND,) * 3))

@@ -30,7 +30,7 @@ from inference.pipeline import in_order, single_threads
 from inference.prepare import PreparedNetwork, PreparedSSN
 from inference.second_look import look_twice
 from inference.segmenter import Segmenter
-from loading.batches import Batch, split_skipped
+from loading.batches import IGNORED, Batch, split_skipped
 from loading.charset import Charset, protocol_normalizer
 from loading.decoding import TEXT_THRESHOLD
 from modules.outputs import RecogniserOutput, chosen_logits, decode_greedily
@@ -196,7 +196,6 @@ class SegmentationEvaluator:
     filtered: Mapping[str, Mapping[str, int]]
     areas: Sequence[int]
     device: torch.device
-    ignore_index: int = 255
     headline: ClassVar[str] = "iou"
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
@@ -221,7 +220,7 @@ class SegmentationEvaluator:
             unreadable.update(skipped.values())
             masks = segmenter([sample.image for sample in read])
             for mask, sample in zip(masks, read, strict=True):
-                counted = sample.labels != self.ignore_index
+                counted = sample.labels != IGNORED
                 text, predicted = (sample.labels == 1)[counted], (mask >= TEXT_THRESHOLD)[counted]
                 counts += [(text & predicted).sum(), (~text & predicted).sum(), (text & ~predicted).sum()]
             samples += len(read)

@@ -14,14 +14,12 @@ def markdown_table(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
-
-    def line(row: Sequence[str]) -> str:
-        pairs = enumerate(zip(row, widths, strict=True))
-        return (
-            "| " + " | ".join(f"{cell:{'<' if place < left else '>'}{width}}" for place, (cell, width) in pairs) + " |"
-        )
-
-    return "\n".join(map(line, [cells[0], rule, *cells[1:]]))
+    sides = [str.ljust if place < left else str.rjust for place in range(len(widths))]
+    lines = [
+        [align(cell, width) for align, cell, width in zip(sides, row, widths, strict=True)]
+        for row in (cells[0], rule, *cells[1:])
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def csv_text(rows: Iterable[Sequence[object]], *, delimiter: str = ",") -> str:

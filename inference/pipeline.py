@@ -5,7 +5,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -41,9 +41,7 @@ def single_threads(count: int) -> ThreadPoolExecutor | None:
 os.register_at_fork(after_in_child=single_threads.cache_clear)  # threads do not survive a fork
 
 
-def in_order(
-    function: Callable[[T], R], items: Iterable[T], pool: ThreadPoolExecutor | None, *, ahead: int
-) -> Iterator[R]:
+def in_order(function: Callable[[T], R], items: Iterable[T], pool: Executor | None, *, ahead: int) -> Iterator[R]:
     """Yield `function(item)` of each item in order, computed in a pool; items are drawn in the caller's thread.
 
     Args:

@@ -89,9 +89,12 @@ class Segmenter:
         sizes = [each.shape[-2:] for each in tensors]
         batches = [batch for area in self.areas for batch in self._batches(sizes, area)]
 
+        @torch.inference_mode()  # each thread has a mode of its own
         def text_maps(batch: tuple[tuple[int, int], list[int]]) -> Tensor:
+            """Return probabilities of text (N, 1, h, w), float32, of the N images of a batch, at the network's size."""
             size, members = batch
-            return self._text_maps([tensors[i] for i in members], size)
+            inputs = torch.cat([resize_aligned(tensors[i].float(), size) for i in members])
+            return self._ssn.probability(normalize_images(inputs).to(self._dtype, memory_format=torch.channels_last))
 
         maps: list[list[Tensor]] = [[] for _ in tensors]
         overflows: list[Tensor] = []  # of each forward pass; a GPU is waited for once, not at each of them
@@ -104,7 +107,10 @@ class Segmenter:
                 maps[i].append(each[None])  # (1, 1, h, w); in the order of the areas, so that sums are the same always
         if any(torch.stack(overflows).tolist()):
             raise UserError(f"SSN gives numbers that are not finite in {self.precision}; use fp32, or other weights")
-        return [mean_mask(*each) for each in zip(maps, sizes, strict=True)]
+        means = (
+            sum(resize_aligned(each, size) for each in own) / len(own) for own, size in zip(maps, sizes, strict=True)
+        )
+        return [(mean * 255).round().byte()[0, 0].cpu().numpy() for mean in means]
 
     def _batches(self, sizes: Sequence[Sequence[int]], area: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
         """Yield (network size, indices of images) of each forward pass at this area."""
@@ -115,18 +121,6 @@ class Segmenter:
             step = max(1, self.batch_pixels // (height * width))
             for start in range(0, len(members), step):
                 yield (height, width), members[start : start + step]
-
-    @torch.inference_mode()
-    def _text_maps(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return probabilities of text (N, 1, h, w), float32, of N images (1, 3, H, W) uint8, resized to `size`."""
-        batch = torch.cat([resize_aligned(image.float(), size) for image in images])
-        return self._ssn.probability(normalize_images(batch).to(self._dtype, memory_format=torch.channels_last))
-
-
-def mean_mask(maps: Sequence[Tensor], size: Sequence[int]) -> np.ndarray:
-    """Return round(255 * mean of the maps), uint8 (H, W); the maps (1, 1, h, w) are resized to `size` first."""
-    total = sum(resize_aligned(each, size) for each in maps)  # (1, 1, H, W)
-    return (total / len(maps) * 255).round().byte()[0, 0].cpu().numpy()
 
 
 def _within(images: Sequence[np.ndarray], pixels: int) -> Sequence[np.ndarray]:

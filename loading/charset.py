@@ -28,9 +28,6 @@ class Charset:
 
     Args:
         characters: distinct ones, in the order of their ids.
-
-    Raises:
-        UserError: there are no characters, or one comes twice.
     """
 
     characters: str
@@ -48,11 +45,7 @@ class Charset:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Charset":
-        """Read a file with `id<TAB>character` per line, ids 0, 1, 2, ... in order.
-
-        Raises:
-            UserError: the file is missing, not UTF-8, empty or damaged; names the line.
-        """
+        """Read a file with `id<TAB>character` per line, ids 0, 1, 2, ... in order."""
         try:
             text = Path(path).read_bytes().decode("utf-8-sig")
         except OSError as error:
@@ -92,11 +85,7 @@ class Charset:
         return "".join(character for character in characters if character in self._classes)
 
     def encode(self, text: str) -> list[int]:
-        """Return the classes of a text's characters, without the end.
-
-        Raises:
-            UserError: a character is not in the charset (normalize first).
-        """
+        """Return the classes of a text's characters, without the end; one that is not in the charset is a UserError."""
         try:
             return [self._classes[character] for character in text]
         except KeyError as error:

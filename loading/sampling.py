@@ -129,7 +129,6 @@ class MixtureBatchSampler(ResumableBatchSampler):
         shares: of each set, at the start and at the end of the run, between which it changes linearly; they are divided
             by their sum.
         length: samples of an epoch; None takes all sets' together.
-        batch_size, seed, rank, world_size, run_batches: as for ResumableBatchSampler.
 
     Raises:
         UserError: a set with a share is empty, or a global batch cannot be shared evenly.

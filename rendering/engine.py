@@ -66,9 +66,6 @@ class WordRenderer:
 
     One renderer serves one thread at a time.
 
-    Args:
-        config: how words look.
-
     Raises:
         UserError: no font, word or photograph is found where the config asks for one.
     """

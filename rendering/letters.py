@@ -67,10 +67,8 @@ def set_letters(face: Face, text: str, height: float, layout: Layout = _PLAIN) -
     """Draw `text` in one line.
 
     Args:
+        text: the face draws something of it.
         height: of a capital letter, pixels; at most the one that the face is drawn in.
-
-    Raises:
-        ValueError: nothing is drawn for `text`.
     """
     placed: list[tuple[np.ndarray, int, int]] = []
     pen, before = 0.0, ""
@@ -88,8 +86,6 @@ def set_letters(face: Face, text: str, height: float, layout: Layout = _PLAIN) -
         pen += glyph.advance * factor + layout.spacing * face.unit
         before = character
     inked = [each for each in placed if each[0].size > 1]
-    if not inked:
-        raise ValueError(f"nothing is drawn for {text!r}")
     low_x, low_y = min(x for _, x, _ in inked), min(y for _, _, y in inked)
     high_x = max(x + fill.shape[1] for fill, x, _ in inked)
     high_y = max(y + fill.shape[0] for fill, _, y in inked)

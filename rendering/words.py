@@ -17,9 +17,6 @@ PAIRS = (("(", ")"), ('"', '"'), ("'", "'"), ("[", "]"), ("<", ">"))
 class WordSource:
     """Samples texts.
 
-    Args:
-        config: shares and limits.
-
     Raises:
         UserError: the word file cannot be read, or holds no usable word.
     """

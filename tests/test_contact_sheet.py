@@ -1,7 +1,6 @@
 """Contact sheets hold every cell, at its place, whatever its shape."""
 
 import numpy as np
-import pytest
 
 from evaluation.contact_sheet import GAP, Cell, make_contact_sheet
 from evaluation.drawing import CAPTION_HEIGHT, MARGIN
@@ -39,8 +38,3 @@ def test_letters_with_accents_are_drawn():
     """A letter that the font lacks is drawn as the same box whatever it is."""
     drawn = {np.asarray(make_contact_sheet([Cell(_image(0), letter * 3)])).tobytes() for letter in "éüßñŁЖλ\uffff"}
     assert len(drawn) == 8
-
-
-def test_no_cell_is_an_error():
-    with pytest.raises(ValueError, match="at least one"):
-        make_contact_sheet([])

@@ -108,7 +108,7 @@ def test_trimap_by_its_definition():
         neighbours = [labels[n, y - 1, x], labels[n, y + 1, x], labels[n, y, x - 1], labels[n, y, x + 1]]
         known = all(each != 255 for each in [*neighbours, labels[n, y, x]])
         expected[n, y, x] = known and any(each != labels[n, y, x] for each in neighbours)
-    assert torch.equal(trimap(labels, 255), expected)
+    assert torch.equal(trimap(labels), expected)
 
 
 def test_terms_are_means_over_what_counts_and_the_total_is_weighted():
@@ -117,7 +117,7 @@ def test_terms_are_means_over_what_counts_and_the_total_is_weighted():
     small = labels[:, ::4, ::4]
     semantic = F.cross_entropy(output.semantic_logits, small, ignore_index=255)
     refined = F.cross_entropy(output.refined_logits, small, ignore_index=255)
-    rim = torch.where(trimap(small, 255), small, 255)
+    rim = torch.where(trimap(small), small, 255)
     edge = F.cross_entropy(output.refined_logits, rim, ignore_index=255)
     torch.testing.assert_close(terms["semantic"], semantic)
     torch.testing.assert_close(terms["refined"], refined)

@@ -55,7 +55,7 @@ def icdar13(tmp_path):
     save(source / "Challenge2_Training_Task2_GT" / "100_GT.bmp", truth)
     (source / "Challenge2_Training_Task2_GT" / "100_GT.txt").write_text(
         '255 0 0 12 15 10 10 13 19 "H"\n0 0 255 18 15 16 10 19 19 "i"\n\n'
-        '0 128 0 42 33 40 30 43 35 """\n\n#1 2 3 52 4 49 1 55 7 "?"\n# a remark\n'
+        '0 128 0 42 33 40 30 43 35 """\n\n#1,2,3,52,4,49,1,55,7,"?"\n# a remark\n'
     )
     return tmp_path
 
@@ -84,12 +84,10 @@ def test_icdar13_words_are_groups_of_characters_with_a_margin(icdar13):
     assert np.array_equal(image, whole[8:22, 8:22])
 
 
-def test_icdar13_reads_its_lines():
-    words = tool.parse_icdar13('1 2 3 4 5 6 7 8 9 "a"\n\n\n#1,2,3,4,5,6,7,8,9,"#"\n')
-    assert [[character.ignored for character in word] for word in words] == [[False], [True]]
-    assert tool.box_around(words[0][0].corners) == (6, 7, 9, 10)
-    with pytest.raises(tool.RejectedError, match="damaged text file"):
-        tool.parse_icdar13("1 2 3\n")
+def test_icdar13_names_lines_that_it_cannot_read(icdar13):
+    next((icdar13 / "source").rglob("100_GT.txt")).write_text("1 2 3\n")
+    with pytest.raises(UserError, match="damaged text file"):
+        run(icdar13, "icdar13")
 
 
 @pytest.fixture

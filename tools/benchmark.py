@@ -293,7 +293,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

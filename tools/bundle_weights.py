@@ -15,7 +15,6 @@ EXAMPLE = """  python tools/bundle_weights.py --recogniser workdir/small/best-sm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--recogniser", required=True, metavar="FILE", help="recogniser's checkpoint")
     parser.add_argument("--ssn", metavar="FILE", help="SSN's checkpoint; leave it out for a network without masks")

@@ -241,7 +241,6 @@ def write_clean_copy(findings: Findings, mask_path: Path | None, root: str, outp
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("lmdb", metavar="LMDB", help="an LMDB, or a folder of LMDBs")
     parser.add_argument("--masks", metavar="LMDB", help="its masks, found as those of dataset.masks.root")

@@ -201,7 +201,6 @@ def report_images(report: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status."""
     options = parse_arguments(arguments)
     scored = (options.model_eval or [None]) * 2
     first = load_evaluation(Path(options.first), scored[0])
@@ -238,7 +237,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("first", metavar="A", help="work folder of a test")
     parser.add_argument("second", metavar="B", help="work folder of another test, of the same words")

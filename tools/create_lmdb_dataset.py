@@ -69,7 +69,9 @@ def word_of_entry(entry: bytes, *, folder: str, split: Split) -> Word:
                 raise RejectedError("empty label")
             if "\t" in label:
                 raise RejectedError("tab in label", label)
-            return Word(name, image=support.read_image(path), label=label)
+            image = support.read_file(path)
+            support.checked_image(image)
+            return Word(name, image=image, label=label)
     except UnicodeDecodeError as error:
         return Word(line, reason="line is not UTF-8", detail=str(error))
     except RejectedError as error:

@@ -56,7 +56,6 @@ SHARE_TIMEOUT = timedelta(weeks=2)  # a process that is done waits for the other
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--config", help="YAML that describes the network (default: the checkpoint does)")
     parser.add_argument("--checkpoint", help="weights of SSN (default: the config's model.ssn.checkpoint)")

@@ -121,48 +121,33 @@ def classes_of(values: np.ndarray, *, text: int) -> np.ndarray:
 _CHARACTER = re.compile(r'^(#?)\s*((?:-?\d+(?:\.\d+)?[\s,]+){9})"(.*)"\s*$')
 
 
-class AnnotatedCharacter(NamedTuple):
-    """One line of an ICDAR 2013 text file."""
-
-    color: tuple[int, ...]
-    corners: np.ndarray  # (2, 2): x and y of the top left and the bottom right pixel
-    ignored: bool
-
-
-def parse_icdar13(text: str) -> list[list[AnnotatedCharacter]]:
-    """Return the characters of each word: lines `R G B  x y  x1 y1 x2 y2  "c"`, `#` before ignored ones, words apart.
-
-    Raises RejectedError for a line that is neither such a line nor a comment.
-    """
-    words: list[list[AnnotatedCharacter]] = [[]]
-    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
-        match = _CHARACTER.match(line.strip())
-        if match:
-            values = [float(value) for value in match[2].replace(",", " ").split()]
-            color, corners = tuple(map(int, values[:3])), np.reshape(values[5:], (2, 2))
-            words[-1].append(AnnotatedCharacter(color, corners, bool(match[1])))
-        elif not line.strip():
-            words.append([])
-        elif not line.lstrip().startswith("#"):
-            raise RejectedError("damaged text file", f"line {number}: {line[:40]!r}")
-    return [word for word in words if word]
-
-
 def read_icdar13(mask_path: Path, text_path: Path | None) -> Truth:
-    """Take coloured pixels as text; those of characters to ignore, and the white ones in their boxes, are ignored."""
+    """Take coloured pixels as text; those of characters to ignore, and the white ones in their boxes, are ignored.
+
+    The text has a line `R G B  x y  x1 y1 x2 y2  "c"` for each character, `#` before ignored ones, and words apart.
+    """
     colors = read_values(mask_path, colours=True)
     white = (colors == 255).all(axis=2)
     mask = np.where(white, BACKGROUND, TEXT).astype(np.uint8)
     if text_path is None:
         return Truth(mask)
-    words = parse_icdar13(support.read_file(text_path).decode(errors="replace"))
-    for character in itertools.chain.from_iterable(words):
-        if character.ignored:
-            rows, columns = support.pixel_slices(box_around(character.corners), mask.shape)
-            own = (colors[rows, columns] == character.color).all(axis=2) | white[rows, columns]
-            mask[rows, columns][own] = IGNORED
-    known = [[each.corners for each in word if not each.ignored] for word in words]
-    return Truth(mask, [box_around(np.concatenate(corners)) for corners in known if corners])
+    text = support.read_file(text_path).decode(errors="replace").removeprefix("\ufeff")
+    words: list[list[np.ndarray]] = [[]]  # corners of the characters of each word
+    for number, line in enumerate(text.splitlines(), start=1):
+        if match := _CHARACTER.match(line.strip()):
+            values = [float(value) for value in match[2].replace(",", " ").split()]
+            color, corners = values[:3], np.reshape(values[5:], (2, 2))  # of the top left and the bottom right pixel
+            if match[1]:
+                rows, columns = support.pixel_slices(box_around(corners), mask.shape)
+                own = (colors[rows, columns] == color).all(axis=2) | white[rows, columns]
+                mask[rows, columns][own] = IGNORED
+            else:
+                words[-1].append(corners)
+        elif not line.strip():
+            words.append([])
+        elif not line.lstrip().startswith("#"):
+            raise RejectedError("damaged text file", f"line {number}: {line[:40]!r}")
+    return Truth(mask, [box_around(np.concatenate(corners)) for corners in words if corners])
 
 
 # --- Total-Text ------------------------------------------------------------------------------------------------------
@@ -337,7 +322,6 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status."""
     parser = support.make_parser(__doc__, EXAMPLE)
     parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="which published set it is")
     parser.add_argument("--source", required=True, type=Path, metavar="FOLDER", help="where the set was unpacked")

@@ -204,7 +204,6 @@ def store(model: ModelProto, path: Path, facts: dict[str, object]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="recogniser, with its config")
     parser.add_argument("--config", metavar="YAML", help="how to build a checkpoint that carries no config")

@@ -26,7 +26,6 @@ FORMS = {  # of checkpoints that have such a key, the first one of these
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("checkpoint", metavar="FILE", help="any checkpoint: ours, a bundle, the published form")
     path = parser.parse_args(arguments).checkpoint
@@ -38,18 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "characters": len(charset) if isinstance(charset, str | list) else UNKNOWN,
         "iteration": printable(str(iteration)),
     }
-    print_summary(f"{path}: {form_of(state)}", facts)
+    form = next((form for key, form in FORMS.items() if key in state), "a plain state_dict")
+    print_summary(f"{path}: {form}", facts)
     print_summary("parameters", parameter_counts(state))
     show("scores", state.get("scores"))
     show("training", state.get("provenance"))
     if "ssn" in state:
         show("training of the SSN", section(state, "ssn").get("provenance"))
     return 0
-
-
-def form_of(state: Mapping[str, Any]) -> str:
-    """Return what kind of checkpoint it is."""
-    return next((form for key, form in FORMS.items() if key in state), "a plain state_dict")
 
 
 def parameter_counts(state: Mapping[str, Any]) -> dict[str, int]:

@@ -39,7 +39,6 @@ def read_training_words(config: Config, count: int, *, epoch: int = 0) -> list[C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--config", required=True, metavar="YAML", help="as main.py reads it")
     parser.add_argument("--output", required=True, type=Path, metavar="PNG", help="sheet to write")

@@ -2,15 +2,16 @@
 
 import argparse
 import contextlib
+import functools
 import itertools
 import math
 import os
 import stat
 import sys
 import unicodedata
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from inference.pipeline import in_order
 from loading.decoding import MAX_PIXELS, BrokenImageError, ImageArray, decode_image
 from loading.lmdb_io import LmdbReader, LmdbWriter, image_key, label_key
 from loading.workers import use_one_thread
@@ -222,13 +224,6 @@ def read_file(path: str | os.PathLike) -> bytes:
         raise RejectedError("cannot be read", str(error.strerror)) from error
 
 
-def read_image(path: str | os.PathLike) -> bytes:
-    """Return the bytes of an image file that training can decode; raises RejectedError."""
-    data = read_file(path)
-    checked_image(data)
-    return data
-
-
 def store_words(words: Iterable[Word], output: str, *, overwrite: bool = False) -> None:
     """Store `words` in the LMDB `output` in their order, list the rejected ones, and print the summary.
 
@@ -259,19 +254,13 @@ def map_in_processes(
         yield from map(function, items)
         return
     remaining = iter(items)
-    executor = ProcessPoolExecutor(workers, initializer=use_one_thread)
-    waiting: deque[Future[list[Result]]] = deque()
+    chunks = iter(lambda: list(itertools.islice(remaining, chunk_size)), [])
     try:
-        while True:
-            while len(waiting) < 4 * workers and (chunk := list(itertools.islice(remaining, chunk_size))):
-                waiting.append(executor.submit(_map_chunk, function, chunk))
-            if not waiting:
-                return
-            yield from waiting.popleft().result()
+        with ProcessPoolExecutor(workers, initializer=use_one_thread) as executor:
+            for results in in_order(functools.partial(_map_chunk, function), chunks, executor, ahead=4 * workers):
+                yield from results
     except BrokenProcessPool as error:
         raise UserError("a worker process was killed, perhaps out of memory; run with fewer --workers") from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _map_chunk(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:

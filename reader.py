@@ -26,11 +26,11 @@ from bundle import Bundle, load_bundle, load_ssn
 from config import Config, load_config
 from engine.distributed import pick_device
 from engine.precision import PRECISIONS, fastest_precision, use_tf32
-from evaluation.evaluator import most_confident, read_logits
+from evaluation.evaluator import read_logits
 from evaluation.lexicon import Candidate, Lexicon, log_probabilities, most_probable
 from inference.pipeline import in_order, single_threads
+from inference.prediction import predict_words
 from inference.prepare import prepare_for_inference
-from inference.second_look import look_twice
 from inference.segmenter import IMAGE_PIXELS, Segmenter
 from loading.batches import normalize_images, stack_images
 from loading.decoding import IMAGE_ERRORS, MAX_PIXELS, BrokenImageError, convert, decode_image, decode_mask
@@ -119,8 +119,8 @@ class Reader:
         precision: of the networks: "fp32", "bf16", "fp16", or "auto", 16 bits where the device multiplies them
             natively, else "fp32". Masks are made in bf16 or float32; those of training and test are float32.
         compile: let torch.compile fuse the network; the reader then takes minutes to make.
-        second_look: confidence below which a word is read again in changed views (`inference.second_look`), from 0,
-            where words are read once, to 1. None: `dataset.second_look` of the config.
+        tta_below: confidence below which a word is predicted again from variants of its image
+            (`inference.prediction`), from 0, never, to 1. None: `dataset.tta_below` of the checkpoint's config.
         details: keep what shows how a word was read: mask, attention and refined mask of each prediction.
 
     Raises:
@@ -140,15 +140,15 @@ class Reader:
         model_eval: str | None = None,
         precision: str = "auto",
         compile: bool = False,
-        second_look: float | None = None,
+        tta_below: float | None = None,
         details: bool = False,
     ) -> None:
         if precision not in ("auto", *PRECISIONS):
             raise UserError(f"precision {precision!r} is unknown; give auto, {', '.join(PRECISIONS)}")
         if masks not in MASK_SOURCES:
             raise UserError(f"masks {masks!r} is unknown; give {' or '.join(MASK_SOURCES)}")
-        if second_look is not None and not 0 <= second_look <= 1:
-            raise UserError(f"second_look {second_look!r} must lie between 0 and 1")
+        if tta_below is not None and not (isinstance(tta_below, int | float) and 0 <= tta_below <= 1):
+            raise UserError(f"tta_below {tta_below!r} must be a number from 0 to 1")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size {batch_size!r} must be a positive integer")
         self.checkpoint = DEFAULT_CHECKPOINT if checkpoint is None else Path(checkpoint)
@@ -162,7 +162,7 @@ class Reader:
         self.batch_size = batch_size
         self.model_eval = checked_model_eval(bundle.config, model_eval)
         self.precision = fastest_precision(self.device) if precision == "auto" else precision
-        self.second_look = (bundle.config.dataset.second_look or 0.0) if second_look is None else second_look
+        self.tta_below = bundle.config.dataset.tta_below if tta_below is None else tta_below
         self.details = details
         use_tf32(bundle.config.training.tf32)  # as in the test
         self._model = prepare_for_inference(bundle.model.to(self.device), precision=self.precision, compile=compile)
@@ -288,35 +288,35 @@ class Reader:
         inputs = None
         if self.takes_masks:
             inputs = torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).to(self.device) / 255.0
-        output = look_twice(self._model, tensors, inputs, below=self.second_look, model_eval=self.model_eval)
-        logits = chosen_logits(output, self.model_eval)  # (M, T, C)
+        owners = [word for word, _ in seen]
+        output, rows = predict_words(
+            self._model, tensors, inputs, model_eval=self.model_eval, owners=owners, tta_below=self.tta_below
+        )
+        logits = chosen_logits(output, self.model_eval).float()  # (N, T, C)
         texts, confidences = read_logits(logits, self.charset)
-        rows = most_confident(confidences, [word for word, _ in seen])
-        logits = logits[rows].float()  # (N, T, C)
         probabilities = logits.softmax(-1).amax(-1).nan_to_num(0.0)
         logs = log_probabilities(logits) if topk or lexicon else [None] * len(rows)
         mask_levels = attention = refined = [None] * len(rows)
         if self.details:
-            mask_levels, attention = masks, output.vision.attention[rows].float().cpu().numpy()
+            mask_levels, attention = masks, output.vision.attention.float().cpu().numpy()
             if output.vision.refined_mask is not None:
-                refined = output.vision.refined_mask[rows, 0].float().cpu().numpy()
+                refined = output.vision.refined_mask[:, 0].float().cpu().numpy()
+        read = zip(texts, confidences, probabilities.tolist(), logs, rows, mask_levels, attention, refined, strict=True)
         return [
             Prediction(
-                text=texts[row],
-                confidence=confidences[row],
-                characters=tuple(map(Character, texts[row], each)),
+                text=text,
+                confidence=confidence,
+                characters=tuple(map(Character, text, each)),
                 candidates=tuple(most_probable(log, self.charset, topk)) if topk else (),
-                steps=self._ranked(log[: len(texts[row]) + 1], topk) if topk else (),
-                match=lexicon(log, texts[row]) if lexicon else None,
+                steps=self._ranked(log[: len(text) + 1], topk) if topk else (),
+                match=lexicon(log, text) if lexicon else None,
                 extent=self._extent(seen[row][1].image),
                 turned=seen[row][1].turned,
                 mask_levels=levels,
-                attention=None if weights is None else weights[: len(texts[row])],
+                attention=None if weights is None else weights[: len(text)],
                 refined_mask=refined_mask,
             )
-            for row, each, log, levels, weights, refined_mask in zip(
-                rows, probabilities.tolist(), logs, mask_levels, attention, refined, strict=True
-            )
+            for text, confidence, each, log, row, levels, weights, refined_mask in read
         ]
 
     def _ranked(self, logs: np.ndarray, count: int) -> tuple[tuple[Character, ...], ...]:

@@ -190,14 +190,14 @@ def build_evaluator(
     common = {"loaders": loaders, "filtered": filtered, "device": device}
     if is_ssn:
         return SegmentationEvaluator(areas=config.model.ssn.areas, **common)
-    # During training every evaluation costs training time, and a language model has nothing to look at.
-    looks_twice = config.run.phase == "test" and config.model.kind != "language"
+    # During training every evaluation costs training time; a language model is given no image.
+    augments = config.run.phase == "test" and config.model.kind != "language"
     return WordEvaluator(
         charset=build_charset(config),
         protocol=evaluation_protocol(config),
         model_eval=model_eval,
         precision=precision,
-        second_look=(config.dataset.second_look or 0.0) if looks_twice else 0.0,
+        tta_below=config.dataset.tta_below if augments else 0.0,
         numbers={dataset.name: dataset.number for dataset in datasets if isinstance(dataset, WordDataset)},
         lexicons=_build_lexicons(config, datasets, split=split),
         **common,

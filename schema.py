@@ -169,15 +169,16 @@ class DatasetConfig(Section):
     align_left: bool = key(False, "Keep the aspect when resizing: at the left edge, the rest black.")
     turn_tall: float | None = key(
         None,
-        "Height / width of an image above which it is read as stored and turned by 90 degrees both ways (test, Reader, "
-        "demo); the most confident prediction is kept. null: images are read as stored.",
+        "Height / width of an image above which it is read as stored and turned by 90 degrees both ways (every "
+        "evaluation, Reader, demo); the most confident prediction is kept. null: images are read as stored.",
         ge=1,
         allow_inf_nan=False,
     )
-    second_look: float | None = key(
-        None,
-        "Confidence below which a word is read again, turned a little both ways, narrower and lower (test phase, "
-        "Reader, demo); the most confident prediction is kept. null: words are read once.",
+    tta_below: float = key(
+        0.0,
+        "Test-time augmentation: confidence below which a word is predicted again from variants of its image, rotated "
+        "by 5 degrees in each direction and squeezed along either axis (--phase test, Reader, demo); the most "
+        "confident prediction is kept. 0: off.",
         ge=0,
         le=1,
     )

@@ -6,7 +6,6 @@ score.
 """
 
 import functools
-import itertools
 import json
 import logging
 from collections import Counter
@@ -18,7 +17,6 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
 from engine import distributed
@@ -27,8 +25,8 @@ from evaluation import metrics
 from evaluation.lexicon import Lexicon, log_probabilities
 from evaluation.tables import csv_text, markdown_table
 from inference.pipeline import in_order, single_threads
+from inference.prediction import predict_words
 from inference.prepare import PreparedNetwork, PreparedSSN
-from inference.second_look import look_twice
 from inference.segmenter import Segmenter
 from loading.batches import IGNORED, Batch, split_skipped
 from loading.charset import Charset, protocol_normalizer
@@ -73,17 +71,6 @@ def read_logits(logits: Tensor, charset: Charset) -> tuple[list[str], list[float
     return [charset.decode(row) for row in ids.tolist()], confidences.tolist()
 
 
-def most_confident(confidences: Sequence[float], owners: Sequence[int]) -> list[int]:
-    """Return the row of the most confident view of each word; the first of equal ones.
-
-    Args:
-        confidences: of M views.
-        owners: the word that each view shows, in ascending order from 0.
-    """
-    views = itertools.groupby(range(len(owners)), key=owners.__getitem__)
-    return [max(rows, key=confidences.__getitem__) for _, rows in views]
-
-
 def score_words(predictions: Sequence[ScoredWord], normalize: Callable[[str], str]) -> dict[str, float]:
     """Return word accuracy, character accuracy, 1 - normalised edit distance and calibration error of predictions.
 
@@ -115,7 +102,7 @@ class WordEvaluator:
     precision: str = "fp32"  # or bf16, fp16 (autocast)
     numbers: Mapping[str, Callable[[int], int]] = field(default_factory=dict)  # of an index in the LMDB; else from 1
     lexicons: Mapping[str, Callable[[int], Lexicon]] = field(default_factory=dict)  # number -> list to choose from
-    second_look: float = 0.0  # confidence below which a word is read again
+    tta_below: float = 0.0  # confidence below which test-time augmentation is used; 0: never
     headline: ClassVar[str] = "accuracy"  # decides which weights are best
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
@@ -165,14 +152,13 @@ class WordEvaluator:
     def _read_batch(self, model: nn.Module, name: str, batch: Any) -> tuple[Any, RecogniserOutput, list[ScoredWord]]:
         """Return the batch on the device, the network's output and the scored words; one view of each word."""
         batch = batch.to(self.device)
+        owners = batch.owners.tolist() if isinstance(batch, Batch) and batch.owners is not None else None
         with autocast(self.device, self.precision):
-            output = look_twice(model, *batch.inputs(), below=self.second_look, model_eval=self.model_eval)
+            output, rows = predict_words(
+                model, *batch.inputs(), model_eval=self.model_eval, owners=owners, tta_below=self.tta_below
+            )
+        batch = batch if owners is None else batch.with_images(rows)
         texts, confidences = read_logits(chosen_logits(output, self.model_eval), self.charset)
-        if isinstance(batch, Batch) and batch.owners is not None:
-            rows = most_confident(confidences, batch.owners.tolist())
-            batch = batch.with_images(rows)
-            output = _pytree.tree_map(lambda leaf: None if leaf is None else leaf[rows], output)
-            texts, confidences = [texts[row] for row in rows], [confidences[row] for row in rows]
         indices = batch.indices.tolist()
         numbers = [*map(self.numbers.get(name, lambda index: index + 1), indices)]
         if name in self.lexicons:

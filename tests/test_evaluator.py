@@ -22,7 +22,6 @@ from engine.distributed import Process
 from evaluation.evaluator import (
     EMPTY_IN_PROTOCOL,
     WordEvaluator,
-    most_confident,
     read_logits,
     score_table,
     score_words,
@@ -305,12 +304,6 @@ def test_batches_are_scored_side_by_side_as_one_after_the_other(run, monkeypatch
     torch.set_num_threads(before)
     assert results[1][0] == results[2][0]
     assert [word[:2] for word in results[1][1]] == [word[:2] for word in results[2][1]]
-
-
-def test_the_most_confident_view_is_kept_and_the_first_of_equal_ones():
-    assert most_confident([0.1, 0.5, 0.3, 0.2, 0.4, 0.4, 0.1], [0, 1, 1, 1, 2, 2, 3]) == [0, 1, 4, 6]
-    assert most_confident([], []) == []
-    assert most_confident([0.0, 0.0, 0.0], [0, 0, 0]) == [0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

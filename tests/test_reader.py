@@ -350,6 +350,24 @@ def test_a_compiled_reader_reads_the_same(files, reader, two_threads):
         assert [each.confidence for each in read] == pytest.approx([each.confidence for each in expected], abs=1e-4)
 
 
+def test_unsure_words_are_predicted_again_where_the_caller_or_the_config_says_so(files, reader):
+    images = [image(seed, width=40 + 20 * seed) for seed in range(6)]
+    once = reader.read(images)
+    settings = {"device": "cpu", "precision": "fp32", "details": True, "batch_size": 4}
+    for options in ({"tta_below": 1.0}, {"config": small_config(tta_below=1.0)}):
+        more = Reader(files / "both.pth", **settings, **options).read(images)
+        assert all(a.confidence >= b.confidence for a, b in zip(more, once, strict=True))
+        assert any(a.confidence > b.confidence for a, b in zip(more, once, strict=True))
+        assert all(np.allclose(each.attention.sum((1, 2)), 1, atol=1e-3) for each in more)
+    assert Reader(files / "both.pth", **settings, tta_below=0, config=small_config(tta_below=1.0)).read(images) == once
+
+
+@pytest.mark.parametrize("threshold", ["0.7", -0.1, 2, float("nan")])
+def test_thresholds_that_are_no_confidence_are_refused(files, threshold):
+    with pytest.raises(UserError, match="tta_below"):
+        Reader(files / "both.pth", device="cpu", tta_below=threshold)
+
+
 def test_the_most_probable_words_and_characters_are_given(reader):
     for prediction in reader.read([image(seed) for seed in range(4)], topk=3):
         confidences = [each.confidence for each in prediction.candidates]

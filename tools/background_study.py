@@ -288,7 +288,7 @@ def measure(options: argparse.Namespace, output: Path) -> None:
     for (name, path), digest in progress(
         list(zip(checkpoints, digests, strict=True)), total=len(checkpoints), unit="checkpoint", description="read"
     ):
-        reader = Reader(path, device=options.device, masks="none", precision="fp32")
+        reader = Reader(path, device=options.device, masks="none", precision="fp32", tta_below=0)
         ablated = options.mask_ablations is not None and (not options.mask_ablations or name in options.mask_ablations)
         for kind in (*options.masks, *(ABLATIONS if ablated else ())) if reader.takes_masks else (NO_MASKS,):
             table = output / "predictions" / f"{quote(name, safe='')}.{digest}.{kind}.csv"

@@ -2,7 +2,8 @@
 
     python tools/read_with_onnx.py binet.onnx ssn.onnx fig/demo/*.png
 
-Predictions are those of `Reader(precision="fp32", second_look=0)`, for opaque images and networks that read with masks.
+Predictions are those of `Reader(precision="fp32", tta_below=0)`, for opaque images that are not tall and networks that
+read with masks.
 """
 
 import argparse

@@ -141,11 +141,15 @@ class StoredLexicons:
     make: Callable[[Sequence[str]], Lexicon]
 
     def __call__(self, number: int) -> Lexicon:
-        """Return the list of a word; raises UserError if there is none, or the network can predict no word of it."""
+        """Return the list of a word; raises UserError if it is missing, not UTF-8, or has no word to predict."""
         key = f"{self.name}-{number:09d}"
         data = self.reader.get(key)
         if data is None:
             raise UserError(
                 f"{self.reader.path}: has no {key}; store one for each word, or name a file (dataset.test.lexicon)"
             )
-        return self.make(re.split(r"[,\s]+", data.decode()))
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.reader.path}: {key} is not UTF-8; store the words as UTF-8 text") from error
+        return self.make(re.split(r"[,\s]+", text))

@@ -1,6 +1,7 @@
 """Build networks, losses and optimisers from a config; `run_builders.py` builds data, evaluators and trainers.
 
-Nothing else sees both a config and the parts: classes take named values, configs hold only values.
+Networks, losses, data sets and optimisers are built from a config in these two files only: their classes take named
+values, and configs hold only values.
 """
 
 import logging

@@ -110,12 +110,13 @@ def save_bundle(
 
 
 def portable(config: Config) -> dict[str, Any]:
-    """Return a config as plain data without what is valid on one machine only: paths and other checkpoints."""
+    """Return a config as plain data without what belongs to one machine or user: paths, checkpoints, projects."""
     config, fresh = with_checkpoint(config, None), Config()
     config.model.ssn.checkpoint = config.dataset.masks.root = config.dataset.cache_dir = None
     config.run.workdir = fresh.run.workdir
     config.dataset.train.roots = config.dataset.valid.roots = config.dataset.test.roots = []
     config.dataset.train.shares = config.dataset.train.difficulty = None
+    config.dataset.valid.lexicon = config.dataset.test.lexicon = config.training.wandb = None
     config.dataset.charset_path = fresh.dataset.charset_path  # the checkpoint carries the characters themselves
     return config.to_dict()
 

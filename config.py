@@ -94,7 +94,7 @@ class Config(Section):
 
 
 def _migrated(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Translate the config of the weights in `weights/`, where `multiscales` means what `align_left` means now."""
+    """Translate configs of checkpoints older than `align_left`, whose `multiscales` means what that key means now."""
     dataset = mapping.get("dataset")
     if isinstance(dataset, dict) and "cache_dir" in dataset and "align_left" not in dataset:  # resolved, and older
         align_left = dataset.get("multiscales", False)

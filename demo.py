@@ -77,7 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--model_eval", metavar="NAME", help="sub-model to read with: alignment, vision or language")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: 16 bits if native")
     parser.add_argument("--topk", type=int, default=0, metavar="K", help="the K most probable words as well")
-    parser.add_argument("--lexicon", metavar="FILE", help="the closest word of a list, one a line, as well")
+    parser.add_argument("--lexicon", metavar="FILE", help="the most probable word of a list, one a line, as well")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--overlay", metavar="FOLDER", help="draw mask and attention of each image there, as PNG")
@@ -111,7 +111,7 @@ def as_lines(path: Path, prediction: Prediction) -> str:
     """Return path, prediction and confidence on one line, then a line with a leading tab for each word asked for."""
     rows = [(str(path).translate(ONE_FIELD), prediction), *(("", each) for each in prediction.candidates)]
     if prediction.match is not None:
-        rows.append(("\tclosest in the list", prediction.match))
+        rows.append(("\tmost probable in the list", prediction.match))
     return "\n".join(f"{name}\t{each.text}\t{each.confidence:.4f}" for name, each in rows)
 
 

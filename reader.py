@@ -192,12 +192,12 @@ class Reader:
         """Read images of one word each.
 
         Args:
-            images: paths, encoded bytes, PIL images, or arrays and tensors of uint8 levels or of floats in [0, 1]: RGB
-                (H, W, 3), RGBA (H, W, 4) or grey (H, W), (H, W, 1), tensors also with the channels first; or one array
-                or tensor of N such images. Files and PIL images are turned as their EXIF orientation says, and what is
-                transparent is white.
-            masks: text masks of the images, of their sizes, 255 (or 1.0) = text, in the same forms; None, as a whole or
-                for an image, lets SSN make them.
+            images: paths, encoded bytes, PIL images, or arrays and tensors of uint8 levels, of floats in [0, 1] or of
+                booleans: RGB (H, W, 3), RGBA (H, W, 4) or grey (H, W), (H, W, 1), tensors also with the channels first;
+                or one array or tensor of N such images. Files and PIL images are turned as their EXIF orientation says,
+                and what is transparent is white.
+            masks: text masks of the images, of their sizes, 255 (1.0, True) = text, in the same forms; None, as a whole
+                or for an image, lets SSN make them.
             topk: how many words, and characters at each step, a prediction gives (`candidates`, `steps`).
             lexicon: words of which a prediction gives the most probable one (`match`), as `lexicon.Lexicon` chooses.
 
@@ -420,11 +420,13 @@ def _from_array(array: np.ndarray, mode: str) -> np.ndarray:
         raise ValueError(f"array is {shape}; it must be {shapes}, with the channels last")
     if not array.size:
         raise BrokenImageError(f"array is {shape}: empty")
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
     if np.issubdtype(array.dtype, np.floating):
         low, high = array.min(), array.max()
         if not (low >= -FLOAT_TOLERANCE and high <= 1 + FLOAT_TOLERANCE):
             raise ValueError(f"array of floats from {low} to {high}; they must lie in [0, 1], or be uint8 levels")
         array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise TypeError(f"array is {array.dtype}; it must hold uint8 levels or floats in [0, 1]")
+        raise TypeError(f"array is {array.dtype}; it must hold uint8 levels, floats in [0, 1] or booleans")
     return np.array(convert(Image.fromarray(np.ascontiguousarray(array)), mode))

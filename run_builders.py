@@ -98,7 +98,7 @@ def _open_words(config: Config, roots: list[str], *, split: str, device: torch.d
         roots,
         labels=labels,
         transform=AUGMENTATIONS[data.data_aug](resize) if training and data.data_aug else resize,
-        masks=_mask_source(config, device=device),
+        masks=_mask_source(config, roots, device=device),
         seed=config.run.seed,
         cache_dir=data.cache_dir or default_cache_dir(),
         min_side=MIN_TRAINING_SIDE if training else 1,
@@ -110,8 +110,8 @@ def _open_words(config: Config, roots: list[str], *, split: str, device: torch.d
     return datasets, WordCollate(labels)
 
 
-def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | None:
-    """Return the source of the masks; None for a network that takes none."""
+def _mask_source(config: Config, roots: Sequence[str], *, device: torch.device) -> str | Segmenter | None:
+    """Return the source of the masks of words from `roots`; None for a network that takes none."""
     masks = config.dataset.masks
     if not config.model.takes_masks:
         return None
@@ -120,8 +120,7 @@ def _mask_source(config: Config, *, device: torch.device) -> str | Segmenter | N
     if masks.source == "online":
         # Worker processes cannot use the GPU: with workers, SSN runs on their cores.
         return build_segmenter(config, device="cpu" if config.dataset.num_workers else device)
-    only_rendered = all(root.startswith(RENDER_SCHEME) for root in config.dataset.train.roots)
-    if not (only_rendered and config.run.phase == "train"):
+    if not all(root.startswith(RENDER_SCHEME) for root in roots):
         for key, message in mask_problems(config):
             raise UserError(f"{key}: {message}")
     return masks.root or ""

@@ -288,7 +288,9 @@ class SegmentationConfig(Section):
 
     enabled: bool = key(True, "Refine the text mask and modulate the features with it (ABINet: false by default).")
     threshold: float = key(0.7, "Refinement loss: pixels above it are pulled to 1, others to 0.", gt=0, lt=1)
-    normalize: Literal["sample", "batch"] = key("sample", "Extremes of one image, or of the batch (published).")
+    normalize: Literal["sample", "batch"] = key(
+        "sample", "Extremes of one image, or of the batch (published; predictions then depend on the batch)."
+    )
     loss_weight: Weight = key(1.0, "Weight of the refinement loss; 0: not computed.")
     sft_blocks: PositiveInt = key(16, "Residual blocks of the spatial feature transform.")
     sft_channels: PositiveInt = key(64, "Channels of those blocks.")

@@ -19,7 +19,8 @@
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=1
-srun --kill-on-bad-exit=1 bash -c \
+# Since Slurm 22.05 srun does not inherit --cpus-per-task.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c \
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python main.py "$@"' main.py --resume "$@"
 status=$?
 

@@ -40,7 +40,7 @@ class Process:
 def pick_device(local_rank: int | None = None, *, name: torch.device | str | None = None) -> torch.device:
     """Return the device that is named, else this process's GPU where torch can use one, else the CPU.
 
-    A GPU left unused is warned of.
+    Logs a warning if there is a GPU that torch cannot use.
 
     Args:
         local_rank: number of this process on its machine, where the launcher does not tell it (`LOCAL_RANK`); without

@@ -18,8 +18,9 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from loading.charset import NULL, Charset
+from loading.charset import Charset
 from loading.lmdb_io import LmdbReader
+from modules.outputs import NULL_CLASS
 from utils import UserError
 
 Match = Literal["probability", "distance"]  # how a word of a list is chosen: see Lexicon
@@ -50,10 +51,10 @@ def most_probable(logs: np.ndarray, charset: Charset, count: int) -> list[Candid
     """
     steps = len(logs)
     # A word with a character that comes after `count` others at its step has as many better words beside it.
-    ranked = [{NULL, *order} for order in np.argsort(-logs, axis=1, kind="stable")[:, :count].tolist()]
+    ranked = [{NULL_CLASS, *order} for order in np.argsort(-logs, axis=1, kind="stable")[:, :count].tolist()]
     best = [0.0] * (steps + 1)  # best[t]: log-probability of the most probable continuation after t steps
     for step in reversed(range(steps)):
-        best[step] = max(logs[step, NULL], logs[step, NULL + 1 :].max() + best[step + 1])
+        best[step] = max(logs[step, NULL_CLASS], logs[step, NULL_CLASS + 1 :].max() + best[step + 1])
     logs = logs.tolist()
     found: list[Candidate] = []
     queue: list[tuple[float, bool, tuple[int, ...], float]] = [(-best[0], False, (), 0.0)]
@@ -65,8 +66,8 @@ def most_probable(logs: np.ndarray, charset: Charset, count: int) -> list[Candid
         step = len(classes)
         for each in ranked[step]:
             sum_so_far = total + logs[step][each]
-            ended = each == NULL or step + 1 == steps
-            longer = classes if each == NULL else (*classes, each)
+            ended = each == NULL_CLASS or step + 1 == steps
+            longer = classes if each == NULL_CLASS else (*classes, each)
             rest = 0.0 if ended else best[step + 1]
             heapq.heappush(queue, (-(sum_so_far + rest), ended, longer, sum_so_far))
     return found
@@ -100,7 +101,7 @@ class Lexicon:
         # (L, T): classes up to the end, then C, which stands for "anything": it adds nothing.
         self._classes = np.full((len(self.words), steps), charset.num_classes)
         for row, text in zip(self._classes, self.readable, strict=True):
-            row[: len(text) + 1] = [*charset.encode(text), NULL]
+            row[: len(text) + 1] = [*charset.encode(text), NULL_CLASS]
 
     def __call__(self, logs: np.ndarray, greedy: str) -> Candidate:
         """Return the word of the list for log-probabilities (T, C), and its share of the list's probability.
@@ -140,11 +141,15 @@ class StoredLexicons:
     make: Callable[[Sequence[str]], Lexicon]
 
     def __call__(self, number: int) -> Lexicon:
-        """Return the list of a word; raises UserError if there is none, or the network can predict no word of it."""
+        """Return the list of a word; raises UserError if it is missing, not UTF-8, or has no word to predict."""
         key = f"{self.name}-{number:09d}"
         data = self.reader.get(key)
         if data is None:
             raise UserError(
                 f"{self.reader.path}: has no {key}; store one for each word, or name a file (dataset.test.lexicon)"
             )
-        return self.make(re.split(r"[,\s]+", data.decode()))
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.reader.path}: {key} is not UTF-8; store the words as UTF-8 text") from error
+        return self.make(re.split(r"[,\s]+", text))

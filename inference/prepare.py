@@ -12,10 +12,12 @@ from torch.utils import _pytree
 
 from engine.precision import PRECISIONS, channels_last
 from inference.segmenter import fold_batch_norms
+from modules.mask_refinement import MaskRefinement
 from modules.ssn import PUBLISHED_AREAS, SSN
 
 # Images that go through the network together on a CPU. A larger batch is read in parts: its maps would leave the
-# caches, and from 32 MiB on the C library has the system clear the memory of each map anew.
+# caches, and from 32 MiB on the C library has the system clear the memory of each map anew. Only
+# networks whose masks are normalised over the batch (`normalize="batch"`) get it whole.
 CPU_BATCH = 64
 
 
@@ -25,7 +27,7 @@ def prepare_for_inference(model: nn.Module, precision: str = "bf16", compile: bo
     Args:
         model: a recogniser, one of its stages, or SSN, on the device that it shall run on.
         precision: of most weights and maps: "fp32", "bf16" or "fp16"; similarities, whatever is spread to a range, and
-            the classifiers stay in float32. 16 bits pay where the device multiplies them natively.
+            the classifiers stay in float32. 16 bits are only faster on devices with native 16-bit arithmetic.
         compile: let torch.compile fuse the network, at the first call, for batches of any size.
 
     Returns:
@@ -59,6 +61,8 @@ class PreparedNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.frozen = frozen
+        refinements = (module for module in network.modules() if isinstance(module, MaskRefinement))
+        self._divisible = all(each.normalize == "sample" for each in refinements)
         self._signature = inspect.signature(network.forward)
         self.eval()
 
@@ -67,8 +71,9 @@ class PreparedNetwork(nn.Module):
         """Call the network with its inputs, by position or name; the outputs are float32."""
         if named:
             inputs = self._signature.bind(*inputs, **named).args
+        parts = _parts(inputs) if self._divisible else [inputs]
         with self._compiler_settings():
-            outputs = [self.network(*map(channels_last, part)) for part in _parts(inputs)]
+            outputs = [self.network(*map(channels_last, part)) for part in parts]
         return outputs[0] if len(outputs) == 1 else _pytree.tree_map(_concatenated, *outputs)
 
     def _compiler_settings(self) -> contextlib.AbstractContextManager:
@@ -107,9 +112,9 @@ def _concatenated(*leaves: Tensor | None) -> Tensor | None:
 def float32_layers(network: nn.Module) -> set[nn.Module]:
     """Return the layers that always compute in float32: layer norms and what `float32_layers` of a class names.
 
-    Layer norms, so that the sums that run past a transformer's layers are not rounded at each of them; the classes name
-    what decides about a character, a cell or a pixel, what takes probabilities or positions, and the first stages on
-    the image, where rounding was seen to change most characters. They are about 3 % of the arithmetic.
+    Layer norms, so that the transformer's residual stream is not rounded at every layer; the classes name what decides
+    about a character, a cell or a pixel, what takes probabilities or positions, and the first stages on the image,
+    where rounding was seen to change most characters. They are about 3 % of the arithmetic.
     """
     named = [layer for layer in _named_by_classes(network, "float32_layers") for layer in layer.modules()]
     return {*named, *(module for module in network.modules() if isinstance(module, nn.LayerNorm))}

@@ -30,7 +30,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Tells what a network is taught of a label.
+    """Decides which characters of a label the network learns, and which labels are unusable.
 
     Args:
         charset: the network's characters.
@@ -52,7 +52,7 @@ class LabelRule:
         return self.charset.normalize(text, lower=not self.case_sensitive)
 
     def unusable(self, text: str) -> str | None:
-        """Return why a label cannot be taught: nothing of it is in the charset, or it is too long; None if it can."""
+        """Return why a label is unusable: none of it is in the charset, or it is too long; None if it is usable."""
         length = len(self.normalize(text))
         if not length:
             return EMPTY
@@ -282,7 +282,7 @@ def _scale_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class WordCollate:
-    """Samples of one size -> Batch; picklable. `labels` is what is taught of a label."""
+    """Samples of one size -> Batch; picklable. `labels` decides which characters the network learns."""
 
     labels: LabelRule
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from modules.outputs import NULL_CLASS
 from utils import UserError
-
-NULL = 0  # class of the end of a text, and of every step after it
 
 # Characters that each evaluation protocol compares; 36 compares letters without their case.
 PROTOCOLS = {
@@ -41,7 +40,7 @@ class Charset:
 
     @functools.cached_property
     def _classes(self) -> dict[str, int]:
-        return {character: index for index, character in enumerate(self.characters, start=NULL + 1)}
+        return {character: index for index, character in enumerate(self.characters, start=NULL_CLASS + 1)}
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Charset":
@@ -93,7 +92,7 @@ class Charset:
 
     def decode(self, classes: Iterable[int]) -> str:
         """Return the text of a sequence of classes, up to its first null."""
-        read = itertools.takewhile(lambda index: index != NULL, map(int, classes))
+        read = itertools.takewhile(lambda index: index != NULL_CLASS, map(int, classes))
         return "".join(self.characters[index - 1] for index in read)
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NULL_CLASS = 0  # as `charset.NULL`
+NULL_CLASS = 0  # the end of a text, and every step after it
 
 
 @dataclass

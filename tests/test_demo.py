@@ -74,7 +74,7 @@ def test_json_lines_hold_characters_and_errors(capsys, setup, tmp_path):
     assert run(capsys, setup, "--input", str(tmp_path / "a.png"))[0] == 2
 
 
-def test_candidates_and_the_closest_word_are_printed_below_the_prediction(capsys, setup, tmp_path):
+def test_candidates_and_the_chosen_word_are_printed_below_the_prediction(capsys, setup, tmp_path):
     (tmp_path / "words.txt").write_text("hello\nworld\n")
     arguments = ["--input", str(setup / "images" / "01.png")]
     first, *words, match = run(capsys, setup, *arguments, "--topk", "3", "--lexicon", str(tmp_path / "words.txt"))[1]
@@ -83,11 +83,11 @@ def test_candidates_and_the_closest_word_are_printed_below_the_prediction(capsys
     assert [row[0] for row in rows] == [""] * 3
     probabilities = [float(row[2]) for row in rows]
     assert probabilities == sorted(probabilities, reverse=True)
-    assert match.split("\t")[:2] == ["", "closest in the list"]
+    assert match.split("\t")[:2] == ["", "most probable in the list"]
     assert match.split("\t")[2] in ("hello", "world")
 
 
-def test_json_lines_hold_candidates_and_the_closest_word(capsys, setup, tmp_path):
+def test_json_lines_hold_candidates_and_the_chosen_word(capsys, setup, tmp_path):
     (tmp_path / "words.txt").write_text("hello\nworld\n")
     arguments = ["--input", str(setup / "images" / "01.png"), "--json"]
     _, lines = run(capsys, setup, *arguments, "--topk", "2", "--lexicon", str(tmp_path / "words.txt"))

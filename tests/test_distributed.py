@@ -146,7 +146,7 @@ def test_two_machines_train_as_one_process_does(config, free_port):
 
 
 SRUN = """#!/bin/bash
-shift  # --kill-on-bad-exit
+while [[ $1 == --* ]]; do echo "$1" >> options.txt; shift; done
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids="$pids $!"; done
 echo $pids > tasks.tmp && mv tasks.tmp tasks.txt
 for pid in $pids; do wait $pid; code=$?; [ $code -gt ${status:-0} ] && status=$code; done
@@ -168,7 +168,7 @@ def test_a_slurm_job_saves_at_its_time_limit_and_is_requeued(config, tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "6"}
     for name in ("main.py", "data"):
         (tmp_path / name).symlink_to(tiny_run.ROOT / name)
     environment = os.environ | slurm | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
@@ -187,6 +187,7 @@ def test_a_slurm_job_saves_at_its_time_limit_and_is_requeued(config, tmp_path):
     for pid in (tmp_path / "tasks.txt").read_text().split():
         os.kill(int(pid), signal.SIGUSR1)
     output = job.communicate(timeout=300)[0]
+    assert "--cpus-per-task=6" in (tmp_path / "options.txt").read_text().split()  # which tasks do not inherit
     assert job.returncode == 128 + signal.SIGUSR1, output
     assert (tmp_path / "requeued.txt").read_text() == "requeue 77\n"
     done = len(history(config))

@@ -98,7 +98,10 @@ def test_lists_come_from_files_and_lmdbs(tmp_path):
     with lmdb.open(str(tmp_path / "set")) as environment, environment.begin(write=True) as transaction:
         for key, value in {"num-samples": "2", "lexicon-000000001": "ab,CD, ef", "lexicon-000000002": "ab cd"}.items():
             transaction.put(key.encode(), value.encode())
+        transaction.put(b"lexicon-000000004", "caf\u00e9".encode("latin-1"))
     lists = StoredLexicons(LmdbReader(tmp_path / "set"), "lexicon", lambda words: words)
     assert (lists(1), lists(2)) == (["ab", "CD", "ef"], ["ab", "cd"])
     with pytest.raises(UserError, match=r"lexicon-000000003.*dataset\.test\.lexicon"):
         lists(3)
+    with pytest.raises(UserError, match=r"/set: lexicon-000000004 is not UTF-8"):
+        lists(4)

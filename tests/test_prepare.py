@@ -127,6 +127,16 @@ def test_a_batch_in_parts_reads_as_in_one(masked, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_masks_that_are_normalised_over_the_batch_keep_it_whole():
+    model = with_statistics(small_recogniser(normalize="batch")).eval()
+    image, mask, *_ = known_inputs(5, 96)
+    mask = mask * torch.linspace(0.1, 1, 96)[:, None, None, None]  # so that parts have other extremes than the batch
+    with torch.no_grad():
+        expected = model(image, mask).vision.refined_mask
+    fast = prepare_for_inference(model, precision="fp32", compile=False)
+    torch.testing.assert_close(fast(image, mask).vision.refined_mask, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stages_work_alone(precision):
     image, mask, *_ = known_inputs(5, 2)

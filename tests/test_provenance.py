@@ -115,6 +115,15 @@ def test_a_bundle_keeps_it_without_the_paths_of_the_machine(tmp_path, monkeypatc
         assert start["versions"] == carried["starts"][0]["versions"]
 
 
+def test_a_bundle_keeps_no_word_lists_and_no_project_of_its_training(tmp_path):
+    config = small_networks.small_config("abinet")
+    config.dataset.test.lexicon = config.dataset.valid.lexicon = "/home/me/secret/words.txt"
+    config.training.wandb = "secret"
+    small_networks.save_network(tmp_path / "abinet.pth", config)
+    save_bundle(tmp_path / "bundle.pth", tmp_path / "abinet.pth")
+    assert "secret" not in str(torch.load(tmp_path / "bundle.pth", weights_only=True)["config"])
+
+
 def test_paths_below_the_current_folder_are_relative_to_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [f"{tmp_path}/main.py", f"a=[{tmp_path}/x, /other{tmp_path}/y]", f"--config={tmp_path}/my words/c.yaml"]

@@ -145,6 +145,27 @@ def test_missing_masks_are_named_before_any_data_is_opened(masks, message):
         build_training_data(config, device=torch.device("cpu"), process=Process())
 
 
+def test_rendered_test_words_bring_their_masks_whatever_the_training_words(tmp_path):
+    (tmp_path / "words.yaml").write_text("length: 2\nbackground: plain\n")
+    config = small_networks.small_config("binet")
+    config.run.phase = "test"
+    config.dataset.train.roots = ["no-such-folder"]
+    config.dataset.test.roots = [f"render://{tmp_path / 'words.yaml'}"]
+    evaluator = build_evaluator(config, device=torch.device("cpu"), process=Process(), model_eval="vision")
+    assert evaluator.loaders["words"].dataset[0].mask.any()
+
+
+def test_masks_of_test_words_are_missing_though_training_words_are_rendered(tmp_path, monkeypatch):
+    """They were looked for in the current folder."""
+    images = small_networks.write_words(tmp_path / "words", 2)
+    small_networks.write_masks(tmp_path / "current" / "words", tmp_path / "words", images)
+    monkeypatch.chdir(tmp_path / "current")
+    config = small_networks.small_config("binet")
+    config.dataset.train.roots, config.dataset.test.roots = ["render://render.yaml"], [str(tmp_path / "words")]
+    with pytest.raises(UserError, match=r"^dataset\.masks\.root: missing"):
+        build_evaluator(config, device=torch.device("cpu"), process=Process(), model_eval="vision")
+
+
 def test_an_interval_of_an_epoch_has_its_batches(tmp_path):
     small_networks.write_words(tmp_path / "words", 10)
     config = small_networks.small_config("abinet", data_aug=False)

@@ -1,6 +1,6 @@
 """Build what a run needs from a config: data, evaluators, callbacks and the trainer.
 
-With `builders.py`, which builds the networks, this is the only place that sees both a config and the parts.
+Networks, losses and optimisers are built in `builders.py`.
 """
 
 import functools

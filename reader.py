@@ -288,7 +288,7 @@ class Reader:
         inputs = None
         if self.takes_masks:
             inputs = torch.from_numpy(np.stack([mask for _, mask in sized])).unsqueeze(1).to(self.device) / 255.0
-        owners = [word for word, _ in seen]
+        owners = None if len(seen) == len(images) else [word for word, _ in seen]
         output, rows = predict_words(
             self._model, tensors, inputs, model_eval=self.model_eval, owners=owners, tta_below=self.tta_below
         )

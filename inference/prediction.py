@@ -47,20 +47,21 @@ def predict_words(
     if owners is not None:
         rows = most_confident(confidences.tolist(), owners)
         output, confidences = _rows(output, rows), confidences[rows]
-    unsure = (confidences < tta_below).nonzero()[:, 0]  # (U,)
-    if not len(unsure):
+    unsure = [word for word, confidence in enumerate(confidences.tolist()) if confidence < tta_below]
+    if not unsure:
         return output, rows
-    places, best = torch.tensor(rows, device=unsure.device)[unsure], confidences[unsure]
-    image, mask = (None if each is None else each[places] for each in inputs)
+    image, mask = (None if each is None else each[[rows[word] for word in unsure]] for each in inputs)
+    best = confidences[unsure]  # (U,)
     for matrix in variant_matrices(image.shape[-2:], image.device):
         variant = model(transformed(image, matrix, "border"), None if mask is None else transformed(mask, matrix))
         found = _confidences(variant, model_eval)  # (U,)
-        better = (found > best).nonzero()[:, 0]
-        if len(better):
+        better = [place for place, more in enumerate((found > best).tolist()) if more]
+        if better:
             best = torch.maximum(best, found)
             variant = _rows(variant, better)
             _map_back(variant.vision, matrix)
-            output = _pytree.tree_map(lambda old, new, at=unsure[better]: _replaced(old, at, new), output, variant)
+            words = torch.tensor([unsure[place] for place in better], device=best.device)
+            output = _pytree.tree_map(lambda old, new, words=words: _replaced(old, words, new), output, variant)
     return output, rows
 
 

@@ -407,16 +407,17 @@ def test_segmenter(precision):
     assert len(arrived) == 1 + len(images)  # whether anything overflowed; the masks
 
 
-def test_reader(tmp_path):
+@pytest.mark.parametrize("tta_below", [0, 0.7])
+def test_reader(tmp_path, tta_below):
     small_networks.save_networks(tmp_path)
-    reader = Reader(tmp_path / "both.pth", device="cpu")
+    reader = Reader(tmp_path / "both.pth", device="cpu", tta_below=tta_below)
     with fake_results() as arrived, mock.patch("reader.GPU_THREADS", 1):  # fake tensors are known to one thread alone
         to_fake_cuda(reader._model)
         to_fake_cuda(reader._segmenter._ssn)
         reader.device = reader._segmenter.device = CUDA
         predictions = reader.read(word_images(3))
     assert [each.error for each in predictions] == [None] * 3
-    assert len(arrived) <= 1 + 3 + 5  # overflow, masks; then a few arrays of the whole batch
+    assert len(arrived) <= 1 + 3 + 5 + (5 if tta_below else 0)  # overflow, masks; then a few arrays of the whole batch
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

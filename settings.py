@@ -81,6 +81,9 @@ def load_settings(
 
     Args:
         gone: dotted keys of earlier versions; one that is set is named in a warning and ignored.
+
+    Raises:
+        UserError: a file cannot be read, or any key or value of files or overrides is wrong; one line for each.
     """
     data: dict[str, Any] = {}
     for path in paths:

@@ -46,7 +46,11 @@ for _resolver in (Loader, Dumper):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping."""
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        UserError: the file cannot be read, is no YAML, is empty or is no mapping; names file and line.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

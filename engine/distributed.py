@@ -45,6 +45,9 @@ def pick_device(local_rank: int | None = None, *, name: torch.device | str | Non
     Args:
         local_rank: number of this process on its machine, where the launcher does not tell it (`LOCAL_RANK`); without
             both, torch's current GPU is taken.
+
+    Raises:
+        UserError: this machine has more processes than GPUs, or the named device cannot be used.
     """
     if name is not None:
         try:

@@ -27,6 +27,9 @@ class Charset:
 
     Args:
         characters: distinct ones, in the order of their ids.
+
+    Raises:
+        UserError: there are no characters, or one comes twice.
     """
 
     characters: str
@@ -44,7 +47,11 @@ class Charset:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Charset":
-        """Read a file with `id<TAB>character` per line, ids 0, 1, 2, ... in order."""
+        """Read a file with `id<TAB>character` per line, ids 0, 1, 2, ... in order.
+
+        Raises:
+            UserError: the file is missing, not UTF-8, empty or damaged; names the line.
+        """
         try:
             text = Path(path).read_bytes().decode("utf-8-sig")
         except OSError as error:

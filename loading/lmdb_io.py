@@ -93,6 +93,9 @@ class LmdbWriter:
             flushed to the disk. None: nothing is kept.
         in_order: the keys come in ascending order, each once: LMDB then fills its pages, which makes the file a quarter
             smaller.
+
+    Raises:
+        UserError: `path` exists, another process writes it, the partial folder is of another run, the disk is full.
     """
 
     path: str | os.PathLike

@@ -1,14 +1,13 @@
 """Predictions from several versions of a word's image: the most confident one is kept.
 
 Tall images come in several views (`loading.transforms.views`). Test-time augmentation: a word of low confidence is
-predicted again from four variants of the network's input, rotated or squeezed along one axis.
+predicted again from variants of the network's input, slanted or shifted, until one is predicted surely.
 
 Legend: M images, N words, U words of low confidence, T steps, H x W pixels, h x w cells.
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,16 @@ from torch.utils import _pytree
 
 from modules.outputs import RecogniserOutput, VisionOutput, chosen_logits, decode_greedily
 
-# Rotation in degrees, counterclockwise, and the factors by which the word is squeezed horizontally and vertically.
-# Chosen on held-back training words (docs/model_card.md): two of them correct fewer words, further ones hardly more.
-VARIANTS = ((5.0, 1.0, 1.0), (-5.0, 1.0, 1.0), (0.0, 1.3, 1.0), (0.0, 1.0, 1.25))
+# Affine maps (2, 3) from coordinates in the variant to those in the image, both from -1 to 1 along either axis, as in
+# `torch.nn.functional.affine_grid`. Chosen on held-back training words and curved renderings (docs/model_card.md).
+VARIANTS = (
+    ((1.0, 0.07, 0.0), (0.0, 1.1, 0.0)),  # letters slanted, either way
+    ((1.0, -0.07, 0.0), (0.0, 1.1, 0.0)),
+    ((1.05, 0.0, 0.0), (0.4, 1.2, 0.0)),  # words rising or falling
+    ((1.05, 0.0, 0.0), (-0.4, 1.2, 0.0)),
+    ((1.0, 0.0, 0.0), (0.0, 1.0, 0.15)),  # shifted up and down
+    ((1.0, 0.0, 0.0), (0.0, 1.0, -0.15)),
+)
 
 
 def predict_words(
@@ -43,25 +49,26 @@ def predict_words(
     rows: Sequence[int] = range(len(inputs[0]))
     if owners is None and not tta_below:
         return output, rows
-    confidences = _confidences(output, model_eval)  # (M,)
+    best = _confidences(output, model_eval)  # M numbers, then N
     if owners is not None:
-        rows = most_confident(confidences.tolist(), owners)
-        output, confidences = _rows(output, rows), confidences[rows]
-    unsure = [word for word, confidence in enumerate(confidences.tolist()) if confidence < tta_below]
-    if not unsure:
-        return output, rows
-    image, mask = (None if each is None else each[[rows[word] for word in unsure]] for each in inputs)
-    best = confidences[unsure]  # (U,)
-    for matrix in variant_matrices(image.shape[-2:], image.device):
-        variant = model(transformed(image, matrix, "border"), None if mask is None else transformed(mask, matrix))
-        found = _confidences(variant, model_eval)  # (U,)
-        better = [place for place, more in enumerate((found > best).tolist()) if more]
+        rows = most_confident(best, owners)
+        output, best = _rows(output, rows), [best[row] for row in rows]
+    for variant in VARIANTS:
+        unsure = [word for word, confidence in enumerate(best) if confidence < tta_below]
+        if not unsure:
+            break
+        image, mask = (None if each is None else each[[rows[word] for word in unsure]] for each in inputs)
+        matrix = torch.tensor(variant, device=image.device)
+        new = model(transformed(image, matrix, "border"), None if mask is None else transformed(mask, matrix))
+        found = _confidences(new, model_eval)  # U numbers
+        better = {word: place for place, word in enumerate(unsure) if found[place] > best[word]}
         if better:
-            best = torch.maximum(best, found)
-            variant = _rows(variant, better)
-            _map_back(variant.vision, matrix)
-            words = torch.tensor([unsure[place] for place in better], device=best.device)
-            output = _pytree.tree_map(lambda old, new, words=words: _replaced(old, words, new), output, variant)
+            new = _rows(new, [*better.values()])
+            _map_back(new.vision, matrix)
+            for word, place in better.items():
+                best[word] = found[place]
+            words = torch.tensor([*better], device=image.device)
+            output = _pytree.tree_map(lambda old, leaf, words=words: _replaced(old, words, leaf), output, new)
     return output, rows
 
 
@@ -76,22 +83,9 @@ def most_confident(confidences: Sequence[float], owners: Sequence[int]) -> list[
     return [max(rows, key=confidences.__getitem__) for _, rows in views]
 
 
-def variant_matrices(size: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
-    """Yield the matrix (2, 2) of each variant of images of `size` (H, W): variant's coordinates -> image's.
-
-    Coordinates run from -1 to 1 along both sides, as in `torch.nn.functional.affine_grid`.
-    """
-    aspect = size[1] / size[0]
-    for degrees, squeeze_x, squeeze_y in VARIANTS:
-        cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-        rotation = torch.tensor([[cosine, -sine / aspect], [sine * aspect, cosine]], device=device)
-        yield rotation * torch.tensor([squeeze_x, squeeze_y], device=device)
-
-
 def transformed(images: Tensor, matrix: Tensor, padding: str = "zeros") -> Tensor:
-    """Return images (N, C, H, W) seen through a matrix of `variant_matrices`; `padding` as in `grid_sample`."""
-    maps = F.pad(matrix, (0, 1)).expand(len(images), 2, 3)
-    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    """Return images (N, C, H, W) seen through an affine map (2, 3) like `VARIANTS`; `padding` as in `grid_sample`."""
+    grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
 
@@ -99,7 +93,8 @@ def _map_back(vision: VisionOutput | None, matrix: Tensor) -> None:
     """Replace attention and refined masks of a variant by those over the image that it is made of."""
     if vision is None:
         return
-    inverse = torch.linalg.inv(matrix)
+    back = torch.linalg.inv(matrix[:, :2])
+    inverse = torch.cat((back, -back @ matrix[:, 2:]), dim=1)  # (2, 3)
     # Spread evenly where it lies beside the image; the sum of a step stays 1.
     attention = transformed(vision.attention.float(), inverse) + torch.finfo(torch.float32).tiny
     vision.attention = attention / attention.sum((2, 3), keepdim=True)
@@ -107,8 +102,8 @@ def _map_back(vision: VisionOutput | None, matrix: Tensor) -> None:
         vision.refined_mask = transformed(vision.refined_mask.float(), inverse)
 
 
-def _confidences(output: RecogniserOutput, model_eval: str) -> Tensor:
-    return decode_greedily(chosen_logits(output, model_eval))[1]
+def _confidences(output: RecogniserOutput, model_eval: str) -> list[float]:
+    return decode_greedily(chosen_logits(output, model_eval))[1].tolist()
 
 
 def _rows(output: RecogniserOutput, rows: Sequence[int] | Tensor) -> RecogniserOutput:

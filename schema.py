@@ -176,9 +176,9 @@ class DatasetConfig(Section):
     )
     tta_below: float = key(
         0.0,
-        "Test-time augmentation: confidence below which a word is predicted again from variants of its image, slanted "
-        "or shifted, until one is predicted surely (--phase test, Reader, demo); the most confident prediction is "
-        "kept. 0: off.",
+        "Test-time augmentation: confidence below which a word is predicted again from variants of its image, "
+        "squeezed, slanted or shifted, until one is predicted surely (--phase test, Reader, demo); the most confident "
+        "prediction is kept. 0: off.",
         ge=0,
         le=1,
     )

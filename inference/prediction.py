@@ -1,7 +1,7 @@
 """Predictions from several versions of a word's image: the most confident one is kept.
 
 Tall images come in several views (`loading.transforms.views`). Test-time augmentation: a word of low confidence is
-predicted again from variants of the network's input, slanted or shifted, until one is predicted surely.
+predicted again from variants of the network's input (narrow, slanted, shifted) until one is predicted surely.
 
 Legend: M images, N words, U words of low confidence, T steps, H x W pixels, h x w cells.
 """
@@ -17,8 +17,9 @@ from torch.utils import _pytree
 from modules.outputs import RecogniserOutput, VisionOutput, chosen_logits, decode_greedily
 
 # Affine maps (2, 3) from coordinates in the variant to those in the image, both from -1 to 1 along either axis, as in
-# `torch.nn.functional.affine_grid`. Chosen on held-back training words and curved renderings (docs/model_card.md).
+# `torch.nn.functional.affine_grid`. Chosen on held-back training words and renderings (docs/model_card.md).
 VARIANTS = (
+    ((2.0, 0.0, 0.0), (0.0, 1.2, 0.0)),  # narrow: single letters in their own shape
     ((1.0, 0.07, 0.0), (0.0, 1.1, 0.0)),  # letters slanted, either way
     ((1.0, -0.07, 0.0), (0.0, 1.1, 0.0)),
     ((1.05, 0.0, 0.0), (0.4, 1.2, 0.0)),  # words rising or falling

@@ -51,7 +51,7 @@ def test_words_are_predicted_once_without_a_threshold():
 def test_only_unsure_words_are_predicted_again_and_only_more_confident_predictions_are_kept():
     images, model = grey_box_and_black(), PrefersBlack()
     once = model(images).vision
-    more = predicted(model, images, None, model_eval="vision", tta_below=0.95).vision
+    more = predicted(model, images, None, model_eval="vision", tta_below=0.97).vision
     assert [len(each) for each in model.images] == [3, 3] + [2] * len(VARIANTS)  # the third was sure at once
     for leaf in ("logits", "feature", "attention"):
         assert torch.equal(getattr(more, leaf)[[0, 2]], getattr(once, leaf)[[0, 2]])
@@ -66,7 +66,7 @@ def test_a_tall_word_is_predicted_again_from_its_most_confident_view_alone():
     assert list(rows) == [1, 3]
     assert len(output.vision.logits) == 2
     _, rows = predict_words(
-        model, images[[0, 1, 0, 2, 0]], None, model_eval="vision", owners=[0, 0, 0, 1, 1], tta_below=0.95
+        model, images[[0, 1, 0, 2, 0]], None, model_eval="vision", owners=[0, 0, 0, 1, 1], tta_below=0.97
     )
     assert list(rows) == [1, 3]
     assert [len(each) for each in model.images] == [5, 5] + [1] * len(VARIANTS)
@@ -100,12 +100,12 @@ def test_a_prediction_depends_on_no_other_word_of_the_batch(masked):
 
 def test_a_word_that_has_become_sure_is_not_predicted_again():
     images, model = grey_box_and_black()[:2], PrefersBlack()
-    predict_words(model, images, None, model_eval="vision", tta_below=0.89)  # the box is at 0.88, then at 0.90
+    predict_words(model, images, None, model_eval="vision", tta_below=0.95)  # narrow, the box is at 0.96
     assert [len(each) for each in model.images] == [2, 2] + [1] * (len(VARIANTS) - 1)
 
 
-def test_variants_slant_letters_and_words_either_way_and_shift_them():
-    assert torch.equal(torch.tensor(VARIANTS)[::2].abs(), torch.tensor(VARIANTS)[1::2].abs())
+def test_variants_are_narrow_slanted_either_way_and_shifted_either_way():
+    assert torch.equal(torch.tensor(VARIANTS)[1::2].abs(), torch.tensor(VARIANTS)[2::2].abs())
     picture = np.zeros(SIZE, np.uint8)
     cv2.putText(picture, "Word", (28, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.8, 255, 2)
     picture = cv2.GaussianBlur(picture.astype(np.float32) / 255, (0, 0), 1)
@@ -129,7 +129,7 @@ def test_maps_of_a_variant_come_back_to_where_they_lie_in_the_image():
         back = VisionOutput(torch.zeros(1), torch.zeros(1), *seen)
         _map_back(back, matrix)
         assert abs((back.attention.sum((0, 1, 3)) * rows).sum() - 3) < 0.1
-        assert abs((back.attention.sum((0, 1, 2)) * columns).sum() - 9) < 0.1
+        assert abs((back.attention.sum((0, 1, 2)) * columns).sum() - 9) < 0.2
         assert (back.refined_mask - refined).abs().mean() < 0.02
 
 

@@ -198,7 +198,12 @@ def checked_model_eval(config: Config, requested: str | None) -> str:
 
 
 def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
-    """Return the network that makes masks, for images of any size.
+    """Return the network that makes masks, for images of any size; for weights and areas see `build_mask_maker`."""
+    return Segmenter(*build_mask_maker(config), device=device)
+
+
+def build_mask_maker(config: Config) -> tuple[SSN, tuple[int, ...]]:
+    """Return the SSN that makes masks, and its areas.
 
     Its weights are those of `model.ssn.checkpoint`, else those that `model.checkpoint` carries beside the recogniser.
     If the checkpoint carries a config, that describes the network, else `model.ssn` does. Areas that differ from the
@@ -215,7 +220,7 @@ def build_segmenter(config: Config, *, device: torch.device | str) -> Segmenter:
     ssn, areas = carried or (build_ssn(config), config.model.ssn.areas)
     if config.model.ssn.areas != SSNConfig().areas:
         areas = config.model.ssn.areas
-    return Segmenter(ssn, areas, device=device)
+    return ssn, areas
 
 
 def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, tuple[int, ...]] | None:

@@ -72,7 +72,9 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
         "model.strict": {"true": True, "false": False}.get(options.model_strict),
         "dataset.num_workers": 0 if options.debug else None,
     }
-    return [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None] + options.overrides
+    return [
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None
+    ] + options.overrides
 
 
 def check_request(options: argparse.Namespace, config: Config) -> None:

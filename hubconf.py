@@ -28,13 +28,14 @@ def binet_small(pretrained: bool = True):
     """Returns the small BINet in eval mode, on the CPU: (image (N, 3, 32, 128), mask (N, 1, 32, 128)) -> output.
 
     Images are RGB, normalised with ImageNet's mean and deviation; masks lie in [0, 1], 1 = text. The prediction is in
-    `output.alignment[-1].logits` (N, 26, 37): class 0 is the end, class i the i-th of `0123456789abc...xyz`.
+    `output.alignment[-1].logits` (N, 26, 37): class 0 is the end, class i is the character `model.charset[i - 1]`.
 
     Args:
         pretrained: load `weights/binet-small.pth`; False gives random weights.
     """
     bundle = _import("bundle").load_bundle(_ROOT / "weights" / "binet-small.pth")
     model = bundle.model if pretrained else _import("builders").build_model(bundle.config, bundle.charset)
+    model.charset = bundle.charset.characters
     return model.eval().requires_grad_(True)
 
 

@@ -108,6 +108,9 @@ Decoded = tuple[np.ndarray, np.ndarray | None] | Prediction  # image and given m
 class Reader:
     """Reads words with one network. One reader may be used by many threads at once.
 
+    Making one decides for the whole program whether a GPU may round float32 to TF32: as `training.tf32` of the
+    checkpoint's config says, by default not.
+
     Args:
         checkpoint: file of weights with config and characters; None takes `weights/binet-small.pth`.
         device: where the network runs; None takes a GPU where there is one.
@@ -194,8 +197,8 @@ class Reader:
         Args:
             images: paths, encoded bytes, PIL images, or arrays and tensors of uint8 levels, of floats in [0, 1] or of
                 booleans: RGB (H, W, 3), RGBA (H, W, 4) or grey (H, W), (H, W, 1), tensors also with the channels first;
-                or one array or tensor of N such images. Files and PIL images are turned as their EXIF orientation says,
-                and what is transparent is white.
+                or N such images as one array or tensor of four dimensions. Files and PIL images are turned as their
+                EXIF orientation says, and what is transparent is white.
             masks: text masks of the images, of their sizes, 255 (1.0, True) = text, in the same forms; None, as a whole
                 or for an image, lets SSN make them.
             topk: how many words, and characters at each step, a prediction gives (`candidates`, `steps`).
@@ -226,8 +229,8 @@ class Reader:
         single = isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 4) != 4
         if single or not hasattr(images, "__len__"):
             raise TypeError(
-                "images must be a list of images, or an array (N, H, W, 3); put a single one into a list, and name the "
-                'files of a folder: sorted(Path("FOLDER").iterdir())'
+                "images must be a list of images, or an array (N, H, W, 3) or (N, H, W, 1); put a single one into a "
+                'list, and name the files of a folder: sorted(Path("FOLDER").iterdir())'
             )
         masks = [None] * len(images) if masks is None else masks
         if len(masks) != len(images):

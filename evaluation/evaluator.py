@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from engine import distributed
-from engine.precision import autocast, without_search
+from engine.precision import autocast
 from evaluation import metrics
 from evaluation.lexicon import Lexicon, log_probabilities
 from evaluation.tables import csv_text, markdown_table
@@ -190,8 +190,7 @@ class SegmentationEvaluator:
         segmenter = Segmenter(ssn, self.areas, device=self.device)
         datasets = {}
         for name, loader in self.loaders.items():
-            with without_search():
-                shares = distributed.gather([self._count(segmenter, loader)])
+            shares = distributed.gather([self._count(segmenter, loader)])
             counts, samples, skipped = (sum(each[1:], each[0]) for each in zip(*shares, strict=True))
             skipped = dict(Counter(self.filtered[name]) + skipped)
             datasets[name] = {"samples": samples, "skipped": skipped, **metrics.mask_scores(*counts.tolist())}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from engine.precision import PRECISIONS, fastest_precision
+from engine.precision import PRECISIONS, fastest_precision, without_search
 from inference.pipeline import in_order, single_threads
 from loading.batches import normalize_images
 from modules.hrnet import resize_aligned
@@ -67,6 +67,7 @@ class Segmenter:
         if self.device.type == "cpu":
             single_threads(torch.get_num_threads())  # here, where no other thread is likely to start its work
 
+    @without_search()  # hardly any two groups of images have one size
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return masks, uint8 (H, W), 255 = text, of RGB images, uint8 (H, W, 3).
 

@@ -57,7 +57,7 @@ class ResumableBatchSampler:
         run_batches: global batches of the run, for the keys' `progress`; None leaves that at 0.
 
     Raises:
-        UserError: a global batch cannot be shared evenly.
+        UserError: a global batch cannot be shared evenly, or there are fewer samples than processes.
     """
 
     length: int
@@ -72,6 +72,11 @@ class ResumableBatchSampler:
             raise UserError(
                 f"dataset.train.batch_size is {self.batch_size}, which {self.world_size} processes cannot share "
                 f"evenly; give a multiple of {self.world_size}"
+            )
+        if self.length < self.world_size:
+            raise UserError(
+                f"dataset.train has {self.length} samples for {self.world_size} processes; each needs one of every "
+                f"batch: start at most {self.length} processes"
             )
         self.set_position(0, 0)
 

@@ -6,12 +6,12 @@ from command_line import overrides_of, parse_arguments
 
 
 def test_flags_become_overrides_and_overrides_win():
-    line = "--config c.yaml --phase test --name n --checkpoint w.pth --test_root a --test_root b --local_rank 1 "
+    line = "--config c.yaml --phase test --name ñ😀 --checkpoint w.pth --test_root a --test_root b --local_rank 1 "
     line += "--image_only --model_strict --model_eval vision global.name=m"
     options = parse_arguments(line.split())
     assert overrides_of(options) == [
         'global.phase="test"',
-        'global.name="n"',
+        'global.name="ñ😀"',
         'dataset.test.roots=["a", "b"]',
         'model.checkpoint="w.pth"',
         "model.strict=false",

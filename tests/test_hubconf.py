@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -108,6 +109,17 @@ def test_the_hub_finds_two_entry_points_that_say_what_they_return():
     entries = [value for name, value in vars(hubconf()).items() if callable(value) and not name.startswith("_")]
     assert [each.__name__ for each in entries] == ["binet_small", "reader"]  # as torch.hub.list tells them
     assert all(each.__doc__.startswith("Returns ") for each in entries)
+
+
+def test_logits_are_decoded_as_the_entry_point_says():
+    network = torch.hub.load(str(ROOT), "binet_small", source="local")
+    image = cv2.resize(cv2.imread(str(ROOT / "fig" / "demo" / "hereunder.png"))[..., ::-1], (128, 32))
+    inputs = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    inputs = torch.from_numpy(inputs).float().permute(2, 0, 1)[None]
+    mask = Reader(details=True).read([IMAGES[3]])[0].mask
+    mask = torch.from_numpy(cv2.resize(mask, (128, 32)) / 255).float()[None, None]
+    classes = network(inputs, mask).alignment[-1].logits[0].argmax(1).tolist()
+    assert "".join(network.charset[each - 1] for each in classes[: classes.index(0)]) == "hereunder"
 
 
 def test_two_clones_are_two_packages(tmp_path):

@@ -100,6 +100,12 @@ def test_keys_tell_how_much_of_the_run_is_done():
     assert next(iter(ResumableBatchSampler(40, 10)))[0].progress == 0
 
 
+def test_fewer_samples_than_processes_are_refused():
+    with pytest.raises(UserError, match="3 samples for 4 processes"):
+        ResumableBatchSampler(3, 8, world_size=4)
+    assert len(next(iter(ResumableBatchSampler(4, 8, rank=3, world_size=4)))) == 1
+
+
 def test_a_share_of_nothing_is_refused():
     with pytest.raises(UserError, match="root 2 has a share and no usable sample"):
         MixtureBatchSampler(4, lengths=[5, 0], shares=[(1, 1), (0, 1)])

@@ -85,6 +85,18 @@ def test_large_images_are_taken_a_few_at_a_time(ssn, images, monkeypatch):
     assert all(sum(each) <= 2500 or len(each) == 1 for each in sizes)
 
 
+def test_algorithms_are_not_timed_for_each_size(ssn, images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(
+        SSN, "probability", lambda self, image: seen.append(torch.backends.cudnn.benchmark) or image[:, :1]
+    )
+    Segmenter(ssn, [33])(images[:2])
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.benchmark
+
+
 def test_the_process_keeps_its_number_of_threads(ssn, images):
     """Several threads share one segmenter, which computes on several threads: none of them is left with one."""
     code = """

@@ -243,6 +243,24 @@ def test_a_checkpoint_that_describes_itself_needs_no_config(setup):
         assert contents(Path(f"{output}-configured")) == expected
 
 
+def test_a_checkpoint_brings_its_areas_where_the_config_names_none(setup):
+    described = Config.from_dict({"model": {"name": "ssn", "ssn": TINY | {"areas": [65]}}})
+    torch.save({"model": setup["ssn"].state_dict(), "config": described.to_dict()}, setup["folder"] / "own.pth")
+    create_masks.main(setup["plain"])
+    config = setup["folder"] / "no_areas.yaml"
+    config.write_text(json.dumps({"model": {"name": "ssn", "ssn": TINY}}))
+    arguments = ["--config", str(config), "--checkpoint", str(setup["folder"] / "own.pth"), "--device", "cpu"]
+    arguments += ["--input", str(setup["folder"] / "words"), "--output", str(setup["folder"] / "own")]
+    create_masks.main(arguments)
+    assert contents(setup["folder"] / "own") == contents(setup["folder"] / "masks")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_is_needed(setup):
+    with pytest.raises(UserError, match="--device cuda"):
+        create_masks.main([*setup["plain"], "--device", "cuda"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -124,9 +124,9 @@ def tested(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_real_word_is_accounted_for_and_most_are_read(tested):
+def test_every_real_word_is_accounted_for_and_as_many_are_read_as_readme_says(tested):
     sets = json.loads((tested / "metrics.json").read_text())["datasets"]
-    for name, words, least in (("ic13_1015", 1015, 0.65), ("cute80", 288, 0.35)):
+    for name, words, least in (("ic13_1015", 1015, 0.88), ("cute80", 288, 0.62)):
         assert sets[name]["samples"] + sum(sets[name]["skipped"].values()) == words
         assert sets[name]["accuracy"] >= least
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tool
 import cv2
 import numpy as np
 
-from builders import build_ssn
+from builders import build_mask_maker
 from bundle import load_ssn
 from config import load_config
 from engine import distributed
@@ -113,11 +113,13 @@ def load_segmenter(options: argparse.Namespace) -> tuple[Path, Segmenter]:
             ssn, areas = load_ssn(checkpoint)
         else:
             config.model.ssn.checkpoint = checkpoint
-            ssn, areas = build_ssn(config), config.model.ssn.areas
+            ssn, areas = build_mask_maker(config)
     except UserError as error:
         raise UserError(f"{error}; the network is described by model.ssn of {options.config or '--config'}") from error
     # For several GPUs, `cuda` is each process's own.
     device = distributed.pick_device(name=None if options.device == "cuda" else options.device)
+    if options.device == "cuda" and device.type != "cuda":
+        raise UserError("--device cuda: torch can use no GPU here; give --device cpu")
     return Path(checkpoint), Segmenter(ssn, options.areas or areas, device=device, precision=options.precision)
 
 

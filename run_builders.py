@@ -209,7 +209,11 @@ def _build_lexicons(config: Config, datasets: Sequence[Any], *, split: str) -> d
     if settings.lexicon is None:
         return {}
     make = functools.partial(
-        Lexicon, charset=build_charset(config), steps=config.dataset.max_length + 1, match=settings.lexicon_match
+        Lexicon,
+        charset=build_charset(config),
+        steps=config.dataset.max_length + 1,
+        match=settings.lexicon_match,
+        protocol=evaluation_protocol(config),
     )
     if Path(settings.lexicon).is_file():
         lexicon = make(read_lexicon(settings.lexicon))

@@ -36,7 +36,7 @@ from evaluation.report import Report
 from inference.segmenter import Segmenter
 from loading.augmentation import AugmentWord, CropSegmentation, RandAugmentWord
 from loading.batches import LabelRule, LanguageCollate, WordCollate, collate_segmentation
-from loading.charset import PROTOCOLS, protocol_normalizer
+from loading.charset import PROTOCOLS, Charset
 from loading.sampling import MixtureBatchSampler, ResumableBatchSampler
 from loading.transforms import ResizeWord
 from loading.word_index import default_cache_dir
@@ -209,7 +209,11 @@ def _build_lexicons(config: Config, datasets: Sequence[Any], *, split: str) -> d
     if settings.lexicon is None:
         return {}
     make = functools.partial(
-        Lexicon, charset=build_charset(config), steps=config.dataset.max_length + 1, match=settings.lexicon_match
+        Lexicon,
+        charset=build_charset(config),
+        steps=config.dataset.max_length + 1,
+        match=settings.lexicon_match,
+        protocol=evaluation_protocol(config),
     )
     if Path(settings.lexicon).is_file():
         lexicon = make(read_lexicon(settings.lexicon))
@@ -222,12 +226,18 @@ def _build_lexicons(config: Config, datasets: Sequence[Any], *, split: str) -> d
     return {dataset.name: StoredLexicons(dataset.reader, settings.lexicon, make) for dataset in datasets}
 
 
-def evaluation_protocol(config: Config) -> int:
-    """Return the number of characters that are compared: `dataset.eval_protocol`, else all if case counts, else 36."""
-    if config.dataset.eval_protocol is not None:
-        return config.dataset.eval_protocol
-    size = len(build_charset(config))
-    return size if config.dataset.eval_case_sensitive and size in PROTOCOLS else 36
+def evaluation_protocol(config: Config) -> Charset:
+    """Return the characters that are compared: those of `dataset.eval_protocol`, or by default what suits the charset.
+
+    All of them are compared if some are in no published protocol (another language), or if case counts; else 36.
+    """
+    settings, charset = config.dataset, build_charset(config)
+    size = settings.eval_protocol
+    if size is None and not set(PROTOCOLS[94]).issuperset(charset.characters):
+        return charset if settings.eval_case_sensitive else charset.folded()
+    if size is None:
+        size = len(charset) if settings.eval_case_sensitive and len(charset) in PROTOCOLS else 36
+    return Charset(PROTOCOLS[size])
 
 
 def build_observers(
@@ -236,18 +246,18 @@ def build_observers(
     """Return what a test of `weights` writes besides scores: prediction files, report, attention images if wanted."""
     if config.model.kind == "ssn":
         return []
-    normalize = protocol_normalizer(evaluation_protocol(config))
+    protocol = evaluation_protocol(config)
     report = Report(
         folder=config.work_folder / "report",
         title=config.run.name,
         details={"network": config.model.name, "weights": weights},
         charset=build_charset(config),
-        normalize=normalize,
+        protocol=protocol,
         with_attention=not image_only,
         rank=process.rank,
     )
     common = {"folder": config.work_folder, "model_eval": model_eval}
-    files = [PredictionFiles(normalize=normalize, **common), report]
+    files = [PredictionFiles(normalize=protocol.normalize, **common), report]
     return files if image_only else [*files, AttentionImages(**common)]
 
 

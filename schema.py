@@ -152,7 +152,7 @@ class DatasetConfig(Section):
     eval_protocol: Literal[36, 62, 94] | None = key(
         None,
         "Score on 36 (case and punctuation blind), 62 or 94 characters; null: the charset's own where "
-        "eval_case_sensitive is true, else 36.",
+        "eval_case_sensitive is true or it has others than these 94 (another language), else 36.",
     )
     max_length: PositiveInt = key(25, "Longest word, characters; the network has one step more, for the end.")
     image_height: PositiveInt = key(32, "Height of the network's input, pixels.")

@@ -17,7 +17,10 @@ ONE_FIELD = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # keeps a la
 
 @dataclass(eq=False)
 class PredictionFiles:
-    """Writes every `gt<TAB>prediction` to `<dataset>-<model_eval>/<model_eval>.txt`, the wrong ones to `-false.txt`."""
+    """Writes every `gt<TAB>prediction` to `<dataset>-<model_eval>/<model_eval>.txt`, the wrong ones to `-false.txt`.
+
+    Words of which nothing counts in the protocol are not scored, so that they are not wrong either.
+    """
 
     folder: Path
     model_eval: str
@@ -37,7 +40,12 @@ class PredictionFiles:
     def _write(self, dataset: str, predictions: Sequence[ScoredWord]) -> None:
         folder = self.folder / f"{dataset}-{self.model_eval}"
         folder.mkdir(parents=True, exist_ok=True)
-        wrong = [each for each in predictions if self.normalize(each.text) != self.normalize(each.label)]
+        targets = [self.normalize(each.label) for each in predictions]
+        wrong = [
+            each
+            for each, target in zip(predictions, targets, strict=True)
+            if target and self.normalize(each.text) != target
+        ]
         for name, listed in ((self.model_eval, predictions), (f"{self.model_eval}-false", wrong)):
             lines = "".join(f"{each.label.translate(ONE_FIELD)}\t{each.text}\n" for each in listed)
             (folder / f"{name}.txt").write_text(lines, encoding="utf-8")

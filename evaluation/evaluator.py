@@ -29,10 +29,10 @@ from inference.prediction import predict_words
 from inference.prepare import PreparedNetwork, PreparedSSN
 from inference.segmenter import Segmenter
 from loading.batches import IGNORED, Batch, split_skipped
-from loading.charset import Charset, protocol_normalizer
+from loading.charset import Charset
 from loading.decoding import TEXT_THRESHOLD
 from modules.outputs import RecogniserOutput, chosen_logits, decode_greedily
-from utils import write_atomically
+from utils import UserError, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class WordEvaluator:
     loaders: Mapping[str, DataLoader]  # this process's share of the batches
     filtered: Mapping[str, Mapping[str, int]]  # reason -> words that are not read at all
     charset: Charset
-    protocol: int  # characters that are compared: 36, 62 or 94
+    protocol: Charset  # the characters that are compared
     model_eval: str
     device: torch.device
     precision: str = "fp32"  # or bf16, fp16 (autocast)
@@ -106,19 +106,30 @@ class WordEvaluator:
     headline: ClassVar[str] = "accuracy"  # decides which weights are best
 
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
-        """Read every word; a word that cannot be read or scored is counted in `skipped` under its reason."""
-        normalize = protocol_normalizer(self.protocol)
+        """Read every word; a word that cannot be read or scored is counted in `skipped` under its reason.
+
+        Raises:
+            UserError: nothing of any label of a set counts in the protocol, so that every network would score 0.
+        """
+        normalize = self.protocol.normalize
         was_training = model.training
         model.eval()
         datasets = {}
         for name, loader in self.loaders.items():
             predictions, unreadable = self._read(model, name, loader, observers)
             scored = [word for word in predictions if normalize(word.label)]
+            if predictions and not scored:
+                raise UserError(
+                    f"{name}: none of its {len(predictions)} words has one of the {len(self.protocol)} characters that "
+                    "are compared; leave the set out, or set dataset.eval_protocol to 94, or to null with a "
+                    "dataset.charset_path that holds its characters"
+                )
             empty = Counter({EMPTY_IN_PROTOCOL: len(predictions) - len(scored)})
             skipped = dict(Counter(self.filtered[name]) + unreadable + empty)
             datasets[name] = {"samples": len(scored), "skipped": skipped, **score_words(scored, normalize)}
         model.train(was_training)
-        scores = {"model_eval": self.model_eval, "protocol": self.protocol, **with_means(datasets)}
+        protocol = {"protocol": len(self.protocol), "characters": self.protocol.characters}
+        scores = {"model_eval": self.model_eval, **protocol, **with_means(datasets)}
         for observer in observers:
             observer.on_end(scores)
         return scores

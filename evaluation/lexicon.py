@@ -82,25 +82,42 @@ class Lexicon:
         steps: T; longer words cannot be predicted.
         match: "probability" chooses the most probable word, and of equally probable ones the closest to the greedy
             prediction; "distance", as most papers do, the closest one, and of equally close ones the most probable.
+        protocol: the characters that an evaluation compares, by default the network's: distances are those of texts as
+            it compares them, and the probability of a character is that of all that it holds equal, such as both cases.
 
     Raises:
         UserError: the network can predict no word of the list.
     """
 
-    def __init__(self, words: Sequence[str], charset: Charset, *, steps: int, match: Match = "probability") -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        charset: Charset,
+        *,
+        steps: int,
+        match: Match = "probability",
+        protocol: Charset | None = None,
+    ) -> None:
         self.match = match
-        shown: dict[str, str] = {}  # what the network can read of a word -> the word
+        self._normalize = (protocol or charset).normalize
+        alike: dict[str, list[int]] = {}  # what is compared of a character, or itself -> classes
+        for character in charset.characters:
+            alike.setdefault(self._normalize(character) or character, []).extend(charset.encode(character))
+        self._alike = [classes for classes in alike.values() if len(classes) > 1]
+        shown: dict[str, tuple[str, str]] = {}  # what of a word is told apart -> what the network can read, the word
         for word in words:
-            shown.setdefault(charset.normalize(word), word)
-        self.readable = [each for each in shown if 0 < len(each) < steps]
-        self.words = [shown[each] for each in self.readable]
+            text = charset.normalize(word)
+            shown.setdefault("".join(self._normalize(each) or each for each in text), (text, word))
+        kept = [each for each in shown.values() if 0 < len(each[0]) < steps]
+        readable, self.words = [text for text, _ in kept], [word for _, word in kept]
         if not self.words:
             raise UserError(
                 f"lexicon: the network can predict none of its {len(words)} words; check characters and lengths"
             )
+        self._compared = [*map(self._normalize, readable)]
         # (L, T): classes up to the end, then C, which stands for "anything": it adds nothing.
         self._classes = np.full((len(self.words), steps), charset.num_classes)
-        for row, text in zip(self._classes, self.readable, strict=True):
+        for row, text in zip(self._classes, readable, strict=True):
             row[: len(text) + 1] = [*charset.encode(text), NULL_CLASS]
 
     def __call__(self, logs: np.ndarray, greedy: str) -> Candidate:
@@ -109,13 +126,16 @@ class Lexicon:
         Args:
             greedy: the prediction without a list.
         """
-        padded = np.pad(logs, ((0, 0), (0, 1)))
+        padded = np.pad(logs, ((0, 0), (0, 1)))  # (T, C + 1), a copy
+        for classes in self._alike:
+            padded[:, classes] = np.logaddexp.reduce(padded[:, classes], axis=1, keepdims=True)
         scores = padded[np.arange(len(logs)), self._classes].sum(1)  # (L,)
         shares = np.exp(scores - scores.max())
         is_rival = scores >= (-np.inf if self.match == "distance" else scores.max() - SAME)
         rivals = np.flatnonzero(is_rival).tolist()
         if len(rivals) > 1:
-            rivals = sorted(rivals, key=lambda each: (Levenshtein.distance(self.readable[each], greedy), -scores[each]))
+            greedy = self._normalize(greedy)
+            rivals.sort(key=lambda each: (Levenshtein.distance(self._compared[each], greedy), -scores[each]))
         return Candidate(self.words[rivals[0]], float(shares[rivals[0]] / shares.sum()))
 
 

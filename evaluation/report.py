@@ -7,10 +7,9 @@ rendered from the files in `report_template/`.
 
 import bisect
 import json
-import string
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ class Report:
     folder: Path  # where `index.html` and `images/` go
     title: str  # heading of the page
     charset: Charset
-    normalize: Callable[[str], str]  # to what the evaluation's protocol compares of a text
+    protocol: Charset  # the characters that the evaluation compares
     details: Mapping[str, str] = field(default_factory=dict)  # further facts for the head of the page, by name
     with_attention: bool = True  # keep the attention of each character
     rank: int = 0  # of this process; each process writes its own sprites
@@ -87,7 +86,7 @@ class Report:
             tiles = self._tiles(batch, output, words)
             places = [self._sprites.add(*each) if self._sprites.count < self.max_words else (None, 0) for each in tiles]
         for word, place, *read in zip(words, places, vision, language, alignment, strict=True):
-            compared = self.normalize(word.label), self.normalize(word.text)
+            compared = self.protocol.normalize(word.label), self.protocol.normalize(word.text)
             self._words.append(ReportedWord(dataset, word, *compared, *read, *place))
 
     def on_end(self, scores: Mapping[str, Any]) -> None:
@@ -154,9 +153,9 @@ class Report:
             "cellMargin": CELL_MARGIN,
             "layout": layout,
             "attention": self.with_attention and layout is not None,
-            "folds": self.normalize("A") == "a",
+            "folds": not self.protocol.has_upper_case,
             "between": BETWEEN,
-            "characters": "".join(c for c in string.printable if self.normalize(c) == c),
+            "characters": self.protocol.characters,
             "words": [word_row(each, datasets, sprites) for each in listed],
         }
         text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))

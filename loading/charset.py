@@ -3,14 +3,15 @@
 import functools
 import itertools
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from modules.outputs import NULL_CLASS
 from utils import UserError
 
-# Characters that each evaluation protocol compares; 36 compares letters without their case.
+# Characters that each published protocol compares, by their number: 36 compares letters without their case, and spaces
+# never count.
 PROTOCOLS = {
     36: string.digits + string.ascii_lowercase,
     62: string.digits + string.ascii_letters,
@@ -79,7 +80,11 @@ class Charset:
     @functools.cached_property
     def has_upper_case(self) -> bool:
         """Whether the charset tells upper from lower case."""
-        return any(map(str.isupper, self.characters))
+        return any(_lower(character) != character for character in self.characters)
+
+    def folded(self) -> "Charset":
+        """Return the charset with its letters in lower case, each once: what is compared if case does not count."""
+        return Charset("".join(dict.fromkeys(map(_lower, self.characters))))
 
     def normalize(self, text: str, *, lower: bool = False) -> str:
         """Return what the network can read of a text: lower-cased on request or without upper case, the rest dropped.
@@ -107,14 +112,6 @@ class Charset:
 
 
 def _lower(character: str) -> str:
-    """Lower-case a character, but never turn a foreign one into ASCII, as Python does with the Kelvin sign."""
+    """Lower-case a character, but never into several or from a foreign one into ASCII (the Kelvin sign)."""
     lower = character.lower()
-    return lower if lower.isascii() == character.isascii() else character
-
-
-def protocol_normalizer(protocol: int) -> Callable[[str], str]:
-    """Return the function that a protocol applies to labels and predictions before it compares them.
-
-    36: lower-cased, `[0-9a-z]` kept. 62: `[0-9a-zA-Z]` kept. 94: the printable ASCII characters kept, spaces dropped.
-    """
-    return Charset(PROTOCOLS[protocol]).normalize
+    return lower if len(lower) == 1 and lower.isascii() == character.isascii() else character

@@ -255,13 +255,13 @@ def test_the_best_weights_are_kept_and_statistics_shared_before_evaluation(tmp_p
 
 
 def test_predictions_are_one_line_each_whatever_the_label_holds(tmp_path):
-    files = PredictionFiles(folder=tmp_path, model_eval="vision", normalize=str.lower)
-    words = [ScoredWord(0, "a\tb\nc", "abc", 0.5), ScoredWord(1, "Word", "word", 0.5)]
+    files = PredictionFiles(folder=tmp_path, model_eval="vision", normalize=lambda text: text.lower().strip("!"))
+    words = [ScoredWord(0, "a\tb\nc", "abc", 0.5), ScoredWord(1, "Word", "word", 0.5), ScoredWord(2, "!!", "ll", 0.5)]
     files.on_batch("set", None, None, words)
     files.on_end({"datasets": {"set": {}}})
     folder = tmp_path / "set-vision"
-    assert (folder / "vision.txt").read_text() == "a\\tb\\nc\tabc\nWord\tword\n"
-    assert (folder / "vision-false.txt").read_text() == "a\\tb\\nc\tabc\n"
+    assert (folder / "vision.txt").read_text() == "a\\tb\\nc\tabc\nWord\tword\n!!\tll\n"
+    assert (folder / "vision-false.txt").read_text() == "a\\tb\\nc\tabc\n"  # "!!" is not scored
 
 
 def test_the_list_names_the_newest_checkpoint_last(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loading.charset import Charset, protocol_normalizer
+from loading.charset import PROTOCOLS, Charset
 from utils import UserError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -101,4 +101,11 @@ def test_missing_file_and_repeated_characters(tmp_path):
 
 @pytest.mark.parametrize(("protocol", "text"), [(36, "its5oclock"), (62, "Its5OClock"), (94, "It's5O'Clock!")])
 def test_protocols(protocol, text):
-    assert protocol_normalizer(protocol)("It's 5 O'Clock! é") == text
+    assert Charset(PROTOCOLS[protocol]).normalize("It's 5 O'Clock! é") == text
+
+
+def test_folded_charsets_compare_without_case():
+    folded = Charset("Éé1АБаIİ\u212a").folded()
+    assert folded.characters == "é1абiİ\u212a"  # the last two have no lower case of one character of their own
+    assert not folded.has_upper_case
+    assert folded.normalize("аБ é-É İ") == "абééİ"

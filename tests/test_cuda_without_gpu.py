@@ -30,7 +30,7 @@ from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from loading import batches
 from loading.batches import Batch, LanguageBatch, SegmentationBatch
-from loading.charset import Charset
+from loading.charset import PROTOCOLS, Charset
 from reader import Reader
 from run_builders import build_training_data
 from tests import small_networks
@@ -431,7 +431,7 @@ def test_evaluation(precision):
             loaders={"test": [make_batch(config)]},
             filtered={"test": {}},
             charset=charset,
-            protocol=36,
+            protocol=Charset(PROTOCOLS[36]),
             model_eval="alignment",
             device=CUDA,
             precision=precision,

@@ -83,7 +83,7 @@ def evaluator(sets: dict[str, list[Batch]], *, protocol: int = 36, filtered: dic
         loaders=sets,
         filtered={name: (filtered or {}).get(name, {}) for name in sets},
         charset=CHARSET,
-        protocol=protocol,
+        protocol=Charset(PROTOCOLS[protocol]),
         model_eval="vision",
         device=torch.device("cpu"),
     )
@@ -119,6 +119,32 @@ def test_one_network_is_scored_by_every_protocol(protocol, right):
     assert scores["datasets"]["set"]["accuracy"] == pytest.approx(
         right / 4
     )  # its = it's but in 94, hello = Hello in 36
+
+
+def test_other_languages_are_scored_on_all_characters_of_their_charset(tmp_path):
+    with LmdbWriter(tmp_path / "set") as writer:
+        for label in ("UP", "Привет!", "?"):
+            writer.append(cv2.imencode(".png", RAMP)[1].tobytes(), label)
+    path = tmp_path / "charset.txt"
+    path.write_text("".join(f"{place}\t{each}\n" for place, each in enumerate("НОПРноприветup?")), encoding="utf-8")
+    data = {"charset_path": str(path), "test": {"roots": [str(tmp_path / "set")]}}
+
+    def scored(**settings) -> dict:
+        config = small_config("abinet", **data, **settings)
+        judge = build_evaluator(config, device=torch.device("cpu"), process=Process(), model_eval="vision")
+        return judge.evaluate(ReadsUprightWords(config))
+
+    scores = scored()
+    assert (scores["protocol"], scores["characters"]) == (11, "ноприветup?")
+    entry = scores["datasets"]["set"]
+    assert (entry["samples"], entry["skipped"], entry["accuracy"]) == (3, {}, 1 / 3)
+    assert scored(eval_case_sensitive=True)["characters"] == "НОПРноприветup?"
+    assert scored(eval_protocol=36)["datasets"]["set"]["skipped"] == {EMPTY_IN_PROTOCOL: 2}
+
+
+def test_a_set_of_which_nothing_counts_is_refused():
+    with pytest.raises(UserError, match=r"other: none of its 2 words.*dataset\.eval_protocol"):
+        evaluator({"set": batches(LABELS, 4), "other": batches(["!!", "да"], 4)}).evaluate(Says(READINGS))
 
 
 def test_every_word_is_accounted_for():

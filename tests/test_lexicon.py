@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evaluation.lexicon import LOWEST, Lexicon, StoredLexicons, log_probabilities, most_probable, read_lexicon
-from loading.charset import Charset
+from loading.charset import PROTOCOLS, Charset
 from loading.lmdb_io import LmdbReader
 from utils import UserError
 
@@ -87,6 +87,32 @@ def test_words_are_given_as_they_stand_in_the_list_and_count_once(logs):
     assert lexicon(logs, "").confidence == 1
     with pytest.raises(UserError, match="can predict none of its 2 words"):
         Lexicon(["123", "abcdef"], CHARSET, steps=STEPS)
+
+
+@pytest.mark.parametrize("match", ["probability", "distance"])
+def test_words_are_matched_as_the_protocol_compares_them(match):
+    charset, words = Charset(PROTOCOLS[94]), ["HOTEL", "BAR", "Motel", "hotel"]
+    logits = torch.zeros(1, 6, charset.num_classes)
+    logits[0, range(6), [*charset.encode("Hotel"), 0]] = 20
+    logs = log_probabilities(logits)[0]
+    found = {
+        protocol: Lexicon(words[:last], charset, steps=6, match=match, protocol=Charset(PROTOCOLS[protocol]))
+        for protocol, last in ((36, 4), (94, 3))
+    }
+    assert found[36].words == words[:3]  # "hotel" is equal to the first
+    assert found[36](logs, "Hotel").text == "HOTEL"
+    assert found[36](logs, "Hotel").confidence == pytest.approx(1)
+    assert found[94](logs, "Hotel").text == Lexicon(words[:3], charset, steps=6)(logs, "Hotel").text == "Motel"
+
+
+def test_the_probability_of_a_letter_is_that_of_both_cases():
+    charset = Charset("abAB")
+    logs = np.log(np.array([[0.0, 0.3, 0.4, 0.3, 0.0], [1.0, 0, 0, 0, 0]]) + 1e-9)
+    before = logs.copy()
+    assert Lexicon(["a", "b"], charset, steps=2)(logs, "b").text == "b"
+    found = Lexicon(["a", "b"], charset, steps=2, protocol=charset.folded())(logs, "b")
+    assert (found.text, found.confidence) == ("a", pytest.approx(0.6))
+    assert (logs == before).all()
 
 
 def test_lists_come_from_files_and_lmdbs(tmp_path):

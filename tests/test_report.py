@@ -18,6 +18,8 @@ from evaluation.report import ReportedWord
 from tests.browser import fill, found, missing_images, overflow, page_data, show
 from tests.small_networks import save_network, small_config, write_masks, write_words
 
+CHARSET = report.Charset("ab")
+
 
 def word(target: str, prediction: str, confidence: float = 0.5) -> ReportedWord:
     scored = ScoredWord(0, target, prediction, confidence)
@@ -128,7 +130,7 @@ def test_image_only_and_networks_without_masks_leave_parts_out(run):
 
 def written(folder: Path, words: list[ReportedWord]) -> Path:
     """The page of some words of data set `set`, all characters counting."""
-    writer = report.Report(folder=folder, title="title", charset=report.Charset("ab"), normalize=str)
+    writer = report.Report(folder=folder, title="title", charset=CHARSET, protocol=CHARSET)
     writer._words = words
     score = {"accuracy": 0.0, "ccr": 0.0, "ned": 0.0, "ece": 0.5}
     entry = {"samples": len(words), "skipped": {}, **score}
@@ -150,7 +152,7 @@ def test_confusions_of_any_characters_are_told_apart(tmp_path):
 
 def test_hostile_labels_stay_text(tmp_path):
     writer = report.Report(
-        folder=tmp_path, title="</script><b>", charset=report.Charset("ab"), normalize=str, details={"<i>": "&"}
+        folder=tmp_path, title="</script><b>", charset=CHARSET, protocol=CHARSET, details={"<i>": "&"}
     )
     label = "</script><script>alert(1)</script>"
     scored = ScoredWord(0, label, "<img src=x>", 0.5)

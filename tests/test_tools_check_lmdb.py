@@ -136,6 +136,20 @@ def test_fix_writes_a_clean_copy_and_leaves_the_original(broken, tmp_path):
     assert check_lmdb.main([str(broken), "--fix", str(tmp_path / "clean"), "--overwrite"]) == 1
 
 
+def test_fix_keeps_all_that_is_stored_under_the_number_of_a_word(tmp_path):
+    with LmdbWriter(tmp_path / "a") as writer:
+        for number in (1, 2, 3):
+            writer.append(_encode(number) if number != 2 else b"broken", f"word{number}")
+            writer.put(f"lexicon-{number:09d}", f"list {number}")
+        writer.put("lexicon-1k-000000003", "long list")
+        writer.put("remark", "x")
+    assert _check(tmp_path / "a", "--fix", tmp_path / "b")[0] == 1
+    reader = LmdbReader(tmp_path / "b")
+    lists = [b"list 1", b"list 3", None]
+    assert [reader.get(f"lexicon-{number:09d}") for number in (1, 2, 3)] == lists
+    assert list(reader.keys("lexicon-1k")) == ["lexicon-1k-000000002"]
+
+
 @pytest.mark.parametrize(
     ("stored", "problems"),
     [(None, {"num-samples missing or no number": 1}), ("x", {"num-samples missing or no number": 1}), ("2", 3)],

@@ -72,6 +72,17 @@ def test_words_that_flip_are_counted_and_listed_per_data_set_and_together(tmp_pa
     assert "Correct only in A <span" in page
 
 
+def test_other_languages_are_compared_on_the_characters_of_the_tests(tmp_path, capsys):
+    runs = [{"one": [("Да", text), ("Éa", "éa"), ("?", "")]} for text in ("до", "да")]
+    a, b = (write_test(tmp_path / name, words) for name, words in zip("ab", runs, strict=True))
+    for run in (a, b):
+        scores = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").write_text(json.dumps(scores | {"protocol": 5, "characters": "даоéa"}))
+    assert "+50.00" in compared(capsys, a, b)
+    with pytest.raises(UserError, match="36 and 5 different characters"):
+        compare_runs.main([str(write_test(tmp_path / "c", runs[0])), str(b)])
+
+
 def test_sub_models_of_one_run_are_compared(tmp_path, capsys):
     write_test(tmp_path / "run", {"one": [("a", "a"), ("b", "x")]}, model_eval="vision")
     run = write_test(tmp_path / "run", {"one": [("a", "a"), ("b", "b")]})

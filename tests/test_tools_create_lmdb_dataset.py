@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from loading.decoding import decode_image
 from loading.lmdb_io import LmdbReader, image_key, label_key
 from tools import create_lmdb_dataset
 from tools.create_lmdb_dataset import read_entries, split_line
@@ -89,6 +90,26 @@ def test_every_format_is_stored_unchanged_and_in_order(tmp_path):
     reader = LmdbReader(tmp_path / "out")
     for i, path in enumerate(paths, start=1):
         assert reader.get(image_key(i)) == path.read_bytes()
+
+
+def test_images_are_stored_upright(tmp_path):
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 10, 3), np.uint8))
+    exif = Image.Exif()
+    for orientation in range(9):
+        exif[ExifTags.Base.Orientation] = orientation
+        for suffix in ("png", "jpg"):
+            small.resize((40, 16)).save(tmp_path / f"{orientation}.{suffix}", exif=exif, quality=95)
+    names = [f"{orientation}.{suffix}" for orientation in range(9) for suffix in ("png", "jpg")]
+    assert len(_convert(tmp_path, "".join(f"{name}\tx\n" for name in names))[0]) == 18
+    reader = LmdbReader(tmp_path / "out")
+    for number, name in enumerate(names, start=1):
+        file, stored = (tmp_path / name).read_bytes(), reader.get(image_key(number))
+        seen = decode_image(stored).astype(int)
+        expected = decode_image(file, oriented=True)
+        assert seen.shape == expected.shape
+        assert np.abs(seen - expected).mean() < (8 if name.endswith("jpg") else 1e-9)  # another turn differs far more
+        assert (stored == file) == (name[0] in "01")
+        assert stored[:2] == file[:2]  # of one format
 
 
 def test_names_and_labels_with_spaces_commas_tabs_and_accents(tmp_path):

@@ -44,7 +44,7 @@ from engine.distributed import pick_device
 from evaluation.tables import csv_text
 from inference.segmenter import Segmenter
 from loading.batches import LabelRule
-from loading.charset import PROTOCOLS, Charset, protocol_normalizer
+from loading.charset import PROTOCOLS, Charset
 from loading.lmdb_io import LmdbReader
 from loading.word_index import scan_words
 from reader import Reader
@@ -231,7 +231,7 @@ def read_items(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray
 
     The quality is the overlap with the exact mask, empty where there is none of them.
     """
-    normalize = protocol_normalizer(protocol)
+    normalize = Charset(PROTOCOLS[protocol]).normalize
     chosen = [place for place in range(len(items)) if masks is None or masks[place] is not None]
     given = None if masks is None else [masks[place] for place in chosen]
     rows = []

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import hashlib
+import re
 import sys
 from array import array
 from collections import Counter
@@ -221,7 +222,7 @@ def print_findings(findings: Findings) -> None:
 
 
 def write_clean_copy(findings: Findings, mask_path: Path | None, root: str, output: Path, *, overwrite: bool) -> None:
-    """Write the valid samples of a checked LMDB anew, numbered without gaps.
+    """Write the valid samples of a checked LMDB anew, numbered without gaps, and all that they have.
 
     The copy lies below `output` as the LMDB does below `root`; with masks, below `output/images`, and the masks
     likewise below `output/masks`.
@@ -235,9 +236,15 @@ def write_clean_copy(findings: Findings, mask_path: Path | None, root: str, outp
         copies = {findings.path: output / "images" / place, mask_path: output / "masks" / place}
     for source, target in copies.items():
         reader = LmdbReader(source)
+        numbered = (re.fullmatch("(.+)-[0-9]{9}", key) for key in reader.keys(""))
+        names = {match[1] for match in numbered if match} - {"image", "label", "mask"}  # such as word lists
         with LmdbWriter(target, overwrite=overwrite) as writer:
             for number in findings.valid:
-                writer.append(*(reader.get(key(number)) for key in (image_key, label_key, mask_key)))
+                new = writer.append(*(reader.get(key(number)) for key in (image_key, label_key, mask_key)))
+                for name in names:
+                    value = reader.get(f"{name}-{number:09d}")
+                    if value is not None:
+                        writer.put(f"{name}-{new:09d}", value)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from scipy.stats import binomtest, norm
 
 from evaluation.report import MARGIN, render_page
 from evaluation.tables import markdown_table
-from loading.charset import PROTOCOLS, protocol_normalizer
+from loading.charset import PROTOCOLS, Charset
 from tools.support import make_parser
 from utils import UserError, run_command_line, write_atomically
 
@@ -38,7 +38,7 @@ class TestedRun:
 
     folder: Path
     model_eval: str
-    protocol: int
+    protocol: Charset
     words: dict[str, list[tuple[str, str]]]
 
 
@@ -99,7 +99,9 @@ def load_evaluation(folder: Path, model_eval: str | None = None) -> TestedRun:
     path = folder / ("metrics.json" if model_eval is None else f"metrics-{model_eval}.json")
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-        model_eval, protocol, datasets = scores["model_eval"], scores["protocol"], scores["datasets"]
+        model_eval, datasets = scores["model_eval"], scores["datasets"]
+        # Older tests have the number only.
+        protocol = Charset(scores.get("characters") or PROTOCOLS[scores["protocol"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         test = "--phase test" + (f" --model_eval {model_eval}" if model_eval else "")
         raise UserError(f"{path}: no scores of recognised words; run main.py {test} first") from error
@@ -123,15 +125,15 @@ def check_same_words(first: TestedRun, second: TestedRun) -> None:
 
 
 def compare(
-    first: TestedRun, second: TestedRun, protocol: int, images: dict[str, list[tuple[str, str]]]
+    first: TestedRun, second: TestedRun, protocol: Charset, images: dict[str, list[tuple[str, str]]]
 ) -> tuple[list[Comparison], list[Flip]]:
     """Return a row for each data set, for several one for all words too, and the words that flipped, in order.
 
     Args:
-        protocol: characters that count, 36, 62 or 94; words of which nothing counts are left out.
+        protocol: characters that count; words of which nothing counts are left out.
         images: those of a report, as `report_images` gives them.
     """
-    normalize = protocol_normalizer(protocol)
+    normalize = protocol.normalize
     rows, flips = [], []
     for name in first.words:
         pairs = zip(first.words[name], second.words[name], strict=True)
@@ -150,7 +152,7 @@ def compare(
         flips += changed
     rows = [row for row in rows if row.words]
     if not rows:
-        raise UserError(f"{first.folder}: no word has a character that counts in protocol {protocol}")
+        raise UserError(f"{first.folder}: no word has one of the {len(protocol)} characters that are compared")
     if len(rows) > 1:
         sums = [sum(column) for column in zip(*((r.words, *r.right, r.lost, r.gained) for r in rows), strict=True)]
         rows.append(Comparison("all words", sums[0], (sums[1], sums[2]), sums[3], sums[4]))
@@ -206,10 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = load_evaluation(Path(options.first), scored[0])
     second = load_evaluation(Path(options.second), scored[1])
     check_same_words(first, second)
-    if options.protocol is None and first.protocol != second.protocol:
-        protocols = f"{first.protocol} and {second.protocol} characters"
+    if options.protocol is None and {*first.protocol.characters} != {*second.protocol.characters}:
+        protocols = f"{len(first.protocol)} and {len(second.protocol)} different characters"
         raise UserError(f"{first.folder} and {second.folder}: scored on {protocols}; choose with --protocol")
-    protocol = options.protocol or first.protocol
+    protocol = Charset(PROTOCOLS[options.protocol]) if options.protocol else first.protocol
     images = report_images(second.folder / "report") or report_images(first.folder / "report")
     rows, flips = compare(first, second, protocol, images)
     sides = {name: f"{each.folder} ({each.model_eval})" for name, each in (("A", first), ("B", second))}
@@ -224,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for side, gained in (("B", True), ("A", False))
         ],
         sides=sides,
-        protocol=protocol,
+        protocol=len(protocol),
         verdict=verdict(rows[-1]),
         shown_p=shown_p,
     )

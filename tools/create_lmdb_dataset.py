@@ -1,6 +1,7 @@
 """Make a word LMDB from a folder of images and a list of labels."""
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
 
+import cv2
+from PIL import ExifTags, Image
+
+from loading.decoding import IMAGE_ERRORS, decode_image
 from tools import support
 from tools.support import RejectedError, Word
 from utils import UserError, run_command_line
@@ -16,6 +21,7 @@ EXAMPLE = """  python tools/create_lmdb_dataset.py words/ words/gt.txt data/trai
 
 each line of GT_FILE is `path<TAB>label`, `path,label` or `path, "label"`; paths are relative to IMAGE_FOLDER"""
 
+JPEG_QUALITY = 95  # of images that are turned
 LONGEST_PATH = 4096  # bytes, of any system
 
 Split = Callable[[str], Iterator[tuple[str, str]]]
@@ -54,6 +60,23 @@ def split_line(line: str) -> Iterator[tuple[str, str]]:
         yield name, label
 
 
+def upright(data: bytes) -> bytes:
+    """Return a valid image file turned as its EXIF orientation says, and without it; all others unchanged.
+
+    Data sets are read as stored, since masks and boxes are those of the stored pixels, but `Reader` turns images.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.getexif().get(ExifTags.Base.Orientation) not in range(2, 9):
+                return data
+            is_jpeg = image.format in ("JPEG", "MPO")  # the latter is how some telephones call theirs
+        pixels = decode_image(data, oriented=True)
+    except IMAGE_ERRORS:  # of formats and tags that only Pillow minds
+        return data
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if is_jpeg else []
+    return cv2.imencode(".jpg" if is_jpeg else ".png", pixels[..., ::-1], options)[1].tobytes()
+
+
 def word_of_entry(entry: bytes, *, folder: str, split: Split) -> Word:
     """Return the word of an entry of a list, or why there is none; runs in a worker."""
     line = name = entry.decode(errors="backslashreplace")
@@ -71,7 +94,7 @@ def word_of_entry(entry: bytes, *, folder: str, split: Split) -> Word:
                 raise RejectedError("tab in label", label)
             image = support.read_file(path)
             support.checked_image(image)
-            return Word(name, image=image, label=label)
+            return Word(name, image=upright(image), label=label)
     except UnicodeDecodeError as error:
         return Word(line, reason="line is not UTF-8", detail=str(error))
     except RejectedError as error:

@@ -233,7 +233,7 @@ def evaluation_protocol(config: Config) -> Charset:
     """
     settings, charset = config.dataset, build_charset(config)
     size = settings.eval_protocol
-    if size is None and not set(PROTOCOLS[94]).issuperset(charset.characters):
+    if size is None and not set(PROTOCOLS[94] + " ").issuperset(charset.characters):
         return charset if settings.eval_case_sensitive else charset.folded()
     if size is None:
         size = len(charset) if settings.eval_case_sensitive and len(charset) in PROTOCOLS else 36

@@ -26,6 +26,7 @@ from engine import distributed
 from engine.distributed import Process
 from engine.trainer import Trainer
 from evaluation.evaluator import WordEvaluator
+from inference.prediction import VARIANTS
 from inference.prepare import prepare_for_inference
 from inference.segmenter import Segmenter
 from loading import batches
@@ -417,7 +418,9 @@ def test_reader(tmp_path, tta_below):
         reader.device = reader._segmenter.device = CUDA
         predictions = reader.read(word_images(3))
     assert [each.error for each in predictions] == [None] * 3
-    assert len(arrived) <= 1 + 3 + 5 + (5 if tta_below else 0)  # overflow, masks; then a few arrays of the whole batch
+    assert len(arrived) <= 1 + 3 + 5 + (
+        1 + len(VARIANTS) if tta_below else 0
+    )  # overflow, masks; arrays of the whole batch
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -205,10 +205,12 @@ def test_a_run_that_went_back_to_an_older_checkpoint_resumes_from_it(config):
     back.wait_until(lambda: "resumed after iteration 6" in back.text())
     os.kill(back.pid, signal.SIGKILL)
     back.wait()
-    assert [path.name for path in folder_of(config).glob("superseded-*")] == [f"superseded-{NAME}_1_9.pth"]
+    later = {f"superseded-{NAME}_1_9.pth", f"superseded-best-{NAME}.pth"}
+    assert {path.name for path in folder_of(config).glob("superseded-*")} == later
     resumed = run(config, "--resume")
     assert "resumed after iteration 6" in resumed.text()
     assert [entry["iteration"] for entry in history(config)] == list(range(1, ITERATIONS + 1))
+    assert (folder_of(config) / f"best-{NAME}.pth").is_file()  # of the steps that were taken anew
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

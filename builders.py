@@ -5,14 +5,14 @@ values, and configs hold only values.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from config import Config
+from config import Config, differing
 from engine import distributed
 from engine.checkpoints import load_weights, read_checkpoint
 from engine.optimization import (
@@ -163,22 +163,13 @@ def load_described(
         ours, theirs = config.to_dict(), state.get("config")
         for name in section.split("."):
             ours, theirs = ours[name], theirs.get(name) if isinstance(theirs, Mapping) else None
-        differing = list(_differing(ours, theirs, section))
-        if not differing:
+        keys = [
+            f"{key} is {other} in its config, {value} here"
+            for key, other, value in differing(ours, theirs, section, NOT_OF_THE_NETWORK)
+        ]
+        if not keys:
             raise
-        raise UserError(f"{error}. {'; '.join(differing[:KEYS_SHOWN])}") from error
-
-
-def _differing(ours: Mapping[str, Any], theirs: Any, section: str) -> Iterator[str]:
-    """Yield a phrase for each key of a section that shapes tensors and has another value in a checkpoint's config."""
-    for name, value in ours.items():
-        other = theirs.get(name) if isinstance(theirs, Mapping) else None
-        if name in NOT_OF_THE_NETWORK or other is None:
-            continue
-        if isinstance(value, Mapping):
-            yield from _differing(value, other, f"{section}.{name}")
-        elif repr(other) != repr(value):
-            yield f"{section}.{name} is {other} in its config, {value} here"
+        raise UserError(f"{error}. {'; '.join(keys[:KEYS_SHOWN])}") from error
 
 
 def _started(model: nn.Module, section: VisionConfig | LanguageConfig, config: Config, name: str) -> nn.Module:

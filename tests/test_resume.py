@@ -162,7 +162,14 @@ def test_the_saved_config_keeps_the_weights_that_the_run_started_from(config, bu
         ),
         (["optimizer.lr_groups={{vision: 2}}"], "groups the parameters in another way); resume with the model"),
         (["--checkpoint=other.pth"], "model.checkpoint: the run to resume started from None, not other.pth"),
-        (["dataset.train.roots=[{images}]"], "dataset.train.roots: an epoch of the run to resume has 5 batches, not 6"),
+        (["dataset.train.roots=[{images}/test]"], "images/train'], not ['"),
+        (
+            ["model.vision.nhead=4", "model.vision.activation=gelu", "model.iter_size=3"],
+            "model.vision.nhead: the run to resume has 2, not 4; model.vision.activation: the run to resume has relu, "
+            "not gelu; model.iter_size: the run to resume has 2, not 3; set back what has changed, or start a new run",
+        ),
+        (["model.vision.segmentation.normalize=batch"], "model.vision.segmentation.normalize: the run to resume has"),
+        (["model.name=vision"], "model.name: the run to resume has binet, not vision"),
     ],
 )
 def test_what_must_not_change_within_a_run_is_refused_by_its_key(config, tmp_path, changes, key):
@@ -175,6 +182,20 @@ def test_what_must_not_change_within_a_run_is_refused_by_its_key(config, tmp_pat
     assert key in line
     assert "Traceback" not in refused.text()
     assert history_text(config) == before
+
+
+def test_a_run_resumes_with_data_that_have_moved_and_other_keys_of_training(config, tmp_path):
+    run(config, "training.iterations=3")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    moved = (f"dataset.train.roots=[{tmp_path}/moved/train/]", f"dataset.test.roots=[{tmp_path}/moved/test]")
+    run(config, "--resume", "training.iterations=5", *moved, "model.vision.dropout=0.2", "model.vision.loss_weight=2")
+    assert len(history(config)) == 5
+    tiny_run.write_words(tmp_path / "more", "train", 48)
+    (tmp_path / "more" / "masks" / "test").symlink_to(tmp_path / "masks" / "test")
+    other = (f"dataset.train.roots=[{tmp_path}/more/images/train]", f"dataset.masks.root={tmp_path}/more/masks")
+    refused = start(config, "--resume", *other, moved[1])
+    assert refused.wait() == 2, refused.text()
+    assert "dataset.train.roots: an epoch of the run to resume has 5 batches, not 6" in refused.text()
 
 
 def test_a_run_resumes_with_another_weight_decay(config):

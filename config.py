@@ -167,6 +167,14 @@ def function_keys(config: Config) -> dict[str, Any]:
     return keys | {"iter_size": config.model.iter_size} if kind == "recogniser" else keys
 
 
+def function_differences(config: Config, carried: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, its value, ours) where a checkpoint's config computes something else from an image or text."""
+    sizes = {"image_height", "image_width", "max_length", "multiscales", "align_left"}
+    theirs = _migrated(carried) if isinstance(carried, Mapping) else {}
+    yield from differing(function_keys(config), theirs.get("model"), "model")
+    yield from differing(config.dataset.model_dump(include=sizes), theirs.get("dataset"), "dataset")
+
+
 def differing(
     ours: Mapping[str, Any], theirs: Any, section: str, ignored: Collection[str] = OF_TRAINING
 ) -> Iterator[tuple[str, Any, Any]]:

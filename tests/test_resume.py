@@ -169,12 +169,18 @@ def test_the_saved_config_keeps_the_weights_that_the_run_started_from(config, bu
             "not gelu; model.iter_size: the run to resume has 2, not 3; set back what has changed, or start a new run",
         ),
         (["model.vision.segmentation.normalize=batch"], "model.vision.segmentation.normalize: the run to resume has"),
+        (
+            ["dataset.charset_path={images}/../turned.txt"],
+            "the run to resume: its charset is not that of dataset.charset_path",
+        ),
         (["model.name=vision"], "model.name: the run to resume has binet, not vision"),
     ],
 )
 def test_what_must_not_change_within_a_run_is_refused_by_its_key(config, tmp_path, changes, key):
     run(config, "training.iterations=3")
     before = history_text(config)
+    turned = reversed(build_charset(load_config(config)).characters)
+    (tmp_path / "turned.txt").write_text("".join(f"{number}\t{each}\n" for number, each in enumerate(turned)))
     changes = [each.format(images=tmp_path / "images") for each in changes]
     refused = start(config, "--resume", *changes)
     assert refused.wait() == 2, refused.text()

@@ -4,15 +4,16 @@ Networks, losses, data sets and optimisers are built from a config in these two 
 values, and configs hold only values.
 """
 
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from config import Config
+from config import Config, differing, function_differences
 from engine import distributed
 from engine.checkpoints import load_weights, read_checkpoint
 from engine.optimization import (
@@ -58,7 +59,7 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
         charset: its characters; None: those of `dataset.charset_path`.
 
     Raises:
-        UserError: a checkpoint is missing or does not fit.
+        UserError: a checkpoint is missing, does not fit, or has another charset.
     """
     kind = config.model.kind
     if kind == "ssn":
@@ -73,7 +74,7 @@ def build_model(config: Config, charset: Charset | None = None) -> nn.Module:
         alignment = AlignmentModel(num_classes=charset.num_classes, d_model=config.model.alignment.d_model)
         alignment.requires_grad_(not config.model.alignment.freeze)
         model = BINet(**parts, alignment=alignment, iter_size=config.model.iter_size)
-    return _with_weights(model, config.model.checkpoint, config)
+    return _with_weights(model, config.model.checkpoint, config, charset=charset)
 
 
 def build_vision_model(config: Config, charset: Charset) -> VisionModel:
@@ -95,7 +96,7 @@ def build_vision_model(config: Config, charset: Charset) -> VisionModel:
     else:
         blocks = {"normalize", "sft_blocks", "sft_channels", "condition_channels", "hidden_channels"}
         model = MaskedVisionModel(**common, **masks.model_dump(include=blocks))
-    return _started(model, vision, config, "model.vision")
+    return _started(model, vision, config, "model.vision", charset)
 
 
 def build_attention(config: Config, *, cells: tuple[int, int]) -> nn.Module:
@@ -112,7 +113,7 @@ def build_language_model(config: Config, charset: Charset) -> LanguageModel:
     language = config.model.language
     options = language.model_dump(exclude={"checkpoint", "freeze", "loss_weight"})
     model = LanguageModel(num_classes=charset.num_classes, num_steps=config.dataset.max_length + 1, **options)
-    return _started(model, language, config, "model.language")
+    return _started(model, language, config, "model.language", charset)
 
 
 def build_ssn(config: Config) -> SSN:
@@ -137,14 +138,45 @@ def with_checkpoint(config: Config, checkpoint: str | None) -> Config:
     return config
 
 
-def _with_weights(model: nn.Module, path: str | None, config: Config, section: str = "model") -> nn.Module:
+def _with_weights(
+    model: nn.Module, path: str | None, config: Config, section: str = "model", charset: Charset | None = None
+) -> nn.Module:
     """Load the weights of `path`, if any, into the network that this section of the config describes."""
     if path is not None:
         state = read_checkpoint(path)
         if isinstance(model, SSN):
             state, section = ssn_part(state), "model.ssn"
+        if charset is not None:
+            check_charset(state, path, charset, config)
         load_described(model, state, path, config, section, strict=config.model.strict)
+        if config.run.phase == "test" and section == "model":
+            changed = [
+                f"{key} is {other} in its config, {value} here"
+                for key, other, value in function_differences(config, state.get("config"))
+            ]
+            if changed:
+                logger.warning("checkpoint %s is tested as another network: %s", path, "; ".join(changed))
     return model
+
+
+def check_charset(state: Mapping[str, Any], path: Path | str, charset: Charset, config: Config) -> None:
+    """Check that the classes of a checkpoint are the network's characters, if the checkpoint says what they are.
+
+    Without `model.strict`, a network of another number of classes may take what fits.
+
+    Raises:
+        UserError: they are others, or in another order.
+    """
+    theirs, ours = state.get("charset"), charset.characters
+    if not isinstance(theirs, str) or theirs == ours or (len(theirs) != len(ours) and not config.model.strict):
+        return
+    place, (there, here) = next(
+        (place, pair) for place, pair in enumerate(itertools.zip_longest(theirs, ours)) if pair[0] != pair[1]
+    )
+    raise UserError(
+        f"{path}: its charset is not that of dataset.charset_path, {config.dataset.charset_path}: with id {place} it "
+        f"has {there!r}, not {here!r}; set dataset.charset_path to the file that it was trained with"
+    )
 
 
 def load_described(
@@ -163,27 +195,20 @@ def load_described(
         ours, theirs = config.to_dict(), state.get("config")
         for name in section.split("."):
             ours, theirs = ours[name], theirs.get(name) if isinstance(theirs, Mapping) else None
-        differing = list(_differing(ours, theirs, section))
-        if not differing:
+        keys = [
+            f"{key} is {other} in its config, {value} here"
+            for key, other, value in differing(ours, theirs, section, NOT_OF_THE_NETWORK)
+        ]
+        if not keys:
             raise
-        raise UserError(f"{error}. {'; '.join(differing[:KEYS_SHOWN])}") from error
+        raise UserError(f"{error}. {'; '.join(keys[:KEYS_SHOWN])}") from error
 
 
-def _differing(ours: Mapping[str, Any], theirs: Any, section: str) -> Iterator[str]:
-    """Yield a phrase for each key of a section that shapes tensors and has another value in a checkpoint's config."""
-    for name, value in ours.items():
-        other = theirs.get(name) if isinstance(theirs, Mapping) else None
-        if name in NOT_OF_THE_NETWORK or other is None:
-            continue
-        if isinstance(value, Mapping):
-            yield from _differing(value, other, f"{section}.{name}")
-        elif repr(other) != repr(value):
-            yield f"{section}.{name} is {other} in its config, {value} here"
-
-
-def _started(model: nn.Module, section: VisionConfig | LanguageConfig, config: Config, name: str) -> nn.Module:
+def _started(
+    model: nn.Module, section: VisionConfig | LanguageConfig, config: Config, name: str, charset: Charset
+) -> nn.Module:
     """Load the checkpoint of a sub-model's section, and freeze the sub-model if the section says so."""
-    return _with_weights(model, section.checkpoint, config, name).requires_grad_(not section.freeze)
+    return _with_weights(model, section.checkpoint, config, name, charset).requires_grad_(not section.freeze)
 
 
 def checked_model_eval(config: Config, requested: str | None) -> str:

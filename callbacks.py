@@ -183,6 +183,8 @@ class Evaluation(Periodic):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.iteration:  # the run may have been killed between the checkpoint and its evaluation
+            if not (self.folder / f"best-{self.name}.pth").exists():  # set aside, or in another run's folder
+                self.best = -math.inf
             self._evaluate_if_due(trainer)
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:

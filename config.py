@@ -5,7 +5,7 @@ or raises one `UserError` that lists everything that is wrong. Keys and defaults
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ GONE_KEYS = (
     "model.use_vision",
     "model.ssn.loss_weights",
 )
+
+# Keys of `model` that do not change what the network computes from an input; `areas` are those of masks.
+OF_TRAINING = {"areas", "checkpoint", "detach", "dropout", "freeze", "loss_weight", "threshold"}
 
 
 class Config(Section):
@@ -129,15 +132,19 @@ def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
     if before is None:
         return config
     then = Config.from_dict(before, "the run to resume", drop_unknown=True)
-    for key, old, new in (
+    train, before_train = config.dataset.train, then.dataset.train
+    changed = [
         ("global.seed", then.run.seed, config.run.seed),
-        ("dataset.train.batch_size", then.dataset.train.batch_size, config.dataset.train.batch_size),
-    ):
-        if old != new:
-            raise UserError(
-                f"{key}: the run to resume has {old}, not {new}, and its place in the data means nothing with "
-                "another; keep it, or start from the run's weights with --checkpoint"
-            )
+        ("dataset.train.batch_size", before_train.batch_size, train.batch_size),
+        ("model.name", then.model.name, config.model.name),
+        *differing(function_keys(config), then.to_dict()["model"], "model"),
+    ]
+    if [Path(root).name for root in before_train.roots] != [Path(root).name for root in train.roots]:
+        changed.append(("dataset.train.roots", before_train.roots, train.roots))  # else they are elsewhere at most
+    if changed := [f"{key}: the run to resume has {old}, not {new}" for key, old, new in changed if old != new]:
+        raise UserError(
+            f"{'; '.join(changed)}; set back what has changed, or start a new run from its weights with --checkpoint"
+        )
     pairs = {"model": (then.model, config.model)}
     parts = ("vision", "language", "ssn") if config.model.kind == "ssn" else ("vision", "language")
     pairs |= {f"model.{part}": (getattr(then.model, part), getattr(config.model, part)) for part in parts}
@@ -149,6 +156,42 @@ def continued(config: Config, before: Mapping[str, Any] | None) -> Config:
             )
         new.checkpoint = old.checkpoint
     return config
+
+
+def function_keys(config: Config) -> dict[str, Any]:
+    """Return the keys of `model` that decide what the network computes from an input, as nested plain data."""
+    kind = config.model.kind
+    parts = ("vision", "language", "alignment") if kind == "recogniser" else (kind,)
+    model = config.to_dict()["model"]
+    keys = {part: model[part] for part in parts}
+    return keys | {"iter_size": config.model.iter_size} if kind == "recogniser" else keys
+
+
+def function_differences(config: Config, carried: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, its value, ours) where a checkpoint's config computes something else from an image or text."""
+    sizes = {"image_height", "image_width", "max_length", "multiscales", "align_left"}
+    theirs = _migrated(carried) if isinstance(carried, Mapping) else {}
+    yield from differing(function_keys(config), theirs.get("model"), "model")
+    yield from differing(config.dataset.model_dump(include=sizes), theirs.get("dataset"), "dataset")
+
+
+def differing(
+    ours: Mapping[str, Any], theirs: Any, section: str, ignored: Collection[str] = OF_TRAINING
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, their value, ours) of the keys of a section that have another value in a checkpoint's config.
+
+    Args:
+        theirs: whatever stands in place of the section there; keys that it lacks are passed over.
+        ignored: names of keys to pass over, at every level.
+    """
+    for name, value in ours.items():
+        other = theirs.get(name) if isinstance(theirs, Mapping) else None
+        if name in ignored or other is None:
+            continue
+        if isinstance(value, Mapping):
+            yield from differing(value, other, f"{section}.{name}", ignored)
+        elif repr(other) != repr(value):
+            yield f"{section}.{name}", other, value
 
 
 def save_config(config: Config, path: str | Path) -> None:

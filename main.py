@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from builders import build_criterion, build_model, checked_model_eval, with_checkpoint
+from builders import build_charset, build_criterion, build_model, check_charset, checked_model_eval, with_checkpoint
 from command_line import check_request, overrides_of, parse_arguments, requested_checkpoint
 from config import Config, continued, load_config, save_config
 from engine import distributed
@@ -82,6 +82,8 @@ def train(
     state = resume_state(folder, config.run.name, resume) if resume is not None else None
     if state is not None:
         config = continued(config, state.get("config"))
+        if config.model.kind != "ssn":
+            check_charset(state, "the run to resume", build_charset(config), config)
     trainer = build_trainer(config, device=device, process=process, resumed=state is not None)
     torch.manual_seed(config.run.seed + process.rank)  # equal weights everywhere, but not equal dropout
     if process.is_main:

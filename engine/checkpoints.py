@@ -6,6 +6,7 @@ and the published form `{"model": ..., "opt": ...}` are read as well.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import pickle
 import re
@@ -215,11 +216,28 @@ def resume_state(folder: Path, name: str, resume: str) -> dict[str, Any] | None:
 
 
 def set_aside_later(folder: Path, name: str, iteration: int) -> None:
-    """Rename the checkpoints of run `name` after an iteration, whose steps are taken anew, to `superseded-*`."""
-    for later in saved_checkpoints(folder, name):
-        if iteration_of(later) > iteration:
-            (folder / later).replace(folder / f"superseded-{later}")
-            logger.warning("%s is now superseded-%s: the run takes its steps anew", later, later)
+    """Rename the checkpoints of run `name` after an iteration, whose steps are taken anew, to `superseded-*`.
+
+    The best weights, too: the next evaluation would replace them, however good they are. Those that were set aside
+    before stay.
+    """
+    renamed = {each: f"superseded-{each}" for each in saved_checkpoints(folder, name) if iteration_of(each) > iteration}
+    best = f"best-{name}.pth"
+    if _stored_iteration(folder / best) > iteration:
+        names = (f"superseded-{best}" + (f".{number}" if number else "") for number in itertools.count())
+        renamed[best] = next(each for each in names if not (folder / each).exists())
+    for later, aside in renamed.items():
+        (folder / later).replace(folder / aside)
+        logger.warning("%s is now %s: the run takes its steps anew", later, aside)
+
+
+def _stored_iteration(path: Path) -> int:
+    """Return the iteration of best weights, whose name has none; -1 if they cannot be read."""
+    try:
+        iteration = read_checkpoint(path).get("iteration")
+    except UserError:
+        return -1
+    return iteration if isinstance(iteration, int) else -1
 
 
 def load_training_state(trainer: Trainer, state: dict[str, Any]) -> None:

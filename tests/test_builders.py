@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from builders import build_model, build_optimizer, build_schedule, build_segmenter
+from builders import build_charset, build_model, build_optimizer, build_schedule, build_segmenter
 from bundle import load_bundle
 from config import Config
 from tests import small_networks
@@ -70,6 +70,49 @@ def test_an_error_names_the_keys_in_which_the_config_of_a_checkpoint_differs(tmp
     config.model.language.d_inner = 48  # no part of what is loaded
     with pytest.raises(UserError, match=r"\. model\.vision\.d_inner is 32 in its config, 16 here$"):
         build_model(config)
+
+
+def test_weights_of_another_charset_are_refused(tmp_path):
+    path = small_networks.save_network(tmp_path / "binet.pth", small_networks.small_config("binet"))
+    config = small_networks.small_config("binet")
+    config.model.checkpoint = str(path)
+    build_model(config)
+    characters = build_charset(config).characters
+    turned, longer = tmp_path / "turned.txt", tmp_path / "longer.txt"
+    for file, text in ((turned, characters[::-1]), (longer, characters + "!")):
+        file.write_text("".join(f"{number}\t{each}\n" for number, each in enumerate(text)))
+    config.dataset.charset_path = str(turned)
+    for config.model.strict in (False, True):
+        with pytest.raises(
+            UserError, match=r"binet\.pth: its charset .*turned\.txt: with id 0 it has 'a', not '0'; set"
+        ):
+            build_model(config)
+    config.dataset.charset_path = str(longer)
+    with pytest.raises(UserError, match="with id 36 it has None, not '!'"):
+        build_model(config)
+    config.model.strict = False
+    build_model(config)
+    state = torch.load(path, weights_only=True)
+    config.model.strict, config.dataset.charset_path = True, str(turned)
+    for plain in (state["model"], {"model": state["model"], "opt": {}}):
+        torch.save(plain, path)
+        build_model(config)
+
+
+def test_a_test_of_weights_as_another_network_causes_one_warning(tmp_path, caplog):
+    path = small_networks.save_network(tmp_path / "binet.pth", small_networks.small_config("binet"))
+    config = small_networks.small_config("binet")
+    config.model.checkpoint, config.run.phase, config.model.vision.dropout = str(path), "test", 0.5
+    build_model(config)
+    assert not caplog.records
+    config.model.iter_size, config.model.vision.activation, config.dataset.align_left = 5, "gelu", True
+    build_model(config)
+    (record,) = caplog.records
+    for key in ("model.vision.activation is relu in its config, gelu here", "model.iter_size", "dataset.align_left"):
+        assert key in record.getMessage()
+    torch.save(torch.load(path, weights_only=True)["model"], path)
+    build_model(config)
+    assert len(caplog.records) == 1
 
 
 def test_a_checkpoint_whose_config_has_a_key_that_has_gone_is_of_use(beside_a_recogniser, tmp_path, caplog):

@@ -44,6 +44,19 @@ def test_checkpoints_of_steps_that_are_repeated_are_renamed(tmp_path):
     assert (tmp_path / "superseded-a_0_9.pth").read_text() == "9"
 
 
+def test_best_weights_of_steps_that_are_repeated_are_kept(tmp_path):
+    best = tmp_path / "best-a.pth"
+    for iteration in (6, 9, 12):
+        torch.save({"iteration": iteration}, best)
+        set_aside_later(tmp_path, "a", 6)
+        assert best.exists() == (iteration == 6)
+    kept = [tmp_path / f"superseded-best-a.pth{number}" for number in ("", ".1")]
+    assert [torch.load(each)["iteration"] for each in kept] == [9, 12]
+    best.write_bytes(b"damaged")
+    set_aside_later(tmp_path, "a", 6)
+    assert best.exists()
+
+
 def test_a_refused_resume_renames_nothing(tmp_path):
     config = write_config(tmp_path)
     run(config, "training.iterations=6")

@@ -145,12 +145,15 @@ def test_two_machines_train_as_one_process_does(config, free_port):
     assert losses(config, "two") == pytest.approx(losses(config, "one"), abs=1e-5)
 
 
+# At the first bad exit it ends the others, as `--kill-on-bad-exit=1` does, and counts them as ended by it.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do echo "$1" >> options.txt; shift; done
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids="$pids $!"; done
-echo $pids > tasks.tmp && mv tasks.tmp tasks.txt
-for pid in $pids; do wait $pid; code=$?; [ $code -gt ${status:-0} ] && status=$code; done
-exit ${status:-0}
+trap 'kill -USR1 $pids' USR1
+for _ in $pids; do
+    while wait -n -p ended; code=$?; [ -z "$ended" ]; do :; done
+    [ $code -eq 0 ] || { echo $code >> codes.txt; kill -TERM $pids 2> /dev/null; wait; exit 143; }
+done
 """
 SCONTROL = """#!/bin/bash
 if [ $1 = show ]; then echo 127.0.0.1; else echo "$@" > requeued.txt; fi
@@ -184,11 +187,11 @@ def test_a_slurm_job_saves_at_its_time_limit_and_is_requeued(config, tmp_path):
     while len(tiny_run.history_text(config).splitlines()) < 4 and time.monotonic() < end:
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
-    for pid in (tmp_path / "tasks.txt").read_text().split():
-        os.kill(int(pid), signal.SIGUSR1)
+    os.kill(job.pid, signal.SIGUSR1)
     output = job.communicate(timeout=300)[0]
     assert "--cpus-per-task=6" in (tmp_path / "options.txt").read_text().split()  # which tasks do not inherit
-    assert job.returncode == 128 + signal.SIGUSR1, output
+    assert job.returncode == 128 + signal.SIGTERM, output
+    assert (tmp_path / "codes.txt").read_text() == f"{128 + signal.SIGUSR1}\n"
     assert (tmp_path / "requeued.txt").read_text() == "requeue 77\n"
     done = len(history(config))
     assert list(folder_of(config).glob(f"{NAME}_*_{done}.pth")), output

@@ -162,12 +162,25 @@ def test_the_saved_config_keeps_the_weights_that_the_run_started_from(config, bu
         ),
         (["optimizer.lr_groups={{vision: 2}}"], "groups the parameters in another way); resume with the model"),
         (["--checkpoint=other.pth"], "model.checkpoint: the run to resume started from None, not other.pth"),
-        (["dataset.train.roots=[{images}]"], "dataset.train.roots: an epoch of the run to resume has 5 batches, not 6"),
+        (["dataset.train.roots=[{images}/test]"], "images/train'], not ['"),
+        (
+            ["model.vision.nhead=4", "model.vision.activation=gelu", "model.iter_size=3"],
+            "model.vision.nhead: the run to resume has 2, not 4; model.vision.activation: the run to resume has relu, "
+            "not gelu; model.iter_size: the run to resume has 2, not 3; set back what has changed, or start a new run",
+        ),
+        (["model.vision.segmentation.normalize=batch"], "model.vision.segmentation.normalize: the run to resume has"),
+        (
+            ["dataset.charset_path={images}/../turned.txt"],
+            "the run to resume: its charset is not that of dataset.charset_path",
+        ),
+        (["model.name=vision"], "model.name: the run to resume has binet, not vision"),
     ],
 )
 def test_what_must_not_change_within_a_run_is_refused_by_its_key(config, tmp_path, changes, key):
     run(config, "training.iterations=3")
     before = history_text(config)
+    turned = reversed(build_charset(load_config(config)).characters)
+    (tmp_path / "turned.txt").write_text("".join(f"{number}\t{each}\n" for number, each in enumerate(turned)))
     changes = [each.format(images=tmp_path / "images") for each in changes]
     refused = start(config, "--resume", *changes)
     assert refused.wait() == 2, refused.text()
@@ -175,6 +188,20 @@ def test_what_must_not_change_within_a_run_is_refused_by_its_key(config, tmp_pat
     assert key in line
     assert "Traceback" not in refused.text()
     assert history_text(config) == before
+
+
+def test_a_run_resumes_with_data_that_have_moved_and_other_keys_of_training(config, tmp_path):
+    run(config, "training.iterations=3")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    moved = (f"dataset.train.roots=[{tmp_path}/moved/train/]", f"dataset.test.roots=[{tmp_path}/moved/test]")
+    run(config, "--resume", "training.iterations=5", *moved, "model.vision.dropout=0.2", "model.vision.loss_weight=2")
+    assert len(history(config)) == 5
+    tiny_run.write_words(tmp_path / "more", "train", 48)
+    (tmp_path / "more" / "masks" / "test").symlink_to(tmp_path / "masks" / "test")
+    other = (f"dataset.train.roots=[{tmp_path}/more/images/train]", f"dataset.masks.root={tmp_path}/more/masks")
+    refused = start(config, "--resume", *other, moved[1])
+    assert refused.wait() == 2, refused.text()
+    assert "dataset.train.roots: an epoch of the run to resume has 5 batches, not 6" in refused.text()
 
 
 def test_a_run_resumes_with_another_weight_decay(config):
@@ -205,10 +232,12 @@ def test_a_run_that_went_back_to_an_older_checkpoint_resumes_from_it(config):
     back.wait_until(lambda: "resumed after iteration 6" in back.text())
     os.kill(back.pid, signal.SIGKILL)
     back.wait()
-    assert [path.name for path in folder_of(config).glob("superseded-*")] == [f"superseded-{NAME}_1_9.pth"]
+    later = {f"superseded-{NAME}_1_9.pth", f"superseded-best-{NAME}.pth"}
+    assert {path.name for path in folder_of(config).glob("superseded-*")} == later
     resumed = run(config, "--resume")
     assert "resumed after iteration 6" in resumed.text()
     assert [entry["iteration"] for entry in history(config)] == list(range(1, ITERATIONS + 1))
+    assert (folder_of(config) / f"best-{NAME}.pth").is_file()  # of the steps that were taken anew
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ values, and configs hold only values.
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +149,9 @@ def _with_weights(
         if charset is not None:
             check_charset(state, path, charset, config)
         load_described(model, state, path, config, section, strict=config.model.strict)
-        if config.run.phase == "test" and section == "model":
-            changed = [
-                f"{key} is {other} in its config, {value} here"
-                for key, other, value in function_differences(config, state.get("config"))
-            ]
-            if changed:
-                logger.warning("checkpoint %s is tested as another network: %s", path, "; ".join(changed))
+        tested = config.run.phase == "test" and section == "model"
+        if tested and (changed := _phrases(function_differences(config, state.get("config")))):
+            logger.warning("checkpoint %s is tested as another network: %s", path, "; ".join(changed))
     return model
 
 
@@ -195,13 +191,15 @@ def load_described(
         ours, theirs = config.to_dict(), state.get("config")
         for name in section.split("."):
             ours, theirs = ours[name], theirs.get(name) if isinstance(theirs, Mapping) else None
-        keys = [
-            f"{key} is {other} in its config, {value} here"
-            for key, other, value in differing(ours, theirs, section, NOT_OF_THE_NETWORK)
-        ]
+        keys = _phrases(differing(ours, theirs, section, NOT_OF_THE_NETWORK))
         if not keys:
             raise
         raise UserError(f"{error}. {'; '.join(keys[:KEYS_SHOWN])}") from error
+
+
+def _phrases(differences: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """Return what to say of keys that a checkpoint's config has otherwise: (key, its value, ours)."""
+    return [f"{key} is {theirs} in its config, {ours} here" for key, theirs, ours in differences]
 
 
 def _started(

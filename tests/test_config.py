@@ -14,7 +14,7 @@ from yaml_io import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.endswith("render"))
-RECIPES = [path for path in CONFIGS if path.stem not in ("template", "small_real_words")]
+RECIPES = [path for path in CONFIGS if path.stem not in ("template", "small_real_words", "small_narrow")]
 
 PUBLISHED = """
 global:
@@ -440,6 +440,14 @@ def test_the_real_words_go_after_another_small_config():
         assert len(dataset.train.roots) == len(dataset.train.shares)
         assert [sum(shares) for shares in zip(*dataset.train.shares, strict=True)] == pytest.approx([1, 1])
         assert dataset.data_aug is True
+
+
+def test_the_narrow_network_goes_after_another_small_config():
+    for name in ("small", "small_abinet", "small_pretrain_vision", "small_pretrain_language"):
+        model = load_config([FOLDER / f"{name}.yaml", FOLDER / "small_narrow.yaml"]).model
+        parts = (model.vision, model.language, model.alignment)
+        assert [part.d_model for part in parts] == [128] * 3
+        assert model.vision.segmentation == load_config(FOLDER / f"{name}.yaml").model.vision.segmentation
 
 
 def test_recipes_as_published():

@@ -254,16 +254,28 @@ def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, 
     Args:
         path: what the checkpoint was read from, for messages.
     """
+    config = _carried_ssn_config(state, path)
+    if config is None:
+        return None
+    ssn = build_ssn(config)
+    load_weights(ssn, ssn_part(state), path)
+    return ssn.eval().requires_grad_(False), tuple(config.model.ssn.areas)
+
+
+def areas_to_test(config: Config, checkpoint: str) -> list[int]:
+    """Return the areas that an SSN is tested with: those of the config, or at its default those of the checkpoint."""
+    carried = _carried_ssn_config(read_checkpoint(checkpoint), checkpoint)
+    areas = config.model.ssn.areas
+    return areas if carried is None or areas != SSNConfig().areas else carried.model.ssn.areas
+
+
+def _carried_ssn_config(state: Mapping[str, Any], path: Path | str) -> Config | None:
+    """Return the config of the SSN in a checkpoint, without the weights that it started from; None if it has none."""
     part = ssn_part(state)
     if "config" not in part:
         return None
     carried = Config.from_dict(part["config"], source=f"{path} (config)", drop_unknown=True)
-    config = with_checkpoint(carried, None)
-    if config.model.kind != "ssn":
-        return None
-    ssn = build_ssn(config)
-    load_weights(ssn, part, path)
-    return ssn.eval().requires_grad_(False), tuple(config.model.ssn.areas)
+    return with_checkpoint(carried, None) if carried.model.kind == "ssn" else None
 
 
 def ssn_part(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -303,8 +315,8 @@ def build_schedule(config: Config, *, batches_per_epoch: int, iterations: int) -
         total, epochs = sum(scheduler.periods), config.training.epochs
         if config.training.iterations is None and total != epochs and distributed.is_main():
             logger.warning("optimizer.scheduler.periods add up to %d epochs, training.epochs is %d", total, epochs)
-        ends = [sum(scheduler.periods[: i + 1]) * batches_per_epoch for i in range(len(scheduler.periods) - 1)]
-        schedule = step_schedule(ends, scheduler.gamma)
+        ends = [epoch * batches_per_epoch for epoch in itertools.accumulate(scheduler.periods[:-1])]
+        schedule = step_schedule([end - scheduler.warmup_iters for end in ends], scheduler.gamma)
     return with_warmup(schedule, scheduler.warmup_iters)
 
 

@@ -96,7 +96,8 @@ class MetricLog(Callback, Observer):
         is_due = trainer.iteration % self.interval == 0 or trainer.iteration == trainer.iterations
         if is_due:
             step.wait()
-        self._names = list(step.terms)
+        if list(step.terms) != self._names:  # the first step, or one after a resume with other losses
+            self._names, self._rows, self._unread = list(step.terms), [], []
         self._unread.extend(step.terms.values())
         self._sums.update(samples=step.samples, seconds=step.duration, waited=step.data_wait)
         if is_due:
@@ -207,10 +208,14 @@ class Evaluation(Periodic):
         trainer.call("on_evaluation_end", scores)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "last_iteration": self.last_iteration}
+        measure = self.evaluator.measure()
+        return {"best": self.best, "last_iteration": self.last_iteration, "measure": measure}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state.get("best", self.best)
+        if state.get("measure", self.evaluator.measure()) == self.evaluator.measure():
+            self.best = state.get("best", self.best)
+        else:
+            logger.warning("what is evaluated has changed: the next evaluation replaces best-%s.pth", self.name)
         self.last_iteration = state.get("last_iteration", self.last_iteration)
 
 

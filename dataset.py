@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 BROKEN = "broken"  # the image cannot be decoded
 TINY = "tiny"  # a side of the image is too short
+_MEANS = frozenset(("weighted", "mean"))  # beside the sets in tables of scores
 
 Word = tuple[ImageArray, Mask | None, str] | str  # image, mask and text as stored, or why there are none
 
@@ -291,7 +292,10 @@ def open_word_datasets(
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
-    """Return the last parts of some paths, as many as tell them apart; the same path twice gets a number."""
+    """Return the last parts of some paths, as many as tell them apart; the same path twice gets a number.
+
+    No name is one of the means in tables of scores.
+    """
     parts = [
         Path(path.removeprefix(RENDER_SCHEME)).with_suffix("").parts
         if isinstance(path, str)
@@ -300,7 +304,7 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
     ]
     for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["-".join(each[-depth:]).strip("/") for each in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and _MEANS.isdisjoint(names):
             return names
     return [f"{each[-1]}-{number}" for number, each in enumerate(parts, start=1)]
 

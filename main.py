@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-from builders import build_charset, build_criterion, build_model, check_charset, checked_model_eval, with_checkpoint
+from builders import (
+    areas_to_test,
+    build_charset,
+    build_criterion,
+    build_model,
+    check_charset,
+    checked_model_eval,
+    with_checkpoint,
+)
 from command_line import check_request, overrides_of, parse_arguments, requested_checkpoint
 from config import Config, continued, load_config, save_config
 from engine import distributed
@@ -128,6 +136,9 @@ def test(
     # In float32 and not compiled, the fast form gives the network's own results without start-up costs.
     model = build_model(with_checkpoint(config, checkpoint)).to(device)
     model = prepare_for_inference(model, precision="fp32", compile=False)
+    if config.model.kind == "ssn":
+        config = config.model_copy(deep=True)
+        config.model.ssn.areas = areas_to_test(config, checkpoint)
     evaluator = build_evaluator(config, device=device, process=process, model_eval=model_eval)
     observers = build_observers(
         config, process=process, model_eval=model_eval, image_only=image_only, weights=checkpoint
@@ -139,7 +150,8 @@ def test(
         for file in ("metrics", f"metrics-{model_eval}"):  # of the last test, and of the last one of this sub-model
             write_scores(folder, scores, name=file)
         print(score_table(scores))
-        logger.info("scores, predictions and report (report/index.html) are in %s", folder)
+        what = "scores, predictions and report (report/index.html)" if observers else "scores"
+        logger.info("%s are in %s", what, folder)
     return scores
 
 

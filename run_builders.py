@@ -88,7 +88,7 @@ def _open_words(config: Config, roots: list[str], *, split: str, device: torch.d
     data, training = config.dataset, split == TRAIN
     case_sensitive = data.case_sensitive if training else data.eval_case_sensitive
     labels = LabelRule(build_charset(config), max_length=data.max_length, case_sensitive=case_sensitive)
-    if training and not data.case_sensitive and any(map(str.isupper, labels.charset.characters)):
+    if training and not data.case_sensitive and len(labels.charset.folded()) < len(labels.charset):
         logger.warning(
             "%s has upper case, but labels are lower-cased: set dataset.case_sensitive=true to train on it",
             data.charset_path,
@@ -229,15 +229,15 @@ def _build_lexicons(config: Config, datasets: Sequence[Any], *, split: str) -> d
 def evaluation_protocol(config: Config) -> Charset:
     """Return the characters that are compared: those of `dataset.eval_protocol`, or by default what suits the charset.
 
-    All of them are compared if some are in no published protocol (another language), or if case counts; else 36.
+    All of them are compared if case counts, or if some are in no published protocol (another language); else 36.
     """
     settings, charset = config.dataset, build_charset(config)
-    size = settings.eval_protocol
-    if size is None and not set(PROTOCOLS[94] + " ").issuperset(charset.characters):
-        return charset if settings.eval_case_sensitive else charset.folded()
-    if size is None:
-        size = len(charset) if settings.eval_case_sensitive and len(charset) in PROTOCOLS else 36
-    return Charset(PROTOCOLS[size])
+    if settings.eval_protocol is not None:
+        return Charset(PROTOCOLS[settings.eval_protocol])
+    if settings.eval_case_sensitive:
+        return charset
+    is_published = set(PROTOCOLS[94] + " ").issuperset(charset.characters)
+    return Charset(PROTOCOLS[36]) if is_published else charset.folded()
 
 
 def build_observers(

@@ -105,6 +105,10 @@ class WordEvaluator:
     tta_below: float = 0.0  # confidence below which test-time augmentation is used; 0: never
     headline: ClassVar[str] = "accuracy"  # decides which weights are best
 
+    def measure(self) -> list[Any]:
+        """Return what the scores depend on besides the network, as plain values: only equal ones can be compared."""
+        return [_sizes(self.loaders), self.model_eval, sorted(self.protocol.characters), bool(self.lexicons)]
+
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
         """Read every word; a word that cannot be read or scored is counted in `skipped` under its reason.
 
@@ -195,6 +199,10 @@ class SegmentationEvaluator:
     device: torch.device
     headline: ClassVar[str] = "iou"
 
+    def measure(self) -> list[Any]:
+        """Return what the scores depend on besides the network, as plain values: only equal ones can be compared."""
+        return [_sizes(self.loaders), list(self.areas)]
+
     def evaluate(self, model: nn.Module, observers: Sequence[Observer] = ()) -> dict[str, Any]:
         """Segment every image at its own size and compare with its labels."""
         ssn = model.network if isinstance(model, PreparedSSN) else model
@@ -224,6 +232,10 @@ class SegmentationEvaluator:
 
 
 Evaluator = WordEvaluator | SegmentationEvaluator
+
+
+def _sizes(loaders: Mapping[str, DataLoader]) -> dict[str, int]:
+    return {name: len(loader.dataset) for name, loader in loaders.items()}
 
 
 def with_means(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

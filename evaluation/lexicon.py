@@ -140,16 +140,17 @@ class Lexicon:
 
 
 def read_lexicon(path: str | Path) -> list[str]:
-    """Return the words of a text file with one a line; empty lines do not count.
+    """Return the words of a text file with one a line, before a tab if there is one; empty lines do not count.
 
     Raises:
         UserError: the file is missing, or not UTF-8 text.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "not UTF-8")
         raise UserError(f"lexicon {path}: cannot be read ({reason}); name a UTF-8 file with a word a line") from error
+    return [line.partition("\t")[0] for line in lines]
 
 
 @dataclass(frozen=True)

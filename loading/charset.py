@@ -3,6 +3,7 @@
 import functools
 import itertools
 import string
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +90,19 @@ class Charset:
     def normalize(self, text: str, *, lower: bool = False) -> str:
         """Return what the network can read of a text: lower-cased on request or without upper case, the rest dropped.
 
-        This is the published rule (for 36 characters: keep `[0-9a-zA-Z]`, lower-cased). Nothing else is folded: an
-        accented letter is dropped, not read as its base letter.
+        This is the published rule (for 36 characters: keep `[0-9a-zA-Z]`, lower-cased). A letter of which the charset
+        has only the upper case gets that. Nothing else is folded: an accented letter, in one Unicode character or two,
+        is dropped where the charset lacks it, not read as its base letter.
         """
-        characters = map(_lower, text) if lower or not self.has_upper_case else text
+        if not text.isascii() and any(map(unicodedata.combining, text)):
+            text = unicodedata.normalize("NFC", text)
+        characters = map(self._fold, text) if lower or not self.has_upper_case else text
         return "".join(character for character in characters if character in self._classes)
+
+    def _fold(self, character: str) -> str:
+        """Return a letter in the case that the charset has, if possible in lower case."""
+        cases = (_lower(character), _in_case(character, character.upper()))
+        return next((each for each in cases if each in self._classes), character)
 
     def encode(self, text: str) -> list[int]:
         """Return the classes of a text's characters, without the end; one that is not in the charset is a UserError."""
@@ -112,6 +121,9 @@ class Charset:
 
 
 def _lower(character: str) -> str:
-    """Lower-case a character, but never into several or from a foreign one into ASCII (the Kelvin sign)."""
-    lower = character.lower()
-    return lower if len(lower) == 1 and lower.isascii() == character.isascii() else character
+    return _in_case(character, character.lower())
+
+
+def _in_case(character: str, changed: str) -> str:
+    """Return a character in another case, but never as several or, if foreign (the Kelvin sign), as an ASCII one."""
+    return changed if len(changed) == 1 and changed.isascii() == character.isascii() else character

@@ -60,7 +60,7 @@ def decode_image(data: bytes | memoryview, *, oriented: bool = False) -> ImageAr
 
     Args:
         oriented: turn the image as its EXIF orientation says; not in data sets: their masks and boxes are those of the
-            stored pixels.
+            stored pixels. TIFFs are always turned, as other programs show them.
 
     Raises:
         BrokenImageError: it is damaged, or has more than MAX_PIXELS.
@@ -82,10 +82,9 @@ def _decode(data: bytes | memoryview, flags: int, mode: str, oriented: bool) -> 
         raise BrokenImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if oriented:
         flags &= ~cv2.IMREAD_IGNORE_ORIENTATION
-    # OpenCV drops transparency, and decodes floats only as such.
-    for depth in (0, cv2.IMREAD_ANYDEPTH) if is_opaque or mode == "L" else ():
+    if is_opaque or mode == "L":  # OpenCV drops transparency
         with contextlib.suppress(cv2.error):
-            image = cv2.imdecode(buffer, flags | depth)
+            image = cv2.imdecode(buffer, flags | cv2.IMREAD_ANYDEPTH)
             if image is not None:
                 return image if image.dtype == np.uint8 else _scaled(image)
     try:
@@ -125,16 +124,14 @@ def _header(data: bytes | memoryview) -> tuple[Size, bool]:
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """Convert to Pillow's mode `RGB` or `L`, 8 bits; in RGB, transparency becomes white.
 
-    Pillow's own conversions clip deep levels at 255, so they are scaled here: 16 bits lose their lower 8.
+    Pillow's own conversions clip deep levels at 255, so they are scaled here.
     """
     if mode == "RGB" and image.has_transparency_data:
         ground = Image.new("RGB", image.size, "white")
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         ground.paste(image, mask=image.getchannel("A"))
         return ground
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_scaled(np.asarray(image)))
     return image.convert(mode)
 

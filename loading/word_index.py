@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MISSING = "missing"  # no image or no label under the number of the sample
 NOT_UTF8 = "not_utf8"
 
-_FORMAT = 3  # of the files; a new one makes old files unused
+_FORMAT = 4  # of the files; a new one makes old files unused
 _STATES = (None, NOT_UTF8, EMPTY, TOO_LONG)  # why a label cannot be used; None: it can
 
 

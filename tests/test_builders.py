@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from builders import build_charset, build_model, build_optimizer, build_schedule, build_segmenter
+from builders import areas_to_test, build_charset, build_model, build_optimizer, build_schedule, build_segmenter
 from bundle import load_bundle
 from config import Config
 from tests import small_networks
@@ -35,6 +35,11 @@ def beside_a_recogniser(ssn, tmp_path):
 def test_areas_are_the_checkpoints_unless_the_config_names_some(beside_a_recogniser, changes, areas):
     config = Config.from_dict({"model": {"ssn": {"checkpoint": str(beside_a_recogniser), **changes}}})
     assert build_segmenter(config, device="cpu").areas == areas
+
+
+@pytest.mark.parametrize(("changes", "areas"), [({}, [65]), ({"areas": [97, 129]}, [97, 129])])
+def test_an_ssn_is_tested_with_the_same_areas(beside_a_recogniser, changes, areas):
+    assert areas_to_test(ssn_config(**changes), str(beside_a_recogniser)) == areas
 
 
 def test_an_ssn_is_loaded_from_beside_a_recogniser(beside_a_recogniser, ssn):
@@ -203,3 +208,10 @@ def test_a_cosine_starts_after_its_warm_up_and_ends_with_the_run():
     factor = build_schedule(config, batches_per_epoch=3, iterations=24)
     assert [factor(i) for i in (0, 3, 4, 14, 24)] == pytest.approx([0.25, 1, 1, 0.5, 0])
     assert all(factor(i) > factor(i + 1) for i in range(4, 24))
+
+
+def test_the_periods_of_steps_include_the_warm_up():
+    scheduler = {"type": "step", "periods": [6, 4], "gamma": 0.1, "warmup_iters": 5}
+    config = Config.from_dict({"optimizer": {"scheduler": scheduler}, "training": {"epochs": 10}})
+    factor = build_schedule(config, batches_per_epoch=2, iterations=20)
+    assert [factor(i) for i in (4, 11, 12, 19)] == pytest.approx([1, 1, 0.1, 0.1])

@@ -1,5 +1,6 @@
 """Callbacks: one test walks all of them; then what each leaves behind."""
 
+import dataclasses
 import inspect
 import io
 import json
@@ -34,6 +35,10 @@ from utils import UserError, setup_logging
 
 class Evaluator:
     headline = "accuracy"
+    sets = "a"
+
+    def measure(self):
+        return [self.sets]
 
     def __init__(self, values=(0.5, 0.25, 0.75)):
         self.values = iter(values)
@@ -252,6 +257,38 @@ def test_the_best_weights_are_kept_and_statistics_shared_before_evaluation(tmp_p
     saved = torch.load(tmp_path / "best-run.pth", weights_only=True)
     assert (saved["iteration"], saved["charset"]) == (3, "abc")
     assert trainer.called == ["on_evaluation_start", "share_statistics", "on_evaluation_end"] * 3
+
+
+def test_the_best_weights_are_those_of_what_is_evaluated_now(tmp_path, caplog):
+    before, trainer = Evaluation(evaluator=Evaluator(), interval=1, folder=tmp_path, name="run"), FakeTrainer()
+    trainer.iteration = 1
+    before.on_step_end(trainer, step())
+    same, after = (Evaluation(evaluator=Evaluator((0.25,)), interval=1, folder=tmp_path, name="run") for _ in range(2))
+    same.load_state_dict(before.state_dict())
+    assert (same.best, caplog.text) == (0.5, "")
+    after.evaluator.sets = "b"
+    after.load_state_dict(before.state_dict())
+    assert "best-run.pth" in caplog.text
+    trainer.iteration = 2
+    after.on_step_end(trainer, step())
+    assert after.best == 0.25
+    assert torch.load(tmp_path / "best-run.pth", weights_only=True)["iteration"] == 2
+
+
+@pytest.mark.parametrize("losses", [("language",), ("vision", "refinement")])
+def test_a_resume_with_other_losses_logs_each_by_its_name(tmp_path, losses):
+    before, after = (metric_log(History(tmp_path / "history.jsonl"), interval=4) for _ in range(2))
+    trainer = FakeTrainer()
+    before.on_fit_start(trainer)
+    for trainer.iteration in (1, 2, 3):
+        before.on_step_end(trainer, step(5.0))
+    after.load_state_dict(before.state_dict())
+    after.on_fit_start(trainer)
+    trainer.iteration = 4
+    terms = {name: torch.tensor(1.0 + place) for place, name in enumerate((*losses, "total"))}
+    after.on_step_end(trainer, dataclasses.replace(step(), terms=terms))
+    entry = json.loads((tmp_path / "history.jsonl").read_text())
+    assert {name: entry[name] for name in losses} == {name: 1.0 + place for place, name in enumerate(losses)}
 
 
 def test_predictions_are_one_line_each_whatever_the_label_holds(tmp_path):

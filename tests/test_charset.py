@@ -40,6 +40,7 @@ def test_decode_stops_at_the_first_null():
     [
         (36, "It's 5 O'Clock!", "its5oclock"),
         (36, "Café", "caf"),
+        (36, "Cafe\u0301s", "cafs"),  # an e and an accent
         (36, "\u212aelvin \u0130", "elvin"),  # the Kelvin sign and dotted I lower-case to ASCII letters
         (62, "It's 5 O'Clock!", "Its5OClock"),
         (94, "It's 5 O'Clock!", "It's5O'Clock!"),
@@ -97,6 +98,13 @@ def test_missing_file_and_repeated_characters(tmp_path):
         Charset("aba")
     with pytest.raises(UserError, match="no characters"):
         Charset("")
+
+
+def test_letters_take_the_case_that_the_charset_has():
+    plates = Charset("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    assert plates.normalize("Ab-12 \u212a\u017f", lower=True) == "AB12"  # the last two are no K and no S
+    assert plates.normalize("Ab-12") == "A12"
+    assert Charset("aAbB").normalize("AB", lower=True) == "ab"
 
 
 @pytest.mark.parametrize(("protocol", "text"), [(36, "its5oclock"), (62, "Its5OClock"), (94, "It's5O'Clock!")])

@@ -398,6 +398,9 @@ class TestJoined:
         assert [d.name for d in open_word_datasets(roots, labels=RULE, transform=ResizeWord())] == ["x-set", "y-set"]
         twice = open_word_datasets([roots[1]] * 2, labels=RULE, transform=ResizeWord())
         assert [d.name for d in twice] == ["set-1", "set-2"]
+        write_words(tmp_path / "x/mean", ["one"])  # would hide a row of the scores
+        one = open_word_datasets([tmp_path / "x/mean"], labels=RULE, transform=ResizeWord())
+        assert [d.name for d in one] == ["x-mean"]
 
     def test_missing_root_is_named(self, tmp_path):
         with pytest.raises(UserError, match="nowhere"):

@@ -1,5 +1,6 @@
 """Decoding of images and masks of every kind, and what is refused."""
 
+import io
 import struct
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loading.decoding import BrokenImageError, decode_image, decode_mask
+from loading.decoding import BrokenImageError, convert, decode_image, decode_mask
 from tests.patterns import as_color, encoded, pattern
 
 
@@ -74,6 +75,15 @@ class TestDecoding:
                 ramp.astype(">u2") * np.uint16(257),
             ):
                 assert np.abs(decode_image(encoded(Image.fromarray(deep), "TIFF"))[..., 0] - ramp).max() <= 1
+
+    @pytest.mark.parametrize(
+        ("kind", "depth"), [("PNG", np.uint8), ("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32)]
+    )
+    def test_masks_of_any_depth_may_have_levels_up_to_255(self, kind, depth):
+        mask = np.array([[0, 255, 0, 255]], depth)
+        data = encoded(Image.fromarray(mask), kind)
+        assert decode_mask(data).tolist() == [[0, 255, 0, 255]]
+        assert np.asarray(convert(Image.open(io.BytesIO(data)), "L")).tolist() == [[0, 255, 0, 255]]
 
     def test_infinite_levels_and_flat_images_are_decoded(self):
         levels = np.full((4, 8), np.nan, np.float32)

@@ -34,7 +34,7 @@ from loading.charset import PROTOCOLS, Charset
 from loading.lmdb_io import LmdbWriter
 from modules.outputs import RecogniserOutput, VisionOutput
 from reader import Reader
-from run_builders import build_evaluator
+from run_builders import build_evaluator, evaluation_protocol
 from tests.small_networks import ReadsUprightWords, save_network, small_config, write_words
 from utils import UserError
 
@@ -140,6 +140,22 @@ def test_other_languages_are_scored_on_all_characters_of_their_charset(tmp_path)
     assert (entry["samples"], entry["skipped"], entry["accuracy"]) == (3, {}, 1 / 3)
     assert scored(eval_case_sensitive=True)["characters"] == "НОПРноприветup?"
     assert scored(eval_protocol=36)["datasets"]["set"]["skipped"] == {EMPTY_IN_PROTOCOL: 2}
+
+
+@pytest.mark.parametrize(
+    ("characters", "case_sensitive", "compared"),
+    [
+        (PROTOCOLS[62] + "-", True, PROTOCOLS[62] + "-"),
+        (PROTOCOLS[62][10:] + "!?.,-+*/#%", True, PROTOCOLS[62][10:] + "!?.,-+*/#%"),  # 62 characters, no digits
+        (PROTOCOLS[62] + "-", False, PROTOCOLS[36]),
+        (PROTOCOLS[36].upper(), False, PROTOCOLS[36]),
+    ],
+)
+def test_where_case_counts_all_characters_do(tmp_path, characters, case_sensitive, compared):
+    path = tmp_path / "charset.txt"
+    path.write_text("".join(f"{place}\t{each}\n" for place, each in enumerate(characters)))
+    config = small_config("abinet", charset_path=str(path), eval_case_sensitive=case_sensitive)
+    assert evaluation_protocol(config).characters == compared
 
 
 def test_a_set_of_which_nothing_counts_is_refused():

@@ -116,7 +116,7 @@ def test_the_probability_of_a_letter_is_that_of_both_cases():
 
 
 def test_lists_come_from_files_and_lmdbs(tmp_path):
-    (tmp_path / "words.txt").write_text("ab\ncd\n\n", encoding="utf-8-sig")
+    (tmp_path / "words.txt").write_text("ab\ncd\t120\n\n", encoding="utf-8-sig")
     assert read_lexicon(tmp_path / "words.txt")[:2] == ["ab", "cd"]
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises(UserError, match="UTF-8"):

@@ -10,6 +10,7 @@ import torch
 from callbacks import Checkpoints, Evaluation
 from engine.distributed import Process
 from loading.augmentation import AugmentWord, RandAugmentWord
+from loading.charset import PROTOCOLS
 from loading.transforms import ResizeWord
 from run_builders import build_callbacks, build_evaluator, build_trainer, build_training_data
 from schema import MasksConfig
@@ -103,12 +104,16 @@ def test_roots_have_their_shares_of_every_batch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("charset", "case_sensitive", "warned"), [(94, False, True), (94, True, False), (36, False, False)]
+    ("charset", "case_sensitive", "warned"),
+    [(94, False, True), (94, True, False), (36, False, False), ("plates", False, False)],
 )
 def test_a_charset_whose_upper_case_is_never_taught_is_told(tmp_path, caplog, charset, case_sensitive, warned):
     small_networks.write_words(tmp_path / "words", 3)
-    path = str(Path(__file__).resolve().parents[1] / "data" / f"charset_{charset}.txt")
-    config = small_networks.small_config("abinet", charset_path=path, case_sensitive=case_sensitive)
+    path = Path(__file__).resolve().parents[1] / "data" / f"charset_{charset}.txt"
+    if charset == "plates":
+        path = tmp_path / "plates.txt"
+        path.write_text("".join(f"{place}\t{each}\n" for place, each in enumerate(PROTOCOLS[36].upper())))
+    config = small_networks.small_config("abinet", charset_path=str(path), case_sensitive=case_sensitive)
     config.dataset.train.roots = [str(tmp_path / "words")]
     build_training_data(config, device=torch.device("cpu"), process=Process())
     assert ("dataset.case_sensitive=true" in caplog.text) == warned

@@ -127,6 +127,7 @@ def test_masks_match_their_names(items):
     assert all((mask == 255).all() for mask in masks["full"])
     assert (masks["other"][2] == cv2.resize(words[0].exact, masks["other"][2].shape[::-1])).all()
     assert (masks["other"][3] == 7).all()
+    assert study.MaskMaker([items[0]], segment).make("other") == [None]
     assert {0.75, 1.5} <= set(scales)
     area = {kind: np.mean([mask.mean() for mask in made[:3]]) for kind, made in masks.items()}
     assert area["eroded-2"] < area["eroded-1"] < area["exact"] < area["dilated-1"] < area["dilated-2"]

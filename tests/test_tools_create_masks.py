@@ -307,9 +307,13 @@ def test_a_kill_before_the_record_leaves_none_of_the_masks_that_were_replaced(se
         patch.setattr(create_masks, "write_atomically", stop)
         with pytest.raises(StopError):
             create_masks.main([*setup["plain"], "--areas", "65", "--overwrite"])
-    for areas in ("33", "65"):  # the masks are those of 65 by now
-        with pytest.raises(UserError, match="--overwrite"):
-            create_masks.main([*setup["plain"], "--areas", areas])
+    with pytest.raises(UserError, match="--overwrite"):  # the masks are those of 65 by now
+        create_masks.main([*setup["plain"], "--areas", "33"])
+    create_masks.main([*setup["plain"], "--areas", "65"])
+    masks = contents(setup["folder"] / "masks")
+    create_masks.main([*setup["plain"], "--areas", "65", "--overwrite"])
+    assert contents(setup["folder"] / "masks") == masks
+    assert not list(setup["folder"].glob("*.partial"))
 
 
 def test_masks_below_the_words_are_not_taken_for_words(setup, capsys):

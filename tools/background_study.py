@@ -166,11 +166,15 @@ class MaskMaker:
             return self._segment([item.image for item in self._items], float(amount or 1))
         best = self.best()
         if kind == "other":
-            return [_fitted(best[other], item) for item, other in zip(self._items, self._others(), strict=True)]
+            others = self._others()
+            return [
+                None if other == place else _fitted(best[other], self._items[place])
+                for place, other in enumerate(others)
+            ]
         return [changed(mask, name, int(amount), item.word) for mask, item in zip(best, self._items, strict=True)]
 
     def _others(self) -> list[int]:
-        """Return for each item the place of the next one of the same group, background and contrast."""
+        """Return for each item the place of the next one of the same group, background and contrast; or its own."""
         cells: dict[tuple[str, str, str], list[int]] = {}
         for place, item in enumerate(self._items):
             cells.setdefault((item.group, item.background, item.contrast), []).append(place)

@@ -152,6 +152,7 @@ class MaskOutput:
         self.settings = settings | {"source": self._source_digest()}
         self.identity = json.dumps(self.settings, sort_keys=True)
         self._record_path = target.with_name(f"{target.name}-masks.json")
+        self._is_unrecorded = False
         self.complete = any(distributed.gather([process.is_main and self._is_made()]))
 
     def _source_digest(self) -> str:
@@ -163,6 +164,10 @@ class MaskOutput:
 
     def _is_made(self) -> bool:
         if self.overwrite or not self.target.exists():
+            return False
+        if self._parts() and not self._record_path.exists():  # a run ended after it had named the masks
+            self._claim_parts()
+            self._is_unrecorded = True
             return False
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # without a sound record it is not ours
             record = json.loads(self._record_path.read_text(encoding="utf-8"))
@@ -284,7 +289,7 @@ class MaskOutput:
                 f"{self.target}: only {len(found)} of {self.count - broken} masks can be seen from here; "
                 "all machines must share the folder of --output"
             )
-        with LmdbWriter(self.target, overwrite=self.overwrite, in_order=True) as writer:
+        with LmdbWriter(self.target, overwrite=self.overwrite or self._is_unrecorded, in_order=True) as writer:
             for index in found:
                 writer.put(image_key(index), parts[places[index]].get(image_key(index)))
             for index in range(1, self.count + 1):

@@ -27,7 +27,8 @@ from loading.pairs import PairFolder, PairLmdb, find_pairs
 from loading.sampling import PlacedGenerator, SampleKey, as_key
 from loading.transforms import WordTransform, views
 from loading.word_index import MISSING, open_word_index
-from rendering import WordRenderer, load_render_config
+from rendering.config import load_render_config
+from rendering.engine import WordRenderer
 from utils import RENDER_SCHEME
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from loading.pairs import PairFolder
 from loading.sampling import ResumableBatchSampler, SampleKey
 from loading.transforms import ResizeWord
 from loading.workers import make_loader
-from rendering import RenderedWord, WordRenderer
+from rendering.engine import RenderedWord, WordRenderer
 from utils import UserError
 
 ALPHANUMERIC = "0123456789abcdefghijklmnopqrstuvwxyz"

@@ -48,7 +48,8 @@ from loading.charset import Charset
 from loading.decoding import BrokenImageError, decode_image, decode_mask
 from loading.lmdb_io import NUM_SAMPLES, LmdbWriter, image_key, label_key, mask_key
 from loading.transforms import ResizeWord
-from rendering import WordRenderer, load_render_config
+from rendering.config import load_render_config
+from rendering.engine import WordRenderer
 from utils import UserError
 
 SEED = 0

@@ -16,7 +16,7 @@ import pytest
 
 from command_line import overrides_of, parse_arguments
 from config import load_config
-from rendering import load_render_config
+from rendering.config import load_render_config
 
 ROOT = Path(__file__).parent.parent
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

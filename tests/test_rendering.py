@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from rendering import RenderConfig, Stream, WordRenderer, load_render_config
 from rendering.backgrounds import find_photos, read_photo
 from rendering.colours import luminance, with_luminance
-from rendering.config import BACKGROUND_KINDS, CHANCES, WordsConfig
-from rendering.engine import _Word
+from rendering.config import BACKGROUND_KINDS, CHANCES, RenderConfig, WordsConfig, load_render_config
+from rendering.engine import Stream, WordRenderer, _Word
 from rendering.fonts import FontBook, FontFamily, find_families, in_split, open_face
 from rendering.geometry import Bend
 from rendering.letters import Layout, sample_layout, set_letters

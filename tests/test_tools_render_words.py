@@ -11,7 +11,8 @@ import pytest
 
 from loading import lmdb_io
 from loading.lmdb_io import LmdbReader, image_key, label_key
-from rendering import WordRenderer, load_render_config
+from rendering.config import load_render_config
+from rendering.engine import WordRenderer
 from tools import render_words
 from utils import UserError
 

@@ -48,8 +48,8 @@ from loading.charset import PROTOCOLS, Charset
 from loading.lmdb_io import LmdbReader
 from loading.word_index import scan_words
 from reader import Reader
-from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
-from rendering.config import BACKGROUND_KINDS
+from rendering.config import BACKGROUND_KINDS, RenderConfig, load_render_config
+from rendering.engine import RenderedWord, WordRenderer
 from tools.background_report import ABLATIONS, CONTRASTS, MASKS, NO_MASKS, RENDERED, write_report
 from tools.support import decoded_words, make_parser, map_in_processes, positive, progress, seed_number, usable_cores
 from utils import UserError, run_command_line, write_atomically

@@ -15,7 +15,8 @@ import numpy as np
 
 from evaluation.tables import markdown_table
 from loading.lmdb_io import LmdbReader
-from rendering import WordRenderer, load_render_config
+from rendering.config import load_render_config
+from rendering.engine import WordRenderer
 from tools.support import decoded_words, make_parser, positive, progress, seed_number
 from utils import UserError, run_command_line
 

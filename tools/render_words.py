@@ -17,8 +17,8 @@ import numpy as np
 
 from evaluation.contact_sheet import save_sheet_of_lmdb
 from loading.lmdb_io import LmdbWriter
-from rendering import RenderConfig, RenderedWord, WordRenderer, load_render_config
-from rendering.config import OutputConfig
+from rendering.config import OutputConfig, RenderConfig, load_render_config
+from rendering.engine import RenderedWord, WordRenderer
 from tools import support
 from utils import is_folder_name, run_command_line
 

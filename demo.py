@@ -26,7 +26,8 @@ from engine.precision import PRECISIONS
 from evaluation.drawing import draw_prediction
 from evaluation.dumps import ONE_FIELD
 from evaluation.lexicon import Candidate, read_lexicon
-from evaluation.prediction_page import page_entry, prediction_page, seen
+from evaluation.prediction_page import page_entry, seen
+from evaluation.report import render_page
 from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
 from utils import ArgumentParser, UserError, run_command_line, write_atomically
 
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {prediction.error}".translate(ONE_FIELD), file=sys.stderr, flush=True)
         read_any = read_any or prediction.error is None
     if options.html:
-        page = prediction_page(entries, title="What was read", details={"weights": reader.checkpoint.name})
+        details = {"weights": reader.checkpoint.name}
+        page = render_page("demo.html.j2", title="What was read", details=details, words=entries)
         write_atomically(Path(options.html), lambda file: file.write(page.encode(errors="backslashreplace")))
         print(f"masks, attention and probabilities: {options.html}", file=sys.stderr)
     return 0 if read_any else 2

@@ -1,14 +1,12 @@
-"""A page that shows predictions: each image with its masks, the attention of each character, and the probabilities."""
+"""What the page of `demo.py --html` shows of a word: image, masks, attention and probability of each character."""
 
 import base64
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
 from evaluation.drawing import grey, heat, on_image, overlay
-from evaluation.report import render_page
 from loading.transforms import resize, turn
 
 HEIGHT, WIDTH = 96, 480  # pixels that an image on the page fits into
@@ -16,17 +14,8 @@ REFINED = "refined mask"
 STEP_HEIGHT, STEP_WIDTH = 48, 144  # the same for the attention of a character
 
 
-def prediction_page(words: Sequence[Mapping[str, Any]], *, title: str, details: Mapping[str, str]) -> str:
-    """Return the HTML of some words as `page_entry` describes them; it needs no other file.
-
-    Args:
-        details: facts for the head of the page, by name.
-    """
-    return render_page("demo.html.j2", title=title, details=details, words=words)
-
-
 def page_entry(name: str, image: np.ndarray | None, prediction: Any) -> dict[str, Any]:
-    """Return what the page shows of one word.
+    """Return what `report_template/demo.html.j2` shows of one word.
 
     Args:
         name: of the image.

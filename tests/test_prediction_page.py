@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 
 import demo
-from evaluation.prediction_page import HEIGHT, page_entry, prediction_page
+from evaluation.prediction_page import HEIGHT, page_entry
+from evaluation.report import render_page
 from reader import Character, Prediction
 from tests.small_networks import save_networks
 
@@ -73,5 +74,5 @@ def test_demo_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
 
 def test_names_and_texts_stay_text():
     entry = page_entry("<i>.png", None, Prediction("", 0.0, error="<script>"))
-    page = prediction_page([entry], title="<em>", details={"<u>": "&"})
+    page = render_page("demo.html.j2", title="<em>", details={"<u>": "&"}, words=[entry])
     assert not re.search("<(i|em|u)>|<script>", page)

@@ -28,10 +28,10 @@ from evaluation.dumps import ONE_FIELD
 from evaluation.lexicon import Candidate, read_lexicon
 from evaluation.prediction_page import page_entry, seen
 from evaluation.report import render_page
+from loading.decoding import IMAGE_SUFFIXES
 from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
 from utils import ArgumentParser, UserError, run_command_line, write_atomically
 
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 OVERLAY_HEIGHT, OVERLAY_WIDTH = 64, 1024  # pixels that each drawing of the word fits into
 
 

@@ -19,6 +19,8 @@ ImageArray = np.ndarray  # (H, W, 3) uint8, RGB
 Mask = np.ndarray  # (H, W) uint8, 255 = text
 Size = tuple[int, int]  # height, width
 
+# Of files that a user's folder is searched for, in lower case.
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TEXT_THRESHOLD = 128  # a mask's pixel from this level on is text
 MAX_PIXELS = 1 << 26  # of an image; the header tells, before memory is taken for it
 

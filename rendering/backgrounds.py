@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from loading.decoding import IMAGE_SUFFIXES
 from rendering.blending import blend, full, overlap, raised
 from rendering.colours import luminance, sample_background_colour, sample_contrasting_colour, with_luminance
 from rendering.config import BACKGROUND_KINDS, RenderConfig
@@ -21,7 +22,6 @@ from rendering.words import WordSource
 from utils import UserError
 
 _WEIGHTS = {"plain": 0.28, "gradient": 0.2, "texture": 0.2, "scene": 0.1, "photo": 0.1, "clutter": 0.22}
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _PHOTO_SIDE = 640  # pixels; photographs are kept at about this size
 _PHOTOS_KEPT = 96  # by each process, of about 1 MB each
 _NO_PHOTOS = "background: photo needs photographs; name their folder in `photos`"
@@ -155,10 +155,10 @@ def find_photos(folder: str) -> list[str]:
     if not Path(folder).is_dir():
         raise UserError(f"photos: {folder}: no such folder; name a folder of images")
     found = sorted(
-        str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()
+        str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
     )
     if not found:
-        raise UserError(f"photos: {folder}: holds no image ({', '.join(PHOTO_SUFFIXES)})")
+        raise UserError(f"photos: {folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 

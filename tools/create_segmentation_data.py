@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from loading.decoding import IMAGE_ERRORS, MAX_PIXELS
+from loading.decoding import IMAGE_ERRORS, IMAGE_SUFFIXES, MAX_PIXELS
 from loading.lmdb_io import PARTIAL_SUFFIX, LmdbWriter
 from tools import support
 from tools.support import Box, RejectedError
@@ -40,7 +40,6 @@ what is expected below --source (folders may lie deeper):
   textseg    image/NAME.jpg, semantic_label/NAME_maskfg.png; for --words also annotation/NAME_anno.json"""
 
 TEXT, BACKGROUND, IGNORED = 255, 0, 128
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 VALUES_SCANNED = 200  # masks looked at to find out which values a set uses
 
 
@@ -233,7 +232,7 @@ FORMATS = {
     ),
     "totaltext": DataSet(
         read_totaltext,
-        rf"groundtruth_pixel[^/]*/(.*/)?(?P<stem>[^/]+)\.({'|'.join(each[1:] for each in sorted(IMAGE_SUFFIXES))})",
+        rf"groundtruth_pixel[^/]*/(.*/)?(?P<stem>[^/]+)\.({'|'.join(each[1:] for each in IMAGE_SUFFIXES)})",
         not_images="groundtruth[^/]*/.*",  # the set has masks of whole regions as well
         annotations=r"(poly_)?(gt_)?(?P<stem>[^/]+)\.txt",
     ),

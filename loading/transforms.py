@@ -38,14 +38,10 @@ def fit_canvas(matrix: np.ndarray, size: Size) -> tuple[np.ndarray, Size]:
         The matrix onto the new canvas, and the canvas' height and width.
     """
     height, width = size
-    (a, b, c), (d, e, f), (g, h, k) = matrix.tolist()  # four points: plain numbers are faster than arrays
-    xs, ys = [], []
-    for x, y in ((0, 0), (width, 0), (width, height), (0, height)):
-        depth = g * x + h * y + k
-        xs.append((a * x + b * y + c) / depth)
-        ys.append((d * x + e * y + f) / depth)
-    left, top = min(xs), min(ys)
-    extent_x, extent_y = max(xs) - left, max(ys) - top
+    corners = np.array([[(0, 0), (width, 0), (width, height), (0, height)]], np.float64)
+    moved = cv2.perspectiveTransform(corners, matrix)[0]
+    left, top = moved.min(axis=0).tolist()
+    extent_x, extent_y = np.ptp(moved, axis=0).tolist()
     new_width, new_height = (min(max(round(each), 1), MAX_SIDE) for each in (extent_x, extent_y))
     scale_x, scale_y = new_width / extent_x, new_height / extent_y
     onto = np.array([[scale_x, 0.0, -left * scale_x], [0.0, scale_y, -top * scale_y], [0.0, 0.0, 1.0]])

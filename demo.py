@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.html:
         details = {"weights": reader.checkpoint.name}
         page = render_page("demo.html.j2", title="What was read", details=details, words=entries)
-        write_atomically(Path(options.html), lambda file: file.write(page.encode(errors="backslashreplace")))
+        write_atomically(Path(options.html), page)
         print(f"masks, attention and probabilities: {options.html}", file=sys.stderr)
     return 0 if read_any else 2
 

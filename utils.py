@@ -107,15 +107,20 @@ def explain_full_disk(path: Path):
         raise
 
 
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """Let `write` fill a temporary binary file beside `path`, flush it to disk and rename it: all or nothing."""
+def write_atomically(path: Path, content: str | bytes | Callable[[Any], None]) -> None:
+    """Write a file or nothing: a temporary file beside `path` is filled, flushed to disk and renamed.
+
+    Args:
+        content: bytes; text, in UTF-8 with lone surrogates escaped; or a function that writes to the binary file.
+    """
     path = Path(path)
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with explain_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
-                write(file)
+                data(file) if callable(data) else file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -169,8 +169,7 @@ def iteration_of(file: str) -> int:
 
 def write_list(folder: Path, names: list[str]) -> None:
     """Write `checkpoint.yaml`, for people and scripts; nothing here reads it."""
-    content = yaml.safe_dump({"latest": names[-1], "checkpoints": names})
-    write_atomically(folder / CHECKPOINT_LIST, lambda listing: listing.write(content.encode()))
+    write_atomically(folder / CHECKPOINT_LIST, yaml.safe_dump({"latest": names[-1], "checkpoints": names}))
 
 
 def newest_valid_checkpoint(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:

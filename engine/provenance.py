@@ -58,8 +58,7 @@ class Provenance:
 
     def write(self, path: Path) -> None:
         """Write `state_dict` as JSON."""
-        text = json.dumps(self.state_dict(), indent=2, ensure_ascii=False) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_atomically(path, json.dumps(self.state_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
 def without_folders(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,8 +104,7 @@ class History(Writer):
         self._file: Any = None
 
     def open(self, iteration: int) -> None:
-        kept = self._lines_up_to(iteration)
-        write_atomically(self.path, lambda file: file.writelines(kept))
+        write_atomically(self.path, b"".join(self._lines_up_to(iteration)))
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def _lines_up_to(self, iteration: int) -> list[bytes]:
@@ -182,7 +181,7 @@ class WeightsAndBiases(Writer):
 
     def open(self, iteration: int) -> None:
         if not self._id_file.exists():
-            write_atomically(self._id_file, lambda file: file.write(secrets.token_hex(4).encode()))
+            write_atomically(self._id_file, secrets.token_hex(4))
         number = self._id_file.read_text(encoding="utf-8").strip()
         try:
             self._run = self._wandb.init(id=number, resume="allow", **self._settings)

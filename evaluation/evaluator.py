@@ -272,4 +272,4 @@ def write_scores(folder: Path, scores: Mapping[str, Any], *, name: str = "metric
         "csv": csv_text([["dataset", "samples", "skipped", *scores["mean"]], *score_rows(scores)]),
     }
     for suffix, content in contents.items():
-        write_atomically(folder / f"{name}.{suffix}", lambda file, content=content: file.write(content.encode()))
+        write_atomically(folder / f"{name}.{suffix}", content)

@@ -135,7 +135,7 @@ class Report:
             total=len(compared),
             data=self._page_data(listed, layout, datasets),
         )
-        write_atomically(self.folder / "index.html", lambda file: file.write(page.encode(errors="backslashreplace")))
+        write_atomically(self.folder / "index.html", page)
         used = {each.sprite for each in words}
         for path in [*self.folder.glob("images/*.jpg"), *self.folder.glob("images/*.png")]:
             if path.stem.partition("-")[2] not in used:  # of an earlier report
@@ -203,8 +203,7 @@ class SpriteWriter:
         self._number += 1
 
     def _store(self, name: str, image: np.ndarray, options: list[int]) -> None:
-        data = cv2.imencode(Path(name).suffix, image, options)[1].tobytes()
-        write_atomically(self.folder / name, lambda file: file.write(data))
+        write_atomically(self.folder / name, cv2.imencode(Path(name).suffix, image, options)[1].tobytes())
 
 
 def attention_strip(attention: np.ndarray) -> np.ndarray:

@@ -297,8 +297,8 @@ def write_report(folder: Path, baseline: str | None = None) -> str:
     study = Study(folder)
     tables = make_tables(study, study.baseline(baseline))
     table = markdown(tables)
-    write_atomically(folder / "table.md", lambda file: file.write(table.encode()))
-    write_atomically(folder / "results.json", lambda file: file.write(results_json(study, tables).encode()))
+    write_atomically(folder / "table.md", table)
+    write_atomically(folder / "results.json", results_json(study, tables))
     for name, figure in draw_plots(study, tables).items():
         write_atomically(folder / name, lambda file, figure=figure: figure.savefig(file, dpi=150, format="png"))
         pyplot.close(figure)

@@ -227,7 +227,7 @@ def make_segment(path: str, device: str | None) -> Callable[[Sequence[np.ndarray
 
 def save_table(path: Path, header: str, rows: Sequence[Sequence]) -> None:
     """Write a CSV file; the names in `header` are separated by spaces."""
-    write_atomically(path, lambda file: file.write(csv_text([header.split(), *rows]).encode()))
+    write_atomically(path, csv_text([header.split(), *rows]))
 
 
 def read_items(reader: Reader, items: Sequence[Item], masks: Sequence[np.ndarray | None] | None, protocol: int) -> list:
@@ -287,8 +287,7 @@ def measure(options: argparse.Namespace, output: Path) -> None:
         for item, mask in zip(items, maker.best(), strict=True)
     ]
     save_table(output / "items.csv", "group word background contrast complexity text", rows)
-    study = json.dumps({"settings": settings, "checkpoints": known}, indent=2)
-    write_atomically(output / "study.json", lambda file: file.write(study.encode()))
+    write_atomically(output / "study.json", json.dumps({"settings": settings, "checkpoints": known}, indent=2))
     for (name, path), digest in progress(
         list(zip(checkpoints, digests, strict=True)), total=len(checkpoints), unit="checkpoint", description="read"
     ):

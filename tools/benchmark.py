@@ -306,8 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         getattr(benchmark, task)()
     print(as_markdown(machine, benchmark.rows))
     if options.json:
-        content = json.dumps({"machine": machine, "rows": benchmark.rows}, indent=2)
-        write_atomically(Path(options.json), lambda file: file.write(content.encode()))
+        write_atomically(Path(options.json), json.dumps({"machine": machine, "rows": benchmark.rows}, indent=2))
     return 0
 
 

@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     default = second.folder / "report" / f"compare-{first.folder.resolve().name}-{first.model_eval}.html"
     output = Path(options.output or default)
-    write_atomically(output, lambda file: file.write(page.encode(errors="backslashreplace")))
+    write_atomically(output, page)
     print(*(f"{name} = {side}" for name, side in sides.items()), "", format_rows(rows), "", verdict(rows[-1]), sep="\n")
     print(f"\nthe words that only one of them gets right, with images: {output}")
     return 0

@@ -179,8 +179,7 @@ def draw_rows(words: dict[str, float], count: int, temperature: float, seed: int
 
 def write_rows(path: str | os.PathLike, rows: list[str]) -> None:
     """Write the language CSV, all of it or nothing."""
-    text = csv_text([("inp", "gt"), *zip(rows, rows, strict=True)], delimiter="\t")
-    write_atomically(Path(path), lambda file: file.write(text.encode()))
+    write_atomically(Path(path), csv_text([("inp", "gt"), *zip(rows, rows, strict=True)], delimiter="\t"))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -298,8 +298,7 @@ class MaskOutput:
             writer.put(NUM_SAMPLES, str(self.count))
             self._record_path.unlink(missing_ok=True)  # it speaks of the masks that are replaced
         facts = {"settings": self.settings, "words": self.count, "without_mask": broken}
-        record = json.dumps(facts, indent=1).encode() + b"\n"
-        write_atomically(self._record_path, lambda file: file.write(record))
+        write_atomically(self._record_path, json.dumps(facts, indent=1) + "\n")
 
 
 def _digest(data: bytes) -> str:

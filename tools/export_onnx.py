@@ -199,7 +199,7 @@ def store(model: ModelProto, path: Path, facts: dict[str, object]) -> None:
     values = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
     onnx.helper.set_model_props(model, values)
     onnx.checker.check_model(model)
-    write_atomically(path, lambda file: file.write(model.SerializeToString()))
+    write_atomically(path, model.SerializeToString())
     print_summary(f"wrote {path}", {"bytes": path.stat().st_size, "opset": OPSET})
 
 

@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head += ", ".join(f"{name}: {value}" for name, value in facts.items())
     cells = [[cell.replace("|", "/") for cell in row] for row in rows]
     text = f"{head}\n\n{markdown_table([['part', 'form', 'result', 'verdict'], *cells], left=4)}\n"
-    write_atomically(Path(options.output), lambda file: file.write(text.encode()))
+    write_atomically(Path(options.output), text)
     print(text, end="")
     return int(any(verdict == "failed" for *_, verdict in rows))
 

@@ -131,7 +131,7 @@ class RejectionLog:
     def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: Any) -> None:
         if kind is None and self._rows:
             text = "entry\treason\tdetail\n" + "".join(self._rows)
-            write_atomically(self.path, lambda file: file.write(text.encode(errors="backslashreplace")))
+            write_atomically(self.path, text)
         elif kind is None and self.path is not None:
             self.path.unlink(missing_ok=True)  # of an earlier run
 

@@ -22,7 +22,7 @@ from loading.batches import IGNORED, LabelRule, LanguageSample, SegmentationSamp
 from loading.decoding import TEXT_THRESHOLD, BrokenImageError, ImageArray, Mask, decode_image, decode_mask
 from loading.language_csv import read_pairs
 from loading.lmdb_io import LmdbReader, find_lmdbs, image_key, label_key
-from loading.masks import LmdbMasks, MakeMasks, find_mask_lmdb
+from loading.masks import MASK_MISSING, MASK_SIZE, LmdbMasks, MakeMasks, find_mask_lmdb
 from loading.pairs import PairFolder, PairLmdb, find_pairs
 from loading.sampling import PlacedGenerator, SampleKey, as_key
 from loading.transforms import WordTransform, views
@@ -396,13 +396,13 @@ class SegmentationDataset(SampleSet):
         key = as_key(key)
         stored, stored_mask = self.source.read(key.index)
         if stored is None or stored_mask is None:
-            return Skipped(key.index, MISSING if stored is None else "mask_missing")
+            return Skipped(key.index, MISSING if stored is None else MASK_MISSING)
         try:
             image, mask = decode_image(stored), decode_mask(stored_mask)
         except BrokenImageError:
             return Skipped(key.index, BROKEN)
         if mask.shape != image.shape[:2]:
-            return Skipped(key.index, "mask_size")
+            return Skipped(key.index, MASK_SIZE)
         labels = self._classes[mask]
         if self.transform is not None:
             image, labels = self.transform(image, labels, self.random(key))

@@ -36,11 +36,11 @@ def grey(mask: np.ndarray) -> np.ndarray:
     return np.repeat((np.clip(mask, 0, 1) * 255).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = TEXT_COLOUR) -> np.ndarray:
-    """Return the image with `colour` laid over it where the mask is 1."""
+def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the image with TEXT_COLOUR laid over it where the mask is 1."""
     height, width = image.shape[:2]
     weight = 0.65 * cv2.resize(np.clip(mask, 0, 1).astype(np.float32), (width, height))[..., None]
-    return (image * (1 - weight) + np.array(colour, dtype=np.float32) * weight).round().astype(np.uint8)
+    return (image * (1 - weight) + np.array(TEXT_COLOUR, dtype=np.float32) * weight).round().astype(np.uint8)
 
 
 def heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:

@@ -131,6 +131,19 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Any], None]) -
             temporary.unlink(missing_ok=True)
 
 
+def read_text(path: Path | str, what: str, remedy: str) -> str:
+    """Return the text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        UserError: it is missing or not UTF-8; the message says what the file is for, and the remedy.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "not UTF-8 text")
+        raise UserError(f"{path}: cannot read the {what} ({reason}); {remedy}") from error
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 120 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -21,7 +21,7 @@ from torch import Tensor
 from loading.charset import Charset
 from loading.lmdb_io import LmdbReader
 from modules.outputs import NULL_CLASS
-from utils import UserError
+from utils import UserError, read_text
 
 Match = Literal["probability", "distance"]  # how a word of a list is chosen: see Lexicon
 
@@ -145,12 +145,8 @@ def read_lexicon(path: str | Path) -> list[str]:
     Raises:
         UserError: the file is missing, or not UTF-8 text.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "not UTF-8")
-        raise UserError(f"lexicon {path}: cannot be read ({reason}); name a UTF-8 file with a word a line") from error
-    return [line.partition("\t")[0] for line in lines]
+    text = read_text(path, "lexicon", "name a UTF-8 file with a word a line")
+    return [line.partition("\t")[0] for line in text.splitlines()]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.outputs import NULL_CLASS
-from utils import UserError
+from utils import UserError, read_text
 
 # Characters that each published protocol compares, by their number: 36 compares letters without their case, and spaces
 # never count.
@@ -54,14 +54,7 @@ class Charset:
         Raises:
             UserError: the file is missing, not UTF-8, empty or damaged; names the line.
         """
-        try:
-            text = Path(path).read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot read the charset ({error.strerror}); check dataset.charset_path"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: the charset is not UTF-8 text") from error
+        text = read_text(path, "charset", "check dataset.charset_path")
         characters: list[str] = []
         for number, line in enumerate(text.replace("\r\n", "\n").removesuffix("\n").split("\n"), start=1):
             identifier, _, character = line.partition("\t")

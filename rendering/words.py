@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rendering.config import WordsConfig
-from utils import UserError
+from utils import UserError, read_text
 
 SUFFIXES = (".", ",", "!", "?", ":", ";", "'s", "-", "...", "*", "%", "&")
 PREFIXES = ("#", "*", "-", "@", "'", "$", "&")
@@ -98,12 +98,7 @@ def read_words(path: Path) -> Iterator[tuple[str, float]]:
     Raises:
         UserError: the file cannot be read, is not UTF-8, or a count is not a positive number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the word list ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the word list is not UTF-8; save it as UTF-8") from error
+    lines = read_text(path, "word list", "name a UTF-8 file with a word a line").splitlines()
     for number, line in enumerate(lines, start=1):
         word, _, count = line.strip().partition("\t")
         if not word or line.startswith("#"):

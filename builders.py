@@ -151,7 +151,7 @@ def _with_weights(
         load_described(model, state, path, config, section, strict=config.model.strict)
         tested = config.run.phase == "test" and section == "model"
         if tested and (changed := _phrases(function_differences(config, state.get("config")))):
-            logger.warning("checkpoint %s is tested as another network: %s", path, "; ".join(changed))
+            logger.warning("checkpoint %s is tested with other settings than its own: %s", path, "; ".join(changed))
     return model
 
 

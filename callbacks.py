@@ -35,28 +35,28 @@ class Callback:
     """Base of all callbacks. Each hook gets the trainer; the ones here do nothing."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Before the first step, after a resume."""
+        """Called before the first step, and after a resume."""
 
     def on_batch_loaded(self, trainer: Trainer, batch: Any) -> None:
-        """After a batch came from the loader, before its step."""
+        """Called after a batch came from the loader, before its step."""
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        """After step number `trainer.iteration`, counted from 1; see `Step.finite`."""
+        """Called after step number `trainer.iteration`, counted from 1; see `Step.finite`."""
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """After the last step of an epoch; `trainer.epoch` counts it already."""
+        """Called after the last step of an epoch; `trainer.epoch` counts it already."""
 
     def on_evaluation_start(self, trainer: Trainer) -> None:
-        """Before an evaluation, which may take long, or fail."""
+        """Called before an evaluation, which may take long, or fail."""
 
     def on_evaluation_end(self, trainer: Trainer, scores: dict[str, Any]) -> None:
-        """After an evaluation; `scores` is what `metrics.json` holds."""
+        """Called after an evaluation; `scores` is what `metrics.json` holds."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """After the last step, or after a stop signal."""
+        """Called after the last step, or after a stop signal."""
 
     def on_fit_failed(self, trainer: Trainer) -> None:
-        """After an exception that ends the run: release what is open."""
+        """Called after an exception that ends the run, to release what is open."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resume needs, as tensors and plain values."""

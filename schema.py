@@ -177,8 +177,8 @@ class DatasetConfig(Section):
     tta_below: float = key(
         0.0,
         "Test-time augmentation: confidence below which a word is predicted again from variants of its image, "
-        "squeezed, slanted or shifted, until one is predicted surely (--phase test, Reader, demo); the most confident "
-        "prediction is kept. 0: off.",
+        "squeezed, slanted or shifted, until one is predicted with high confidence (--phase test, Reader, demo); the "
+        "most confident prediction is kept. 0: off.",
         ge=0,
         le=1,
     )
@@ -188,7 +188,7 @@ class DatasetConfig(Section):
     smooth_label: bool = key(False, "Smooth the language inputs' one-hot characters.")
     smooth_factor: float = key(0.1, "Largest share of a character that smoothing spreads over all.", ge=0, lt=1)
     multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = key(
-        None, "How workers start; null: torch's way."
+        None, "Start method of the workers; null: torch's default."
     )
     cache_dir: str | None = key(
         None, "Folder for indices of LMDBs, which open at once then; null: the user's cache folder."
@@ -219,8 +219,8 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "Arithmetic of the networks; fp16 scales the loss.")
     tf32: bool = key(
         False,
-        "Let a GPU round the inputs of float32 convolutions and matrix multiplications to 10 bits (TF32), in training "
-        "and test: several times faster, errors of about 1e-3. false: fp32 means float32 on every device.",
+        "Let a GPU round the inputs of float32 convolutions and matrix multiplications to a 10-bit mantissa (TF32), in "
+        "training and test: several times faster, errors of about 1e-3. false: fp32 means float32 on every device.",
     )
     deterministic: bool = key(False, "Use only GPU algorithms that give the same bits each time; slower.")
     compile: bool = key(False, "Compile the network with torch.compile.")
@@ -355,7 +355,7 @@ class SSNConfig(Section):
 
     checkpoint: str | None = key(None, "Weights of SSN; online masks need them.")
     widths: Annotated[list[PositiveInt], Four] = key([48, 96, 192, 384], "Channels of the four branches.")
-    stem_width: PositiveInt = key(64, "Channels of the two first convolutions.")
+    stem_width: PositiveInt = key(64, "Channels of the first two convolutions.")
     num_modules: Annotated[list[PositiveInt], Three] = key([1, 4, 3], "Modules of stages 2, 3, 4.")
     num_blocks: PositiveInt = key(4, "Basic blocks of each branch of a module.")
     bottlenecks: PositiveInt = key(4, "Bottleneck blocks of stage 1.")

@@ -227,7 +227,7 @@ def set_aside_later(folder: Path, name: str, iteration: int) -> None:
         renamed[best] = next(each for each in names if not (folder / each).exists())
     for later, aside in renamed.items():
         (folder / later).replace(folder / aside)
-        logger.warning("%s is now %s: the run takes its steps anew", later, aside)
+        logger.warning("%s is renamed to %s: the resumed run repeats its steps", later, aside)
 
 
 def _stored_iteration(path: Path) -> int:

@@ -33,7 +33,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes files."""
+        """Return whether this is the one process that writes files."""
         return self.rank == 0
 
 
@@ -141,7 +141,7 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     def _check_input_dim(self, values: Tensor) -> None:
-        """Any number of dimensions."""
+        """Accept any number of dimensions."""
 
     def forward(self, values: Tensor) -> Tensor:
         """Normalise this process's `values` (N, C, ...) with the statistics of the global batch."""

@@ -18,7 +18,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def use_tf32(allowed: bool) -> None:
-    """Allow a GPU to round inputs of float32 convolutions and matrix multiplications to 10 bits (TF32), or not.
+    """Set whether a GPU may round inputs of float32 convolutions and products to a 10-bit mantissa (TF32).
 
     By default torch rounds those of convolutions only.
     """

@@ -104,17 +104,17 @@ class Trainer:
 
     @property
     def epochs_done(self) -> int:
-        """Finished epochs; `epoch` counts one only after the hooks of its last step."""
+        """Return the number of finished epochs; `epoch` counts one only after the hooks of its last step."""
         return self.epoch + self.batch_in_epoch // self.batches_per_epoch
 
     @property
     def scales_loss(self) -> bool:
-        """Whether the loss is scaled, as the small gradients of fp16 require."""
+        """Return whether the loss is scaled, as the small gradients of fp16 require."""
         return self.precision == "fp16"
 
     @property
     def evaluation_model(self) -> nn.Module:
-        """The network to evaluate and save: the averaged one if there is one."""
+        """Return the network to evaluate and save: the averaged one if there is one."""
         return self.ema.module if self.ema is not None else self.model
 
     def fit(self) -> None:
@@ -340,11 +340,12 @@ class Trainer:
             # Normal in fp16: the scale grows until it is too large, and is halved then.
             logger.info("iteration %d skipped: the scaled gradient is out of fp16's range", iteration)
             return
-        what, words = ", ".join(names or ["gradient"]), batch.indices.tolist()
-        logger.warning("iteration %d skipped: %s not finite, %d in a row; words %s", iteration, what, in_a_row, words)
+        what, samples = ", ".join(names or ["gradient"]), batch.indices.tolist()
+        message = "iteration %d skipped: %s not finite, %d in a row; samples %s"
+        logger.warning(message, iteration, what, in_a_row, samples)
         if is_last:
             raise UserError(
-                f"{in_a_row} steps in a row were not finite ({what}; words {words[:8]}...); "
+                f"{in_a_row} steps in a row were not finite ({what}; samples {samples[:8]}...); "
                 "lower optimizer.lr, or use training.precision=fp32"
             )
 

@@ -32,7 +32,7 @@ SPRITE_WORDS = 16  # on one sprite: few, because neighbours in a sorted list com
 MARGIN = 2  # pixels around each image of a sprite, so that scaling does not mix neighbours
 CELL_MARGIN = 1  # the same for attention, in cells
 JPEG_QUALITY = 88
-DARKEST = 48  # grey level without attention: the page multiplies the image by it, which should stay visible
+DARKEST = 48  # grey level without attention: the page multiplies the image by it, and 0 would hide the word
 CALIBRATION_BINS = 10
 SHOWN_CONFUSIONS = 30
 BETWEEN = "\t"  # separates the characters of a confusion on the page; no protocol counts it
@@ -68,7 +68,7 @@ class Report:
     details: Mapping[str, str] = field(default_factory=dict)  # further facts for the head of the page, by name
     with_attention: bool = True  # keep the attention of each character
     rank: int = 0  # of this process; each process writes its own sprites
-    max_words: int = 20_000  # of a process that get images and a place in the list; the others only count
+    max_words: int = 20_000  # of a process that are listed with their images; the others only count
     _words: list[ReportedWord] = field(default_factory=list, init=False)
     _layout: dict[str, Any] | None = field(default=None, init=False)
 

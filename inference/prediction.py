@@ -1,7 +1,8 @@
 """Predictions from several versions of a word's image: the most confident one is kept.
 
 Tall images come in several views (`loading.transforms.views`). Test-time augmentation: a word of low confidence is
-predicted again from variants of the network's input (narrow, slanted, shifted) until one is predicted surely.
+predicted again from variants of the network's input (narrow, slanted, shifted) until one is predicted with high
+confidence.
 
 Legend: M images, N words, U words of low confidence, T steps, H x W pixels, h x w cells.
 """

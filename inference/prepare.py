@@ -26,8 +26,8 @@ def prepare_for_inference(model: nn.Module, precision: str = "bf16", compile: bo
 
     Args:
         model: a recogniser, one of its stages, or SSN, on the device that it shall run on.
-        precision: of most weights and maps: "fp32", "bf16" or "fp16"; similarities, whatever is spread to a range, and
-            the classifiers stay in float32. 16 bits are only faster on devices with native 16-bit arithmetic.
+        precision: of most weights and maps: "fp32", "bf16" or "fp16"; similarities, min-max normalisations and
+            classifiers stay in float32. 16 bits are only faster on devices with native 16-bit arithmetic.
         compile: let torch.compile fuse the network, at the first call, for batches of any size.
 
     Returns:

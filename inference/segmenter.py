@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from engine.precision import PRECISIONS, fastest_precision, without_search
 from inference.pipeline import in_order, single_threads
 from loading.batches import normalize_images
-from modules.hrnet import resize_aligned
+from modules.functional import resize_aligned
 from modules.ssn import PUBLISHED_AREAS, SSN, network_size
 from utils import UserError
 

@@ -141,7 +141,7 @@ def rescale(image: ImageArray, rng: Generator) -> ImageArray:
 
 
 def deteriorate(image: ImageArray, rng: Generator) -> ImageArray:
-    """Noise, motion blur and loss of detail, in random order."""
+    """Apply noise, motion blur and loss of detail in random order."""
     kinds = (gaussian_noise, motion_blur, rescale)
     for kind in rng.permutation(len(kinds)):
         image = kinds[kind](image, rng)

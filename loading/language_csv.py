@@ -31,7 +31,7 @@ def read_pairs(path: Path, labels: LabelRule) -> tuple[list[tuple[str, str]], np
 
     @functools.lru_cache(maxsize=1 << 20)
     def place(line: str) -> int:
-        """The place of a row's pair; the negative place in `_REASONS` of a row that cannot be used."""
+        """Return the index of a row's pair, or minus the index in `_REASONS` if the row cannot be used."""
         fields = line.rstrip("\r\n").split("\t")
         if len(fields) != len(columns):
             return -_REASONS.index(FIELDS)
@@ -60,7 +60,7 @@ def read_pairs(path: Path, labels: LabelRule) -> tuple[list[tuple[str, str]], np
 
 
 def unquoted(field: str) -> str:
-    """The text of a CSV field."""
+    """Return the text of a CSV field."""
     if len(field) > 1 and field[0] == field[-1] == '"' and field.count('"') % 2 == 0:
         return field[1:-1].replace('""', '"')
     return field

@@ -183,7 +183,7 @@ class LmdbWriter:
         os.close(self._lock)
 
     def abort(self) -> None:
-        """Stop without a result; with an identity, what is pending is committed and the partial folder kept."""
+        """Stop before the LMDB is finished; with an identity, commit what is pending and keep the partial folder."""
         try:
             if self.identity is not None:
                 self.commit()
@@ -292,7 +292,7 @@ class LmdbReader:
     def __len__(self) -> int:
         """Return the number stored under `num-samples`."""
         stored = self.get(NUM_SAMPLES)
-        mend = "mend it with tools/check_lmdb.py --fix"
+        mend = "repair it with tools/check_lmdb.py --fix OUTPUT"
         if stored is None:
             raise UserError(f"{self.path}: has no {NUM_SAMPLES}; {mend}")
         if not stored.strip().isdigit() or len(stored) > 18:  # more than `len` can tell

@@ -25,3 +25,8 @@ def resize_maps(maps: Tensor, size: Sequence[int], *, align_corners: bool = Fals
         return maps
     with without_autocast(maps.device):
         return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def resize_aligned(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize (N, C, h, w) to (N, C, *size) bilinearly with aligned corners."""
+    return resize_maps(maps, size, align_corners=True)

@@ -12,12 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.functional import resize_maps
-
-
-def resize_aligned(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize (N, C, h, w) to (N, C, *size) bilinearly with aligned corners."""
-    return resize_maps(maps, size, align_corners=True)
+from modules.functional import resize_aligned
 
 
 def _conv3x3(inputs: int, outputs: int, *, stride: int = 1) -> nn.Conv2d:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from modules.functional import resize_maps, without_autocast
 
 EPSILON = 1e-8
-# A map whose range is less than this fraction of its largest value is constant up to rounding; stretched, it would be
-# noise.
+# A map whose range is less than this fraction of its largest value is constant up to rounding; scaled to [0, 1],
+# it would be noise.
 ROUNDING = 2e-6
 
 

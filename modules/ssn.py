@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.functional import without_autocast
-from modules.hrnet import HRNet, resize_aligned
+from modules.functional import resize_aligned, without_autocast
+from modules.hrnet import HRNet
 
 NUM_CLASSES = 2
 PUBLISHED_AREAS = (385, 513, 641, 769, 897, 1025, 1153, 1281)

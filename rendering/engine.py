@@ -149,7 +149,7 @@ class _Word:
     def on(self, kind: str) -> RenderedWord:
         """Paint the letters on a background and degrade the image."""
         if kind not in BACKGROUND_KINDS:
-            raise UserError(f"background: {kind!r} no such kind; the kinds are {', '.join(BACKGROUND_KINDS)}")
+            raise UserError(f"background: {kind!r} is unknown; the kinds are {', '.join(BACKGROUND_KINDS)}")
         config, warp, mask = self.config, self.warp, self.alpha
         image = self.renderer.backgrounds.make(kind, warp, self.stream(Stream.BACKGROUND))
         image = self._paint(image, self.stream(Stream.COLOURS))

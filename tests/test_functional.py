@@ -5,13 +5,19 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from modules.functional import resize_maps
+from modules.functional import resize_aligned, resize_maps
 
 
 def test_resizing_to_the_same_size_changes_nothing():
     maps = torch.randn(1, 2, 5, 7)
     assert resize_maps(maps, (5, 7)) is maps
     torch.testing.assert_close(resize_maps(maps, (9, 13)), F.interpolate(maps, size=(9, 13), mode="bilinear"))
+
+
+def test_aligned_corners_keep_their_values():
+    maps = torch.randn(1, 2, 5, 7)
+    corners = resize_aligned(maps, (9, 13))[..., [0, 0, -1, -1], [0, -1, 0, -1]]
+    torch.testing.assert_close(corners, maps[..., [0, 0, -1, -1], [0, -1, 0, -1]])
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

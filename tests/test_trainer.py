@@ -231,7 +231,7 @@ def test_a_bad_batch_changes_nothing_and_is_named(tmp_path, caplog):
     (iteration,) = recorder.skipped
     assert "error, total not finite" in caplog.text
     assert history(tmp_path)[iteration - 1]["loss"] is None
-    assert re.search(r"words \[.*\b7\b", caplog.text)
+    assert re.search(r"samples \[.*\b7\b", caplog.text)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.isfinite(tensor).all(), name
 
@@ -378,6 +378,9 @@ class FailingEvaluator:
     def __init__(self, failures):
         self.failures = failures
         self.evaluated = []
+
+    def measure(self):
+        return ["toy"]
 
     def evaluate(self, model, observers=()):
         if self.failures:

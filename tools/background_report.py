@@ -40,7 +40,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Name and masks."""
+        """Return the name, with the kind of masks."""
         return self.name if self.masks == NO_MASKS else f"{self.name} ({self.masks})"
 
 

@@ -325,7 +325,7 @@ def named_checkpoint(text: str) -> tuple[str, str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """See `--help`."""
+    """Parse the command line."""
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--checkpoint", action="append", metavar="NAME=FILE", help="recogniser to measure; repeatable")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, or to resume")

@@ -1,6 +1,8 @@
 """Render words with the exact mask of their letters into two LMDBs: OUTPUT/images/NAME and OUTPUT/masks/NAME."""
 
+import argparse
 import functools
+import json
 import shutil
 import sys
 import time
@@ -8,9 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tools/NAME.py`
-
-import argparse
-import json
 
 import cv2
 import numpy as np

@@ -26,7 +26,7 @@ from engine.precision import PRECISIONS
 from evaluation.drawing import draw_prediction
 from evaluation.dumps import ONE_FIELD
 from evaluation.lexicon import Candidate, read_lexicon
-from evaluation.prediction_page import page_entry, seen
+from evaluation.prediction_page import page_entry, word_layers
 from evaluation.report import render_page
 from loading.decoding import IMAGE_SUFFIXES
 from reader import MASK_SOURCES, Character, Prediction, Reader, to_image
@@ -156,7 +156,7 @@ def overlay_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 def draw_overlay(path: Path, prediction: Prediction, output: Path) -> None:
     """Draw the image as it was read, with its mask, the refined mask and the attention of each character."""
-    parts = seen(to_image(path), prediction, OVERLAY_HEIGHT, OVERLAY_WIDTH)
+    parts = word_layers(to_image(path), prediction, OVERLAY_HEIGHT, OVERLAY_WIDTH)
     caption = f"{prediction.text} {prediction.confidence:.2f}"
     drawing = draw_prediction(**parts, caption=caption, characters=prediction.text, over_image=True)
     if not cv2.imwrite(str(output), drawing[..., ::-1]):

@@ -43,7 +43,7 @@ def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return (image * (1 - weight) + np.array(TEXT_COLOUR, dtype=np.float32) * weight).round().astype(np.uint8)
 
 
-def heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
+def draw_attention(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
     """Return the image dimmed, with an attention map (h, w) of any scale shining through it."""
     height, width = image.shape[:2]
     weight = cv2.resize(attention.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
@@ -121,7 +121,7 @@ def draw_prediction(
     for name, each in masks.items():
         cells.append(captioned(overlay(image, each) if over_image else grey(each), name))
     for character, weights in zip(characters, attention, strict=False):
-        cells.append(captioned(heat(image, weights), character))
+        cells.append(captioned(draw_attention(image, weights), character))
     return grid(cells, columns=4)
 
 

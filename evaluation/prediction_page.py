@@ -6,7 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from evaluation.drawing import grey, heat, on_image, overlay
+from evaluation.drawing import draw_attention, grey, on_image, overlay
 from loading.transforms import resize, turn
 
 HEIGHT, WIDTH = 96, 480  # pixels that an image on the page fits into
@@ -25,18 +25,21 @@ def page_entry(name: str, image: np.ndarray | None, prediction: Any) -> dict[str
     entry = {"name": name, "text": prediction.text, "confidence": prediction.confidence, "error": prediction.error}
     if prediction.error is not None:
         return entry | {"images": [], "characters": []}
-    large, small = seen(image, prediction, HEIGHT, WIDTH), seen(image, prediction, STEP_HEIGHT, STEP_WIDTH)
+    large, small = (
+        word_layers(image, prediction, HEIGHT, WIDTH),
+        word_layers(image, prediction, STEP_HEIGHT, STEP_WIDTH),
+    )
     images = [("image", _uri(large["image"]))]
     for mask_name, mask in large["masks"].items():
         images.append((mask_name, _uri(grey(mask) if mask_name == REFINED else overlay(large["image"], mask))))
     characters = [
-        {"text": each.text, "confidence": each.confidence, "image": _uri(heat(small["image"], weights))}
+        {"text": each.text, "confidence": each.confidence, "image": _uri(draw_attention(small["image"], weights))}
         for each, weights in zip(prediction.characters, small["attention"], strict=True)
     ]
     return entry | {"images": images, "characters": characters}
 
 
-def seen(image: np.ndarray, prediction: Any, height: int, width: int) -> dict[str, Any]:
+def word_layers(image: np.ndarray, prediction: Any, height: int, width: int) -> dict[str, Any]:
     """Return an image, (H, W, 3), as it was read, at the largest size that fits, its aspect kept.
 
     `masks` (by name, where there are any) and the maps of `attention` are float in [0, 1], of that size.

@@ -58,7 +58,7 @@ class MaskRefinement(nn.Module):
         similarity = self.similarity(semantic, mask)  # s (N, 1, H, W)
         side = resize_maps(side, self.image_size)  # S (N, S, H, W)
         evidence = self.exit_layer(self.classifier_6(side * similarity.to(side.dtype)))  # e (N, 1, H, W)
-        evidence = stretch(evidence.float(), self.normalize)
+        evidence = min_max_normalize(evidence.float(), self.normalize)
         mask = scale_to_one(mask.float(), self.normalize)
         with without_autocast(mask.device):  # the refined mask is float32
             return self.rf2(self.rf(torch.cat((evidence + mask, mask), dim=1)) + mask)
@@ -146,7 +146,7 @@ def neighbour_products(feature: Tensor) -> Tensor:
     return torch.cat((torch.cat((itself, right), dim=2), torch.cat((below, diagonals), dim=2)), dim=1)
 
 
-def stretch(maps: Tensor, normalize: str = "sample") -> Tensor:
+def min_max_normalize(maps: Tensor, normalize: str = "sample") -> Tensor:
     """Return (x - min x) / (max x - min x), 0 where that is undefined. maps (N, 1, H, W); see `extent`."""
     low, high = extent(maps.amin(dim=(1, 2, 3), keepdim=True), maps.amax(dim=(1, 2, 3), keepdim=True), normalize)
     defined = high - low > ROUNDING * torch.maximum(high.abs(), low.abs())

@@ -125,7 +125,9 @@ class RenderConfig(Section):
     saturated: Share = key(0.5, "Share of backgrounds of a strong colour.")
     effects: Amount = key(1.0, "Factor of the probabilities of outlines, shadows, worn paint, neon and the like.")
     geometry: Amount = key(1.0, "Factor of the probabilities of rotation, perspective, curves and tight crops.")
-    surroundings: Amount = key(1.0, "Factor of the probabilities of neighbouring text and of things before the word.")
+    surroundings: Amount = key(
+        1.0, "Factor of the probabilities of neighbouring text and of objects that hide letters."
+    )
     degradation: Amount = key(1.0, "Factor of the probabilities of night, blur, noise, low resolution and the like.")
     chances: dict[str, Share] = key(
         {}, "Probabilities of single effects, in place of those of CHANCES in rendering/config.py: {curve: 0.6}."

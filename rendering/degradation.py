@@ -46,13 +46,13 @@ def degrade(
     tiny = not faint and rare[3] < config.chance("tiny")
     exposed = not (at_night or veiled) and chance[1] < config.chance("exposure")
     if rare[1] < config.chance("lights"):
-        image = _shine(image, unit, rng)
+        image = _add_lamps(image, unit, rng)
     if chance[0] < config.chance("lighting"):
         image = _light(image, config.amount(1.0), rng)
     if at_night:
         image = _darken(image, rng)
     elif veiled:
-        image = _veil(image, rng)
+        image = _add_haze(image, rng)
     image = _eight_bits(image)
     if exposed:
         image = _expose(image, config.amount(0.4 if faint else 1.0), rng)
@@ -63,7 +63,7 @@ def degrade(
         # Letters keep 8 pixels, or 16 where they are faint or moved; smaller ones are `tiny`.
         moved = chance[2] < config.chance("motion")
         if moved:
-            image = _move(image, config.amount(0.1 if faint else 0.2) * unit * size[2], np.pi * size[1])
+            image = _blur_by_motion(image, config.amount(0.1 if faint else 0.2) * unit * size[2], np.pi * size[1])
         sigma = config.amount(0.02 if faint else 0.04) * unit * size[3] ** 1.5
         if chance[3] < config.chance("blur") and sigma > 0.2:
             image = cv2.GaussianBlur(image, (0, 0), sigma)
@@ -121,7 +121,7 @@ def _darken(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.add(image * (np.float32(left) * colour), (black, black, black, 0.0))
 
 
-def _veil(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _add_haze(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Take most of the contrast, as haze, dust or glass do."""
     colour = sample_light_colour(rng)
     colour = with_luminance(0.35 * colour + 0.65 * luminance(colour) * 255, rng.uniform(0.25, 0.9))
@@ -129,7 +129,7 @@ def _veil(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.addWeighted(image, share, full(image.shape[:2], colour), 1 - share, 0)
 
 
-def _shine(image: np.ndarray, unit: float, rng: np.random.Generator) -> np.ndarray:
+def _add_lamps(image: np.ndarray, unit: float, rng: np.random.Generator) -> np.ndarray:
     """Draw lamps into the image, or let light spread from its bright parts."""
     if rng.random() < 0.4:
         bright = cv2.subtract(image, (110.0, 110.0, 110.0, 0.0))
@@ -176,7 +176,7 @@ def _expose(image: np.ndarray, amount: float, rng: np.random.Generator) -> np.nd
     return cv2.LUT(image, np.round(255 * exposed**gamma).astype(np.uint8)[:, None])
 
 
-def _move(image: np.ndarray, length: float, angle: float) -> np.ndarray:
+def _blur_by_motion(image: np.ndarray, length: float, angle: float) -> np.ndarray:
     """Blur along a line of `length` pixels."""
     side = 2 * math.ceil(length / 2) + 1
     if side < 3:

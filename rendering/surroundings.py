@@ -1,6 +1,6 @@
 """What is around the letters, which is no text in the mask.
 
-Other text on the same surface is warped with the word and cut by the crop. Things may stand in front of the letters:
+Other text on the same surface is warped with the word and cut by the crop. Objects may stand in front of the letters:
 poles, wires, leaves, the edge of something near.
 """
 
@@ -79,12 +79,12 @@ def occlude(
     else:
         return image, alpha
     share = cover * np.float32(1 / 255)
-    thing = _draw_thing(kind, alpha.shape, rng)
-    return blend(image, thing, share), cv2.multiply(alpha, 255 - cover, scale=1 / 255)
+    occluder = _draw_occluder(kind, alpha.shape, rng)
+    return blend(image, occluder, share), cv2.multiply(alpha, 255 - cover, scale=1 / 255)
 
 
 def _draw_cover(kind: str, shape: tuple[int, int], unit: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw the shape of the thing, uint8 (h, w)."""
+    """Draw the shape of the occluder, uint8 (h, w)."""
     height, width = shape
     cover = np.zeros(shape, np.uint8)
     if kind == "pole":
@@ -117,17 +117,17 @@ def _draw_bar(cover: np.ndarray, x: float, y: float, degrees: float, thick: floa
     cv2.fillConvexPoly(cover, np.round(corners * 16).astype(np.int32), 255, cv2.LINE_AA, shift=4)
 
 
-def _draw_thing(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Draw the surface of the thing, float32 (h, w, 3)."""
+def _draw_occluder(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Draw the surface of the occluder, float32 (h, w, 3)."""
     colour = sample_background_colour(rng)
     if kind == "leaves":
         colour = np.array([rng.uniform(30, 130), rng.uniform(80, 180), rng.uniform(20, 80)])
     elif kind == "wires" or rng.random() < 0.5:
         colour = with_luminance(colour, rng.uniform(0.02, 0.3))
-    thing = full(shape, colour)
+    occluder = full(shape, colour)
     if kind == "wires":
-        return thing
-    return blend(thing, full(shape, with_luminance(colour, rng.uniform(0.0, 0.7))), cut_texture(shape, rng))
+        return occluder
+    return blend(occluder, full(shape, with_luminance(colour, rng.uniform(0.0, 0.7))), cut_texture(shape, rng))
 
 
 def _every_part_stays(alpha: np.ndarray, cover: np.ndarray, unit: float) -> bool:

@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modules.mask_refinement import MaskRefinement, PrototypeSimilarity, bilinear_matrix, scale_to_one, stretch
+from modules.mask_refinement import (
+    MaskRefinement,
+    PrototypeSimilarity,
+    bilinear_matrix,
+    min_max_normalize,
+    scale_to_one,
+)
 
 
 def similarity_at_full_size(feature, mask):
@@ -76,8 +82,8 @@ def test_bilinear_matrix_rows_sum_to_one():
 
 def test_stretch_and_scale():
     maps = torch.stack((torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([[0.0, 5.0, 10.0]])))[:, None]
-    assert stretch(maps).tolist() == [[[[0, 0.5, 1]]], [[[0, 0.5, 1]]]]
-    torch.testing.assert_close(stretch(maps, "batch"), maps / 10)
+    assert min_max_normalize(maps).tolist() == [[[[0, 0.5, 1]]], [[[0, 0.5, 1]]]]
+    torch.testing.assert_close(min_max_normalize(maps, "batch"), maps / 10)
     torch.testing.assert_close(scale_to_one(maps)[0], maps[0] / 4)
     torch.testing.assert_close(scale_to_one(maps, "batch"), maps / 10)
 
@@ -88,7 +94,7 @@ def test_constant_maps_become_zero_with_finite_gradients(normalize, value):
     maps = torch.full((2, 1, 3, 4), value)
     rounding = value * torch.finfo(torch.float32).eps * torch.randn(2, 1, 3, 4)
     maps = (maps + rounding).requires_grad_()
-    stretched = stretch(maps, normalize)
+    stretched = min_max_normalize(maps, normalize)
     assert not stretched.any()
     (stretched.sum() + scale_to_one(maps, normalize).sum()).backward()
     assert maps.grad.isfinite().all()

@@ -206,7 +206,7 @@ def overlap(mask: np.ndarray, exact: np.ndarray) -> float:
     return np.count_nonzero(first & second) / union if union else 1.0
 
 
-def make_segment(path: str, device: str | None) -> Callable[[Sequence[np.ndarray], float], list[np.ndarray]]:
+def cached_segmenter(path: str, device: str | None) -> Callable[[Sequence[np.ndarray], float], list[np.ndarray]]:
     """Return the function that gives masks of the SSN of a checkpoint, each image and scale computed once."""
     load = functools.cache(load_ssn)  # only where masks are needed
     known: dict[tuple[int, float], tuple[np.ndarray, np.ndarray]] = {}  # keeps the image, so that its id stays its own
@@ -261,7 +261,7 @@ def measure(options: argparse.Namespace, output: Path) -> None:
         config = config.model_copy(update={"photos": options.photos})
     usual = [kind for kind in BACKGROUND_KINDS if kind != "scene" and (kind != "photo" or config.photos)]
     kinds = options.backgrounds or usual
-    segment = make_segment(ssn, options.device)
+    segment = cached_segmenter(ssn, options.device)
     settings = {name: getattr(options, name) for name in ("count", "seed", "protocol", "max_length")} | {
         "backgrounds": kinds,
         "words": {Path(path).name: len(LmdbReader(path)) for path in options.words},

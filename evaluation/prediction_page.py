@@ -25,10 +25,8 @@ def page_entry(name: str, image: np.ndarray | None, prediction: Any) -> dict[str
     entry = {"name": name, "text": prediction.text, "confidence": prediction.confidence, "error": prediction.error}
     if prediction.error is not None:
         return entry | {"images": [], "characters": []}
-    large, small = (
-        word_layers(image, prediction, HEIGHT, WIDTH),
-        word_layers(image, prediction, STEP_HEIGHT, STEP_WIDTH),
-    )
+    large = word_layers(image, prediction, HEIGHT, WIDTH)
+    small = word_layers(image, prediction, STEP_HEIGHT, STEP_WIDTH)
     images = [("image", _uri(large["image"]))]
     for mask_name, mask in large["masks"].items():
         images.append((mask_name, _uri(grey(mask) if mask_name == REFINED else overlay(large["image"], mask))))

@@ -152,7 +152,7 @@ class Trainer:
     def _advance(self, batch: Any, waited: float) -> None:
         """Make one step and count it."""
         started = time.perf_counter()
-        step = self._step(batch, waited)
+        step = self.train_step(batch, waited)
         self._empty_in_a_row = 0
         self.iteration += 1
         self.provenance.samples += step.samples
@@ -179,8 +179,13 @@ class Trainer:
             self.epoch, self.batch_in_epoch = self.epoch + 1, 0
             self.call("on_epoch_end")
 
-    def _step(self, batch: Any, waited: float) -> Step:
-        """Run forward, backward and update; the device skips the update if anything is not finite."""
+    def train_step(self, batch: Any, waited: float = 0.0) -> Step:
+        """Run forward, backward and update; the device skips the update if anything is not finite.
+
+        Args:
+            batch: of words, spellings or segmentation samples; on any device.
+            waited: seconds for which the batch was waited for.
+        """
         self.model.train()
         for part in self._frozen:
             part.eval()

@@ -164,7 +164,7 @@ def test_a_frozen_sub_model_stays_as_it_is_in_every_respect():
     trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert trained == {id(parameter) for parameter in model.language.parameters()}
     for _ in range(2):
-        trainer._step(small_networks.uneven_batch("binet"), waited=0.0)
+        trainer.train_step(small_networks.uneven_batch("binet"))
     assert model.language.training
     assert not any(module.training for part in (model.vision, model.alignment) for module in part.modules())
     for state in (model.state_dict(), trainer.ema.module.state_dict()):

@@ -158,7 +158,7 @@ def train_one_step(config: Config, criterion: nn.Module | None = None):
 
     batches._scale_and_offset(CUDA)  # once in a run
     with mock.patch("torch.Tensor.backward", fill_in_gradients), NoBlockingCopy():
-        return trainer, trainer._step(make_batch(config), 0.0)
+        return trainer, trainer.train_step(make_batch(config))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def last_loss(network: str, form: str, device: torch.device, steps: int, words: 
     settings += ["training.compile=true", f"training.compile_mode={mode.removeprefix('compiled ')}"] if mode else []
     config = with_checkpoint(load_config(f"configs/{network}.yaml", settings), None)
     trainer, batches = benchmark.make_trainer(config, device=device, batches=8)
-    losses = [trainer._step(batches[step % len(batches)], 0.0).terms["total"] for step in range(steps)]
+    losses = [trainer.train_step(batches[step % len(batches)]).terms["total"] for step in range(steps)]
     torch.compiler.reset()
     return torch.stack(losses[-10:]).mean().item()
 

@@ -195,7 +195,7 @@ def test_training_keeps_weights_images_and_momenta_channels_last(tmp_path, preci
     trainer = build_trainer(config, device=torch.device("cpu"), process=Process())
     convolution, images = trainer.model.vision.backbone.resnet.layer1[0].conv2, []
     convolution.register_forward_pre_hook(lambda _, arguments: images.append(arguments[0]))
-    trainer._step(next(iter(trainer.data)), 0.0)
+    trainer.train_step(next(iter(trainer.data)))
     momentum = trainer.optimizer.state[convolution.weight]["exp_avg"]
     for tensor in (*images, convolution.weight, momentum):
         assert tensor.is_contiguous(memory_format=torch.channels_last)

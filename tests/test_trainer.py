@@ -551,7 +551,7 @@ def test_a_batch_with_an_unreadable_sample_does_not_recompile(tmp_path, monkeypa
     whole = collate([trainer.data.dataset[SampleKey(0, index)] for index in range(BATCH)])
     short = PartlyReadBatch(whole.x[:-1], whole.y[:-1], whole.indices[:-1], {7: "broken"})
     for batch in (short, whole, short, whole):
-        assert torch.isfinite(trainer._step(batch, 0.0).terms["total"])
+        assert torch.isfinite(trainer.train_step(batch).terms["total"])
     assert counter.frame_count == 1
 
 
@@ -566,12 +566,12 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, precision):
     trainer = build_trainer(config, device=torch.device("cuda"), process=Process())
     batches = [batch.pin_memory() for batch, _ in zip(trainer.data, range(4), strict=False)]
     for batch in batches[:2]:  # lazy state of optimiser and scaler
-        trainer._step(batch, 0.0)
+        trainer.train_step(batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches[2:]:
-            trainer._step(batch, 0.0)
+            trainer.train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

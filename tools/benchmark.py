@@ -173,7 +173,7 @@ class Benchmark:
         for name, (precision, compiled) in settings.items():
             config.training.precision, config.training.compile = precision, compiled
             trainer, (batch,) = make_trainer(config, device=self.device, batches=1)
-            forms[name] = Form(partial(trainer._step, batch, 0.0), len(batch), PRECISIONS[precision])
+            forms[name] = Form(partial(trainer.train_step, batch), len(batch), PRECISIONS[precision])
         flops = count_flops(forms["eager"].call)
         for form in forms.values():
             form.flops = flops

@@ -44,7 +44,7 @@ def parameter_groups(
         name = names[id(parameter)]
         prefixes = [prefix for prefix in factors if f"{name}.".startswith(f"{prefix}.")]
         used.update(prefixes)
-        norm_or_bias = id(parameter) in norms or name.rpartition(".")[2].startswith("bias")
+        norm_or_bias = id(parameter) in norms or "bias" in name.rpartition(".")[2]
         groups.setdefault((max(prefixes, key=len, default=""), norm_or_bias), []).append(parameter)
     for prefix in factors.keys() - used - {SSN_HEAD}:
         parts = ", ".join(sorted({name.split(".")[0] for name in names.values()}))

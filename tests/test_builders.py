@@ -215,3 +215,14 @@ def test_the_periods_of_steps_include_the_warm_up():
     config = Config.from_dict({"optimizer": {"scheduler": scheduler}, "training": {"epochs": 10}})
     factor = build_schedule(config, batches_per_epoch=2, iterations=20)
     assert [factor(i) for i in (4, 11, 12, 19)] == pytest.approx([1, 1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("kind", ["binet", "abinet"])
+def test_only_matrices_and_kernels_are_decayed(kind):
+    config = small_networks.small_config(kind)
+    config.optimizer.wd = 0.01
+    network = build_model(config)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    groups = build_optimizer(config, network).param_groups
+    decayed = {names[id(each)] for group in groups if group["weight_decay"] for each in group["params"]}
+    assert decayed == {name for name, parameter in network.named_parameters() if parameter.dim() > 1}

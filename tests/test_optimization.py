@@ -51,6 +51,7 @@ def test_norms_and_biases_are_spared_and_the_head_learns_faster():
         {"body": nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)), "semrfnhead": nn.Linear(2, 2)}
     )
     network["semrfnhead"].bias_sem = nn.Parameter(torch.zeros(2))  # as the head of SSN names one
+    network["attention"] = nn.MultiheadAttention(2, 1)
     groups = parameter_groups(network, lr=0.1, weight_decay=0.5, lr_factors={"semrfnhead": 10})
     settings = {
         name: (g["lr"], g["weight_decay"])
@@ -63,6 +64,7 @@ def test_norms_and_biases_are_spared_and_the_head_learns_faster():
     assert settings["body.0.bias"] == settings["body.1.weight"] == settings["body.1.bias"] == (0.1, 0.0)
     assert settings["semrfnhead.weight"] == (1.0, 0.5)
     assert settings["semrfnhead.bias"] == settings["semrfnhead.bias_sem"] == (1.0, 0.0)
+    assert settings["attention.in_proj_bias"] == (0.1, 0.0)
     assert all(g["weight_decay"] == 0.5 for g in parameter_groups(network, lr=1, weight_decay=0.5, decay_norms=True))
 
 

@@ -6,7 +6,7 @@ values, and configs hold only values.
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +240,8 @@ def build_mask_maker(config: Config) -> tuple[SSN, tuple[int, ...]]:
     if config.model.ssn.checkpoint is None and "ssn" not in state:
         raise UserError("model.ssn.checkpoint: missing; name the weights of the SSN that makes the masks")
     carried = build_carried_ssn(state, path)
-    ssn, areas = carried or (build_ssn(config), config.model.ssn.areas)
-    if config.model.ssn.areas != SSNConfig().areas:
-        areas = config.model.ssn.areas
-    return ssn, areas
+    ssn, areas = carried or (build_ssn(config), None)
+    return ssn, _areas_of(config, areas)
 
 
 def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, tuple[int, ...]] | None:
@@ -265,8 +263,12 @@ def build_carried_ssn(state: Mapping[str, Any], path: Path | str) -> tuple[SSN, 
 def areas_to_test(config: Config, checkpoint: str) -> list[int]:
     """Return the areas that an SSN is tested with: those of the config, or at its default those of the checkpoint."""
     carried = _carried_ssn_config(read_checkpoint(checkpoint), checkpoint)
+    return list(_areas_of(config, carried and carried.model.ssn.areas))
+
+
+def _areas_of(config: Config, carried: Sequence[int] | None) -> tuple[int, ...]:
     areas = config.model.ssn.areas
-    return areas if carried is None or areas != SSNConfig().areas else carried.model.ssn.areas
+    return tuple(areas if carried is None or areas != SSNConfig().areas else carried)
 
 
 def _carried_ssn_config(state: Mapping[str, Any], path: Path | str) -> Config | None:

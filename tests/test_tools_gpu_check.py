@@ -61,7 +61,7 @@ def test_a_part_that_fails_changes_its_line_and_the_exit_status(parts, tmp_path,
     assert gpu_check.main(["--output", str(tmp_path / "check.md")]) == 1
     lines = lines_of(tmp_path / "check.md")
     assert lines["two equal runs", "deterministic"] == ("ZeroDivisionError: no", "failed")
-    assert lines["reading", "fp32"][1] == "ok"
+    assert lines["reading", "bf16"][1] == "ok"
 
 
 def test_no_part_starts_when_the_time_is_over(parts, tmp_path, monkeypatch):
@@ -71,6 +71,13 @@ def test_no_part_starts_when_the_time_is_over(parts, tmp_path, monkeypatch):
     assert verdicts["training, small", "bf16"][1] == "ok"
     assert verdicts["reading", "bf16"] == ("no time was left; give more --seconds", "left out")
     assert verdicts["training, small", "fp16"] == ("needs a GPU", "left out")
+
+
+def test_tests_that_the_end_of_the_time_stops_have_not_failed(tmp_path):
+    check = gpu_check.GpuCheck(torch.device("cpu"), tmp_path, time.monotonic() + 2)
+    (tmp_path / "test_it.py").write_text("import time\n\ndef test_slow(): time.sleep(60)\n")
+    check.part("slow", "eager", check.tests, str(tmp_path / "test_it.py"))
+    assert check.rows == [("slow", "eager", "no time was left; give more --seconds", "left out")]
 
 
 def test_a_failed_test_is_named(tmp_path):

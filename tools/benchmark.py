@@ -184,7 +184,7 @@ class Benchmark:
         batches = iter(build_training_data(self.config, device=self.device, process=Process()))
         workers = self.config.dataset.num_workers
         number = -(-LOADED_BATCHES // max(1, workers)) * max(1, workers)  # as many for each worker
-        call = lambda: sum(len(batch.inputs()[0]) for batch in islice(batches, number))  # noqa: E731
+        call = lambda: sum(map(len, islice(batches, number)))  # noqa: E731
         self._measure("loading", {f"workers: {workers}": Form(call, call())})
 
     def masks(self) -> None:

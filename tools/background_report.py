@@ -239,15 +239,15 @@ def _draw(axes: pyplot.Axes, places: np.ndarray, cells: Sequence[Estimate], labe
 def draw_plots(study: Study, tables: dict[str, dict]) -> dict[str, pyplot.Figure]:
     """Return figures by file name: accuracy by contrast, differences by complexity, accuracy by mask quality."""
 
-    def in_use(key: str) -> list[tuple[Row, list[Estimate]]]:
+    def drawn(key: str) -> list[tuple[Row, list[Estimate]]]:
         rows = tables[key]["rows"] if key in tables else []
-        return [pair for pair in rows if pair[0].masks in (NO_MASKS, "ssn")] or rows
+        return [pair for pair in rows if pair[0].masks in (NO_MASKS, "ssn", "exact")] or rows
 
     kinds, figures = study.backgrounds, {}
     figure, panels = pyplot.subplots(
         1, len(kinds), figsize=(2.4 * len(kinds) + 1, 4), sharey=True, layout="constrained", squeeze=False
     )
-    by_contrast = [in_use(f"accuracy_{contrast}") for contrast in CONTRASTS]
+    by_contrast = [drawn(f"accuracy_{contrast}") for contrast in CONTRASTS]
     for number, (axes, kind) in enumerate(zip(panels[0], kinds, strict=True)):
         for line, row in enumerate(row for row, _ in by_contrast[0]):
             places = np.arange(len(CONTRASTS)) + 0.06 * line
@@ -255,9 +255,9 @@ def draw_plots(study: Study, tables: dict[str, dict]) -> dict[str, pyplot.Figure
         axes.set(title=kind, xlabel="contrast", xticks=range(len(CONTRASTS)), xticklabels=CONTRASTS)
     panels[0, 0].set_ylabel("word accuracy, %")
     figures["accuracy_by_contrast.png"] = figure
-    if in_use("real_difference"):
+    if drawn("real_difference"):
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        for line, (row, cells) in enumerate(in_use("real_difference")):
+        for line, (row, cells) in enumerate(drawn("real_difference")):
             _draw(axes, np.arange(4) + 0.06 * line, cells[:4], row.label, marker="o")
         axes.axhline(0, color="grey", linewidth=1)
         title = tables["real_difference"]["title"]
@@ -276,6 +276,11 @@ def draw_plots(study: Study, tables: dict[str, dict]) -> dict[str, pyplot.Figure
                 offset = 5, (5, -11)[place % 2]  # neighbours above and below
                 point = 100 * cells[0].value, 100 * cells[1].value
                 axes.annotate(masks, point, xytext=offset, textcoords="offset points", fontsize=8, color=f"C{number}")
+        mean = tables["accuracy"]["columns"].index("mean")
+        for row, cells in tables["accuracy"]["rows"]:
+            if row.masks == NO_MASKS:  # what masks have to beat
+                axes.axhline(100 * cells[mean].value, linestyle="--", linewidth=1, color="grey", label=row.label)
+                axes.axhspan(100 * cells[mean].low, 100 * cells[mean].high, color="grey", alpha=0.15)
         axes.set(
             xlabel="overlap of the masks with the exact ones (IoU), %", ylabel="word accuracy on rendered words, %"
         )

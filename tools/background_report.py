@@ -276,11 +276,11 @@ def draw_plots(study: Study, tables: dict[str, dict]) -> dict[str, pyplot.Figure
                 offset = 5, (5, -11)[place % 2]  # neighbours above and below
                 point = 100 * cells[0].value, 100 * cells[1].value
                 axes.annotate(masks, point, xytext=offset, textcoords="offset points", fontsize=8, color=f"C{number}")
-        mean = tables["accuracy"]["columns"].index("mean")
-        for row, cells in tables["accuracy"]["rows"]:
-            if row.masks == NO_MASKS:  # what masks have to beat
-                axes.axhline(100 * cells[mean].value, linestyle="--", linewidth=1, color="grey", label=row.label)
-                axes.axhspan(100 * cells[mean].low, 100 * cells[mean].high, color="grey", alpha=0.15)
+        place = tables["accuracy"]["columns"].index("mean")
+        to_beat = [(row.label, cells[place]) for row, cells in tables["accuracy"]["rows"] if row.masks == NO_MASKS]
+        for number, (label, mean) in enumerate(to_beat):
+            axes.axhline(100 * mean.value, linestyle="--", linewidth=1, color=f"C{9 - number}", label=label)
+            axes.axhspan(100 * mean.low, 100 * mean.high, color=f"C{9 - number}", alpha=0.15, linewidth=0)
         axes.set(
             xlabel="overlap of the masks with the exact ones (IoU), %", ylabel="word accuracy on rendered words, %"
         )

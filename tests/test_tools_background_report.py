@@ -123,6 +123,17 @@ def test_tables_have_known_values(folder):
     assert all(e.low <= e.value + 1e-9 and e.value <= e.high + 1e-9 for e in estimates)
 
 
+def test_plots_show_exact_masks_and_what_masks_have_to_beat(folder):
+    study = report.Study(folder)
+    figures = report.draw_plots(study, report.make_tables(study, study.baseline(None)))
+    labels = {
+        name: {each.get_text() for each in figure.axes[-1].get_legend().get_texts()} for name, figure in figures.items()
+    }
+    assert labels["accuracy_by_contrast.png"] == {"binet (ssn)", "binet (exact)", "plainnet"}
+    (axes,) = figures["accuracy_by_mask_quality.png"].axes
+    assert [line.get_ydata()[0] for line in axes.lines if line.get_label() == "plainnet"] == [pytest.approx(60)]
+
+
 def test_a_report_is_written_from_the_files_alone(folder):
     table = report.write_report(folder)
     assert re.search(r"\| binet +\| ssn +\| +2 \| +90.0 \[", table)

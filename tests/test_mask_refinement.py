@@ -5,6 +5,7 @@ from torch.nn import functional as F
 from modules.mask_refinement import (
     MaskRefinement,
     PrototypeSimilarity,
+    bilinear_matrix,
     min_max_normalize,
     scale_to_one,
 )
@@ -73,6 +74,10 @@ def test_similarity_stays_in_float32_under_autocast():
         ours = similarity(feature, mask)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, similarity(feature.float(), mask))
+
+
+def test_bilinear_matrix_rows_sum_to_one():
+    torch.testing.assert_close(bilinear_matrix(5, 13).sum(dim=1), torch.ones(13))
 
 
 def test_stretch_and_scale():

@@ -147,21 +147,25 @@ def neighbour_products(feature: Tensor) -> Tensor:
 
 
 def min_max_normalize(maps: Tensor, normalize: str = "sample") -> Tensor:
-    """Return (x - min x) / (max x - min x), 0 where that is undefined. maps (N, 1, H, W); see `extent`."""
-    low, high = extent(maps.amin(dim=(1, 2, 3), keepdim=True), maps.amax(dim=(1, 2, 3), keepdim=True), normalize)
+    """Return (x - min x) / (max x - min x), 0 where that is undefined. maps (N, 1, H, W); see `extremes`."""
+    low, high = extremes(maps, normalize)
     defined = high - low > ROUNDING * torch.maximum(high.abs(), low.abs())
     # The divisor is replaced first: an undefined quotient that is not used would still give NaN gradients.
     return torch.where(defined, (maps - low) / torch.where(defined, high - low, 1), 0)
 
 
 def scale_to_one(maps: Tensor, normalize: str = "sample") -> Tensor:
-    """Return x / max x, 0 where that is undefined. maps (N, 1, H, W), not negative; see `extent`."""
-    high = maps.amax(dim=(1, 2, 3), keepdim=True)
-    _, high = extent(high, high, normalize)
+    """Return x / max x, 0 where that is undefined. maps (N, 1, H, W), not negative; see `extremes`."""
+    _, high = extremes(maps, normalize)
     defined = high > 0
     return torch.where(defined, maps / torch.where(defined, high, 1), 0)
 
 
-def extent(low: Tensor, high: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
-    """Return each image's own extremes for "sample", and those of the batch for "batch" (as published)."""
-    return (low, high) if normalize == "sample" else (low.amin(), high.amax())
+def extremes(maps: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest value, (N, 1, 1, 1) of each image for "sample", (1, 1, 1, 1) for "batch".
+
+    Not amin and amax: their gradient compares the values with the extreme, and is 0 / 0 if a compiler rounded only one
+    of them to 16 bits, as torch's does on a GPU. That of min and max goes to an index.
+    """
+    values = maps.flatten(1) if normalize == "sample" else maps.reshape(1, -1)
+    return tuple(found.values[:, None, None, None] for found in (values.min(dim=1), values.max(dim=1)))

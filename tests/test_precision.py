@@ -65,6 +65,7 @@ def test_deterministic_algorithms_are_not_chosen_by_timing(algorithms, determini
         not torch.is_deterministic_algorithms_warn_only_enabled()
     )  # attention is deterministic only if torch may fail
     assert torch.backends.cudnn.benchmark == (search and not deterministic)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
 
 
@@ -105,6 +106,19 @@ def test_an_encoder_evaluates_in_the_precision_of_autocast():
         expected = encoder(sequence)
         with torch.no_grad():  # where torch has a fused kernel
             torch.testing.assert_close(encoder(sequence), expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cells", [26, 64, 128, 192])
+def test_gradients_of_attention_with_strongly_negative_products_are_finite_on_a_gpu(cells):
+    """Positions that only fill a tile have the product 0: not masked, they would get the weight exp(0 + 1000)."""
+    choose_algorithms(deterministic=False, search=True)
+    direction = torch.randn(32, device="cuda")
+    noise = torch.randn(8, 4, cells, 32, device="cuda")
+    query, key = (noise + sign * 14 * direction for sign in (1, -1))
+    inputs = [tensor.bfloat16().requires_grad_() for tensor in (query, key, noise)]
+    F.scaled_dot_product_attention(*inputs).sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in inputs)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

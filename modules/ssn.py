@@ -82,7 +82,7 @@ class RefinementHead(nn.Module):
             belief = F.normalize(semantic_logits.flatten(2).float().softmax(dim=1), dim=2)  # (N, C, P)
             overlap = belief @ belief.transpose(1, 2)  # (N, C, C)
             overlap = torch.exp(overlap * (1 - torch.eye(NUM_CLASSES, device=overlap.device)))
-            shifted = scores - scores.amax(dim=1, keepdim=True)  # (N, C, P)
+            shifted = scores - scores.detach().amax(dim=1, keepdim=True)  # (N, C, P); the shift cancels out
             weights = shifted.exp()
             total = overlap @ weights + 1e-12
             # weights / sum of weights, from logarithms, since all weights underflow where no cell is near the class.

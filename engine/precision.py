@@ -29,8 +29,8 @@ def use_tf32(allowed: bool) -> None:
 def choose_algorithms(*, deterministic: bool, search: bool) -> None:
     """Choose which algorithms a GPU uses in this program; call this before the GPU is used.
 
-    Attention is never cuDNN's, which torch prefers on an H100. It is suspected, not shown, to be why two trainings there
-    ended in gradients that were not finite: they attended over 64 and 192 cells, and those over 128 did not end so.
+    Attention is never cuDNN's, which torch prefers on an H100. It is suspected, not shown, to be why two trainings
+    there, over 64 and over 192 cells, ended in gradients that were not finite; those over 128 did not.
 
     Args:
         deterministic: only those that give the same bits every time; torch raises RuntimeError if it has none.

@@ -103,6 +103,14 @@ def _write(path, header, rows):
         csv.writer(file).writerows([header, *rows])
 
 
+def test_a_network_with_masks_may_be_the_baseline(folder):
+    study = report.Study(folder)
+    baseline = study.baseline("binet")
+    assert (baseline.name, baseline.masks) == ("binet", "ssn")
+    (row, estimates), *_ = report.make_tables(study, baseline)["difference"]["rows"]
+    assert (row.name, row.masks, round(estimates[0].value, 4)) == ("binet", "exact", 0.1)
+
+
 def test_tables_have_known_values(folder):
     study = report.Study(folder)
     baseline = study.baseline(None)

@@ -140,11 +140,12 @@ class Study:
         return Sampled(values, samples) @ np.column_stack([np.eye(4), np.full(4, 1 / 4), [-1, 0, 0, 1]])
 
     def baseline(self, name: str | None) -> Row | None:
-        """Return the row that differences are from: of a network without masks, else one with empty masks."""
+        """Return the row that differences are from: without masks, else network `name` with SSN's, else with none."""
         rows = [row for row in self.rows if name in (None, row.name)]
         if not rows:
             raise UserError(f"--baseline {name}: no such network; there are {', '.join({r.name for r in self.rows})}")
-        return next((row for kind in (NO_MASKS, "none") for row in rows if row.masks == kind), None)
+        kinds = (NO_MASKS, "none") if name is None else (NO_MASKS, "ssn", "none")
+        return next((row for kind in kinds for row in rows if row.masks == kind), None)
 
 
 def _read(path: Path) -> list[dict[str, str]]:

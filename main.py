@@ -4,7 +4,7 @@ Examples:
     python main.py --config=configs/train.yaml
     python main.py --config=configs/train.yaml training.epochs=1 optimizer.lr=3e-4
     python main.py --config=configs/train.yaml --resume
-    python main.py --config=configs/train.yaml --phase test --checkpoint weights.pth --test_root data/evaluation
+    python main.py --config=configs/train.yaml --phase test --checkpoint weights.pth
     torchrun --nproc_per_node=8 main.py --config=configs/train.yaml
 """
 

@@ -29,7 +29,7 @@ def use_tf32(allowed: bool) -> None:
 def choose_algorithms(*, deterministic: bool, search: bool) -> None:
     """Choose which algorithms a GPU uses in this program; call this before the GPU is used.
 
-    Attention is never cuDNN's, which torch prefers on an H100. It is suspected, not shown, to be why two trainings
+    Attention is then never cuDNN's, which torch prefers on an H100. It is suspected, not shown, to be why two trainings
     there, over 64 and over 192 cells, ended in gradients that were not finite; those over 128 did not.
 
     Args:

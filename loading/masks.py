@@ -40,7 +40,7 @@ class LmdbMasks:
             if copied is not None and copied != label:
                 raise self._mismatch(words, f"{label_key(number)} is {label!r} against {copied!r}")
             try:
-                mask = self.read(number, decode_image(words.get(image_key(number))))
+                mask = self.read(number, decode_image(words.get(image_key(number)) or b""))
             except BrokenImageError:
                 continue  # counted when it is read; tools/create_masks.py makes no mask of a broken image
             if isinstance(mask, str) and mask != MASK_BROKEN:

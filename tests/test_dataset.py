@@ -737,6 +737,15 @@ class TestSegmentation:
         assert batch.indices.tolist() == [0]
         assert len(collate_segmentation([data[1]])) == 0
 
+    def test_a_word_without_an_image_is_counted(self, tmp_path):
+        for root, picture in (("words", word_image), ("masks", word_mask)):
+            with LmdbWriter(tmp_path / root) as writer:
+                for number in range(1, 4):
+                    writer.append(png(picture(number)), f"w{number}")
+            edit(tmp_path / root, {"image-000000002": None})
+        (data,) = open_segmentation_datasets([tmp_path / "words"], mask_root=tmp_path / "masks")
+        assert data[1].reason
+
     def test_word_lmdb_without_masks_is_named(self, words):
         with pytest.raises(UserError, match="mask-000000001"):
             open_segmentation_datasets([words])

@@ -110,7 +110,7 @@ def test_an_encoder_evaluates_in_the_precision_of_autocast():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cells", [26, 64, 128, 192])
-def test_gradients_of_attention_with_strongly_negative_products_are_finite_on_a_gpu(cells):
+def test_gradients_of_attention_with_strongly_negative_products_are_finite_on_a_gpu(algorithms, cells):
     """Positions that only fill a tile have the product 0: not masked, they would get the weight exp(0 + 1000)."""
     choose_algorithms(deterministic=False, search=True)
     direction = torch.randn(32, device="cuda")

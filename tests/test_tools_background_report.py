@@ -131,6 +131,22 @@ def test_tables_have_known_values(folder):
     assert all(e.low <= e.value + 1e-9 and e.value <= e.high + 1e-9 for e in estimates)
 
 
+def test_a_study_without_real_words_has_tables_of_rendered_ones(folder):
+    for file in [folder / "items.csv", *(folder / "predictions").iterdir()]:
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join(lines[:61]) + "\n")  # the header and 60 rendered words
+    table = report.write_report(folder)
+    assert "rendered words" in table
+    assert "real words by complexity" not in table
+
+
+def test_a_baseline_that_was_not_measured_with_fitting_masks_is_refused(folder):
+    for file in (folder / "predictions").glob("binet.*.ssn.csv"):
+        file.unlink()
+    with pytest.raises(UserError, match="measured only with the masks exact"):
+        report.write_report(folder, "binet")
+
+
 def test_plots_show_exact_masks_and_what_masks_have_to_beat(folder):
     study = report.Study(folder)
     figures = report.draw_plots(study, report.make_tables(study, study.baseline(None)))

@@ -53,15 +53,26 @@ def test_words_are_the_same_on_every_background_and_at_every_contrast(items):
                 assert (item.exact == same.exact).all()
 
 
-def test_contrasts_differ_as_they_are_named(items):
-    def difference(item):
-        grey = cv2.cvtColor(item.image, cv2.COLOR_RGB2GRAY) / 255
-        return abs(grey[item.exact > 200].mean() - grey[item.exact < 5].mean())
+def contrast(item):
+    grey = cv2.cvtColor(item.image, cv2.COLOR_RGB2GRAY) / 255
+    return abs(grey[item.exact > 200].mean() - grey[item.exact < 5].mean())
 
-    low, middle, high = ([difference(item) for item in of(items, each, "plain")] for each in study.CONTRASTS)
+
+def test_contrasts_differ_as_they_are_named(items):
+    low, middle, high = ([contrast(item) for item in of(items, each, "plain")] for each in study.CONTRASTS)
     assert all(0.04 < each < 0.16 for each in low)
     assert all(0.09 < each < 0.31 for each in middle)
     assert all(each > 0.29 for each in high)
+
+
+def test_low_contrast_stays_low_at_another_difficulty():
+    config = study.load_render_config(None, ["difficulty=0.2", "degradation=0", "effects=0", "surroundings=0"])
+    low = of(study.render_items(config, 24, seed=5, kinds=["plain"], rule=RULE, workers=1), "low", "plain")
+    assert all(contrast(item) < 0.16 for item in low)
+    with pytest.raises(UserError, match="difficulty=0"):
+        study.render_items(
+            config.model_copy(update={"difficulty": 0}), 1, seed=5, kinds=["plain"], rule=RULE, workers=1
+        )
 
 
 def test_complexity_orders_the_kinds_of_background(items):

@@ -125,9 +125,8 @@ class Study:
         self.rendered = np.reshape(rendered, (len(CONTRASTS) * len(self.backgrounds), -1))  # as they are sorted
         self.complexity = np.array([float(item["complexity"]) for item in items])
         real = np.array([place for place, item in enumerate(items) if item["group"] != RENDERED], int)
-        self.quartiles = np.array_split(
-            real[np.argsort(self.complexity[real], kind="stable")], 4 if len(real) > 3 else 0
-        )
+        by_complexity = real[np.argsort(self.complexity[real], kind="stable")]
+        self.quartiles = np.array_split(by_complexity, 4) if len(real) > 3 else []
 
     def on_rendered(self, row: Row, *, quality: bool = False) -> Sampled:
         """Return accuracy, or quality of the masks, by contrast and background, background changing first."""
@@ -145,7 +144,10 @@ class Study:
         if not rows:
             raise UserError(f"--baseline {name}: no such network; there are {', '.join({r.name for r in self.rows})}")
         kinds = (NO_MASKS, "none") if name is None else (NO_MASKS, "ssn", "none")
-        return next((row for kind in kinds for row in rows if row.masks == kind), None)
+        found = next((row for kind in kinds for row in rows if row.masks == kind), None)
+        if name and not found:
+            raise UserError(f"--baseline {name}: measured only with the masks {', '.join(row.masks for row in rows)}")
+        return found
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -91,7 +91,9 @@ def _renderer(settings: str, contrast: str) -> WordRenderer:
     cv2.setNumThreads(1)  # the workers share the cores already
     config = RenderConfig.model_validate_json(settings)
     least, low = _SETTINGS[contrast]
-    chances = {**config.chances, "low_contrast": low}
+    if not config.difficulty:
+        raise UserError("difficulty=0: words of low contrast need more")
+    chances = {**config.chances, "low_contrast": low / (2 * config.difficulty)}  # `chance` multiplies it again
     return WordRenderer(config.model_copy(update={"contrast": least, "chances": chances}))
 
 
@@ -329,7 +331,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("--checkpoint", action="append", metavar="NAME=FILE", help="recogniser to measure; repeatable")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to, or to resume")
-    parser.add_argument("--baseline", metavar="NAME", help="subtracted in differences (default: one without masks)")
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="subtracted in differences, with SSN's masks if it takes any (default: one without)",
+    )
     parser.add_argument("--words", nargs="+", default=[], metavar="LMDB", help="real words")
     parser.add_argument("--ssn", metavar="FILE", help="predicts the masks (default: the SSN in the first checkpoint)")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=["ssn"], help="kinds of masks (default: ssn)")

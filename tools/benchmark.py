@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from builders import build_model, build_ssn, with_checkpoint
 from config import Config, load_config
 from engine.distributed import Process
-from engine.precision import PRECISIONS
+from engine.precision import PRECISIONS, choose_algorithms, use_tf32
 from engine.provenance import device_name, source
 from engine.trainer import Trainer
 from evaluation.tables import markdown_table
@@ -223,11 +223,18 @@ class Benchmark:
 # --- what tools/gpu_check.py shares -----------------------------------------------------------------------------------
 
 
+def compute_as_in_training(config: Config) -> None:
+    """Choose arithmetic and algorithms of a GPU as main.py does."""
+    use_tf32(config.training.tf32)
+    choose_algorithms(deterministic=config.training.deterministic, search=True)
+
+
 def make_trainer(config: Config, *, device: torch.device, batches: int) -> tuple[Trainer, list[Any]]:
     """Return a trainer with fresh weights, the same at each call, and the first batches of its data on the device."""
     config = config.model_copy(deep=True)
     config.dataset.test.roots = []
     config.training.iterations = config.training.iterations or 1000
+    compute_as_in_training(config)
     torch.manual_seed(0)
     trainer = build_trainer(config, device=device, process=Process())
     trainer.data.batch_sampler.set_position(0, 0)
@@ -299,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     config = with_checkpoint(load_config(options.config, options.overrides), None)  # speed does not depend on weights
     config.model.ssn.checkpoint = None
+    compute_as_in_training(config)
     shared = {name: getattr(options, name) for name in ("precision", "compile", "batch_size", "runs")}
     benchmark = Benchmark(config, torch.device(options.device), **shared)
     machine = describe_machine(benchmark.device)

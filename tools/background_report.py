@@ -276,9 +276,10 @@ def draw_plots(study: Study, tables: dict[str, dict]) -> dict[str, pyplot.Figure
             style = {"linestyle": "none", "marker": "o", "color": f"C{number}", "xerr": quality[:, 1:].clip(0).T}
             _draw(axes, quality[:, 0], [cells[1] for _, cells in of_one], name, **style)
             for place, (masks, cells) in enumerate(sorted(of_one, key=lambda each: each[1][0].value)):
-                offset = 5, (5, -11)[place % 2]  # neighbours above and below
+                offset = ((5, 5), (-5, -11), (5, -11), (-5, 5))[(place - number) % 4]  # neighbours on other sides
+                style = {"fontsize": 8, "color": f"C{number}", "ha": "left" if offset[0] > 0 else "right"}
                 point = 100 * cells[0].value, 100 * cells[1].value
-                axes.annotate(masks, point, xytext=offset, textcoords="offset points", fontsize=8, color=f"C{number}")
+                axes.annotate(masks, point, xytext=offset, textcoords="offset points", **style)
         place = tables["accuracy"]["columns"].index("mean")
         to_beat = [(row.label, cells[place]) for row, cells in tables["accuracy"]["rows"] if row.masks == NO_MASKS]
         for number, (label, mean) in enumerate(to_beat):

@@ -139,6 +139,9 @@ class Benchmark:
     runs: int = 5  # rounds of the medians
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        compute_as_in_training(self.config)
+
     def reading(self) -> None:
         """Predict the words of a batch, and one word."""
         if self.config.model.kind != "recogniser":
@@ -306,7 +309,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     config = with_checkpoint(load_config(options.config, options.overrides), None)  # speed does not depend on weights
     config.model.ssn.checkpoint = None
-    compute_as_in_training(config)
     shared = {name: getattr(options, name) for name in ("precision", "compile", "batch_size", "runs")}
     benchmark = Benchmark(config, torch.device(options.device), **shared)
     machine = describe_machine(benchmark.device)

@@ -25,7 +25,6 @@ import torchvision
 from builders import with_checkpoint
 from config import load_config
 from engine.distributed import pick_device
-from engine.precision import choose_algorithms, use_tf32
 from evaluation.tables import markdown_table
 from tools import benchmark, render_words
 from tools.support import make_parser, positive, usable_cores
@@ -175,8 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cpu":  # threads gain nothing with a small network
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
-    use_tf32(False)
-    choose_algorithms(deterministic=False, search=True)
     facts = benchmark.describe_machine(device) | {"torchvision": torchvision.__version__, "cores": usable_cores()}
     facts |= {"cuDNN": torch.backends.cudnn.version(), "compiler": shutil.which("cc") or "none"}
     with TemporaryDirectory() as folder:
